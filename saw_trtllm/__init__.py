@@ -1,0 +1,14 @@
+"""4-bit KV caches for TensorRT LLM engines.
+
+``LLM`` runs an engine that ``saw-build`` made; see :mod:`saw_trtllm.format` for the cache's format. Importing this
+package needs neither PyTorch nor TensorRT nor a GPU.
+"""
+
+from saw_trtllm.errors import SawError
+from saw_trtllm.runtime.llm import LLM, KvCacheConfig
+from saw_trtllm.runtime.outputs import CompletionOutput, RequestOutput
+from saw_trtllm.runtime.sampling_params import SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = ["LLM", "CompletionOutput", "KvCacheConfig", "RequestOutput", "SamplingParams", "SawError", "__version__"]

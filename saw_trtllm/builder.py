@@ -1,0 +1,268 @@
+"""From a checkpoint to an engine folder."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from pydantic import BaseModel, Field, ValidationError
+
+from saw_trtllm import __version__
+from saw_trtllm.checkpoint import Checkpoint, SafetensorsWriter, cast, copy_tokenizer_files
+from saw_trtllm.config import MODELS, DTypeName, first_error
+from saw_trtllm.engine import BackendName, BuildConfig, EngineConfig, PluginConfig, SawSection, engine_file
+from saw_trtllm.errors import BackendUnavailableError, ConfigError
+from saw_trtllm.fold import fold_v_rotation
+from saw_trtllm.format import TOKENS_PER_BLOCK, KVFormat, KvName
+from saw_trtllm.runtime.tokenizer import Tokenizer
+
+Switch = Literal["enable", "disable"]
+
+
+class BuildOptions(BaseModel):
+    """``saw-build``'s flags: each field is one, its description the help."""
+
+    model: Literal[MODELS] | None = Field(  # type: ignore[valid-type]
+        None, description="model family; by default the checkpoint's, and an error if it is another one"
+    )
+    kv: KvName = Field(
+        "saw_int4",
+        description="KV cache: saw_int4 (4 bits, rotated), int4 (4 bits, not rotated), fp16 (the engine's own dtype)",
+    )
+    checkpoint_dir: Path | None = Field(None, description="TensorRT-LLM checkpoint folder")
+    model_dir: Path | None = Field(None, description="Hugging Face model folder, instead of --checkpoint_dir")
+    output_dir: Path = Field(Path("engine_outputs"), description="folder to write the engine to")
+    backend: Literal["auto", "tensorrt_llm", "tensorrt", "reference"] = Field(
+        "auto", description="what runs the engine; auto takes the best that this machine has, and says why"
+    )
+    hadamard_order: int | None = Field(
+        None,
+        description="order of the rotation's blocks: a power of two from 16 that divides head_dim; "
+        "by default the largest",
+    )
+    rotate_v: Switch | None = Field(
+        None, description="rotate V too, folded into the weights; by default enable for saw_int4"
+    )
+    range_factor: float = Field(1.0, description="share of each row's range that the 16 codes span; 1 is min-max")
+    dtype: Literal["auto"] | DTypeName = Field(
+        "auto", description="dtype of weights and activations; auto keeps the model's"
+    )
+    max_batch_size: int = Field(2048, description="sequences in a step")
+    max_input_len: int | None = Field(None, description="tokens of a prompt; by default max_seq_len - 1")
+    max_seq_len: int | None = Field(
+        None, description="tokens of a sequence, prompt and text; by default the model's max_position_embeddings"
+    )
+    max_num_tokens: int = Field(8192, description="tokens in a step, padding removed")
+    max_beam_width: int = Field(1, description="beams; a 4-bit cache has 1")
+    tokens_per_block: int = Field(32, description=f"tokens of a KV block: {', '.join(map(str, TOKENS_PER_BLOCK))}")
+    gather_context_logits: bool = Field(False, description="keep the logits of all prompt tokens")
+    gather_generation_logits: bool = Field(False, description="keep the logits of all generated tokens")
+    gather_all_token_logits: bool = Field(False, description="both of the above")
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """All that a build will do, worked out from flags and headers alone.
+
+    Attributes
+    ----------
+    checkpoint : Checkpoint
+    output_dir : Path
+    config : EngineConfig
+    backend_reason : str
+        Why this backend.
+    """
+
+    checkpoint: Checkpoint
+    output_dir: Path
+    config: EngineConfig
+    backend_reason: str
+
+    @property
+    def num_steps(self) -> int:
+        """Times that a build reports progress."""
+        return len(self.engine_shapes)
+
+    @property
+    def engine_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensors of the engine; a tied ``lm_head`` is the embedding."""
+        tied = self.config.pretrained_config.share_embedding_table
+        names = [n for n in self.checkpoint.names() if not (tied and n == "lm_head.weight")]
+        return {name: self.checkpoint.shape(name) for name in names}
+
+    def bytes_per_token(self, kv: str | None = None) -> int:
+        """KV bytes of a token over all layers, in the plan's format or in another."""
+        model, fmt = self.config.pretrained_config, self.config.kv_format
+        if kv is not None:
+            fmt = KVFormat(kv, fmt.head_dim, fmt.dtype)
+        return fmt.bytes_per_token(model.num_hidden_layers, model.num_key_value_heads)
+
+
+def choose_backend(asked: str) -> tuple[BackendName, str]:
+    """Settle on a backend.
+
+    Returns
+    -------
+    tuple of (str, str)
+        The backend, and why.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If the one asked for is not to be had.
+    """
+    if asked in ("tensorrt_llm", "tensorrt"):
+        raise BackendUnavailableError(
+            f"the backend {asked} is not part of saw_trtllm {__version__}: use --backend reference, which runs on any CPU"
+        )
+    if importlib.util.find_spec("torch") is None:
+        raise BackendUnavailableError(
+            "the reference backend needs PyTorch, which is not installed: pip install 'saw-trtllm[reference]'"
+        )
+    if asked == "reference":
+        return "reference", "asked for"
+    return "reference", f"the TensorRT backends are not part of saw_trtllm {__version__}"
+
+
+def plan_build(options: BuildOptions) -> BuildPlan:
+    """Check the flags against the checkpoint, without reading weights or writing.
+
+    Raises
+    ------
+    SawError
+        In one sentence, the first thing that does not fit.
+    """
+    backend, reason = choose_backend(options.backend)
+    checkpoint = _open_checkpoint(options)
+    model = checkpoint.config.model_copy(deep=True)
+    if options.dtype != "auto":
+        model.dtype = options.dtype
+    kv_format = KVFormat(
+        options.kv,
+        model.head_size,
+        model.dtype,
+        options.hadamard_order,
+        None if options.rotate_v is None else options.rotate_v == "enable",
+        options.range_factor,
+    )
+    # The engine is whole again, whatever ranks the checkpoint was split over.
+    model.mapping = type(model.mapping)()
+    config = EngineConfig(
+        version=__version__,
+        pretrained_config=model,
+        build_config=_build_config(options, model.max_position_embeddings),
+        saw_int4=SawSection.of(kv_format, backend, __version__),
+    )
+    _check_tokenizer(checkpoint)
+    return BuildPlan(checkpoint, options.output_dir, config, reason)
+
+
+def build(plan: BuildPlan, progress: Callable[[str], None] | None = None) -> int:
+    """Write the engine folder of a plan.
+
+    The config comes last, so that an interrupted build does not pass for an engine.
+
+    Parameters
+    ----------
+    plan : BuildPlan
+    progress : callable, optional
+        Called with the name of each tensor that has been written.
+
+    Returns
+    -------
+    int
+        Bytes of the engine file.
+
+    Raises
+    ------
+    ConfigError
+        If the folder cannot be written.
+    CheckpointError
+        If a weight cannot be read, or is too large for the engine's dtype.
+    """
+    model, folder = plan.config.pretrained_config, plan.output_dir
+    path = folder / engine_file()
+    part = path.with_suffix(".part")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.resolve() == plan.checkpoint.folder.resolve():
+            raise ConfigError(f"{folder} is the folder that the model is read from: choose another --output_dir")
+        try:
+            with SafetensorsWriter(part, plan.engine_shapes, model.dtype) as writer:
+                for name in plan.engine_shapes:
+                    # Folded before it is cast, so that a 16-bit weight is rounded once.
+                    tensor = fold_v_rotation(name, plan.checkpoint.load(name), model, plan.config.kv_format)
+                    writer.write(name, cast(tensor, model.dtype, name, plan.checkpoint.folder))
+                    if progress is not None:
+                        progress(name)
+            (folder / "config.json").unlink(missing_ok=True)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        copy_tokenizer_files(plan.checkpoint.folder, folder)
+        plan.config.save(folder)
+        return path.stat().st_size
+    except OSError as e:
+        raise ConfigError(
+            f"{folder} cannot be written ({e.strerror or e}): choose another --output_dir or make room"
+        ) from e
+
+
+def tokens_that_fit(plan: BuildPlan, kv: str | None = None, fraction: float = 0.9) -> int:
+    """Tokens of KV cache that the memory at hand holds beside the weights, as the runtime will have it."""
+    # The reference keeps its weights in fp32.
+    weights = plan.checkpoint.nbytes("float32")
+    free = max(0, psutil.virtual_memory().available - weights)
+    return int(fraction * free) // plan.bytes_per_token(kv)
+
+
+def _open_checkpoint(options: BuildOptions) -> Checkpoint:
+    if (options.checkpoint_dir is None) == (options.model_dir is None):
+        given = "neither" if options.model_dir is None else "both"
+        raise ConfigError(f"{given} of --checkpoint_dir and --model_dir was given: give one of them")
+    checkpoint = Checkpoint.open(options.checkpoint_dir or options.model_dir)
+    found = checkpoint.config.model
+    if options.model not in (None, found):
+        raise ConfigError(
+            f"--model {options.model} was given and {checkpoint.folder} holds a {found} model: give --model {found}"
+        )
+    return checkpoint
+
+
+def _build_config(options: BuildOptions, max_positions: int) -> BuildConfig:
+    max_seq_len = options.max_seq_len or max_positions
+    if max_seq_len > max_positions:
+        raise ConfigError(
+            f"max_seq_len {max_seq_len} is beyond the model's max_position_embeddings {max_positions}: lower it, or give "
+            f"the checkpoint a RoPE scaling that reaches so far"
+        )
+    if options.max_beam_width != 1:
+        raise ConfigError(f"max_beam_width {options.max_beam_width} is not supported: give --max_beam_width 1")
+    both = options.gather_all_token_logits
+    try:
+        return BuildConfig(
+            max_batch_size=options.max_batch_size,
+            max_input_len=options.max_input_len or max_seq_len - 1,
+            max_seq_len=max_seq_len,
+            max_num_tokens=options.max_num_tokens,
+            gather_context_logits=options.gather_context_logits or both,
+            gather_generation_logits=options.gather_generation_logits or both,
+            plugin_config=PluginConfig(tokens_per_block=options.tokens_per_block),
+        )
+    except ValidationError as e:
+        raise ConfigError(first_error(e)) from e
+
+
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    """A tokenizer that does not fit its model would only show in the first answers."""
+    if not (checkpoint.folder / "tokenizer.json").is_file():
+        return
+    size, vocab = Tokenizer.load(checkpoint.folder).vocab_size, checkpoint.config.vocab_size
+    if size > vocab:
+        raise ConfigError(
+            f"{checkpoint.folder / 'tokenizer.json'} has {size} tokens and the model {vocab}: give the model its own tokenizer"
+        )

@@ -1,0 +1,80 @@
+"""``saw-build``: compile a checkpoint to an engine with a 4-bit KV cache."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+
+from tqdm import tqdm
+
+from saw_trtllm.builder import BuildOptions, BuildPlan, build, plan_build, tokens_that_fit
+from saw_trtllm.cli.common import add_fields, add_log_level, format_bytes, parse_fields, print_table, run, set_log_level
+
+_EXAMPLES = """\
+examples:
+  saw-build --model llama --kv saw_int4 --checkpoint_dir ckpt --output_dir engine
+  saw-build --model_dir Llama-3.1-8B-Instruct --kv saw_int4 --max_seq_len 16384 --dry_run
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="saw-build", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_fields(parser, BuildOptions)
+    parser.add_argument("--dry_run", action="store_true", help="print the plan and write nothing")
+    add_log_level(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; see ``saw-build --help``."""
+    args = make_parser().parse_args(argv)
+    set_log_level(args.log_level)
+    return run(lambda: _build(parse_fields(args, BuildOptions), args.dry_run))
+
+
+def _build(options: BuildOptions, dry_run: bool) -> None:
+    start = time.monotonic()
+    plan = plan_build(options)
+    if dry_run:
+        print_table(describe(plan))
+        print(f"dry run: nothing was written to {plan.output_dir}")
+        return
+    with tqdm(total=plan.num_steps, desc="saw-build", unit="tensor", disable=not sys.stderr.isatty()) as bar:
+        engine_bytes = build(plan, lambda _: bar.update())
+    rows = describe(plan)
+    rows["engine"] = f"{format_bytes(engine_bytes)} in {plan.output_dir}"
+    rows["wall time"] = f"{time.monotonic() - start:.1f} s"
+    rows["next"] = shlex.join(
+        ["saw-run", "--engine_dir", str(plan.output_dir), "--input_text", "Hello", "--max_output_len", "64"]
+    )
+    print_table(rows)
+
+
+def describe(plan: BuildPlan) -> dict[str, str]:
+    """What a build gives, line by line."""
+    model, limits, kv_format = plan.config.pretrained_config, plan.config.build_config, plan.config.kv_format
+    if kv_format.kv == "saw_int4":
+        rotated = "K and V" if kv_format.rotate_v else "K"
+        detail = f", {rotated} rotated by Hadamard blocks of {kv_format.hadamard_order}"
+    else:
+        detail = ""
+    fp16, ours = plan.bytes_per_token("fp16"), plan.bytes_per_token()
+    rows = {
+        "model": f"{model.model}: {model.num_hidden_layers} layers, {model.num_attention_heads} query and "
+        f"{model.num_key_value_heads} KV heads of {model.head_size}, vocabulary {model.vocab_size}, {model.dtype}",
+        "backend": f"{plan.config.saw_int4.backend} ({plan.backend_reason})",
+        "limits": f"max_batch_size {limits.max_batch_size}, max_input_len {limits.max_input_len}, max_seq_len "
+        f"{limits.max_seq_len}, max_num_tokens {limits.max_num_tokens}, tokens_per_block {limits.tokens_per_block}",
+        "KV cache": f"{kv_format.kv}, rows of {kv_format.row_bytes} bytes{detail}",
+        "weights": format_bytes(plan.checkpoint.nbytes(model.dtype)),
+        "KV per token": f"{ours:,} bytes"
+        + (f", {fp16:,} in {model.dtype}: {fp16 / ours:.2f}x" if ours != fp16 else ""),
+        "tokens that fit": f"{tokens_that_fit(plan):,}"
+        + (f", {tokens_that_fit(plan, 'fp16'):,} in {model.dtype}" if ours != fp16 else ""),
+    }
+    return rows

@@ -1,0 +1,92 @@
+"""What the commands share: flags from a model's fields, logging, tables, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from saw_trtllm.config import first_error
+from saw_trtllm.errors import ConfigError, SawError
+
+LOG_LEVELS = ("internal_error", "error", "warning", "info", "verbose", "debug")
+_PYTHON_LEVELS = {"internal_error": "critical", "verbose": "debug"}
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def add_log_level(parser: argparse.ArgumentParser, default: str = "warning") -> None:
+    """Add ``--log_level`` with TensorRT-LLM's level names."""
+    parser.add_argument("--log_level", choices=LOG_LEVELS, default=default, help="what to log to stderr")
+
+
+def set_log_level(name: str) -> None:
+    """Log to stderr at one of TensorRT-LLM's level names."""
+    level = _PYTHON_LEVELS.get(name, name).upper()
+    logging.basicConfig(level=level, format="[%(levelname)s] %(message)s", stream=sys.stderr, force=True)
+
+
+def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
+    """Add a flag for each field of a pydantic model, with its type, choices, default and description."""
+    for name, field in model.model_fields.items():
+        kind, choices = _kind(field.annotation)
+        if kind is bool:
+            parser.add_argument(f"--{name}", action="store_true", help=field.description)
+            continue
+        default = field.default
+        shown = "" if default is None else f" (default: {default})"
+        metavar = None if choices else name.rsplit("_", 1)[-1].upper() if kind is Path else "N" if kind is int else None
+        text = f"{field.description}{shown}".replace("%", "%%")
+        parser.add_argument(f"--{name}", type=kind, choices=choices, default=default, metavar=metavar, help=text)
+
+
+def parse_fields(args: argparse.Namespace, model: type[M]) -> M:
+    """The flags of :func:`add_fields` as the model."""
+    try:
+        return model(**{name: getattr(args, name) for name in model.model_fields})
+    except ValidationError as e:
+        raise ConfigError(first_error(e)) from e
+
+
+def print_table(rows: dict[str, Any]) -> None:
+    """Print results as aligned lines of name and value."""
+    width = max(map(len, rows)) + 2
+    for name, value in rows.items():
+        print(f"{name:<{width}}{value}")
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in the largest unit that leaves a number above 1."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def run(command: Callable[[], int | None]) -> int:
+    """Run a command's body: 0 when it is well, 2 with one sentence on stderr for a user's mistake, 130 on Ctrl-C."""
+    try:
+        return command() or 0
+    except SawError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _kind(annotation: Any) -> tuple[type, list[str] | None]:
+    """A field's Python type and its choices, looking through Optional and Literal."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        parts = [_kind(a) for a in get_args(annotation) if a is not type(None)]
+        choices = [c for _, cs in parts for c in cs or ()]
+        return parts[0][0], choices or None
+    if get_origin(annotation) is Literal:
+        return str, list(get_args(annotation))
+    return annotation, None

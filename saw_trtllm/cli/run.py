@@ -1,0 +1,122 @@
+"""``saw-run``: answer prompts with an engine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from saw_trtllm.cli.common import add_log_level, run, set_log_level
+from saw_trtllm.errors import RequestError
+from saw_trtllm.runtime.llm import LLM, KvCacheConfig
+from saw_trtllm.runtime.outputs import RequestOutput
+from saw_trtllm.runtime.sampling_params import SamplingParams
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="saw-run", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    unset = argparse.SUPPRESS
+    parser.add_argument(
+        "--engine_dir", type=Path, required=True, metavar="DIR", default=unset, help="what saw-build wrote"
+    )
+    parser.add_argument("--tokenizer_dir", type=Path, metavar="DIR", default=unset, help="by default the engine folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input_text", nargs="+", metavar="TEXT", default=unset, help="prompts, each an argument")
+    source.add_argument(
+        "--input_file", type=Path, metavar="FILE", default=unset, help="prompts, each a line; - is stdin"
+    )
+    parser.add_argument("--max_output_len", type=int, default=64, metavar="N", help="tokens to generate at most")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", default=unset, help="by default the likeliest token is taken"
+    )
+    parser.add_argument("--top_k", type=int, metavar="K", default=unset, help="choose among so many")
+    parser.add_argument(
+        "--top_p", type=float, metavar="P", default=unset, help="choose among this share of the probability"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", default=unset, help="seed of the choice")
+    parser.add_argument("--stop_words", nargs="+", metavar="TEXT", default=unset, help="strings that end the text")
+    parser.add_argument("--min_tokens", type=int, default=0, metavar="N", help="tokens before the text may end")
+    parser.add_argument(
+        "--repetition_penalty", type=float, default=1.0, metavar="F", help="above 1 discourages repetition"
+    )
+    parser.add_argument("--kv_cache_max_tokens", type=int, metavar="N", default=unset, help="tokens of the KV cache")
+    parser.add_argument(
+        "--kv_cache_free_gpu_memory_fraction", type=float, default=0.9, metavar="F", help="its share of the free memory"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    add_log_level(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; see ``saw-run --help``."""
+    args = make_parser().parse_args(argv)
+    set_log_level(args.log_level)
+    return run(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
+    given = vars(args)
+    params = SamplingParams(
+        max_tokens=args.max_output_len,
+        min_tokens=args.min_tokens,
+        temperature=given.get("temperature"),
+        top_k=given.get("top_k"),
+        top_p=given.get("top_p"),
+        seed=given.get("seed"),
+        stop=given.get("stop_words"),
+        repetition_penalty=args.repetition_penalty,
+    )
+    prompts = given.get("input_text") or _read_prompts(args.input_file)
+    cache = KvCacheConfig(given.get("kv_cache_max_tokens"), args.kv_cache_free_gpu_memory_fraction)
+    with LLM(args.engine_dir, given.get("tokenizer_dir"), cache) as llm:
+        start = time.monotonic()
+        if len(prompts) == 1 and not args.json:
+            _stream(llm, prompts[0], params)
+            return
+        outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
+        seconds = time.monotonic() - start
+    for output in outputs:
+        print(_as_json(output, seconds) if args.json else f"{output.prompt}{output.outputs[0].text}\n")
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        prompts = data.decode("utf-8").splitlines()
+    except OSError as e:
+        raise RequestError(f"{path} cannot be read ({e.strerror}): give a file of prompts, one a line") from e
+    except UnicodeDecodeError as e:
+        raise RequestError(f"{path} is not valid UTF-8 at byte {e.start}: save it as UTF-8") from e
+    if not prompts:
+        raise RequestError(f"{path} holds no prompt: write one a line")
+    return prompts
+
+
+def _stream(llm: LLM, prompt: str, params: SamplingParams) -> None:
+    result = llm.generate_async(prompt, params, streaming=True)
+    print(prompt, end="", flush=True)
+    for output in result:
+        print(output.outputs[0].text_diff, end="", flush=True)
+    print()
+
+
+def _as_json(output: RequestOutput, seconds: float) -> str:
+    completion = output.outputs[0]
+    return json.dumps(
+        {
+            "prompt": output.prompt,
+            "text": completion.text,
+            "token_ids": completion.token_ids,
+            "num_input_tokens": len(output.prompt_token_ids),
+            "num_output_tokens": len(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+            "batch_seconds": round(seconds, 3),
+        },
+        ensure_ascii=False,
+    )

@@ -1,0 +1,170 @@
+"""An engine folder: ``config.json`` and ``rank{N}.engine``, as TensorRT-LLM lays it out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from saw_trtllm.config import ModelConfig, first_error, read_json
+from saw_trtllm.errors import ConfigError, EngineError
+from saw_trtllm.format import FORMAT_VERSION, TOKENS_PER_BLOCK, KVFormat
+
+CONFIG_FILE = "config.json"
+
+BackendName = Literal["tensorrt_llm", "tensorrt", "reference"]
+
+
+def engine_file(rank: int = 0) -> str:
+    """Name of a rank's engine."""
+    return f"rank{rank}.engine"
+
+
+class PluginConfig(BaseModel):
+    """TensorRT-LLM's plugin switches: those that its executor reads, with the values that a SAW engine has."""
+
+    model_config = ConfigDict(extra="allow")
+
+    gpt_attention_plugin: str = "auto"
+    remove_input_padding: bool = True
+    paged_kv_cache: bool = True
+    tokens_per_block: int = 32
+    context_fmha: bool = True
+    use_paged_context_fmha: bool = True
+    lora_plugin: str | None = None
+
+
+class BuildConfig(BaseModel):
+    """An engine's limits, in ``trtllm-build``'s words and with its defaults where it has any."""
+
+    model_config = ConfigDict(extra="allow")
+
+    max_batch_size: int = Field(2048, gt=0)
+    max_beam_width: Literal[1] = 1
+    max_input_len: int = Field(gt=0)
+    max_seq_len: int = Field(gt=1)
+    max_num_tokens: int = Field(8192, gt=0)
+    kv_cache_type: Literal["paged"] = "paged"
+    gather_context_logits: bool = False
+    gather_generation_logits: bool = False
+    speculative_decoding_mode: int = 1  # none
+    lora_config: dict[str, Any] = Field(default_factory=dict)
+    plugin_config: PluginConfig = Field(default_factory=PluginConfig)
+
+    @model_validator(mode="after")
+    def _check(self) -> BuildConfig:
+        if self.max_input_len >= self.max_seq_len:
+            raise ValueError(
+                f"max_input_len {self.max_input_len} leaves no token to generate within max_seq_len "
+                f"{self.max_seq_len}: lower the one or raise the other"
+            )
+        if self.tokens_per_block not in TOKENS_PER_BLOCK:
+            valid = ", ".join(map(str, TOKENS_PER_BLOCK))
+            raise ValueError(f"tokens_per_block {self.tokens_per_block} is not supported: choose one of {valid}")
+        if self.max_num_tokens < self.max_batch_size + self.tokens_per_block:
+            raise ValueError(
+                f"max_num_tokens {self.max_num_tokens} cannot hold a token of each of max_batch_size "
+                f"{self.max_batch_size} sequences and a block of {self.tokens_per_block} tokens of a prompt: make it "
+                f"at least {self.max_batch_size + self.tokens_per_block}, or lower max_batch_size"
+            )
+        return self
+
+    @property
+    def tokens_per_block(self) -> int:
+        """Tokens of a KV block."""
+        return self.plugin_config.tokens_per_block
+
+
+class SawSection(BaseModel):
+    """What a runtime must know of a SAW engine, and match.
+
+    The versions that a TensorRT engine depends on are None in one that does not.
+    """
+
+    format_version: int = FORMAT_VERSION
+    package_version: str
+    backend: BackendName
+    kv: str
+    head_dim: int
+    hadamard_order: int
+    rotate_v: bool
+    range_factor: float
+    row_bytes: int
+    plugin_version: str | None = None
+    tensorrt_version: str | None = None
+    compute_capability: str | None = None
+
+    @classmethod
+    def of(cls, kv_format: KVFormat, backend: BackendName, package_version: str) -> SawSection:
+        """Record a format."""
+        return cls(
+            package_version=package_version,
+            backend=backend,
+            kv=kv_format.kv,
+            head_dim=kv_format.head_dim,
+            hadamard_order=kv_format.hadamard_order,
+            rotate_v=kv_format.rotate_v,
+            range_factor=kv_format.range_factor,
+            row_bytes=kv_format.row_bytes,
+        )
+
+    def kv_format(self, dtype: str) -> KVFormat:
+        """The format that was recorded; ``dtype`` is the engine's."""
+        return KVFormat(self.kv, self.head_dim, dtype, self.hadamard_order, self.rotate_v, self.range_factor)
+
+
+class EngineConfig(BaseModel):
+    """An engine's ``config.json``."""
+
+    version: str
+    pretrained_config: ModelConfig
+    build_config: BuildConfig
+    saw_int4: SawSection
+
+    @classmethod
+    def load(cls, folder: Path | str) -> EngineConfig:
+        """Read and check ``folder/config.json``.
+
+        Raises
+        ------
+        EngineError
+            If there is no engine, it is not one of ours, or its cache format is another version's.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise EngineError(f"{folder} is not a folder: give the --output_dir of saw-build")
+        raw = read_json(folder / CONFIG_FILE, EngineError)
+        section = raw.get("saw_int4")
+        if not isinstance(section, dict):
+            raise EngineError(f"{folder} holds no engine of saw-build: its {CONFIG_FILE} has no section saw_int4")
+        version = section.get("format_version")
+        if version != FORMAT_VERSION:
+            raise EngineError(
+                f"the engine in {folder} has KV-cache format version {version} and this runtime reads version "
+                f"{FORMAT_VERSION}: build the engine anew with saw-build"
+            )
+        try:
+            config = cls.model_validate(raw)
+            fmt = config.kv_format
+        except ValidationError as e:
+            raise EngineError(f"{folder / CONFIG_FILE} is damaged: {first_error(e)}") from e
+        except ConfigError as e:
+            raise EngineError(f"{folder / CONFIG_FILE} is damaged: {e}") from e
+        if fmt.row_bytes != config.saw_int4.row_bytes:
+            raise EngineError(
+                f"{folder / CONFIG_FILE} is damaged: it names rows of {config.saw_int4.row_bytes} bytes where its "
+                f"format has {fmt.row_bytes}"
+            )
+        return config
+
+    def save(self, folder: Path) -> None:
+        """Write ``folder/config.json``."""
+        text = json.dumps(self.model_dump(mode="json"), indent=2)
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @property
+    def kv_format(self) -> KVFormat:
+        """How the engine's cache is stored."""
+        return self.saw_int4.kv_format(self.pretrained_config.dtype)

@@ -1,0 +1,48 @@
+"""What saw_trtllm raises when the input is at fault.
+
+Every message is one sentence that says what was given, what is needed and what to do. The commands print it and exit
+with code 2, and the Triton models answer with it under the error code that each class names.
+"""
+
+
+class SawError(Exception):
+    """Base of all errors that a user can put right."""
+
+    #: Name of the code in Triton's ``TritonError`` that a server answers with.
+    triton_code = "INTERNAL"
+
+
+class ConfigError(SawError, ValueError):
+    """A flag, a build option or a combination of them that cannot work."""
+
+    triton_code = "INVALID_ARG"
+
+
+class CheckpointError(SawError):
+    """A checkpoint that is missing, damaged or of an unsupported model."""
+
+    triton_code = "INVALID_ARG"
+
+
+class EngineError(SawError):
+    """An engine folder that this version, backend or machine cannot run."""
+
+    triton_code = "UNAVAILABLE"
+
+
+class RequestError(SawError, ValueError):
+    """A request that the engine cannot serve: its prompt or its sampling parameters."""
+
+    triton_code = "INVALID_ARG"
+
+
+class BackendUnavailableError(SawError):
+    """A backend that this machine, or this version, does not have."""
+
+    triton_code = "UNAVAILABLE"
+
+
+class ShutdownError(SawError):
+    """A request that came when the runtime was already shut down."""
+
+    triton_code = "UNAVAILABLE"

@@ -1,0 +1,182 @@
+"""The KV-cache format ``saw_int4`` v1 and its siblings: what a row is, and how rows lie in the pool.
+
+Per token and KV head, K and V each, one **row**::
+
+    byte   0 .. head_dim/2 - 1     codes: byte b holds dim 2b in its low nibble and dim 2b+1 in its high one
+    byte   head_dim/2 .. +1        scale, fp16
+    byte   head_dim/2 + 2 .. +3    lo, fp16
+
+K is stored after RoPE, V as projected, both times the block-diagonal Hadamard matrix B of order ``hadamard_order``.
+With ``y`` such a rotated row and γ the writer's range factor::
+
+    mid = (max y + min y) / 2      half = γ (max y - min y) / 2
+    lo = fp16(mid - half)          scale = fp16(max(2 half, EPS) / 15)
+    code = clamp(rint((y - lo) / scale), 0, 15)                  ŷ = code · scale + lo
+
+``code`` comes from the *rounded* scale and lo. The codes keep the order of the dims: a tensor-core fragment takes any
+order of the reduction index as long as both operands agree, so the kernels permute Q in registers, not the cache.
+
+A pool is ``uint8 [num_blocks, num_layers, 2 (K, V), num_kv_heads, tokens_per_block, row_bytes]``. Rows are whole, token
+by token, so whole blocks and the first n rows of a block can be moved as bytes by code that knows nothing of them.
+
+The format ``int4`` is the same without the rotation (order 1); ``fp16`` stores rows of the engine's dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from saw_trtllm.errors import ConfigError
+
+FORMAT_VERSION = 1
+
+KvName = Literal["fp16", "int4", "saw_int4"]
+KV_NAMES: tuple[str, ...] = get_args(KvName)
+HEAD_DIMS = (64, 96, 128, 256)
+MIN_HADAMARD_ORDER = 16
+TOKENS_PER_BLOCK = (16, 32, 64, 128)
+
+CODE_MAX = 15
+#: Smallest range of a row. It makes the scale of a constant row fp16's smallest number instead of 0.
+EPS = CODE_MAX * 2.0**-24
+#: Bytes of scale and lo behind the codes.
+ROW_TAIL_BYTES = 4
+
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """How an engine's KV cache is stored.
+
+    Parameters
+    ----------
+    kv : {"fp16", "int4", "saw_int4"}
+        ``fp16`` stores rows of ``dtype``, the engine's own type, whatever its name.
+    head_dim : int
+        One of 64, 96, 128, 256.
+    dtype : str
+        The engine's dtype: the row type of ``fp16``.
+    hadamard_order : int, optional
+        Order h of the rotation's blocks: a power of two from 16 that divides ``head_dim``. Default for ``saw_int4``:
+        the largest. 1, no rotation, for ``int4`` and ``fp16``.
+    rotate_v : bool, optional
+        Whether V is rotated too. Default: true for ``saw_int4``.
+    range_factor : float
+        γ of the writer, in (0, 1]. A reader never sees it.
+
+    Raises
+    ------
+    ConfigError
+        If a value is outside of what the format allows.
+    """
+
+    kv: str
+    head_dim: int
+    dtype: str = "float16"
+    hadamard_order: int | None = None
+    rotate_v: bool | None = None
+    range_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kv not in KV_NAMES:
+            raise ConfigError(f"kv {self.kv!r} is unknown: choose one of {', '.join(KV_NAMES)}")
+        if self.dtype not in DTYPE_BYTES:
+            raise ConfigError(f"dtype {self.dtype!r} is unknown: choose one of {', '.join(DTYPE_BYTES)}")
+        if self.head_dim not in HEAD_DIMS:
+            raise ConfigError(
+                f"head_dim {self.head_dim} is not supported: this version's caches hold heads of "
+                f"{', '.join(map(str, HEAD_DIMS))}"
+            )
+        if not 0.0 < self.range_factor <= 1.0:
+            raise ConfigError(f"range_factor is {self.range_factor}: it must be above 0 and at most 1")
+        if self.kv == "saw_int4":
+            order = self.hadamard_order or default_hadamard_order(self.head_dim)
+            if order < MIN_HADAMARD_ORDER or order & (order - 1) or self.head_dim % order:
+                valid = ", ".join(map(str, hadamard_orders(self.head_dim)))
+                raise ConfigError(
+                    f"hadamard_order {order} does not fit head_dim {self.head_dim}: choose one of {valid}"
+                )
+            object.__setattr__(self, "hadamard_order", order)
+            object.__setattr__(self, "rotate_v", True if self.rotate_v is None else self.rotate_v)
+        else:
+            if self.hadamard_order not in (None, 1) or self.rotate_v:
+                raise ConfigError(f"kv {self.kv} has no rotation: hadamard_order and rotate_v belong to --kv saw_int4")
+            object.__setattr__(self, "hadamard_order", 1)
+            object.__setattr__(self, "rotate_v", False)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether rows are 4-bit codes with a scale and a lo."""
+        return self.kv != "fp16"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row: one token, one KV head, K or V."""
+        if self.quantized:
+            return self.head_dim // 2 + ROW_TAIL_BYTES
+        return self.head_dim * DTYPE_BYTES[self.dtype]
+
+    def bytes_per_token(self, num_layers: int, num_kv_heads: int) -> int:
+        """Bytes that one token takes in a pool of all layers."""
+        return num_layers * 2 * num_kv_heads * self.row_bytes
+
+    def pool_shape(self, num_blocks: int, num_layers: int, num_kv_heads: int, tokens_per_block: int) -> tuple[int, ...]:
+        """Shape of the ``uint8`` pool."""
+        return (num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, self.row_bytes)
+
+
+def hadamard_orders(head_dim: int) -> list[int]:
+    """The orders that a head_dim allows, ascending: powers of two from 16 that divide it."""
+    return [o for o in (16, 32, 64, 128, 256) if head_dim % o == 0]
+
+
+def default_hadamard_order(head_dim: int) -> int:
+    """The largest order: head_dim itself for 64, 128, 256; 32 for 96."""
+    return hadamard_orders(head_dim)[-1]
+
+
+def hadamard(order: int) -> np.ndarray:
+    """Sylvester's Hadamard matrix over sqrt(order): symmetric and orthonormal.
+
+    Parameters
+    ----------
+    order : int
+        A power of two.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32 ``[order, order]``.
+    """
+    index = np.arange(order)
+    bits = index[:, None] & index[None, :]
+    parity = np.zeros_like(bits)
+    while bits.any():
+        parity ^= bits & 1
+        bits >>= 1
+    return ((1 - 2 * parity) / np.sqrt(order)).astype(np.float32)
+
+
+def rotate(x: np.ndarray, order: int) -> np.ndarray:
+    """``x · B`` over the last axis, B block-diagonal with Hadamard blocks of ``order``, in fp32.
+
+    Parameters
+    ----------
+    x : numpy.ndarray
+        ``[..., n]`` with n a multiple of ``order``.
+    order : int
+        Order of the blocks; 1 leaves x as it is.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32 ``[..., n]``.
+    """
+    x = np.asarray(x, dtype=np.float32)
+    if order == 1:
+        return x
+    return (x.reshape(*x.shape[:-1], -1, order) @ hadamard(order)).reshape(x.shape)

@@ -1,0 +1,139 @@
+"""The paged pool and where a step's tokens lie in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from saw_trtllm.format import KVFormat
+from saw_trtllm.reference.int4 import decode_rows, encode_rows
+from saw_trtllm.runtime.step import PREFILL, SECONDARY_POOL_BIT, StepInputs
+
+K, V = 0, 1
+
+
+class PagedPool:
+    """``uint8 [num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, row_bytes]`` and its format.
+
+    Parameters
+    ----------
+    kv_format : KVFormat
+        What a row is.
+    num_blocks, num_layers, num_kv_heads, tokens_per_block : int
+        The pool's shape.
+    """
+
+    def __init__(
+        self, kv_format: KVFormat, num_blocks: int, num_layers: int, num_kv_heads: int, tokens_per_block: int
+    ) -> None:
+        self.format = kv_format
+        self.tokens_per_block = tokens_per_block
+        self.num_layers = num_layers
+        # Not zeroed: a large pool costs memory only where it is written, and nobody may read what was not.
+        shape = kv_format.pool_shape(num_blocks, num_layers, num_kv_heads, tokens_per_block)
+        self.data = torch.empty(shape, dtype=torch.uint8)
+
+    def write(self, layer: int, which: int, blocks: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor) -> None:
+        """Encode and store rotated rows.
+
+        Parameters
+        ----------
+        layer, which : int
+            The layer, and K (0) or V (1).
+        blocks, offsets : torch.Tensor
+            int64 ``[n]``: block and row within the block of each token.
+        rows : torch.Tensor
+            float ``[n, num_kv_heads, head_dim]``.
+        """
+        self.data[blocks, layer, which, :, offsets] = encode_rows(rows, self.format)
+
+    def read(self, layer: int, which: int, blocks: torch.Tensor) -> torch.Tensor:
+        """Dequantize whole blocks.
+
+        Parameters
+        ----------
+        layer, which : int
+            The layer, and K (0) or V (1).
+        blocks : torch.Tensor
+            int64 ``[..., n]``.
+
+        Returns
+        -------
+        torch.Tensor
+            fp32 ``[..., num_kv_heads, n · tokens_per_block, head_dim]``.
+        """
+        rows = self.data[:, layer, which][blocks].transpose(-4, -3).flatten(-3, -2)
+        return decode_rows(rows, self.format)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One prefill of a step: ``tokens`` of the packed step, behind ``history`` tokens of the pool's ``blocks``."""
+
+    tokens: slice
+    history: int
+    blocks: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Indices of a step, worked out once for all layers.
+
+    Attributes
+    ----------
+    positions : torch.Tensor
+        int64 ``[num_tokens]``, for RoPE.
+    write_blocks, write_offsets : torch.Tensor
+        int64 ``[num_tokens]``: where each token's rows go.
+    prefills : list of Prefill
+    decode_tokens : slice
+        The decodes' tokens, behind the prefills'.
+    decode_lengths : torch.Tensor
+        int64 ``[num_decodes]``: KV length with the current token.
+    decode_blocks : torch.Tensor
+        int64 ``[num_decodes, n]``.
+    """
+
+    positions: torch.Tensor
+    write_blocks: torch.Tensor
+    write_offsets: torch.Tensor
+    prefills: list[Prefill]
+    decode_tokens: slice
+    decode_lengths: torch.Tensor
+    decode_blocks: torch.Tensor
+
+    @classmethod
+    def make(cls, step: StepInputs, pool: PagedPool) -> StepPlan:
+        """Resolve block offsets and lengths of ``step`` against ``pool``."""
+        tokens_per_block = pool.tokens_per_block
+        ends = torch.from_numpy(step.last_token_ids).long()
+        counts = ends.diff(prepend=ends.new_zeros(1))
+        lengths = torch.from_numpy(step.sequence_length).long()
+        offsets = torch.from_numpy(step.kv_cache_block_offsets[0, :, K]).long() & (SECONDARY_POOL_BIT - 1)
+        table = offsets // (2 * pool.num_layers)
+
+        sequence = torch.repeat_interleave(counts)
+        slots = torch.arange(len(step.input_ids)) - (ends - lengths)[sequence]
+        prefills = []
+        num_prefills = int((step.host_request_types == PREFILL).sum())
+        for i in range(num_prefills):
+            history = int(lengths[i] - counts[i])
+            used = -(-history // tokens_per_block)
+            prefills.append(Prefill(slice(int(ends[i] - counts[i]), int(ends[i])), history, table[i, :used]))
+        first_decode = int(ends[num_prefills - 1]) if num_prefills else 0
+        decode_lengths = lengths[num_prefills:]
+        longest = int(decode_lengths.max()) if len(decode_lengths) else 0
+        used = -(-longest // tokens_per_block)
+        # Entries behind a sequence's own blocks may hold anything: its last block stands in for them.
+        last = (decode_lengths - 1) // tokens_per_block
+        column = torch.minimum(torch.arange(used)[None], last[:, None])
+        return cls(
+            positions=torch.from_numpy(step.position_ids).long(),
+            write_blocks=table[sequence, slots // tokens_per_block],
+            write_offsets=slots % tokens_per_block,
+            prefills=prefills,
+            decode_tokens=slice(first_decode, int(ends[-1])),
+            decode_lengths=decode_lengths,
+            decode_blocks=table[num_prefills:].gather(1, column),
+        )

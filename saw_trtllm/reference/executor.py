@@ -1,0 +1,91 @@
+"""The runtime's executor over the reference model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+from safetensors import SafetensorError, safe_open
+
+from saw_trtllm.engine import EngineConfig, engine_file
+from saw_trtllm.errors import BackendUnavailableError, EngineError
+from saw_trtllm.runtime.executor import StepOutput
+from saw_trtllm.runtime.sampling import SamplingState, sample
+from saw_trtllm.runtime.step import StepInputs
+
+try:
+    import torch  # noqa: F401  # said here in one sentence rather than by whoever imports it first
+except ImportError as e:
+    raise BackendUnavailableError(
+        "the reference backend needs PyTorch, which is not installed: pip install 'saw-trtllm[reference]'"
+    ) from e
+
+from saw_trtllm.reference.cache import PagedPool
+from saw_trtllm.reference.model import ReferenceModel
+
+
+class ReferenceExecutor:
+    """Runs an engine of the reference backend on the CPU.
+
+    Parameters
+    ----------
+    folder : Path
+        The engine folder; its ``rank0.engine`` is a safetensors file of the weights.
+    config : EngineConfig
+    max_tokens : int, optional
+        Tokens of the pool. By default what ``memory_fraction`` of the available memory holds, and at most what
+        ``max_batch_size`` sequences of ``max_seq_len`` need.
+    memory_fraction : float
+        Share of the available host memory that the pool may take.
+
+    Raises
+    ------
+    EngineError
+        If the engine file is damaged, or the pool could not hold one sequence.
+    """
+
+    def __init__(self, folder: Path, config: EngineConfig, max_tokens: int | None, memory_fraction: float) -> None:
+        model, build = config.pretrained_config, config.build_config
+        kv_format = config.kv_format
+        path = folder / engine_file()
+        try:
+            with safe_open(path, framework="np") as weights:
+                self._model = ReferenceModel(model, weights.get_tensor, build.max_seq_len)
+        except (OSError, SafetensorError) as e:
+            raise EngineError(f"{path} cannot be read as an engine ({e}): build it anew with saw-build") from e
+        if max_tokens is None:
+            per_token = kv_format.bytes_per_token(model.num_hidden_layers, model.num_key_value_heads)
+            fitting = int(memory_fraction * psutil.virtual_memory().available) // per_token
+            max_tokens = min(fitting, build.max_batch_size * build.max_seq_len)
+        self.num_blocks = max_tokens // build.tokens_per_block
+        if self.num_blocks == 0:
+            raise EngineError(
+                f"the KV cache would hold {max_tokens} tokens and a block has {build.tokens_per_block}: give it more "
+                f"memory or tokens"
+            )
+        self.pool = PagedPool(
+            kv_format, self.num_blocks, model.num_hidden_layers, model.num_key_value_heads, build.tokens_per_block
+        )
+
+    def execute(
+        self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
+    ) -> StepOutput:
+        """Compute a step; see :class:`saw_trtllm.runtime.executor.Executor`."""
+        every = any(context_logits)
+        logits = self._model.forward(step, self.pool, all_logits=every).numpy()
+        ends = step.last_token_ids if every else np.arange(1, len(sampling) + 1)
+        starts = np.concatenate([[0], ends[:-1]])
+        tokens, logprobs, kept = [], [], []
+        for state, wants_all, start, end in zip(sampling, context_logits, starts, ends, strict=True):
+            token, logprob = (-1, 0.0) if state is None else sample(logits[end - 1], state)
+            tokens.append(token)
+            logprobs.append(logprob)
+            wants_last = state is not None and state.params.return_generation_logits
+            kept.append(logits[start:end] if wants_all else logits[end - 1 : end] if wants_last else None)
+        return StepOutput(tokens, logprobs, kept)
+
+    def shutdown(self) -> None:
+        """Release the pool and the weights."""
+        del self._model, self.pool

@@ -1,0 +1,306 @@
+"""The loop that drives an executor: schedule, execute, hand out tokens."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from saw_trtllm.errors import EngineError, ShutdownError
+from saw_trtllm.runtime.detokenizer import Detokenizer, Piece
+from saw_trtllm.runtime.executor import Executor, StepOutput
+from saw_trtllm.runtime.outputs import CompletionOutput, FinishReason, GenerationResult, RequestOutput
+from saw_trtllm.runtime.sampling import SamplingState
+from saw_trtllm.runtime.scheduler import Scheduled, Scheduler, Sequence
+from saw_trtllm.runtime.step import StepInputs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Stats:
+    """Gauges and counters of a runtime.
+
+    Attributes
+    ----------
+    num_running, num_waiting : int
+        Sequences now.
+    used_blocks, free_blocks, max_blocks, tokens_per_block : int
+        The KV cache. Free blocks may still hold prefixes for reuse.
+    requests_total, preemptions_total : int
+    prompt_tokens_total, reused_tokens_total, generated_tokens_total : int
+        Tokens of prompts, those of them found in the cache, and generated tokens.
+    ttft_seconds_sum, ttft_count : float, int
+        Time from a request's arrival to its first token.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    used_blocks: int = 0
+    free_blocks: int = 0
+    max_blocks: int = 0
+    tokens_per_block: int = 0
+    requests_total: int = 0
+    preemptions_total: int = 0
+    prompt_tokens_total: int = 0
+    reused_tokens_total: int = 0
+    generated_tokens_total: int = 0
+    ttft_seconds_sum: float = 0.0
+    ttft_count: int = 0
+
+
+class Request:
+    """A sequence, its text so far, and who waits for it.
+
+    Parameters
+    ----------
+    sequence : Sequence
+    prompt : str or None
+        The prompt's text, to be given back.
+    end_ids : set of int
+        Tokens that end the text.
+    detokenizer : Detokenizer
+    streaming : bool
+        Whether each piece is handed out, or only the whole.
+    result : GenerationResult
+    """
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        prompt: str | None,
+        end_ids: set[int],
+        detokenizer: Detokenizer,
+        streaming: bool,
+        result: GenerationResult,
+    ) -> None:
+        self.sequence = sequence
+        self.end_ids = end_ids
+        self.result = result
+        self.arrival = time.monotonic()
+        self._prompt = prompt
+        self._detokenizer = detokenizer
+        self._streaming = streaming
+        self._text = ""
+        self._logprobs: list[float] = []
+        self._context_logits: list[np.ndarray] = []
+        self._generation_logits: list[np.ndarray] = []
+        self._shown = 0
+
+    @property
+    def banned(self) -> tuple[int, ...]:
+        """Tokens that may not come next."""
+        early = len(self.sequence.generated) < self.sequence.params.min_tokens
+        return tuple(self.end_ids) if early else ()
+
+    def keep_logits(self, logits: np.ndarray, start: int, samples: bool) -> None:
+        """Collect what the request asked for from a step's logits ``[n, vocab_size]``, the first of token ``start``."""
+        params = self.sequence.params
+        if start == 0:  # anew after a preemption
+            self._context_logits.clear()
+        if params.return_context_logits and not self.sequence.generated:
+            self._context_logits.append(logits)
+        if params.return_generation_logits and samples:
+            self._generation_logits.append(logits[-1:])
+
+    def push(self, token: int, logprob: float) -> bool:
+        """Take the next token, hand out what it completes; True when the text has ended."""
+        sequence, params = self.sequence, self.sequence.params
+        sequence.generated.append(token)
+        self._logprobs.append(logprob)
+        count = len(sequence.generated)
+        may_stop = count >= params.min_tokens
+        if token in self.end_ids and may_stop:
+            default_end = token not in (params.stop_token_ids or ())
+            self._hand_out(self._detokenizer.flush(), "stop", None if default_end else token, hidden=1)
+            return True
+        piece, stop = self._detokenizer.push(token, may_stop)
+        stop = stop if stop is not None else self._stop_sequence(may_stop)
+        if stop is not None or count == params.max_tokens:
+            self._hand_out(piece or self._detokenizer.flush(), "length" if stop is None else "stop", stop)
+            return True
+        if piece is None:
+            return False
+        if self._streaming:
+            self._hand_out(piece)
+        else:
+            self._text += piece.text
+        return False
+
+    def cancel(self) -> None:
+        """End the text as it is."""
+        self._hand_out(self._detokenizer.flush(), "cancelled")
+
+    def _stop_sequence(self, may_stop: bool) -> int | None:
+        generated = self.sequence.generated
+        for run in self.sequence.params.stop_token_sequences or ():
+            if may_stop and generated[-len(run) :] == list(run):
+                return run[-1]
+        return None
+
+    def _hand_out(
+        self, piece: Piece | None, reason: FinishReason | None = None, stop: str | int | None = None, hidden: int = 0
+    ) -> None:
+        """Put a piece into the result; ``hidden`` tokens at the end, the end token, are not part of the output."""
+        sequence, params = self.sequence, self.sequence.params
+        piece = piece or Piece([], [], "")
+        self._text += piece.text
+        shown = len(sequence.generated) - hidden if reason else self._shown + len(piece.token_ids)
+        tokens = sequence.generated[:shown]
+        whole = not self._streaming
+        output = CompletionOutput(
+            text=self._text,
+            token_ids=tokens,
+            text_diff=self._text if whole else piece.text,
+            token_ids_diff=tokens if whole else tokens[self._shown :],
+            context_ids=[] if whole else piece.context_ids,
+            finish_reason=reason,
+            stop_reason=stop,
+        )
+        if params.logprobs:
+            logprobs = self._logprobs[:shown]
+            output = replace(output, logprobs=logprobs, cumulative_logprob=sum(logprobs))
+        if reason and self._generation_logits:
+            output = replace(output, generation_logits=np.concatenate(self._generation_logits)[:shown])
+        context = np.concatenate(self._context_logits) if reason and self._context_logits else None
+        self._shown = shown
+        self.result.put(
+            RequestOutput(sequence.request_id, self._prompt, sequence.prompt, [output], reason is not None, context)
+        )
+
+
+class EngineCore:
+    """A thread that runs the steps. All state of the scheduler lives in that thread.
+
+    Parameters
+    ----------
+    executor : Executor
+    scheduler : Scheduler
+    num_layers : int
+        For the block offsets.
+    """
+
+    def __init__(self, executor: Executor, scheduler: Scheduler, num_layers: int) -> None:
+        self._executor = executor
+        self._scheduler = scheduler
+        self._num_layers = num_layers
+        self._requests: dict[int, Request] = {}
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._stats = Stats()
+        self._thread = threading.Thread(target=self._run, name="saw-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request whose size the scheduler has been asked about."""
+        self._post(lambda: self._add(request))
+
+    def abort(self, request_id: int) -> None:
+        """End a request; nothing happens if it has already ended."""
+        self._post(lambda: self._cancel(request_id), quietly=True)
+
+    def stats(self) -> Stats:
+        """The gauges as they are now, and the counters."""
+        blocks = self._scheduler.blocks
+        return replace(
+            self._stats,
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting) + len(self._inbox),
+            used_blocks=blocks.num_blocks - blocks.num_free,
+            free_blocks=blocks.num_free,
+            max_blocks=blocks.num_blocks,
+            tokens_per_block=blocks.tokens_per_block,
+            preemptions_total=self._scheduler.num_preemptions,
+        )
+
+    def shutdown(self) -> None:
+        """Cancel what runs, stop the thread, release the executor."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _post(self, action: Callable[[], None], quietly: bool = False) -> None:
+        with self._changed:
+            if not self._closing:
+                self._inbox.append(action)
+                self._changed.notify()
+            elif not quietly:
+                raise ShutdownError("the runtime has been shut down: make a new LLM")
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._inbox or self._closing or self._scheduler.has_work)
+                actions, closing = list(self._inbox), self._closing
+                self._inbox.clear()
+            for action in actions:
+                action()
+            if closing:
+                break
+            if self._scheduler.has_work:
+                self._step()
+        for request_id in list(self._requests):
+            self._cancel(request_id)
+        self._executor.shutdown()
+
+    def _add(self, request: Request) -> None:
+        self._stats.requests_total += 1
+        self._stats.prompt_tokens_total += len(request.sequence.prompt)
+        self._requests[request.sequence.request_id] = request
+        self._scheduler.add(request.sequence)
+
+    def _cancel(self, request_id: int) -> None:
+        if request_id in self._requests:
+            self._drop(request_id).cancel()
+
+    def _drop(self, request_id: int) -> Request:
+        request = self._requests.pop(request_id)
+        self._scheduler.remove(request.sequence)
+        return request
+
+    def _step(self) -> None:
+        step = self._scheduler.schedule()
+        try:
+            output = self._execute(step)
+        except Exception as e:
+            # One bad step must not take the server down: its requests end with the error, the others go on.
+            logger.exception("a step of %d sequences failed", len(step))
+            for s in step:
+                request = self._drop(s.sequence.request_id)
+                request.result.put(EngineError(f"the engine failed while it computed this request: {e}"))
+            return
+        for i, s in enumerate(step):
+            self._advance(s, output, i)
+
+    def _execute(self, step: list[Scheduled]) -> StepOutput:
+        sampling: list[SamplingState | None] = []
+        for s in step:
+            request = self._requests[s.sequence.request_id]
+            state = SamplingState(s.sequence.params, s.sequence.prompt, s.sequence.generated, request.banned)
+            sampling.append(state if s.samples else None)
+        context = [s.sequence.params.return_context_logits and not s.sequence.generated for s in step]
+        return self._executor.execute(StepInputs.pack([s.inputs for s in step], self._num_layers), sampling, context)
+
+    def _advance(self, s: Scheduled, output: StepOutput, i: int) -> None:
+        request, samples = self._requests[s.sequence.request_id], s.samples
+        first_chunk = s.inputs.start == s.sequence.num_reused
+        self._scheduler.advance(s)
+        if first_chunk and not s.sequence.generated:
+            self._stats.reused_tokens_total += s.sequence.num_reused
+        if output.logits[i] is not None:
+            request.keep_logits(output.logits[i], s.inputs.start, samples)
+        if not samples:
+            return
+        if not s.sequence.generated:
+            self._stats.ttft_seconds_sum += time.monotonic() - request.arrival
+            self._stats.ttft_count += 1
+        self._stats.generated_tokens_total += 1
+        if request.push(output.token_ids[i], output.logprobs[i]):
+            self._drop(s.sequence.request_id)

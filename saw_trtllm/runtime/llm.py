@@ -1,0 +1,268 @@
+"""The Python interface, in the words of TensorRT-LLM's LLM API."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from saw_trtllm.engine import EngineConfig
+from saw_trtllm.errors import EngineError, RequestError
+from saw_trtllm.runtime.block_manager import BlockManager
+from saw_trtllm.runtime.detokenizer import Detokenizer
+from saw_trtllm.runtime.engine_core import EngineCore, Request, Stats
+from saw_trtllm.runtime.executor import Executor
+from saw_trtllm.runtime.outputs import GenerationResult, RequestOutput
+from saw_trtllm.runtime.sampling_params import SamplingParams
+from saw_trtllm.runtime.scheduler import Scheduler, Sequence
+from saw_trtllm.runtime.tokenizer import Tokenizer
+
+Prompt = str | SequenceABC[int]
+
+#: Tokens of a prefill chunk at most. Long enough to fill a GPU's matrix units, short enough that decodes beside it do
+#: not stall, and the grain in which a 4-bit cache's prefixes are reused.
+PREFILL_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class KvCacheConfig:
+    """How large the KV cache is, and whether its blocks are found again.
+
+    Parameters
+    ----------
+    max_tokens : int, optional
+        Tokens that the pool holds. By default what the memory allows, and at most what ``max_batch_size`` sequences of
+        ``max_seq_len`` need.
+    free_gpu_memory_fraction : float
+        Share of the free memory (the host's, for the reference backend) that the pool may take.
+    enable_block_reuse : bool
+        Whether prompts with the same beginning share its blocks.
+    """
+
+    max_tokens: int | None = None
+    free_gpu_memory_fraction: float = 0.9
+    enable_block_reuse: bool = True
+
+
+class LLM:
+    """A built engine, ready for prompts.
+
+    Parameters
+    ----------
+    model : path
+        The engine folder that ``saw-build`` wrote.
+    tokenizer : path or Tokenizer, optional
+        A folder with ``tokenizer.json``, or the file. By default the engine folder's own; an engine without one takes
+        and gives token ids only.
+    kv_cache_config : KvCacheConfig, optional
+    prefill_chunk : int, optional
+        Tokens of a prefill chunk: a multiple of ``tokens_per_block``. By default 512, or what ``max_num_tokens`` leaves.
+
+    Raises
+    ------
+    EngineError
+        If the folder holds no engine that this machine can run.
+    """
+
+    def __init__(
+        self,
+        model: Path | str,
+        tokenizer: Path | str | Tokenizer | None = None,
+        kv_cache_config: KvCacheConfig | None = None,
+        prefill_chunk: int | None = None,
+    ) -> None:
+        folder = Path(model)
+        self.config = EngineConfig.load(folder)
+        self.tokenizer = _load_tokenizer(folder, tokenizer)
+        build = self.config.build_config
+        kv_cache_config = kv_cache_config or KvCacheConfig()
+        chunk = _prefill_chunk(self.config, prefill_chunk)
+        exact = not self.config.kv_format.quantized
+        executor = _open_executor(folder, self.config, kv_cache_config)
+        blocks = BlockManager(
+            executor.num_blocks,
+            build.tokens_per_block,
+            kv_cache_config.enable_block_reuse,
+            reuse_multiple=build.tokens_per_block if exact else chunk,
+        )
+        self._scheduler = Scheduler(blocks, build.max_batch_size, build.max_num_tokens, chunk, exact)
+        self._core = EngineCore(executor, self._scheduler, self.config.pretrained_config.num_hidden_layers)
+        self._ids = itertools.count()
+
+    @property
+    def max_input_len(self) -> int:
+        """Tokens of the longest prompt."""
+        return self.config.build_config.max_input_len
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of the longest sequence, prompt and text."""
+        return self.config.build_config.max_seq_len
+
+    def generate(
+        self,
+        inputs: Prompt | SequenceABC[Prompt],
+        sampling_params: SamplingParams | SequenceABC[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Generate text for a prompt or a list of prompts, and wait for it.
+
+        Parameters
+        ----------
+        inputs : str, list of int, or a list of these
+            Text or token ids.
+        sampling_params : SamplingParams or list of SamplingParams, optional
+            One for all, or one each. Greedy with 32 tokens by default.
+        use_tqdm : bool
+            Show a progress bar on stderr.
+
+        Returns
+        -------
+        RequestOutput or list of RequestOutput
+            In the order of the prompts.
+
+        Raises
+        ------
+        RequestError
+            If a prompt or its parameters do not fit the engine; then nothing is generated.
+        """
+        single = isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], int))
+        prompts = [inputs] if single else list(inputs)
+        params = sampling_params if isinstance(sampling_params, SequenceABC) else [sampling_params] * len(prompts)
+        if len(params) != len(prompts):
+            raise RequestError(
+                f"{len(params)} sampling parameters came with {len(prompts)} prompts: give one, or one each"
+            )
+        requests = [self._request(p, s, streaming=False) for p, s in zip(prompts, params, strict=True)]
+        for request in requests:
+            self._core.submit(request)
+        waiting = tqdm(requests, desc="generate", unit="req", disable=not use_tqdm)
+        outputs = [request.result.result() for request in waiting]
+        return outputs[0] if single else outputs
+
+    def generate_async(
+        self, inputs: Prompt, sampling_params: SamplingParams | None = None, streaming: bool = False
+    ) -> GenerationResult:
+        """Begin to generate text for one prompt.
+
+        Parameters
+        ----------
+        inputs : str or list of int
+        sampling_params : SamplingParams, optional
+        streaming : bool
+            Whether the result gives each piece, or only the whole.
+
+        Raises
+        ------
+        RequestError
+            If the prompt or its parameters do not fit the engine.
+        """
+        request = self._request(inputs, sampling_params, streaming)
+        self._core.submit(request)
+        return request.result
+
+    def stats(self) -> Stats:
+        """Gauges and counters for metrics."""
+        return self._core.stats()
+
+    def shutdown(self) -> None:
+        """Cancel what runs and release the engine."""
+        self._core.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def _request(self, prompt: Prompt, params: SamplingParams | None, streaming: bool) -> Request:
+        params = params or SamplingParams()
+        ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._check(ids, params)
+        if params.stop_strings and self.tokenizer is None:
+            raise RequestError(
+                "stop strings need a tokenizer, and this engine has none: give stop_token_ids, or a tokenizer"
+            )
+        end_ids = set(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            default = self.tokenizer.eos_ids if self.tokenizer else ()
+            end_ids.update(default if params.end_id is None else {params.end_id} - {-1})
+        request_id = next(self._ids)
+        sequence = Sequence(request_id, ids, params)
+        self._scheduler.check(sequence)
+        result = GenerationResult(request_id, abort=lambda: self._core.abort(request_id))
+        detokenizer = Detokenizer(self.tokenizer, params.stop_strings, params.include_stop_str_in_output)
+        text = prompt if isinstance(prompt, str) else None
+        return Request(sequence, text, end_ids, detokenizer, streaming, result)
+
+    def _encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise RequestError("this engine has no tokenizer: give token ids, or LLM(..., tokenizer=FOLDER)")
+        if not text:
+            raise RequestError("the prompt is empty: give at least one character")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise RequestError(
+                "the prompt is not valid UTF-8: give text without broken bytes or lone surrogates"
+            ) from None
+        return self.tokenizer.encode(text)
+
+    def _check(self, ids: list[int], params: SamplingParams) -> None:
+        build, vocab = self.config.build_config, self.config.pretrained_config.vocab_size
+        if not ids:
+            raise RequestError("the prompt is empty: give at least one token")
+        if len(ids) > build.max_input_len:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens and the engine takes {build.max_input_len}: shorten it, or build the "
+                f"engine with a larger --max_input_len"
+            )
+        if len(ids) + params.max_tokens > build.max_seq_len:
+            raise RequestError(
+                f"the prompt's {len(ids)} tokens and max_tokens {params.max_tokens} exceed the engine's max_seq_len "
+                f"{build.max_seq_len}: ask for at most {build.max_seq_len - len(ids)}"
+            )
+        if min(ids) < 0 or max(ids) >= vocab:
+            raise RequestError(
+                f"the prompt holds token {min(ids) if min(ids) < 0 else max(ids)}: ids go from 0 to {vocab - 1}"
+            )
+        wanted = [("context", params.return_context_logits), ("generation", params.return_generation_logits)]
+        for name, asked in wanted:
+            if asked and not getattr(build, f"gather_{name}_logits"):
+                raise RequestError(f"return_{name}_logits needs an engine built with --gather_{name}_logits")
+
+
+def _load_tokenizer(folder: Path, tokenizer: Path | str | Tokenizer | None) -> Tokenizer | None:
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if tokenizer is not None:
+        return Tokenizer.load(tokenizer)
+    return Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+
+
+def _prefill_chunk(config: EngineConfig, asked: int | None) -> int:
+    build = config.build_config
+    most = build.max_num_tokens - build.max_batch_size
+    most -= most % build.tokens_per_block
+    chunk = min(PREFILL_CHUNK, most) if asked is None else asked
+    if chunk < 1 or chunk > most or chunk % build.tokens_per_block:
+        raise EngineError(
+            f"prefill_chunk is {chunk}: it must be a multiple of tokens_per_block {build.tokens_per_block} up to {most} "
+            f"(max_num_tokens less max_batch_size)"
+        )
+    return chunk
+
+
+def _open_executor(folder: Path, config: EngineConfig, kv_cache: KvCacheConfig) -> Executor:
+    backend = config.saw_int4.backend
+    if backend == "reference":
+        from saw_trtllm.reference.executor import ReferenceExecutor
+
+        return ReferenceExecutor(folder, config, kv_cache.max_tokens, kv_cache.free_gpu_memory_fraction)
+    raise EngineError(
+        f"the engine in {folder} was built for the backend {backend}, which this version cannot run: build it with "
+        f"--backend reference"
+    )

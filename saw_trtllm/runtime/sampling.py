@@ -1,0 +1,86 @@
+"""Choose the next token on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from saw_trtllm.runtime.sampling_params import SamplingParams
+
+
+class SamplingState(NamedTuple):
+    """What the choice of one token depends on.
+
+    Attributes
+    ----------
+    params : SamplingParams
+    prompt, generated : sequence of int
+        Tokens so far. ``len(generated)`` is the number of the draw.
+    banned : sequence of int
+        Tokens that may not come now: the ends, before ``min_tokens``.
+    """
+
+    params: SamplingParams
+    prompt: Sequence[int]
+    generated: Sequence[int]
+    banned: Sequence[int] = ()
+
+
+def sample(logits: np.ndarray, state: SamplingState) -> tuple[int, float]:
+    """Draw a token.
+
+    The random number comes from a counter-based generator (Philox, Salmon et al. 2011) keyed by the request's seed and
+    counted by the token's index, so it does not depend on the batch.
+
+    Parameters
+    ----------
+    logits : numpy.ndarray
+        fp32 ``[vocab_size]``.
+    state : SamplingState
+
+    Returns
+    -------
+    tuple of (int, float)
+        The token, and its log-probability under the model (before temperature, penalties and cuts).
+    """
+    params = state.params
+    adjusted = _penalize(logits.astype(np.float64), state)
+    token = int(adjusted.argmax()) if params.greedy else _draw(adjusted, params, len(state.generated))
+    return token, float(logits[token] - _logsumexp(logits.astype(np.float64))) if params.logprobs else 0.0
+
+
+def _penalize(logits: np.ndarray, state: SamplingState) -> np.ndarray:
+    params = state.params
+    if params.repetition_penalty != 1.0:
+        seen = np.unique(np.concatenate([state.prompt, state.generated]).astype(np.int64))
+        values = logits[seen]
+        logits[seen] = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if (params.presence_penalty or params.frequency_penalty) and len(state.generated):
+        tokens, counts = np.unique(np.asarray(state.generated, dtype=np.int64), return_counts=True)
+        logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
+    logits[list(state.banned)] = -np.inf
+    return logits
+
+
+def _draw(logits: np.ndarray, params: SamplingParams, index: int) -> int:
+    logits = logits / (1.0 if params.temperature is None else params.temperature)
+    # A stable order makes ties a matter of the token's id, not of the sort.
+    order = np.argsort(-logits, kind="stable")
+    if params.top_k:
+        order = order[: params.top_k]
+    probs = np.exp(logits[order] - logits[order[0]])
+    probs /= probs.sum()
+    cumulative = probs.cumsum()
+    if params.top_p is not None and params.top_p < 1.0:
+        keep = int(np.searchsorted(cumulative, params.top_p)) + 1
+        order, cumulative = order[:keep], cumulative[:keep]
+    generator = np.random.Generator(np.random.Philox(key=params.seed or 0, counter=index))
+    chosen = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")
+    return int(order[min(chosen, len(order) - 1)])
+
+
+def _logsumexp(x: np.ndarray) -> float:
+    top = x.max()
+    return float(top + np.log(np.exp(x - top).sum()))
