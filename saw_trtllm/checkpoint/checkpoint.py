@@ -1,0 +1,95 @@
+"""One view of a checkpoint, whichever format it is stored in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from saw_trtllm.checkpoint import huggingface, tensorrt_llm
+from saw_trtllm.checkpoint.layout import EMBEDDING, LM_HEAD, expected_shapes, layer_prefix, unshard
+from saw_trtllm.checkpoint.reader import NUMPY_DTYPES, StoredTensor
+from saw_trtllm.config import ModelConfig, read_json
+from saw_trtllm.errors import CheckpointError
+
+
+class Checkpoint:
+    """A model's configuration and weights under TensorRT-LLM's names, read from disk as they are asked for.
+
+    Opening checks the configuration and, from the files' headers, that every tensor is there with the right shape.
+
+    Attributes
+    ----------
+    folder : Path
+    config : ModelConfig
+        Of the whole model; ``config.mapping`` is as stored.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, parts: dict[str, list[StoredTensor]], sharded: bool):
+        self.folder = folder
+        self.config = config
+        self._shapes = expected_shapes(config)
+        self._parts = parts
+        self._sharded = sharded
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Open a Hugging Face or a TensorRT-LLM folder, told apart by its ``config.json``.
+
+        Raises
+        ------
+        CheckpointError
+            If something is missing, damaged or not supported.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a folder: give the folder that holds the model's config.json")
+        path = folder / "config.json"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} holds no config.json: give the folder of a Hugging Face model or a TensorRT-LLM checkpoint"
+            )
+        raw = read_json(path, CheckpointError)
+        if isinstance(raw.get("architecture"), str):
+            return cls(folder, *tensorrt_llm.read(folder, raw), sharded=True)
+        if "architectures" in raw:
+            return cls(folder, *huggingface.read(folder, raw), sharded=False)
+        if "pretrained_config" in raw:
+            raise CheckpointError(f"{folder} holds an engine, not a checkpoint: give the folder that it was built from")
+        raise CheckpointError(
+            f"{path} names neither architectures (Hugging Face) nor architecture (TensorRT-LLM): use a model's own"
+        )
+
+    def names(self) -> list[str]:
+        """All of the model's tensors: embedding, layers in order, final norm, ``lm_head`` (also where it is tied)."""
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a whole tensor, without reading it."""
+        return self._shapes[name]
+
+    def nbytes(self, dtype: str | None = None) -> int:
+        """Bytes of the weights in ``dtype``, or as stored, without reading them; a tied ``lm_head`` counts once."""
+        sizes = {name: int(np.prod(self._shapes[name])) for name in self._unique_names()}
+        return sum(n * NUMPY_DTYPES[dtype or self._parts[name][0].dtype].itemsize for name, n in sizes.items())
+
+    def num_parameters(self) -> int:
+        """Weights of the model; a tied ``lm_head`` counts once."""
+        return sum(int(np.prod(self._shapes[name])) for name in self._unique_names())
+
+    def load(self, name: str) -> np.ndarray:
+        """Read a whole tensor, in the dtype that it is stored in."""
+        if name not in self._shapes:
+            raise CheckpointError(f"{self.folder} has no tensor {name!r}: use one of names()")
+        source = EMBEDDING if name == LM_HEAD and self.config.share_embedding_table else name
+        parts = [part.load() for part in self._parts[source]]
+        if self._sharded:
+            return unshard(source, parts, self.config)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def layer(self, i: int) -> dict[str, np.ndarray]:
+        """Read the tensors of layer ``i``, by full name."""
+        return {name: self.load(name) for name in self._shapes if name.startswith(layer_prefix(i))}
+
+    def _unique_names(self) -> list[str]:
+        return [n for n in self._shapes if not (n == LM_HEAD and self.config.share_embedding_table)]

@@ -1,0 +1,146 @@
+"""Writing a checkpoint in TensorRT-LLM's format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from saw_trtllm.checkpoint.checkpoint import Checkpoint
+from saw_trtllm.checkpoint.layout import check_tp_size, shard, shard_shape
+from saw_trtllm.checkpoint.reader import NUMPY_DTYPES
+from saw_trtllm.checkpoint.tensorrt_llm import rank_file, write_config
+from saw_trtllm.checkpoint.writer import SafetensorsWriter
+from saw_trtllm.config import read_json
+from saw_trtllm.errors import CheckpointError, ConfigError
+
+#: What stands beside the weights and is copied with them, as far as it is there.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+def save_checkpoint(
+    ckpt: Checkpoint,
+    output_dir: str | Path,
+    tp_size: int = 1,
+    dtype: str = "auto",
+    progress: Callable[[str], None] | None = None,
+) -> int:
+    """Write a checkpoint in TensorRT-LLM's format, split over ``tp_size`` ranks.
+
+    All ranks are written side by side, one tensor after the other: each tensor is read once, and no more than one is in
+    memory. The tokenizer's files are copied along. Weights appear under their names only when they are whole, and
+    ``config.json`` comes last, so that an interrupted conversion does not pass for a checkpoint.
+
+    Parameters
+    ----------
+    ckpt : Checkpoint
+        The model.
+    output_dir : str or Path
+        Made if it is not there; a checkpoint in it is replaced.
+    tp_size : int
+        Ranks to split the model over.
+    dtype : str
+        "float16", "bfloat16", "float32", or "auto" for the model's own.
+    progress : callable, optional
+        Called with the name of each tensor that has been written.
+
+    Returns
+    -------
+    int
+        Bytes of weights and config written.
+
+    Raises
+    ------
+    ConfigError
+        If ``tp_size`` does not split the model, or the folder cannot be written.
+    CheckpointError
+        If a weight is too large for ``dtype``.
+    """
+    check_tp_size(ckpt.config, tp_size)
+    dtype = ckpt.config.dtype if dtype == "auto" else dtype
+    output_dir = Path(output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _check_replaceable(ckpt, output_dir)
+        return _write(ckpt, output_dir, tp_size, dtype, progress)
+    except OSError as e:
+        raise ConfigError(
+            f"{output_dir} cannot be written ({e.strerror or e}): choose another output folder or make room"
+        ) from e
+
+
+def copy_tokenizer_files(source: Path, output_dir: Path) -> list[str]:
+    """Copy the tokenizer's files that ``source`` has, and return their names."""
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for name in names:
+        shutil.copyfile(source / name, output_dir / name)
+    return names
+
+
+def _check_replaceable(ckpt: Checkpoint, output_dir: Path) -> None:
+    if output_dir.resolve() == ckpt.folder.resolve():
+        raise ConfigError(f"{output_dir} is the folder that the model is read from: choose another output folder")
+    config = output_dir / "config.json"
+    if config.exists() and "architecture" not in read_json(config, ConfigError):
+        raise ConfigError(f"{output_dir} holds another kind of model or engine: choose another output folder")
+
+
+def _write(ckpt: Checkpoint, output_dir: Path, tp_size: int, dtype: str, progress: Callable[[str], None] | None) -> int:
+    config = ckpt.config.model_copy(deep=True)
+    text = json.dumps(write_config(config, dtype, tp_size), indent=2) + "\n"
+    # A source with a split embedding is written with a whole one on each rank.
+    (config.model_extra or {}).pop("use_parallel_embedding", None)
+    shapes = {name: shard_shape(name, config, tp_size) for name in ckpt.names()}
+    partial = [output_dir / (rank_file(rank) + ".part") for rank in range(tp_size)]
+    with ExitStack() as stack:
+        stack.callback(lambda: [path.unlink(missing_ok=True) for path in partial])
+        writers = [stack.enter_context(SafetensorsWriter(path, shapes, dtype)) for path in partial]
+        for name in ckpt.names():
+            array = cast(ckpt.load(name), dtype, name, ckpt.folder)
+            for rank, writer in enumerate(writers):
+                writer.write(name, shard(name, array, config, tp_size, rank))
+            if progress is not None:
+                progress(name)
+        for writer in writers:
+            writer.close()
+        # From here to the last line the folder is no checkpoint: it has no config.json.
+        (output_dir / "config.json").unlink(missing_ok=True)
+        for old in output_dir.glob("rank*.safetensors"):
+            old.unlink()
+        for rank, path in enumerate(partial):
+            path.replace(output_dir / rank_file(rank))
+    copy_tokenizer_files(ckpt.folder, output_dir)
+    part = output_dir / "config.json.part"
+    part.write_text(text, encoding="utf-8")
+    part.replace(output_dir / "config.json")
+    return len(text.encode()) + sum((output_dir / rank_file(rank)).stat().st_size for rank in range(tp_size))
+
+
+def cast(array: np.ndarray, dtype: str, name: str, folder: Path) -> np.ndarray:
+    """Bring a tensor to ``dtype``, and refuse a finite weight that would become infinite."""
+    target = NUMPY_DTYPES[dtype]
+    if array.dtype == target:
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(target)
+    infinite = np.isinf(result)
+    if infinite.any() and not np.isinf(array[infinite]).all():
+        raise CheckpointError(
+            f"{folder}: tensor {name!r} has weights too large for {dtype}: convert with --dtype bfloat16"
+        )
+    return result

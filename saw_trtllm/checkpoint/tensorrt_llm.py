@@ -1,0 +1,180 @@
+"""TensorRT-LLM's side: its ``config.json``, read and written, and its files per rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from saw_trtllm.checkpoint.layout import EMBEDDING, LM_HEAD, check_tp_size, expected_shapes, shard_shape
+from saw_trtllm.checkpoint.reader import StoredTensor, open_file
+from saw_trtllm.checkpoint.rope_scaling import normalize_scaling
+from saw_trtllm.config import ARCHITECTURES, Mapping, ModelConfig, first_error
+from saw_trtllm.errors import CheckpointError, ConfigError
+
+#: Keys of its Llama and Qwen configs that change the computation, with the one value that is supported.
+_SUPPORTED_VALUES = {
+    "attention_multiplier": 1.0,
+    "embedding_multiplier": 1.0,
+    "fc_after_embed": False,
+    "has_partial_lora_mask": False,
+    "hidden_act": "silu",
+    "is_pruned": False,
+    "layer_idx_offset": 0,
+    "mlp_bias": False,
+    "output_multiplier_scale": 1.0,
+    "remove_duplicated_kv_heads": False,
+    "residual_mlp": False,
+    "residual_multiplier": 1.0,
+    "rotary_pct": 1.0,
+    "use_input_layernorm_in_first_layer": True,
+    "use_last_layernorm": True,
+    "use_logn_attn": False,
+}
+#: What TensorRT-LLM takes where scaling leaves something out, as a checkpoint from Meta's format does.
+_SCALING_DEFAULTS = {
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "yarn": {"original_max_position_embeddings": 4096},
+}
+
+
+def rank_file(rank: int) -> str:
+    """Name the weights of one rank."""
+    return f"rank{rank}.safetensors"
+
+
+def read(folder: Path, raw: dict[str, Any]) -> tuple[ModelConfig, dict[str, list[StoredTensor]]]:
+    """Read a folder's config and headers.
+
+    Returns
+    -------
+    config : ModelConfig
+        Of the whole model; ``mapping`` says how it is stored.
+    parts : dict[str, list[StoredTensor]]
+        By name, each rank's part. An ``lm_head`` that shares the embedding may be absent.
+    """
+    config = read_config(raw, folder / "config.json")
+    tp_size = config.mapping.tp_size
+    try:
+        check_tp_size(config, tp_size)
+    except ConfigError as e:
+        raise CheckpointError(f"{folder / 'config.json'}: {e}") from None
+    ranks = [open_file(folder / rank_file(rank)) for rank in range(tp_size)]
+    shapes = expected_shapes(config)
+    if LM_HEAD not in ranks[0] and EMBEDDING in ranks[0]:
+        # TensorRT-LLM reads a checkpoint without it as one whose embedding is shared.
+        config = config.model_copy(update={"share_embedding_table": True})
+    if config.share_embedding_table:
+        del shapes[LM_HEAD]
+    parts: dict[str, list[StoredTensor]] = {}
+    for name in shapes:
+        shape = shard_shape(name, config, tp_size)
+        for rank, stored in enumerate(ranks):
+            if name not in stored:
+                raise CheckpointError(
+                    f"{folder / rank_file(rank)} lacks the tensor {name!r} that a {config.architecture} of "
+                    f"{config.num_hidden_layers} layers needs: convert the checkpoint again"
+                )
+            stored[name].check(shape)
+        parts[name] = [stored[name] for stored in ranks]
+    return config, parts
+
+
+def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
+    """Check a TensorRT-LLM ``config.json`` and bring it to this project's spelling; ``path`` is for the messages."""
+    fields = dict(raw)
+    architecture = _architecture(raw, path)
+    _refuse_unsupported(raw, path)
+    llama = ARCHITECTURES[architecture] in ("llama", "mistral")
+    if llama and raw.get("attn_bias"):
+        # TensorRT-LLM's Llama would have the bias on attention.dense as well.
+        raise CheckpointError(f"{path} sets attn_bias, which {architecture} cannot have here: use a model without it")
+    scaling = _section(raw, "rotary_scaling", path)
+    scaling = _SCALING_DEFAULTS.get(str(scaling.get("type", scaling.get("rope_type"))), {}) | scaling
+    fields["architecture"] = architecture
+    fields["rotary_scaling"] = normalize_scaling(scaling, path)
+    fields["attn_bias"] = raw.get("attn_bias", architecture == "Qwen2ForCausalLM")
+    # TensorRT-LLM goes by qwen_type here and leaves the key false.
+    fields["qk_layernorm"] = architecture == "Qwen3ForCausalLM"
+    fields["share_embedding_table"] = raw.get("share_embedding_table", raw.get("tie_word_embeddings", False))
+    if fields.get("num_key_value_heads") is None:
+        fields["num_key_value_heads"] = raw.get("num_attention_heads")
+    for key in ("mapping", "quantization"):
+        if fields.get(key) is None:
+            fields.pop(key, None)
+    try:
+        config = ModelConfig(**fields)
+    except ValidationError as e:
+        raise CheckpointError(f"{path}: {first_error(e)}") from None
+    if raw.get("rotary_embedding_dim") not in (None, config.head_size):
+        raise CheckpointError(
+            f"{path} sets rotary_embedding_dim to {raw['rotary_embedding_dim']}, but only the whole head_size "
+            f"{config.head_size} is supported"
+        )
+    if config.mapping.pp_size != 1:
+        raise CheckpointError(
+            f"{path} is split over {config.mapping.pp_size} pipeline stages, but pp_size 1 is needed: convert it again"
+        )
+    return config
+
+
+def write_config(config: ModelConfig, dtype: str, tp_size: int) -> dict[str, Any]:
+    """Describe a checkpoint of ``tp_size`` ranks in what TensorRT-LLM 1.2 reads for this family."""
+    written = config.model_dump() | {
+        "dtype": dtype,
+        "logits_dtype": (config.model_extra or {}).get("logits_dtype", "float32"),
+        "mapping": Mapping(world_size=tp_size, tp_size=tp_size).model_dump(),
+        "mlp_bias": False,
+        "tie_word_embeddings": config.share_embedding_table,
+        "use_parallel_embedding": False,
+    }
+    if config.model in ("qwen2", "qwen3"):
+        # Its one Qwen definition tells the generations apart by qwen_type, and has no default for these.
+        written |= {
+            "qwen_type": config.model,
+            "seq_length": (config.model_extra or {}).get("seq_length", 8192),
+            "use_logn_attn": False,
+        }
+    return written
+
+
+def _architecture(raw: dict[str, Any], path: Path) -> str:
+    name, qwen_type = raw["architecture"], raw.get("qwen_type")
+    if name in ("QWenForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM") and qwen_type is not None:
+        name = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}.get(str(qwen_type), f"{name} ({qwen_type})")
+    if name not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{path} is of architecture {name}, which is not supported: use one of {', '.join(ARCHITECTURES)}"
+        )
+    return name
+
+
+def _refuse_unsupported(raw: dict[str, Any], path: Path) -> None:
+    quantization = _section(raw, "quantization", path)
+    for key in ("quant_algo", "kv_cache_quant_algo"):
+        if quantization.get(key):
+            raise CheckpointError(
+                f"{path} is quantized ({key} {quantization[key]}): convert the fp16, bf16 or fp32 model without it"
+            )
+    if _section(raw, "moe", path).get("num_experts"):
+        raise CheckpointError(f"{path} is of a mixture of experts, which is not supported: use a dense model")
+    for key, value in _SUPPORTED_VALUES.items():
+        if raw.get(key, value) != value:
+            raise CheckpointError(f"{path} sets {key} to {raw[key]!r}, but only {value!r} is supported")
+    if raw.get("use_parallel_embedding") and raw.get("embedding_sharding_dim", 0) not in (0, 1):
+        dim = raw["embedding_sharding_dim"]
+        raise CheckpointError(f"{path} sets embedding_sharding_dim to {dim!r}, but 0 or 1 is needed")
+
+
+def _section(raw: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    """Take a nested object, which may be null or left out."""
+    value = raw.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(f"{path} sets {key} to {value!r}, but a JSON object is needed")
+    return value or {}
