@@ -1,0 +1,156 @@
+"""``saw-triton``: a Triton model repository for an engine, and a server for it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from saw_trtllm.cli.common import add_log_level, run, set_log_level
+from saw_trtllm.engine import EngineConfig
+from saw_trtllm.errors import BackendUnavailableError, ConfigError
+from saw_trtllm.runtime.tokenizer import Tokenizer
+from saw_trtllm.serve.installation import Installation, find_server
+from saw_trtllm.serve.parameters import Parameters
+from saw_trtllm.serve.ports import Ports
+from saw_trtllm.serve.repository import model_configs, write_repository
+from saw_trtllm.serve.server import Server
+
+logger = logging.getLogger(__name__)
+
+_SWITCH = ("enable", "disable")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="saw-triton",
+        description="Write a Triton model repository for an engine of saw-build, and start tritonserver with --launch.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    unset = {"type": Path, "metavar": "DIR", "default": argparse.SUPPRESS}  # None has no place in the help
+    parser.add_argument("--engine_dir", required=True, help="engine folder that saw-build wrote", **unset)
+    parser.add_argument("--model_repo", help="folder to write (default: ENGINE_DIR/triton_model_repo)", **unset)
+    parser.add_argument("--tokenizer_dir", help="folder of tokenizer.json (default: ENGINE_DIR)", **unset)
+    parser.add_argument("--launch", action="store_true", help="start the server and stay until it is stopped")
+    parser.add_argument(
+        "--tritonserver",
+        help="the server to start (default: that on PATH, else nvidia-pytriton's)",
+        **{**unset, "metavar": "FILE"},
+    )
+    parser.add_argument("--host", default=Ports.host, help="address to listen on; 0.0.0.0 is all")
+    parser.add_argument("--grpc_port", type=int, metavar="N", default=Ports.grpc, help="port for gRPC")
+    parser.add_argument("--http_port", type=int, metavar="N", default=Ports.http, help="port for HTTP")
+    parser.add_argument("--metrics_port", type=int, metavar="N", default=Ports.metrics, help="port for metrics")
+    parser.add_argument(
+        "--kv_cache_max_tokens",
+        type=int,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="tokens that the KV cache holds (default: what the memory allows)",
+    )
+    parser.add_argument(
+        "--kv_cache_free_gpu_memory_fraction",
+        type=float,
+        metavar="F",
+        default=0.9,
+        help="share of the free memory for the KV cache",
+    )
+    parser.add_argument("--kv_cache_reuse", choices=_SWITCH, default="enable", help="share blocks of equal prefixes")
+    parser.add_argument(
+        "--exclude_input_in_output", choices=_SWITCH, default="disable", help="for requests that do not say"
+    )
+    parser.add_argument(
+        "--add_special_tokens", choices=_SWITCH, default="enable", help="whether a prompt gets the tokenizer's own"
+    )
+    parser.add_argument(
+        "--triton_max_batch_size", type=int, metavar="N", default=64, help="prompts that one request may hold"
+    )
+    add_log_level(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; see ``saw-triton --help``."""
+    args = make_parser().parse_args(argv)
+    set_log_level(args.log_level)
+    return run(lambda: serve(args))
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Write the repository, then start the server or say how to."""
+    ports = Ports(args.host, args.grpc_port, args.http_port, args.metrics_port)
+    if args.launch:
+        ports.check()  # before anything is written
+    repository = getattr(args, "model_repo", args.engine_dir / "triton_model_repo").absolute()
+    if args.triton_max_batch_size < 1:
+        raise ConfigError(f"triton_max_batch_size is {args.triton_max_batch_size}: it must be at least 1")
+    write_repository(repository, model_configs(_parameters(args), args.triton_max_batch_size))
+    installation = _installation(args, repository)
+    if not args.launch:
+        command = _shell_command(installation, repository, ports, args.log_level)
+        print(f"wrote {repository}; to start the server:\n  {command}")
+        return 0
+    return _launch(installation, repository, ports, args.log_level)
+
+
+def _parameters(args: argparse.Namespace) -> Parameters:
+    """The models' settings, once the engine and the tokenizer are known to be there."""
+    EngineConfig.load(args.engine_dir)
+    tokenizer = getattr(args, "tokenizer_dir", args.engine_dir)
+    if tokenizer == args.engine_dir and not (tokenizer / "tokenizer.json").is_file():
+        raise ConfigError(f"{tokenizer} has no tokenizer.json: give the folder of the model's with --tokenizer_dir")
+    Tokenizer.load(tokenizer)
+    return Parameters.of(
+        gpt_model_path=args.engine_dir.absolute(),
+        tokenizer_dir=tokenizer.absolute(),
+        add_special_tokens=args.add_special_tokens == "enable",
+        max_tokens_in_paged_kv_cache=getattr(args, "kv_cache_max_tokens", None),
+        kv_cache_free_gpu_mem_fraction=args.kv_cache_free_gpu_memory_fraction,
+        enable_kv_cache_reuse=args.kv_cache_reuse == "enable",
+        exclude_input_in_output=args.exclude_input_in_output == "enable",
+    )
+
+
+def _installation(args: argparse.Namespace, repository: Path) -> Installation:
+    try:
+        return find_server(getattr(args, "tritonserver", None), repository.with_name(f"{repository.name}_backends"))
+    except BackendUnavailableError as e:
+        if args.launch:
+            raise
+        logger.warning("%s", e)  # the repository may be for another machine
+        return Installation(Path("tritonserver"))
+
+
+def _shell_command(installation: Installation, repository: Path, ports: Ports, log_level: str) -> str:
+    """The command to start the server, with the variables that it needs, for a shell."""
+    variables = [
+        f'{variable}="{":".join(map(str, folders))}${{{variable}:+:${variable}}}"'
+        for variable, folders in installation.search_paths.items()
+        if folders
+    ]
+    return " ".join([*variables, shlex.join(installation.command(repository, ports, log_level))])
+
+
+def _launch(installation: Installation, repository: Path, ports: Ports, log_level: str) -> int:
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with Server(installation, repository, ports, log_level) as server:
+        if server.wait_ready(stop):
+            print("ready: " + ", ".join(f"{name} {where}" for name, where in server.endpoints.items()), flush=True)
+        while server.poll() is None and not stop.wait(0.1):
+            pass
+        code = server.poll()
+    if stop.is_set():
+        return 0
+    print(f"error: tritonserver ended by itself with exit code {code}: see its log above", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""Every model, tensor and parameter name of the Triton model repository, as data.
+
+The names, types and shapes are those of TensorRT-LLM's own repository, so that its clients work here. ``config.pbtxt``
+files, the models and the tables of ``docs/triton.md`` all come from this file. Shapes leave out the batch dimension,
+which every tensor has in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+ENSEMBLE = "ensemble"
+PREPROCESSING = "preprocessing"
+TENSORRT_LLM = "tensorrt_llm"
+POSTPROCESSING = "postprocessing"
+
+#: Of every model: its folder's name.
+VERSION = "1"
+
+
+class Tensor(NamedTuple):
+    """An input or output of a model.
+
+    Attributes
+    ----------
+    name : str
+    dtype : str
+        Triton's ``TYPE_`` name without the prefix.
+    dims : tuple of int
+        Without the batch dimension; -1 is any size.
+    doc : str
+    optional : bool
+        Of an input: whether a request may leave it out. Of an output: whether a response may.
+    """
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+    doc: str
+    optional: bool = False
+
+
+class Model(NamedTuple):
+    """A model of the repository; ``parameters`` are fields of :class:`saw_trtllm.serve.parameters.Parameters`."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    parameters: tuple[str, ...] = ()
+    decoupled: bool = False
+
+
+class Step(NamedTuple):
+    """A step of the ensemble: tensors of ``model`` to tensors of the ensemble."""
+
+    model: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+def _optional(name: str, dtype: str, doc: str, dims: tuple[int, ...] = (1,)) -> Tensor:
+    return Tensor(name, dtype, dims, doc, optional=True)
+
+
+#: Optional inputs that the ensemble hands on to ``tensorrt_llm``. Where that model has another name for one, it stands
+#: in :data:`RENAMED`.
+REQUEST_OPTIONS = (
+    _optional("stream", "BOOL", "a response for each piece of text; by default one with the whole text"),
+    _optional("temperature", "FP32", "divides the logits; 0 is greedy"),
+    _optional("top_k", "INT32", "choose among so many tokens; 1 is greedy, 0 is off"),
+    _optional("top_p", "FP32", "choose among the likeliest tokens that hold this share of the probability; 0 is off"),
+    _optional("seed", "UINT64", "the same seed gives the same text; 0 by default"),
+    _optional("random_seed", "UINT64", "older name of `seed`"),
+    _optional(
+        "stop_words", "STRING", "strings that end the text, and are not part of it; empty ones count as none", (-1,)
+    ),
+    _optional("min_tokens", "INT32", "tokens before which nothing ends the text"),
+    _optional("min_length", "INT32", "older name of `min_tokens`"),
+    _optional("repetition_penalty", "FP32", "above 1: tokens of prompt and text become less likely"),
+    _optional("presence_penalty", "FP32", "subtracted from the logits of tokens in the text"),
+    _optional("frequency_penalty", "FP32", "the same, times their count"),
+    _optional("end_id", "INT32", "the end token; the tokenizer's by default, -1 is none"),
+    _optional("pad_id", "INT32", "accepted and not needed: no output is padded"),
+    _optional("exclude_input_in_output", "BOOL", "without `stream`: leave the prompt out of the output"),
+    _optional("return_log_probs", "BOOL", "give `output_log_probs` and `cum_log_probs`"),
+    _optional("return_context_logits", "BOOL", "give `context_logits`; the engine needs `--gather_context_logits`"),
+    _optional("return_generation_logits", "BOOL", "give `generation_logits`; needs `--gather_generation_logits`"),
+    _optional("return_num_input_tokens", "BOOL", "give `num_input_tokens`"),
+    _optional("return_num_output_tokens", "BOOL", "give `num_output_tokens`"),
+    _optional("beam_width", "INT32", "only 1: there is no beam search"),
+    _optional("num_return_sequences", "INT32", "only 1"),
+    _optional("length_penalty", "FP32", "only 0 or 1: it is for beam search"),
+)
+
+#: The ensemble's name of an option to ``tensorrt_llm``'s, where they differ.
+RENAMED = {"stream": "streaming", "top_k": "runtime_top_k", "top_p": "runtime_top_p", "length_penalty": "len_penalty"}
+
+#: Outputs of ``tensorrt_llm`` that the ensemble hands on to the client.
+RESULTS = (
+    _optional("cum_log_probs", "FP32", "sum of the log-probabilities so far", (-1,)),
+    _optional("output_log_probs", "FP32", "log-probability of each new token `[1, tokens]`", (-1, -1)),
+    _optional("context_logits", "FP32", "`[prompt tokens, vocabulary]`, with the last response", (-1, -1)),
+    _optional("generation_logits", "FP32", "`[1, tokens, vocabulary]`, with the last response", (-1, -1, -1)),
+    _optional("num_input_tokens", "INT32", "tokens of the prompt"),
+    _optional("num_output_tokens", "INT32", "generated tokens of this response"),
+    _optional("batch_index", "INT32", "which prompt of a request with several this response is for"),
+)
+
+ENSEMBLE_MODEL = Model(
+    ENSEMBLE,
+    inputs=(
+        Tensor("text_input", "STRING", (1,), "the prompt, UTF-8"),
+        Tensor("max_tokens", "INT32", (1,), "tokens to generate at most"),
+        *REQUEST_OPTIONS,
+        _optional("bad_words", "STRING", "not supported: anything but empty strings is refused", (-1,)),
+    ),
+    outputs=(Tensor("text_output", "STRING", (-1,), "the text, or this piece of it"), *RESULTS),
+)
+
+PREPROCESSING_MODEL = Model(
+    PREPROCESSING,
+    inputs=(
+        Tensor("QUERY", "STRING", (1,), "the prompt, UTF-8"),
+        Tensor("REQUEST_OUTPUT_LEN", "INT32", (1,), "handed on"),
+        _optional("STOP_WORDS_DICT", "STRING", "strings that end the text", (-1,)),
+        _optional("BAD_WORDS_DICT", "STRING", "not supported: anything but empty strings is refused", (-1,)),
+        _optional("END_ID", "INT32", "the end token; the tokenizer's by default"),
+        _optional("PAD_ID", "INT32", "fills up the shorter of several prompts; the end token by default"),
+    ),
+    outputs=(
+        Tensor("INPUT_ID", "INT32", (-1,), "token ids"),
+        Tensor("REQUEST_INPUT_LEN", "INT32", (1,), "how many of them are the prompt's"),
+        Tensor("REQUEST_OUTPUT_LEN", "INT32", (1,), "handed on"),
+        _optional("STOP_WORDS_IDS", "INT32", "with `STOP_WORDS_DICT`: its token ids, and where each ends", (2, -1)),
+        Tensor("OUT_END_ID", "INT32", (1,), "the end token, -1 for none"),
+        Tensor("OUT_PAD_ID", "INT32", (1,), "the padding"),
+    ),
+    parameters=("tokenizer_dir", "add_special_tokens"),
+)
+
+TENSORRT_LLM_MODEL = Model(
+    TENSORRT_LLM,
+    inputs=(
+        Tensor("input_ids", "INT32", (-1,), "the prompt's token ids"),
+        Tensor("input_lengths", "INT32", (1,), "how many of them count"),
+        Tensor("request_output_len", "INT32", (1,), "tokens to generate at most"),
+        *(t._replace(name=RENAMED.get(t.name, t.name)) for t in REQUEST_OPTIONS),
+        _optional(
+            "stop_words_list", "INT32", "runs of tokens that end the text: ids, and where each run ends", (2, -1)
+        ),
+        _optional("bad_words_list", "INT32", "not supported: anything but an empty list is refused", (2, -1)),
+        _optional("stop", "BOOL", "cancel the request that has this one's id, or `request_key`"),
+        _optional("request_key", "UINT64", "with `stop`: the `request_key` of a response"),
+    ),
+    outputs=(
+        Tensor("output_ids", "INT32", (-1, -1), "token ids `[1, tokens]`, new ones only when streaming"),
+        Tensor("sequence_length", "INT32", (-1,), "how many they are"),
+        Tensor("context_ids", "INT32", (-1,), "the tokens before, as far as detokenization needs them"),
+        Tensor("text_trim", "INT32", (1,), "characters that a stop string takes off the end of the text"),
+        Tensor("request_key", "UINT64", (1,), "0, or the key to cancel the request with: ask for cancellation now"),
+        *RESULTS,
+    ),
+    parameters=(
+        "gpt_model_path",
+        "tokenizer_dir",
+        "max_tokens_in_paged_kv_cache",
+        "kv_cache_free_gpu_mem_fraction",
+        "enable_kv_cache_reuse",
+        "exclude_input_in_output",
+        "cancellation_check_period_ms",
+        "stats_check_period_ms",
+    ),
+    decoupled=True,
+)
+
+POSTPROCESSING_MODEL = Model(
+    POSTPROCESSING,
+    inputs=(
+        Tensor("TOKENS_BATCH", "INT32", (-1, -1), "token ids"),
+        Tensor("SEQUENCE_LENGTH", "INT32", (-1,), "how many of them count"),
+        _optional("CONTEXT_IDS", "INT32", "tokens before them", (-1,)),
+        _optional("TEXT_TRIM", "INT32", "characters to cut off the end"),
+        _optional("REQUEST_KEY", "UINT64", "if not 0: see whether the client has gone, and cancel the request then"),
+    ),
+    outputs=(Tensor("OUTPUT", "STRING", (-1,), "the text"),),
+    parameters=("tokenizer_dir",),
+)
+
+MODELS = (ENSEMBLE_MODEL, PREPROCESSING_MODEL, TENSORRT_LLM_MODEL, POSTPROCESSING_MODEL)
+
+STEPS = (
+    Step(
+        PREPROCESSING,
+        inputs={"QUERY": "text_input", "REQUEST_OUTPUT_LEN": "max_tokens", "BAD_WORDS_DICT": "bad_words"},
+        outputs={
+            "INPUT_ID": "_INPUT_ID",
+            "REQUEST_INPUT_LEN": "_REQUEST_INPUT_LEN",
+            "REQUEST_OUTPUT_LEN": "_REQUEST_OUTPUT_LEN",
+        },
+    ),
+    Step(
+        TENSORRT_LLM,
+        inputs={
+            "input_ids": "_INPUT_ID",
+            "input_lengths": "_REQUEST_INPUT_LEN",
+            "request_output_len": "_REQUEST_OUTPUT_LEN",
+            **{RENAMED.get(t.name, t.name): t.name for t in REQUEST_OPTIONS},
+        },
+        outputs={
+            "output_ids": "_TOKENS_BATCH",
+            "sequence_length": "_SEQUENCE_LENGTH",
+            "context_ids": "_CONTEXT_IDS",
+            "text_trim": "_TEXT_TRIM",
+            "request_key": "_REQUEST_KEY",
+            **{t.name: t.name for t in RESULTS},
+        },
+    ),
+    Step(
+        POSTPROCESSING,
+        inputs={
+            "TOKENS_BATCH": "_TOKENS_BATCH",
+            "SEQUENCE_LENGTH": "_SEQUENCE_LENGTH",
+            "CONTEXT_IDS": "_CONTEXT_IDS",
+            "TEXT_TRIM": "_TEXT_TRIM",
+            "REQUEST_KEY": "_REQUEST_KEY",
+        },
+        outputs={"OUTPUT": "text_output"},
+    ),
+)
+
+
+def table(tensors: Iterable[Tensor]) -> str:
+    """Tensors as a table in Markdown."""
+    rows = ["| name | type | shape | |", "|---|---|---|---|"]
+    for t in tensors:
+        doc = f"optional; {t.doc}" if t.optional else t.doc
+        rows.append(f"| `{t.name}` | {t.dtype} | {list(t.dims)} | {doc} |")
+    return "\n".join(rows)

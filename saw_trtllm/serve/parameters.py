@@ -1,0 +1,76 @@
+"""The settings that a model finds in its ``config.pbtxt``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from saw_trtllm.config import first_error
+from saw_trtllm.errors import ConfigError
+
+
+class Parameters(BaseModel):
+    """Values of ``parameters`` in ``config.pbtxt``, in the words of TensorRT-LLM's repository."""
+
+    model_config = ConfigDict(extra="ignore")  # Triton has parameters of its own, EXECUTION_ENV_PATH for one
+
+    gpt_model_path: Path | None = Field(None, description="the engine folder")
+    tokenizer_dir: Path | None = Field(None, description="folder of tokenizer.json; by default the engine folder")
+    add_special_tokens: bool = Field(True, description="whether the tokenizer adds its special tokens to a prompt")
+    max_tokens_in_paged_kv_cache: int | None = Field(None, gt=0, description="tokens that the KV cache holds")
+    kv_cache_free_gpu_mem_fraction: float = Field(0.9, gt=0, le=1, description="share of the free memory for the cache")
+    enable_kv_cache_reuse: bool = Field(True, description="whether prompts with the same beginning share blocks")
+    exclude_input_in_output: bool = Field(False, description="for requests that do not say")
+    cancellation_check_period_ms: int = Field(100, gt=0, description="how often to ask whether a client has gone")
+    stats_check_period_ms: int = Field(100, gt=0, description="how often to update the metrics")
+
+    @classmethod
+    def read(cls, model_config: str) -> Parameters:
+        """Read what Triton passes to ``initialize`` as ``args["model_config"]``.
+
+        Raises
+        ------
+        ConfigError
+            If a value is not of its type.
+        """
+        config = json.loads(model_config)
+        # An empty string is TensorRT-LLM's way to leave a parameter unset.
+        strings = {k: v["string_value"] for k, v in config.get("parameters", {}).items() if v["string_value"]}
+        return cls.of(**strings)
+
+    @classmethod
+    def of(cls, **values: object) -> Parameters:
+        """Make parameters out of values or their strings.
+
+        Raises
+        ------
+        ConfigError
+            If a value is not of its type or out of range.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as e:
+            raise ConfigError(f"a parameter of the Triton models is wrong: {first_error(e)}") from e
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer is."""
+        folder = self.tokenizer_dir or self.gpt_model_path
+        if folder is None:
+            raise ConfigError(
+                "config.pbtxt names no tokenizer: set its parameter tokenizer_dir, or let saw-triton write it"
+            )
+        return folder
+
+    def strings(self, names: tuple[str, ...]) -> Mapping[str, str]:
+        """The named parameters as ``config.pbtxt`` holds them."""
+        return {name: _string(getattr(self, name)) for name in names}
+
+
+def _string(value: object) -> str:
+    if value is None:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)

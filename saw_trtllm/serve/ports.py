@@ -1,0 +1,43 @@
+"""Where a server listens."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+from saw_trtllm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where a server listens."""
+
+    host: str = "127.0.0.1"
+    grpc: int = 8001
+    http: int = 8000
+    metrics: int = 8002
+
+    def check(self) -> None:
+        """Refuse ports that cannot be had.
+
+        Raises
+        ------
+        ConfigError
+            If one is out of range, named twice or in use.
+        """
+        ports = {"grpc_port": self.grpc, "http_port": self.http, "metrics_port": self.metrics}
+        if len(set(ports.values())) < len(ports):
+            raise ConfigError(
+                f"grpc_port, http_port and metrics_port are {', '.join(map(str, ports.values()))}: they must differ"
+            )
+        for name, port in ports.items():
+            if not 0 < port < 2**16:
+                raise ConfigError(f"{name} is {port}: it must be from 1 to 65535")
+            try:
+                with socket.socket() as s:
+                    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    s.bind((self.host, port))
+            except OSError as e:
+                raise ConfigError(
+                    f"--{name} {port} cannot be used on {self.host} ({e.strerror}): choose another"
+                ) from e

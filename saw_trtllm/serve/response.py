@@ -1,0 +1,61 @@
+"""Answers of the model ``tensorrt_llm``: the runtime's output to tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from saw_trtllm.runtime.detokenizer import decode_piece
+from saw_trtllm.runtime.outputs import CompletionOutput, RequestOutput
+from saw_trtllm.runtime.tokenizer import Tokenizer
+from saw_trtllm.serve.request import Generation
+
+
+def answer(
+    generation: Generation, output: RequestOutput, tokenizer: Tokenizer | None, request_key: int = 0
+) -> dict[str, np.ndarray]:
+    """Outputs of ``tensorrt_llm`` for a piece.
+
+    Parameters
+    ----------
+    generation : Generation
+        What was asked.
+    output : RequestOutput
+    tokenizer : Tokenizer or None
+        The runtime's own, to see what a stop string took off.
+    request_key : int
+        Not 0 if ``postprocessing`` is to see whether the client is still there.
+
+    Returns
+    -------
+    dict
+        Each tensor with a batch dimension of 1 in front.
+    """
+    piece = output.outputs[0]
+    ids = [*output.prompt_token_ids, *piece.token_ids_diff] if generation.include_input else piece.token_ids_diff
+    tensors = {
+        "output_ids": np.array([[ids]], np.int32),
+        "sequence_length": np.array([[len(ids)]], np.int32),
+        "context_ids": np.array([piece.context_ids], np.int32),
+        "text_trim": np.array([[_trim(piece, tokenizer)]], np.int32),
+        "request_key": np.array([[request_key]], np.uint64),
+    }
+    if generation.return_num_input_tokens:
+        tensors["num_input_tokens"] = np.array([[len(output.prompt_token_ids)]], np.int32)
+    if generation.return_num_output_tokens:
+        tensors["num_output_tokens"] = np.array([[len(piece.token_ids_diff)]], np.int32)
+    if generation.params.logprobs:
+        new = piece.logprobs[len(piece.logprobs) - len(piece.token_ids_diff) :]
+        tensors["cum_log_probs"] = np.array([[piece.cumulative_logprob]], np.float32)
+        tensors["output_log_probs"] = np.array([[new]], np.float32)
+    if output.context_logits is not None:
+        tensors["context_logits"] = output.context_logits[None].astype(np.float32)
+    if piece.generation_logits is not None:
+        tensors["generation_logits"] = piece.generation_logits[None, None].astype(np.float32)
+    return tensors
+
+
+def _trim(piece: CompletionOutput, tokenizer: Tokenizer | None) -> int:
+    """Characters that a stop string took off the end of the tokens' text."""
+    if not isinstance(piece.stop_reason, str) or tokenizer is None:
+        return 0
+    return len(decode_piece(tokenizer, piece.context_ids, piece.token_ids_diff)) - len(piece.text_diff)

@@ -1,0 +1,260 @@
+"""The model ``tensorrt_llm``: token ids to token ids, decoupled."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from saw_trtllm.errors import EngineError, SawError, ShutdownError
+from saw_trtllm.runtime.llm import LLM, KvCacheConfig
+from saw_trtllm.runtime.outputs import GenerationResult, RequestOutput
+from saw_trtllm.serve import names
+from saw_trtllm.serve.metrics import MetricsReporter
+from saw_trtllm.serve.parameters import Parameters
+from saw_trtllm.serve.request import Generation, parse
+from saw_trtllm.serve.response import answer
+from saw_trtllm.serve.triton import Tensors, error_response, read_tensors
+
+logger = logging.getLogger(__name__)
+
+#: Share of the loop's time that asking Triton about cancellation may take. A question takes about 0.1 ms.
+_WATCH_SHARE = 0.1
+
+
+#: Seconds between a piece and an error that follows it. Triton 2.51 never finishes an ensemble that fails while a step,
+#: here postprocessing, is at work.
+_ERROR_DELAY = 0.2
+
+
+class RequestCancelledError(SawError):
+    """The client has gone."""
+
+    triton_code = "CANCELLED"
+
+
+@dataclass(eq=False)
+class Job:
+    """A request of Triton in flight.
+
+    Attributes
+    ----------
+    key : int
+        Names the job to ``postprocessing``. Not to be guessed, for who has it can stop the job; never 0.
+    request_id : str
+        The client's, perhaps empty.
+    sender : object
+        Triton's response sender.
+    parts : list of (Generation, GenerationResult)
+        One for each prompt.
+    unfinished : int
+        Prompts that have more to come.
+    checked : float
+        When ``postprocessing`` was last asked about cancellation.
+    """
+
+    key: int
+    request_id: str
+    sender: Any
+    parts: list[tuple[Generation, GenerationResult]]
+    unfinished: int
+    checked: float = float("-inf")
+    #: Whether the client itself has cancelled the request.
+    cancelled: bool = False
+    closed: bool = False
+
+    def abort(self) -> None:
+        """Let the runtime stop all prompts."""
+        for _, result in self.parts:
+            result.abort()
+
+
+class TensorrtLlmModel:
+    """Runs an engine for any number of requests at once.
+
+    ``execute`` only hands a request to the runtime. A thread with an event loop sends the pieces, watches for
+    cancellation and updates the metrics; all talk with Triton about a request in flight is on that thread.
+
+    Parameters
+    ----------
+    pb_utils : module
+        Triton's ``triton_python_backend_utils``.
+    parameters : Parameters
+
+    Raises
+    ------
+    EngineError
+        If there is no engine, or it cannot run here.
+    """
+
+    def __init__(self, pb_utils: Any, parameters: Parameters) -> None:
+        if parameters.gpt_model_path is None:
+            raise EngineError(
+                "config.pbtxt names no engine: set its parameter gpt_model_path, or let saw-triton write it"
+            )
+        self._pb_utils = pb_utils
+        self._parameters = parameters
+        kv_cache = KvCacheConfig(
+            max_tokens=parameters.max_tokens_in_paged_kv_cache,
+            free_gpu_memory_fraction=parameters.kv_cache_free_gpu_mem_fraction,
+            enable_block_reuse=parameters.enable_kv_cache_reuse,
+        )
+        self._llm = LLM(parameters.gpt_model_path, tokenizer=parameters.tokenizer_dir, kv_cache_config=kv_cache)
+        self._metrics = MetricsReporter(pb_utils, names.TENSORRT_LLM, names.VERSION)
+        self._jobs: dict[int, Job] = {}
+        self._closing = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="saw-serve", daemon=True)
+        self._thread.start()
+        self._submit(self._forever(self._watch()))
+        self._submit(self._forever(self._report()))
+
+    def execute(self, requests: list[Any]) -> None:
+        """Begin the requests; the answers follow through their response senders."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._begin(request, sender)
+            except Exception as e:
+                if not isinstance(e, SawError):
+                    logger.exception("a request failed")
+                self._send(sender, error_response(self._pb_utils, e), final=True)
+
+    def finalize(self) -> None:
+        """Cancel what is in flight, and release the engine."""
+        self._closing = True
+        self._llm.shutdown()
+        self._submit(self._drain()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    def _submit(self, coroutine: Coroutine[Any, Any, None]) -> concurrent.futures.Future:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _begin(self, request: Any, sender: Any) -> None:
+        tensors = read_tensors(request)
+        if "stop" in tensors and tensors["stop"].any():
+            self._submit(self._stop(tensors, request.request_id()))
+            self._send(sender, None, final=True)
+            return
+        generations = parse(tensors, self._parameters.exclude_input_in_output)
+        parts: list[tuple[Generation, GenerationResult]] = []
+        job = Job(secrets.randbits(64) or 1, request.request_id(), sender, parts, unfinished=len(generations))
+        try:
+            for g in generations:
+                parts.append((g, self._llm.generate_async(g.prompt, g.params, streaming=g.streaming)))
+        except Exception:
+            job.abort()
+            raise
+        self._submit(self._serve(job))
+
+    async def _serve(self, job: Job) -> None:
+        self._jobs[job.key] = job
+        try:
+            await asyncio.gather(*(self._serve_part(job, i) for i in range(len(job.parts))))
+        except Exception as e:
+            if not isinstance(e, SawError):
+                logger.exception("a request failed")
+            job.abort()
+            await asyncio.sleep(_ERROR_DELAY)
+            self._close(job, error_response(self._pb_utils, e))
+        finally:
+            del self._jobs[job.key]
+
+    async def _serve_part(self, job: Job, index: int) -> None:
+        _, result = job.parts[index]
+        async for output in result:
+            if job.closed:  # another prompt of the request has failed
+                return
+            if output.outputs[0].finish_reason == "cancelled":
+                self._check_cancelled(job)
+            response = self._response(job, index, output)
+            job.unfinished -= output.finished
+            if job.unfinished:
+                self._send(job.sender, response)
+            else:
+                self._close(job, response)
+
+    def _check_cancelled(self, job: Job) -> None:
+        """Say why a text ended early. One that another request has stopped is an answer as it is."""
+        if self._closing:
+            raise ShutdownError("the server is shutting down: send the request again later")
+        if job.cancelled:
+            raise RequestCancelledError("the request was cancelled")
+
+    def _response(self, job: Job, index: int, output: RequestOutput) -> Any:
+        generation, _ = job.parts[index]
+        now = time.monotonic()
+        ask = generation.streaming and now - job.checked >= self._parameters.cancellation_check_period_ms / 1000
+        if ask:
+            job.checked = now
+        tensors = answer(generation, output, self._llm.tokenizer, job.key if ask else 0)
+        if len(job.parts) > 1:
+            tensors["batch_index"] = np.array([[index]], np.int32)
+        return self._pb_utils.InferenceResponse([self._pb_utils.Tensor(k, v) for k, v in tensors.items()])
+
+    def _close(self, job: Job, response: Any) -> None:
+        """Send a job's last response."""
+        if not job.closed:
+            job.closed = True
+            self._send(job.sender, response, final=True)
+
+    def _send(self, sender: Any, response: Any, final: bool = False) -> None:
+        flags = self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+        if response is None:
+            sender.send(flags=flags)
+        else:
+            sender.send(response, flags=flags)
+
+    async def _stop(self, tensors: Tensors, request_id: str) -> None:
+        key = int(tensors["request_key"].reshape(-1)[0]) if "request_key" in tensors else 0
+        for job in list(self._jobs.values()):
+            if job.key == key or (request_id and job.request_id == request_id):
+                job.abort()
+
+    async def _forever(self, background: Coroutine[Any, Any, None]) -> None:
+        try:
+            await background
+        except Exception:  # else it would be lost with the task
+            logger.exception("a background task of tensorrt_llm ended")
+
+    async def _watch(self) -> None:
+        """Abort requests whose clients have gone. It sees those sent to this model, not those of the ensemble."""
+        period = self._parameters.cancellation_check_period_ms / 1000
+        spent = 0.0
+        while True:
+            await asyncio.sleep(max(period, spent / _WATCH_SHARE))
+            spent = 0.0
+            for job in list(self._jobs.values()):
+                start = time.monotonic()
+                if not job.closed and job.sender.is_cancelled():
+                    job.cancelled = True
+                    job.abort()
+                spent += time.monotonic() - start
+                await asyncio.sleep(0)  # let pieces out between two questions
+
+    async def _report(self) -> None:
+        while True:
+            self._metrics.update(self._llm.stats())
+            await asyncio.sleep(self._parameters.stats_check_period_ms / 1000)
+
+    async def _drain(self) -> None:
+        """Wait until every request has its last response, and end the background tasks."""
+        while self._jobs:
+            await asyncio.sleep(0.01)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.sleep(0)

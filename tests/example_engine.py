@@ -1,0 +1,14 @@
+"""Builds the example model's engine."""
+
+from pathlib import Path
+
+from saw_trtllm.builder import BuildOptions, build, plan_build
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_llama"
+
+
+def build_example(folder: Path, **options) -> Path:
+    """Write an engine to ``folder`` and return it."""
+    options = {"model_dir": EXAMPLE, "backend": "reference", "max_batch_size": 64, **options}
+    build(plan_build(BuildOptions(output_dir=folder, **options)))
+    return folder

@@ -1,0 +1,529 @@
+"""The Triton models' logic, without Triton."""
+
+import threading
+
+import numpy as np
+import pytest
+import tokenizers
+from example_engine import EXAMPLE
+from fake_triton import InferenceRequest, Request, SeriesRecorder, i32, model_config, pb_utils, strings
+
+from saw_trtllm import LLM, SamplingParams
+from saw_trtllm.errors import EngineError, RequestError
+from saw_trtllm.runtime.detokenizer import Detokenizer
+from saw_trtllm.runtime.engine_core import Stats
+from saw_trtllm.runtime.tokenizer import Tokenizer
+from saw_trtllm.serve import metrics, names
+from saw_trtllm.serve.parameters import Parameters
+from saw_trtllm.serve.postprocessing import PostprocessingModel
+from saw_trtllm.serve.preprocessing import PreprocessingModel
+from saw_trtllm.serve.request import parse
+from saw_trtllm.serve.tensorrt_llm import TensorrtLlmModel
+from saw_trtllm.serve.triton import load_model
+
+PROMPT = "def read_config(path):"
+UNICODE = "naïve café, 日本語 and 🎉👩‍🚀 emoji"
+
+
+@pytest.fixture(scope="module")
+def engine_dir(engine):
+    return engine("saw_int4")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.load(EXAMPLE)
+
+
+@pytest.fixture(scope="module")
+def llm(engine_dir):
+    with LLM(engine_dir) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def model(engine_dir):
+    model = TensorrtLlmModel(pb_utils, Parameters(gpt_model_path=engine_dir, stats_check_period_ms=10))
+    yield model
+    model.finalize()
+
+
+@pytest.fixture(scope="module")
+def preprocessing():
+    return PreprocessingModel(pb_utils, Parameters(tokenizer_dir=EXAMPLE))
+
+
+@pytest.fixture(scope="module")
+def postprocessing():
+    return PostprocessingModel(pb_utils, Parameters(tokenizer_dir=EXAMPLE))
+
+
+def llm_inputs(ids, max_tokens=8, **more):
+    """Inputs of tensorrt_llm for one prompt."""
+    tensors = {"input_ids": i32(ids), "input_lengths": i32([len(ids)]), "request_output_len": i32([max_tokens])}
+    return tensors | {k: v if isinstance(v, np.ndarray) else np.array([[v]]) for k, v in more.items()}
+
+
+def code_of(response):
+    return response.error and response.error.code
+
+
+# preprocessing
+
+
+def test_preprocessing_tokenizes_and_fills_up(preprocessing, tokenizer):
+    prompts = ["a", UNICODE]
+    request = Request({"QUERY": strings(*[[p] for p in prompts]), "REQUEST_OUTPUT_LEN": i32([3], [4])})
+    [response] = preprocessing.execute([request])
+    expected = [tokenizer.encode(p) for p in prompts]
+    out = response.tensors
+    assert out["REQUEST_INPUT_LEN"].tolist() == [[len(e)] for e in expected]
+    assert [row[: len(e)].tolist() for row, e in zip(out["INPUT_ID"], expected, strict=True)] == expected
+    assert out["INPUT_ID"].shape == (2, max(map(len, expected)))
+    assert out["REQUEST_OUTPUT_LEN"].tolist() == [[3], [4]]
+    assert out["OUT_END_ID"].tolist() == [[tokenizer.eos_ids[0]]] * 2
+
+
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        ({"QUERY": strings([""])}, "the prompt is empty"),
+        ({"QUERY": strings([b"ok \xff\xfe"])}, "the prompt is not valid UTF-8 at byte 3"),
+        ({"QUERY": strings(["x"]), "BAD_WORDS_DICT": strings(["bad"])}, "bad_words is not supported"),
+        ({"QUERY": strings(["x"]), "STOP_WORDS_DICT": strings([b"\xff"])}, "stop_words is not valid UTF-8"),
+    ],
+)
+def test_preprocessing_answers_a_bad_request_and_the_others(preprocessing, tensors, sentence):
+    good = Request({"QUERY": strings(["x"]), "REQUEST_OUTPUT_LEN": i32([1])})
+    bad = Request({"REQUEST_OUTPUT_LEN": i32([1]), **tensors})
+    responses = preprocessing.execute([good, bad, good])
+    assert [code_of(r) for r in responses] == [None, "INVALID_ARG", None]
+    assert sentence in responses[1].error.message
+
+
+def test_unknown_json_keys_are_refused(preprocessing):
+    tensors = {"QUERY": strings(["x"]), "REQUEST_OUTPUT_LEN": i32([1])}
+    known = Request(tensors, priority=1, timeout=5, triton_enable_empty_final_response=True)
+    unknown = Request(tensors, temprature=0.5, lora_task_id=1)
+    responses = preprocessing.execute([known, unknown])
+    assert [code_of(r) for r in responses] == [None, "INVALID_ARG"]
+    assert "lora_task_id, temprature" in responses[1].error.message
+
+
+def test_stop_words_survive_the_way_through_word_lists(preprocessing, tokenizer):
+    words = ["\n\n", "", UNICODE, "end"]
+    request = {"QUERY": strings(["x"], ["y"]), "REQUEST_OUTPUT_LEN": i32([1], [1])}
+    lists = preprocessing.tokenize(request | {"STOP_WORDS_DICT": strings(words, ["", "", "", "stop"])})
+    inputs = {"input_ids": i32([1], [1]), "input_lengths": i32([1], [1]), "request_output_len": i32([1], [1])}
+    parsed = parse(inputs | {"stop_words_list": lists["STOP_WORDS_IDS"]})
+    expected = [[tokenizer.encode(w, False) for w in words if w], [tokenizer.encode("stop", False)]]
+    assert [g.params.stop_token_sequences for g in parsed] == expected
+
+
+# postprocessing
+
+
+@pytest.mark.parametrize("stop", [(), ("日本",), ("emo", "🎉")])
+def test_pieces_join_to_the_text(postprocessing, tokenizer, stop):
+    detokenizer = Detokenizer(tokenizer, stop)
+    joined, pieces = b"", []
+    for token in tokenizer.encode(UNICODE, False):
+        piece, found = detokenizer.push(token)
+        if piece:
+            pieces.append(piece)
+        if found:
+            break
+    for piece in pieces:
+        untrimmed = postprocessing.detokenize(
+            {
+                "TOKENS_BATCH": i32([piece.token_ids]),
+                "SEQUENCE_LENGTH": i32([len(piece.token_ids)]),
+                "CONTEXT_IDS": i32(piece.context_ids),
+            }
+        )
+        trim = len(untrimmed[0, 0].decode()) - len(piece.text)
+        # Padding behind SEQUENCE_LENGTH must not show.
+        out = postprocessing.detokenize(
+            {
+                "TOKENS_BATCH": i32([[*piece.token_ids, -1, 5]]),
+                "SEQUENCE_LENGTH": i32([len(piece.token_ids)]),
+                "CONTEXT_IDS": i32(piece.context_ids),
+                "TEXT_TRIM": i32([trim]),
+            }
+        )
+        joined += out[0, 0]
+    expected = UNICODE
+    for s in stop:
+        expected = expected.split(s)[0]
+    assert joined.decode() == expected
+
+
+def test_context_keeps_the_space_before_a_word(tmp_path):
+    # Decoders in SentencePiece's manner strip the space of the first word they see.
+    words = tokenizers.models.WordLevel({"▁hello": 0, "▁world": 1}, unk_token="▁hello")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    model = PostprocessingModel(pb_utils, Parameters(tokenizer_dir=tmp_path))
+    tensors = {"TOKENS_BATCH": i32([[1]]), "SEQUENCE_LENGTH": i32([1])}
+    assert model.detokenize(tensors | {"CONTEXT_IDS": i32([0])})[0, 0] == b" world"
+    assert model.detokenize(tensors)[0, 0] == b"world"
+
+
+def test_postprocessing_without_options_decodes(postprocessing, tokenizer):
+    ids = tokenizer.encode(UNICODE, False)
+    [response] = postprocessing.execute(
+        [Request({"TOKENS_BATCH": i32([ids], [ids]).reshape(2, 1, -1), "SEQUENCE_LENGTH": i32([len(ids)], [2])})]
+    )
+    assert response.tensors["OUTPUT"].tolist() == [[UNICODE.encode()], [tokenizer.decode(ids[:2]).encode()]]
+
+
+@pytest.mark.parametrize(("key", "cancelled", "asked", "stops"), [(0, True, 0, 0), (7, False, 1, 0), (7, True, 1, 1)])
+def test_a_gone_client_is_reported_to_tensorrt_llm(postprocessing, key, cancelled, asked, stops):
+    InferenceRequest.made.clear()
+    tensors = {"TOKENS_BATCH": i32([[66]]), "SEQUENCE_LENGTH": i32([1]), "REQUEST_KEY": np.array([[key]], np.uint64)}
+    request = Request(tensors, cancelled=cancelled)
+    [response] = postprocessing.execute([request])
+    assert response.error is None  # an error here would leave the ensemble unfinished
+    assert request.asked == asked
+    assert [(r.model_name, r.inputs["request_key"].tolist()) for r in InferenceRequest.made] == [
+        ("tensorrt_llm", [[7]])
+    ] * stops
+    assert all(r.inputs["stop"].all() for r in InferenceRequest.made)
+
+
+# Requests
+
+
+def test_options_become_sampling_params():
+    options = {
+        "temperature": np.float32(0.5),
+        "runtime_top_k": 5,
+        "runtime_top_p": np.float32(0.25),
+        "seed": np.uint64(2**64 - 1),
+        "min_tokens": 2,
+        "repetition_penalty": np.float32(1.5),
+        "presence_penalty": np.float32(0.5),
+        "frequency_penalty": np.float32(0.125),
+        "end_id": -1,
+        "pad_id": 0,
+        "stop_words": strings(["", "end", UNICODE]),
+        "stop_words_list": np.array([[[7, 8, 9, 0], [1, 3, -1, -1]]]),
+        "return_log_probs": True,
+        "streaming": True,
+        "beam_width": 1,
+        "len_penalty": np.float32(0),
+        "num_return_sequences": 1,
+        "return_num_output_tokens": True,
+    }
+    [g] = parse(llm_inputs([3, 4, 5], **options))
+    assert g.params == SamplingParams(
+        max_tokens=8,
+        min_tokens=2,
+        temperature=0.5,
+        top_k=5,
+        top_p=0.25,
+        seed=2**64 - 1,
+        repetition_penalty=1.5,
+        presence_penalty=0.5,
+        frequency_penalty=0.125,
+        end_id=-1,
+        stop=["end", UNICODE],
+        stop_token_sequences=[[7], [8, 9]],
+        logprobs=True,
+    )
+    assert (g.prompt, g.streaming, g.include_input) == ([3, 4, 5], True, False)
+    assert (g.return_num_input_tokens, g.return_num_output_tokens) == (False, True)
+
+
+def test_defaults_are_greedy_and_0_switches_top_k_and_top_p_off():
+    [g] = parse(llm_inputs([3], max_tokens=4))
+    assert g.params == SamplingParams(max_tokens=4)
+    assert g.params.greedy
+    [g] = parse(llm_inputs([3], max_tokens=4, runtime_top_k=0, runtime_top_p=np.float32(0)))
+    assert g.params == SamplingParams(max_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("default", "options", "included"),
+    [
+        (False, {}, True),
+        (True, {}, False),
+        (True, {"exclude_input_in_output": False}, True),
+        (False, {"exclude_input_in_output": True}, False),
+        (False, {"streaming": True}, False),
+        (False, {"streaming": True, "exclude_input_in_output": False}, False),
+    ],
+)
+def test_when_the_prompt_is_part_of_the_output(default, options, included):
+    [g] = parse(llm_inputs([3], **options), exclude_input_in_output=default)
+    assert g.include_input is included
+
+
+@pytest.mark.parametrize(
+    ("older", "newer", "field"), [("min_length", "min_tokens", "min_tokens"), ("random_seed", "seed", "seed")]
+)
+def test_older_names(older, newer, field):
+    assert getattr(parse(llm_inputs([3], **{older: 4}))[0].params, field) == 4
+    assert getattr(parse(llm_inputs([3], **{older: 4, newer: 4}))[0].params, field) == 4
+    with pytest.raises(RequestError, match=f"{newer} is 5 and {older}, its older name, 4"):
+        parse(llm_inputs([3], **{older: 4, newer: 5}))
+
+
+BAD_INPUTS = [
+    ({"max_tokens": 0}, "max_tokens is 0"),
+    ({"max_tokens": -5}, "max_tokens is -5"),
+    ({"temperature": np.float32("nan")}, "temperature is nan"),
+    ({"temperature": np.float32("inf")}, "temperature is inf"),
+    ({"temperature": np.float32(-1)}, "temperature is -1"),
+    ({"runtime_top_k": -1}, "top_k is -1"),
+    ({"runtime_top_p": np.float32(1.5)}, "top_p is 1.5"),
+    ({"repetition_penalty": np.float32(0)}, "repetition_penalty is 0"),
+    ({"min_tokens": 9}, "min_tokens is 9"),
+    ({"beam_width": 4}, "beam_width is 4, which is not supported"),
+    ({"num_return_sequences": 2}, "num_return_sequences is 2"),
+    ({"len_penalty": np.float32(0.5)}, "len_penalty is 0.5"),
+    ({"bad_words_list": np.array([[[5], [1]]])}, "bad_words_list is not supported"),
+    ({"stop_words_list": np.array([[[5, 6], [2, 1]]])}, "stop_words_list ends its words at"),
+    ({"stop_words_list": np.array([[[5, 6], [1, 3]]])}, "stop_words_list ends its words at"),
+    ({"stop_words": strings([b"\xff"])}, "stop_words is not valid UTF-8"),
+    ({"input_lengths": 4}, "input_lengths is 4"),
+    ({"input_lengths": -1}, "input_lengths is -1"),
+    ({"input_lengths": 0}, "the prompt is empty"),
+    ({"streaming": np.array([[True], [False]])}, "streaming has 2 rows for 1 prompts"),
+    ({"ids": [70] * 3000}, "the prompt has 3000 tokens"),
+    ({"max_tokens": 2048}, "max_tokens 2048"),
+    ({"ids": [5000]}, "5000"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), BAD_INPUTS)
+def test_bad_input_is_answered_in_one_sentence(model, options, sentence):
+    options = dict(options)
+    request = Request(llm_inputs(options.pop("ids", [70, 71]), options.pop("max_tokens", 8), **options))
+    model.execute([request])
+    [response] = request.sender.wait_final()
+    assert code_of(response) == "INVALID_ARG"
+    assert sentence in response.error.message
+    assert "\n" not in response.error.message
+
+
+# tensorrt_llm
+
+
+def run(model, *requests):
+    model.execute(list(requests))
+    return [r.sender.wait_final() for r in requests]
+
+
+def text_of(postprocessing, responses):
+    """What the ensemble makes of the responses of tensorrt_llm."""
+    step = names.STEPS[-1]
+    wiring = {ours: theirs for theirs, ours in names.STEPS[1].outputs.items()}
+    text = b""
+    for r in responses:
+        assert r.error is None, r.error.message
+        [out] = postprocessing.execute([Request({k: r.tensors[wiring[v]] for k, v in step.inputs.items()})])
+        text += out.tensors["OUTPUT"][0, 0]
+    return text.decode()
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, UNICODE])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": np.float32(1.5), "seed": 3}, {"stop_words": strings(["e", "zz"])}, {"end_id": -1}],
+    ids=lambda o: "-".join(o) or "greedy",
+)
+def test_text_is_that_of_the_runtime(model, llm, postprocessing, tokenizer, prompt, options):
+    ids = tokenizer.encode(prompt)
+    params = parse(llm_inputs(ids, 24, **options))[0].params
+    expected = llm.generate(ids, params).outputs[0]
+    streamed, whole, with_prompt = run(
+        model,
+        Request(llm_inputs(ids, 24, streaming=True, **options)),
+        Request(llm_inputs(ids, 24, exclude_input_in_output=True, **options)),
+        Request(llm_inputs(ids, 24, **options)),
+    )
+    assert text_of(postprocessing, streamed) == expected.text
+    assert text_of(postprocessing, whole) == expected.text
+    assert text_of(postprocessing, with_prompt) == tokenizer.decode(ids) + expected.text
+    assert [t for r in streamed for t in r.tensors["output_ids"][0, 0]] == expected.token_ids
+    assert with_prompt[0].tensors["output_ids"][0, 0].tolist() == ids + expected.token_ids
+    assert len(whole) == len(with_prompt) == 1
+
+
+def test_results_that_were_asked_for(model, llm, tokenizer):
+    ids = tokenizer.encode(PROMPT)
+    asked = ("log_probs", "context_logits", "generation_logits", "num_input_tokens", "num_output_tokens")
+    options = {f"return_{name}": True for name in asked}
+    whole, streamed, plain = run(
+        model,
+        Request(llm_inputs(ids, 6, **options)),
+        Request(llm_inputs(ids, 6, streaming=True, **options)),
+        Request(llm_inputs(ids, 6)),
+    )
+    expected = llm.generate(
+        ids, SamplingParams(max_tokens=6, logprobs=True, return_context_logits=True, return_generation_logits=True)
+    )
+    completion = expected.outputs[0]
+    results = {t.name for t in names.RESULTS}
+    assert not results & plain[0].tensors.keys()
+    assert results - whole[0].tensors.keys() == {"batch_index"}
+    out = whole[0].tensors
+    np.testing.assert_array_equal(out["context_logits"], expected.context_logits[None])
+    np.testing.assert_array_equal(out["generation_logits"], completion.generation_logits[None, None])
+    np.testing.assert_allclose(out["output_log_probs"], [[completion.logprobs]], rtol=1e-6)
+    np.testing.assert_allclose(out["cum_log_probs"], [[sum(completion.logprobs)]], rtol=1e-6)
+    assert (out["num_input_tokens"].tolist(), out["num_output_tokens"].tolist()) == ([[len(ids)]], [[6]])
+    pieces = [r.tensors for r in streamed]
+    np.testing.assert_allclose(
+        np.concatenate([p["output_log_probs"][0, 0] for p in pieces]), completion.logprobs, rtol=1e-6
+    )
+    np.testing.assert_allclose(pieces[-1]["cum_log_probs"], [[sum(completion.logprobs)]], rtol=1e-6)
+    assert sum(p["num_output_tokens"].item() for p in pieces) == 6
+    assert [("context_logits" in p, "generation_logits" in p) for p in pieces] == [(False, False)] * (
+        len(pieces) - 1
+    ) + [(True, True)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_several_prompts_in_one_request(model, llm, preprocessing, postprocessing, streaming):
+    prompts = [PROMPT, "The module provides", "x"]
+    pre = preprocessing.tokenize(
+        {"QUERY": strings(*[[p] for p in prompts]), "REQUEST_OUTPUT_LEN": i32([5], [10], [15])}
+    )
+    tensors = {
+        "input_ids": pre["INPUT_ID"],
+        "input_lengths": pre["REQUEST_INPUT_LEN"],
+        "request_output_len": pre["REQUEST_OUTPUT_LEN"],
+        "streaming": np.full((3, 1), streaming),
+        "exclude_input_in_output": np.full((3, 1), True),
+    }
+    [responses] = run(model, Request(tensors))
+    assert streaming or len(responses) == 3
+    for i, (prompt, max_tokens) in enumerate(zip(prompts, (5, 10, 15), strict=True)):
+        mine = [r for r in responses if r.tensors["batch_index"].tolist() == [[i]]]
+        expected = llm.generate(prompt, SamplingParams(max_tokens=max_tokens)).outputs[0].text
+        assert text_of(postprocessing, mine) == expected
+
+
+def test_one_bad_prompt_spoils_its_request_only(model, llm, postprocessing, tokenizer):
+    ids = tokenizer.encode(PROMPT)
+    two = {k: np.repeat(v, 2, axis=0) for k, v in llm_inputs(ids, 8, streaming=True).items()}
+    two["request_output_len"][1] = 0
+    bad, good = run(model, Request(two), Request(llm_inputs(ids, 8, streaming=True)))
+    assert [code_of(r) for r in bad] == ["INVALID_ARG"]
+    assert text_of(postprocessing, good) == llm.generate(PROMPT, SamplingParams(max_tokens=8)).outputs[0].text
+
+
+def test_many_requests_at_once(model, llm, postprocessing, tokenizer):
+    prompts = [f"{i} {PROMPT}" for i in range(48)]
+    requests = [Request(llm_inputs(tokenizer.encode(p), 6, streaming=True)) for p in prompts]
+    answers = run(model, *requests)
+    expected = llm.generate(prompts, SamplingParams(max_tokens=6))
+    assert [text_of(postprocessing, a) for a in answers] == [e.outputs[0].text for e in expected]
+
+
+LONG = {"max_tokens": 1500, "streaming": True, "end_id": -1}
+
+
+def cancel_by_sender(model, request, key):
+    request.sender.cancelled = True
+
+
+def cancel_by_key(model, request, key):
+    run(model, Request(llm_inputs([1], stop=True, request_key=np.uint64(key))))
+
+
+def cancel_by_id(model, request, key):
+    run(model, Request(llm_inputs([1], stop=True), request_id="mine"))
+
+
+@pytest.mark.parametrize(
+    ("cancel", "code"), [(cancel_by_sender, "CANCELLED"), (cancel_by_key, None), (cancel_by_id, None)]
+)
+def test_cancellation(model, tokenizer, cancel, code):
+    ids = tokenizer.encode(PROMPT)
+    request = Request(llm_inputs(ids, **LONG), request_id="mine")
+    other = Request(llm_inputs(ids, 40, streaming=True, end_id=-1), request_id="another")
+    model.execute([request, other])
+    first = request.sender.wait_responses(3)[0]
+    key = first.tensors["request_key"].item()
+    assert key  # the first piece asks postprocessing to look
+    cancel(model, request, key)
+    responses = request.sender.wait_final()
+    assert [code_of(r) for r in responses[:-1]] == [None] * (len(responses) - 1)
+    assert code_of(responses[-1]) == code
+    assert len(responses) < 1500
+    ids_of_other = [t for r in other.sender.wait_final() for t in r.tensors["output_ids"][0, 0]]
+    assert len(ids_of_other) == 40
+
+
+def test_stop_of_an_unknown_request_is_harmless(model):
+    [responses] = run(model, Request(llm_inputs([1], stop=True, request_key=np.uint64(10**9))))
+    assert responses == []
+
+
+def test_failure_of_the_runtime_is_answered(engine_dir, tokenizer, monkeypatch):
+    model = TensorrtLlmModel(pb_utils, Parameters(gpt_model_path=engine_dir))
+    ids = tokenizer.encode(PROMPT)
+    execute = model._llm._core._executor.execute
+    monkeypatch.setattr(model._llm._core._executor, "execute", lambda *a: 1 / 0)
+    [failed] = run(model, Request(llm_inputs(ids)))
+    assert failed[-1].error.message
+    assert code_of(failed[-1]) == EngineError.triton_code
+    monkeypatch.setattr(model._llm._core._executor, "execute", execute)
+    [fine] = run(model, Request(llm_inputs(ids)))
+    assert fine[0].error is None
+    model.finalize()
+
+
+def test_finalize_ends_what_runs(engine_dir, tokenizer):
+    model = TensorrtLlmModel(pb_utils, Parameters(gpt_model_path=engine_dir))
+    running = Request(llm_inputs(tokenizer.encode(PROMPT), **LONG))
+    model.execute([running])
+    running.sender.wait_responses(1)
+    model.finalize()
+    assert code_of(running.sender.wait_final()[-1]) == "UNAVAILABLE"
+    late = Request(llm_inputs([70]))
+    model.execute([late])
+    assert code_of(late.sender.wait_final()[-1]) == "UNAVAILABLE"
+    assert not [t for t in threading.enumerate() if t.name == "saw-serve" and not t.is_alive()]
+
+
+def test_loading_a_missing_engine_is_one_sentence(tmp_path):
+    with pytest.raises(pb_utils.TritonModelException, match="is not a folder: give the --output_dir of saw-build"):
+        load_model(pb_utils, TensorrtLlmModel, {"model_config": model_config(gpt_model_path=str(tmp_path / "no"))})
+    with pytest.raises(pb_utils.TritonModelException, match="gpt_model_path"):
+        load_model(pb_utils, TensorrtLlmModel, {"model_config": model_config()})
+    with pytest.raises(pb_utils.TritonModelException, match="tokenizer_dir"):
+        load_model(pb_utils, PostprocessingModel, {"model_config": model_config()})
+
+
+# Metrics
+
+
+def test_metrics_follow_the_stats():
+    SeriesRecorder.all.clear()
+    reporter = metrics.MetricsReporter(pb_utils, "tensorrt_llm", "1")
+    stats = Stats(2, 3, 10, 90, 100, 32, 7, 1, 500, 200, 60, 1.5, 6)
+    for s in (stats, stats, Stats(0, 0, 0, 100, 100, 32, 8, 1, 600, 200, 90, 2.0, 7)):
+        reporter.update(s)
+        seen = {
+            (r.family.name, *[v for k, v in r.labels.items() if k.endswith("type")]): r.value
+            for r in SeriesRecorder.all
+        }
+        if s is stats:
+            assert seen[metrics.REQUESTS, "active"] == 5
+            assert seen[metrics.REQUESTS, "scheduled"] == 2
+            assert seen[metrics.REQUESTS, "waiting"] == 3
+            assert seen[metrics.BLOCKS, "used"] == 10
+            assert seen[metrics.BLOCKS, "fraction"] == 0.1
+            assert seen["saw_prompt_tokens_total",] == 500
+    assert seen[metrics.REQUESTS, "active"] == 0
+    assert seen[metrics.BLOCKS, "max"] == 100
+    assert seen["saw_generated_tokens_total",] == 90
+    assert seen["saw_time_to_first_token_seconds_sum",] == 2.0
+    assert seen["saw_time_to_first_token_seconds_count",] == 7
+    assert len(seen) == len(metrics.METRICS)
+    assert all(r.calls <= 2 for r in SeriesRecorder.all)  # nothing is sent that has not changed
