@@ -42,6 +42,18 @@ class BackendUnavailableError(SawError):
     triton_code = "UNAVAILABLE"
 
 
+class OpError(SawError, ValueError):
+    """An array or a parameter that a kernel cannot take."""
+
+    triton_code = "INVALID_ARG"
+
+
+class KernelError(SawError, RuntimeError):
+    """A kernel that the GPU refused to launch."""
+
+    triton_code = "INTERNAL"
+
+
 class ShutdownError(SawError):
     """A request that came when the runtime was already shut down."""
 

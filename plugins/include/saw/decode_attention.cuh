@@ -1,0 +1,291 @@
+// Decode: one query token per sequence against its 4-bit rows in the pool, at the speed of the memory.
+//
+// The sequences' tokens, cut into tiles, form one line. A persistent grid cuts it into equal pieces, whatever the batch
+// and the lengths, and a piece is worked on by as many CTAs as there are KV heads, one for each: they read what lies
+// side by side in a block at about the same time, which the memory rewards. Bulk copies bring a tile's K and V rows to
+// shared memory, some tiles ahead. Each of the CTA's four warps takes 16 of 64 tokens, scores them, and sums its own
+// output; the warps meet only where the line goes over to the next sequence. What a CTA could not finish alone it
+// leaves as a partial sum, and the last CTA to leave one for a (sequence, KV head) adds them up, in a fixed order.
+//
+// Nothing is dequantized. An fp16 whose bits are a code n is the subnormal n 2^-24, and one whose bits are 16 n is
+// 16 n 2^-24, so a mask is all it takes to make an exact operand of two codes; 2^-24 and 1/16 are taken out of Q
+// before, and out of the scores and the output after. Scale and lo are applied per token:
+//   q.k = scale (q.code) + lo sum(q)        sum(p v) = sum((p scale) code) + sum(p lo)
+// p scale is exp2(score + log2(scale)), so that whatever V's scales are, the operand of the product lies within fp16.
+#pragma once
+
+#include <type_traits>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "saw/ops.h"
+#include "saw/ptx.cuh"
+
+namespace saw {
+
+constexpr float kLog2e = 1.4426950408889634f;
+// What a masked fp16 operand lacks to its code.
+constexpr float kCodeUnit = 0x1p24f;
+
+template <int HeadDim, int QueryTiles, int TileTokens, int Together, int Stages, int CtasPerSm>
+struct DecodeConfig {
+    static constexpr int kHeadDim = HeadDim;
+    static constexpr int kQueryTiles = QueryTiles;  // tiles of 8 query heads that share a KV head
+    static constexpr int kStages = Stages;
+    static constexpr int kCtasPerSm = CtasPerSm;
+
+    static constexpr int kWarps = 4;
+    static constexpr int kThreads = kWarps * 32;
+    static constexpr int kTileTokens = TileTokens;
+    static constexpr int kSubtileTokens = 16 * kWarps;
+    static constexpr int kTogether = Together;  // subtiles that a warp works on at a time, to hide its own latencies
+    static constexpr int kRoundTokens = kTogether * kSubtileTokens;
+    static constexpr int kWords = HeadDim / 8;  // words of 8 codes in a row
+    static constexpr int kRowBytes = int4_row_bytes(HeadDim);
+    static constexpr int kRowWords = kRowBytes / 4;
+    static constexpr int kTileBytes = kTileTokens * kRowBytes;  // of K, and of V
+    static constexpr int kStageBytes = 2 * kTileBytes;
+    static constexpr int kKeySteps = kWords / 4;          // words of a row that a thread scores
+    static constexpr int kValueSteps = (kWords + 7) / 8;  // words of a row that a thread sums
+    static constexpr int kMaxQueries = 8 * QueryTiles;
+
+    static_assert(kRowWords % 2 == 1, "an odd row length is what spreads rows over the banks");
+    static_assert(kStageBytes % 128 == 0, "stages follow each other at aligned addresses");
+    static_assert(HeadDim % 32 == 0, "four threads share a row");
+    static_assert(TileTokens % kRoundTokens == 0, "each warp takes 16 tokens of a subtile");
+};
+
+// A partial sum in the workspace: output [queries, head_dim], then per query the maximum and the sum of the softmax.
+template <typename Config>
+__host__ __device__ constexpr size_t partial_floats(int group) {
+    return (size_t(group) * (Config::kHeadDim + 2) + 3) & ~size_t(3);  // read 16 bytes at a time
+}
+
+// A place on the line of tiles.
+struct DecodeCursor {
+    int sequence;
+    int length;      // of the sequence
+    int first_tile;  // of the sequence that its query sees
+    int num_tiles;   // of the sequence
+    int tile;        // counted from first_tile
+    int begin;       // the line's index of the sequence's first tile
+};
+
+// The pieces of the line: `share` tiles each, and one more for the first `larger`.
+struct DecodePieces {
+    int count;
+    int share, larger;
+
+    __device__ int begin(int piece) const { return piece * share + min(piece, larger); }
+
+    __device__ int of(int tile) const {
+        int const in_larger = larger * (share + 1);
+        return tile < in_larger ? tile / (share + 1) : larger + (tile - in_larger) / share;
+    }
+};
+
+template <typename Config>
+struct DecodeShared {
+    alignas(128) uint8_t stages[Config::kStages][Config::kStageBytes];
+    uint64_t full[Config::kStages];
+    uint64_t empty[Config::kStages];
+    float max[Config::kWarps][Config::kMaxQueries];
+    float sum[Config::kWarps][Config::kMaxQueries];
+    DecodePieces pieces;
+    DecodeCursor cursors[2];  // of the sequence that the warps work on, and of the one before or after it
+    DecodeCursor ahead;       // of the next tile to bring
+    alignas(16) int warp_total[Config::kWarps];  // read as one vector: on its own, so that no neighbour is read with it
+    int is_last;
+};
+
+template <typename Config>
+class DecodeKernel {
+    // Scores of a warp's tokens: rows 4g and 4g + 1 of each subtile, queries 2t and 2t + 1 of each tile of queries.
+    using Scores = float[Config::kTogether][Config::kQueryTiles][4];
+
+  public:
+    __device__ DecodeKernel(DecodeParams const& params, float* partials, int* counters, DecodeShared<Config>& shared)
+        : p(params),
+          partials(partials),
+          counters(counters),
+          shared(shared),
+          warp(threadIdx.x / 32),
+          lane(threadIdx.x % 32),
+          g(lane / 4),
+          t(lane % 4),
+          kv_head(blockIdx.x % params.pool.num_kv_heads),
+          piece(blockIdx.x / params.pool.num_kv_heads) {
+        group = p.num_heads / p.pool.num_kv_heads;
+        score_scale = p.softmax_scale * kLog2e;
+        // The 16 tokens of this warp in each 64: rows first_row + 4 i + {0, 1} for i in 0..7. Rows 4 apart, for K, and
+        // 8 apart, for V, lie 4 and 8 banks apart.
+        first_row = (warp / 2) * 32 + (warp % 2) * 2;
+    }
+
+    template <typename T>
+    __device__ void run();
+
+  private:
+    static constexpr float kNoMax = -1e30f;
+    // The reference that exponents are taken against follows the maximum only when it lags by more than this: P stays
+    // within fp16, and the sums need no correction for most tiles.
+    static constexpr float kMaxLag = 8.0f;
+    // Tiles that make a piece of their own worthwhile: each piece costs a partial sum.
+    static constexpr int kMinShare = 1;
+
+    DecodeParams const& p;
+    float* const partials;  // two for each CTA
+    int* const counters;    // of each sequence and KV head: partial sums that have been left
+    DecodeShared<Config>& shared;
+    int const warp, lane, g, t;
+    int const kv_head, piece;
+    int group, first_row;
+    float score_scale;
+    int which = 0;           // of the cursors
+    int length, first_seen;  // of the current sequence
+    // Warp 0's, as it brings tiles: how many are left of the piece, and the next one's first token and sequence.
+    int left, next_position, next_length;
+    // Each two lanes hold the rows of a block, K's the even one and V's the odd one: 16 blocks from held_block on.
+    uint8_t const* held_rows;
+    int held_block;
+
+    uint32_t q_frag[Config::kQueryTiles][Config::kKeySteps][4];
+    float q_sum[Config::kQueryTiles][2];  // sum(q) of queries 2t, 2t+1, times score_scale
+    float out[Config::kQueryTiles][Config::kValueSteps][4][4];
+    float query_max[Config::kQueryTiles][2], query_sum[Config::kQueryTiles][2], query_lo[Config::kQueryTiles][2];
+
+    __device__ int visible_tiles(int length, int& first_tile) const {
+        first_tile = p.window > 0 && length > p.window ? (length - p.window) / Config::kTileTokens : 0;
+        return (length + Config::kTileTokens - 1) / Config::kTileTokens - first_tile;
+    }
+
+    static __device__ void step(int& slot, uint32_t& parity, int& previous, uint32_t& previous_parity) {
+        previous = slot;
+        previous_parity = parity;
+        if (++slot == Config::kStages) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+
+    __device__ bool find_work();
+    __device__ void enter_sequence(DecodeCursor& c, int sequence) const;
+    __device__ void next_sequence(DecodeCursor& c) const;
+    __device__ void begin_bringing();
+    __device__ void hold_blocks();
+    __device__ void bring(int slot);
+    template <typename T>
+    __device__ void begin_sequence();
+    __device__ void round(int position, uint8_t const* stage, int row);
+    __device__ void score(uint32_t const* keys, float (&s)[Config::kQueryTiles][4]) const;
+    __device__ void weigh(int token, bool masked, __half2 const* key_tail, Scores& s);
+    __device__ void cap(float (&s)[Config::kQueryTiles][4], float const (&log_scale)[2]) const;
+    __device__ void follow_max(Scores const& s);
+    __device__ void accumulate(uint32_t const* values, uint32_t const (&prob)[Config::kQueryTiles][2]);
+    template <typename T>
+    __device__ bool finish_sequence(int done, float* scratch);
+    template <typename T>
+    __device__ void leave_partial(DecodeCursor const& c, bool more);
+    __device__ void merge_warps(float* scratch);
+    template <typename T>
+    __device__ void write_output();
+    __device__ void write_partial(float* partial);
+    template <typename T>
+    __device__ void combine(DecodeCursor const& c, int first_piece, int last_piece, int worker, int workers) const;
+    __device__ float normalizer(int query_head, float max, float sum) const;
+};
+
+template <typename T>
+__device__ inline T from_float(float x) {
+    if constexpr (std::is_same_v<T, __half>) {
+        return __float2half_rn(x);
+    } else {
+        return __float2bfloat16_rn(x);
+    }
+}
+
+template <typename T>
+__device__ inline float to_float(T x) {
+    if constexpr (std::is_same_v<T, __half>) {
+        return __half2float(x);
+    } else {
+        return __bfloat162float(x);
+    }
+}
+
+}  // namespace saw
+
+#include "saw/decode_pieces.cuh"
+#include "saw/decode_sums.cuh"
+#include "saw/decode_tile.cuh"
+
+namespace saw {
+
+template <typename Config>
+template <typename T>
+__device__ void DecodeKernel<Config>::run() {
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Config::kStages; ++i) {
+            mbarrier_init(&shared.full[i], 1);
+            mbarrier_init(&shared.empty[i], Config::kWarps);
+        }
+        fence_bulk_copy();
+    }
+    // The block table is read behind the lengths; ask for it already.
+    size_t const table_bytes = size_t(p.num_sequences) * 2 * p.pool.max_blocks_per_seq * sizeof(int32_t);
+    for (size_t at = (size_t(blockIdx.x) * Config::kThreads + threadIdx.x) * 128; at < table_bytes;
+         at += size_t(gridDim.x) * Config::kThreads * 128)
+        prefetch_l2(reinterpret_cast<uint8_t const*>(p.pool.block_offsets) + at);
+    bool const any = find_work();
+    for (int s = blockIdx.x; s < p.num_sequences; s += gridDim.x) {
+        if (p.sequence_length[s] > 0) continue;
+        int const n = p.num_heads * Config::kHeadDim;
+        for (int i = threadIdx.x; i < n; i += Config::kThreads) static_cast<T*>(p.out)[size_t(s) * n + i] = T(0.0f);
+    }
+    if (!any) return;
+    if (warp == 0) {
+        begin_bringing();
+        for (int slot = 0; slot < Config::kStages && left > 0; ++slot) bring(slot);
+    }
+
+    int slot = 0, previous = -1;
+    uint32_t parity = 0, previous_parity = 0;
+    while (true) {
+        DecodeCursor const& c = shared.cursors[which];
+        int position = (c.first_tile + c.tile) * Config::kTileTokens;
+        int const done = min(c.begin + c.num_tiles, shared.pieces.begin(piece + 1));
+        int tiles = done - c.begin - c.tile;
+        begin_sequence<T>();
+        while (true) {
+            mbarrier_wait(&shared.full[slot], parity);
+#pragma unroll 1
+            for (int row = 0; row < Config::kTileTokens; row += Config::kRoundTokens) {
+                round(position, shared.stages[slot], first_row + row);
+                // By now all warps have most likely left the slot of the tile before.
+                if (warp == 0 && row == 0 && previous >= 0 && left > 0) {
+                    mbarrier_wait(&shared.empty[previous], previous_parity);
+                    bring(previous);
+                }
+            }
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(&shared.empty[slot]);
+            position += Config::kTileTokens;
+            if (--tiles == 0) break;
+            step(slot, parity, previous, previous_parity);
+        }
+        bool const more = finish_sequence<T>(done, reinterpret_cast<float*>(shared.stages[slot]));
+        if (!more) return;
+        step(slot, parity, previous, previous_parity);
+    }
+}
+
+template <typename Config, typename T>
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
+    decode_kernel(__grid_constant__ DecodeParams const params, float* partials, int* counters) {
+    extern __shared__ __align__(128) uint8_t memory[];
+    auto& shared = *reinterpret_cast<DecodeShared<Config>*>(memory);
+    DecodeKernel<Config>(params, partials, counters, shared).template run<T>();
+}
+
+}  // namespace saw

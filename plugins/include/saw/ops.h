@@ -1,0 +1,55 @@
+// The operations of this library as host functions: check nothing but what the kernels rely on, launch, return.
+// They allocate nothing, synchronize nothing and can be captured in a CUDA graph; lengths are read on the GPU.
+#pragma once
+
+#include "saw/layout.h"
+
+namespace saw {
+
+// RoPE, centring, rotation, quantization and the paged write of a step's tokens, in one launch.
+struct KvWriteParams {
+    // Q | K | V of each token before RoPE: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] of dtype
+    void const* qkv;
+    float2 const* cos_sin;           // [num_positions, head_dim / 2] (cos, sin), NeoX half-split pairs
+    int32_t const* position_ids;     // [num_tokens]: for RoPE
+    int32_t const* last_token_ids;   // [num_sequences]: inclusive prefix sum of the tokens per sequence
+    int32_t const* sequence_length;  // [num_sequences]: KV length with this step's tokens
+    float const* k_center;           // [num_kv_heads, head_dim], subtracted from all keys after RoPE; or null
+    void* q_out;                     // [num_tokens, num_heads, head_dim] of dtype: rotated Q
+    void* k_out;                     // [num_tokens, num_kv_heads, head_dim] of dtype: rotated K; or null
+    void* v_out;                     // [num_tokens, num_kv_heads, head_dim] of dtype: V (rotated if asked); or null
+    PagedPool pool;
+    int num_tokens;
+    int num_sequences;
+    int num_heads;
+    int head_dim;        // 64, 96, 128, 256
+    int hadamard_order;  // 1: no rotation, the only one with kRaw; else a power of two from 16 that divides head_dim
+    bool rotate_v;       // here; false where the rotation is folded into the weights
+    float range_factor;
+    DType dtype;
+    CacheType cache;
+};
+cudaError_t kv_write(KvWriteParams const& params, cudaStream_t stream);
+
+// Attention of one query token per sequence to all of its tokens in the pool, the current one among them.
+struct DecodeParams {
+    void const* q;                   // [num_sequences, num_heads, head_dim] of dtype: rotated as the keys are
+    void* out;                       // [num_sequences, num_heads, head_dim] of dtype
+    int32_t const* sequence_length;  // [num_sequences]; a sequence of length 0 gives zeros
+    float const* sinks;              // [num_heads]: a learned logit that takes its share of the softmax; or null
+    PagedPool pool;
+    void* workspace;  // decode_workspace_bytes(), zeroed once before its first use, not shared by concurrent launches
+    int num_sequences;
+    int num_heads;
+    int head_dim;         // 64, 96, 128, 256
+    int window;           // keys that a query sees, its own among them; 0 is all
+    float softmax_scale;  // factor on q.k
+    float softcap;        // scores become softcap * tanh(score / softcap); 0 is none
+    DType dtype;
+    CacheType cache;
+};
+// Independent of the context: splits are bounded by the number of CTAs that the GPU holds.
+size_t decode_workspace_bytes(int max_sequences, int num_heads, int num_kv_heads, int head_dim);
+cudaError_t decode_attention(DecodeParams const& params, cudaStream_t stream);
+
+}  // namespace saw

@@ -1,0 +1,15 @@
+// How decode_attention.cu finds the instances, one head_dim a file.
+#pragma once
+
+#include "saw/ops.h"
+
+namespace saw {
+
+// CTAs that the GPU at hand holds, for the instance that these parameters choose.
+template <int HeadDim>
+int decode_max_ctas(int group);
+
+template <int HeadDim>
+cudaError_t launch_decode(DecodeParams const& params, cudaStream_t stream);
+
+}  // namespace saw

@@ -1,0 +1,77 @@
+"""The kernels on addresses: checks nothing; :mod:`saw_trtllm.ops` does. Launches return a ``cudaError_t``."""
+
+from types import CapsuleType
+from typing import ClassVar
+
+FORMAT_VERSION: int
+
+class DType:
+    float16: ClassVar[DType]
+    bfloat16: ClassVar[DType]
+
+class CacheType:
+    int4: ClassVar[CacheType]
+    raw: ClassVar[CacheType]
+
+class PagedPool:
+    def __init__(
+        self,
+        *,
+        base: int,
+        block_offsets: int,
+        max_blocks_per_seq: int,
+        layer: int,
+        num_kv_heads: int,
+        tokens_per_block: int,
+        row_bytes: int,
+    ) -> None: ...
+
+def row_bytes(cache: CacheType, head_dim: int) -> int: ...
+def error_string(code: int) -> str: ...
+def dlpack_view(
+    capsule: CapsuleType,
+) -> tuple[int, tuple[int, ...], tuple[int, ...] | None, tuple[int, int]]: ...
+def kv_write(
+    *,
+    qkv: int,
+    cos_sin: int,
+    position_ids: int,
+    last_token_ids: int,
+    sequence_length: int,
+    k_center: int,
+    q_out: int,
+    k_out: int,
+    v_out: int,
+    pool: PagedPool,
+    num_tokens: int,
+    num_sequences: int,
+    num_heads: int,
+    head_dim: int,
+    hadamard_order: int,
+    rotate_v: bool,
+    range_factor: float,
+    dtype: DType,
+    cache: CacheType,
+    device: int,
+    stream: int,
+) -> int: ...
+def decode_attention(
+    *,
+    q: int,
+    out: int,
+    sequence_length: int,
+    sinks: int,
+    pool: PagedPool,
+    workspace: int,
+    num_sequences: int,
+    num_heads: int,
+    head_dim: int,
+    window: int,
+    softmax_scale: float,
+    softcap: float,
+    dtype: DType,
+    cache: CacheType,
+    device: int,
+    stream: int,
+) -> int: ...
+def decode_workspace_bytes(max_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int: ...

@@ -1,0 +1,95 @@
+"""Steps and pools for the GPU tests: shuffled blocks, poison where nobody may read, canaries where nobody may write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from saw_trtllm.format import KVFormat
+from saw_trtllm.reference.int4 import decode_rows, encode_rows
+
+NUM_LAYERS, LAYER = 3, 1
+K, V = 0, 1
+SECONDARY_BIT = -(1 << 31)
+#: Beyond any pool, with and without bit 31.
+POISON_ENTRIES = (0x7FFFFFFF, -1)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Blocks of a step's sequences.
+
+    Attributes
+    ----------
+    offsets : torch.Tensor
+        int32 ``[num_sequences, 2, max_blocks]`` as the kernels take it, poisoned beyond each sequence's blocks.
+    blocks : torch.Tensor
+        int64 ``[num_sequences, max_blocks]``: the block behind each entry, 0 for the poisoned.
+    num_blocks : int
+        Of the pool: every second one belongs to nobody.
+    """
+
+    offsets: torch.Tensor
+    blocks: torch.Tensor
+    num_blocks: int
+
+    @classmethod
+    def make(cls, lengths: Sequence[int], tokens_per_block: int, rng: torch.Generator) -> Table:
+        used = [-(-n // tokens_per_block) for n in lengths]
+        num_blocks = 2 * sum(used) + 2
+        order = torch.randperm(num_blocks, generator=rng)
+        shape = len(lengths), max(used) + 2
+        blocks = torch.zeros(shape, dtype=torch.int64)
+        poison = torch.tensor(POISON_ENTRIES, dtype=torch.int32)
+        offsets = poison[torch.randint(len(poison), (shape[0], 2, shape[1]), generator=rng)]
+        first = 0
+        for s, n in enumerate(used):
+            mine = order[first : first + n]
+            first += n
+            blocks[s, :n] = mine
+            bit = torch.randint(2, (n,), generator=rng, dtype=torch.int32) * SECONDARY_BIT
+            for which in (K, V):
+                offsets[s, which, :n] = (mine * NUM_LAYERS * 2 + which).int() | bit
+        return cls(offsets, blocks, num_blocks)
+
+
+def random_pool(kv_format: KVFormat, num_blocks: int, num_kv_heads: int, tokens_per_block: int, rng: torch.Generator):
+    """Random bytes: whatever a kernel does not write must stay what it is."""
+    shape = kv_format.pool_shape(num_blocks, NUM_LAYERS, num_kv_heads, tokens_per_block)
+    return torch.randint(256, shape, generator=rng, dtype=torch.uint8)
+
+
+def poisoned_pool(
+    kv_format: KVFormat, table: Table, lengths: Sequence[int], num_kv_heads: int, tokens_per_block: int, rng
+) -> torch.Tensor:
+    """Sequences of random rows in layer LAYER; every other row decodes to NaN, infinity or huge numbers."""
+    shape = kv_format.pool_shape(table.num_blocks, NUM_LAYERS, num_kv_heads, tokens_per_block)
+    pool = torch.full(shape, 0xFF, dtype=torch.uint8)  # as float16 and as bfloat16, and as scale and lo: NaN
+    pool[:, :, :, :, ::3, -3] = 0x7B  # scale and lo near 65504, or an element near it
+    pool[:, :, :, :, 1::3, -3:] = torch.tensor([0x7C, 0x00, 0xFC], dtype=torch.uint8)  # scale inf, lo -inf
+    for s, length in enumerate(lengths):
+        if length == 0:
+            continue
+        position = torch.arange(length)
+        block, row = table.blocks[s, position // tokens_per_block], position % tokens_per_block
+        for which in (K, V):
+            spread = torch.rand(1, num_kv_heads, 1, generator=rng) * 2 + 0.25
+            x = torch.randn(length, num_kv_heads, kv_format.head_dim, generator=rng) * spread + (which == K) * 0.5
+            pool[block, LAYER, which, :, row] = encode_rows(x, kv_format)
+    return pool
+
+
+def dense_rows(
+    pool: torch.Tensor, table: Table, lengths: torch.Tensor, which: int, kv_format: KVFormat
+) -> torch.Tensor:
+    """Dequantized float64 ``[num_sequences, num_kv_heads, longest, head_dim]``, zeros beyond each length."""
+    tokens_per_block = pool.shape[4]
+    longest = max(int(lengths.max()), 1)
+    position = torch.arange(longest, device=pool.device)
+    block = table.blocks.to(pool.device)[:, position // tokens_per_block]
+    rows = pool[block, LAYER, which, :, position % tokens_per_block]  # [num_sequences, longest, num_kv_heads, bytes]
+    unused = position >= lengths.to(pool.device)[:, None]
+    rows = rows.masked_fill(unused[:, :, None, None], 0)
+    return decode_rows(rows, kv_format).double().transpose(1, 2)
