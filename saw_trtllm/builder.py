@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saw_trtllm import __version__
-from saw_trtllm.checkpoint import Checkpoint, SafetensorsWriter, cast, copy_tokenizer_files
-from saw_trtllm.config import MODELS, DTypeName, first_error
-from saw_trtllm.engine import BackendName, BuildConfig, EngineConfig, PluginConfig, SawSection, engine_file
+from saw_trtllm.checkpoint import TOKENIZER_FILES, Checkpoint, SafetensorsWriter, cast, copy_tokenizer_files
+from saw_trtllm.config import MODELS, DTypeName, first_error, read_json
+from saw_trtllm.engine import (
+    CONFIG_FILE,
+    BackendName,
+    BuildConfig,
+    EngineConfig,
+    PluginConfig,
+    SawSection,
+    engine_file,
+)
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
 from saw_trtllm.fold import fold_v_rotation
 from saw_trtllm.format import TOKENS_PER_BLOCK, KVFormat, KvName
@@ -25,6 +33,8 @@ Switch = Literal["enable", "disable"]
 
 class BuildOptions(BaseModel):
     """``saw-build``'s flags: each field is one, its description the help."""
+
+    model_config = ConfigDict(protected_namespaces=())  # model_dir would be in one in pydantic before 2.10
 
     model: Literal[MODELS] | None = Field(  # type: ignore[valid-type]
         None, description="model family; by default the checkpoint's, and an error if it is another one"
@@ -117,7 +127,8 @@ def choose_backend(asked: str) -> tuple[BackendName, str]:
     """
     if asked in ("tensorrt_llm", "tensorrt"):
         raise BackendUnavailableError(
-            f"the backend {asked} is not part of saw_trtllm {__version__}: use --backend reference, which runs on any CPU"
+            f"the backend {asked} is not part of saw_trtllm {__version__}: use --backend reference, which runs on any "
+            "CPU"
         )
     if importlib.util.find_spec("torch") is None:
         raise BackendUnavailableError(
@@ -189,8 +200,7 @@ def build(plan: BuildPlan, progress: Callable[[str], None] | None = None) -> int
     part = path.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if folder.resolve() == plan.checkpoint.folder.resolve():
-            raise ConfigError(f"{folder} is the folder that the model is read from: choose another --output_dir")
+        _check_replaceable(plan)
         try:
             with SafetensorsWriter(part, plan.engine_shapes, model.dtype) as writer:
                 for name in plan.engine_shapes:
@@ -199,7 +209,9 @@ def build(plan: BuildPlan, progress: Callable[[str], None] | None = None) -> int
                     writer.write(name, cast(tensor, model.dtype, name, plan.checkpoint.folder))
                     if progress is not None:
                         progress(name)
-            (folder / "config.json").unlink(missing_ok=True)
+            # What an engine that is replaced had, this one's model may not have.
+            for name in (CONFIG_FILE, *TOKENIZER_FILES):
+                (folder / name).unlink(missing_ok=True)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -220,6 +232,15 @@ def tokens_that_fit(plan: BuildPlan, kv: str | None = None, fraction: float = 0.
     return int(fraction * free) // plan.bytes_per_token(kv)
 
 
+def _check_replaceable(plan: BuildPlan) -> None:
+    folder = plan.output_dir
+    if folder.resolve() == plan.checkpoint.folder.resolve():
+        raise ConfigError(f"{folder} is the folder that the model is read from: choose another --output_dir")
+    config = folder / CONFIG_FILE
+    if config.exists() and "build_config" not in read_json(config):
+        raise ConfigError(f"{folder} holds a model, not an engine to replace: choose another --output_dir")
+
+
 def _open_checkpoint(options: BuildOptions) -> Checkpoint:
     if (options.checkpoint_dir is None) == (options.model_dir is None):
         given = "neither" if options.model_dir is None else "both"
@@ -234,11 +255,12 @@ def _open_checkpoint(options: BuildOptions) -> Checkpoint:
 
 
 def _build_config(options: BuildOptions, max_positions: int) -> BuildConfig:
-    max_seq_len = options.max_seq_len or max_positions
+    max_seq_len = max_positions if options.max_seq_len is None else options.max_seq_len
+    max_input_len = max_seq_len - 1 if options.max_input_len is None else options.max_input_len
     if max_seq_len > max_positions:
         raise ConfigError(
-            f"max_seq_len {max_seq_len} is beyond the model's max_position_embeddings {max_positions}: lower it, or give "
-            f"the checkpoint a RoPE scaling that reaches so far"
+            f"max_seq_len {max_seq_len} is beyond the model's max_position_embeddings {max_positions}: lower it, or "
+            "give the checkpoint a RoPE scaling that reaches so far"
         )
     if options.max_beam_width != 1:
         raise ConfigError(f"max_beam_width {options.max_beam_width} is not supported: give --max_beam_width 1")
@@ -246,7 +268,7 @@ def _build_config(options: BuildOptions, max_positions: int) -> BuildConfig:
     try:
         return BuildConfig(
             max_batch_size=options.max_batch_size,
-            max_input_len=options.max_input_len or max_seq_len - 1,
+            max_input_len=max_input_len,
             max_seq_len=max_seq_len,
             max_num_tokens=options.max_num_tokens,
             gather_context_logits=options.gather_context_logits or both,
@@ -264,5 +286,6 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
     size, vocab = Tokenizer.load(checkpoint.folder).vocab_size, checkpoint.config.vocab_size
     if size > vocab:
         raise ConfigError(
-            f"{checkpoint.folder / 'tokenizer.json'} has {size} tokens and the model {vocab}: give the model its own tokenizer"
+            f"{checkpoint.folder / 'tokenizer.json'} has {size} tokens and the model {vocab}: give the model its own "
+            "tokenizer"
         )

@@ -94,7 +94,8 @@ def first_error(error: ValidationError) -> str:
     """Pydantic's first complaint as ``field: what is wrong``, for a one-sentence message."""
     e = error.errors()[0]
     where = ".".join(str(p) for p in e["loc"])
-    return f"{where}: {e['msg']}" if where else e["msg"]
+    what = e["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what
 
 
 def read_json(path: Path, error: type[Exception] = ConfigError) -> dict[str, Any]:

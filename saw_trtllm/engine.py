@@ -152,17 +152,20 @@ class EngineConfig(BaseModel):
             raise EngineError(f"{folder / CONFIG_FILE} is damaged: {first_error(e)}") from e
         except ConfigError as e:
             raise EngineError(f"{folder / CONFIG_FILE} is damaged: {e}") from e
-        if fmt.row_bytes != config.saw_int4.row_bytes:
+        stored, model = config.saw_int4, config.pretrained_config
+        if (stored.row_bytes, stored.head_dim) != (fmt.row_bytes, model.head_size):
             raise EngineError(
-                f"{folder / CONFIG_FILE} is damaged: it names rows of {config.saw_int4.row_bytes} bytes where its "
-                f"format has {fmt.row_bytes}"
+                f"{folder / CONFIG_FILE} is damaged: it names rows of {stored.row_bytes} bytes for heads of "
+                f"{stored.head_dim}, where its format has {fmt.row_bytes} and its model heads of {model.head_size}"
             )
         return config
 
     def save(self, folder: Path) -> None:
-        """Write ``folder/config.json``."""
+        """Write ``folder/config.json``, whole or not at all."""
         text = json.dumps(self.model_dump(mode="json"), indent=2)
-        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        part = folder / f"{CONFIG_FILE}.part"
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(folder / CONFIG_FILE)
 
     @property
     def kv_format(self) -> KVFormat:

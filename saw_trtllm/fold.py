@@ -32,16 +32,16 @@ def fold_v_rotation(name: str, tensor: np.ndarray, config: ModelConfig, kv_forma
     Returns
     -------
     numpy.ndarray
-        In the tensor's dtype; the product is made in fp32.
+        fp32 where it was folded, for the caller to round once; else the tensor itself.
     """
     if not kv_format.rotate_v:
         return tensor
     order = kv_format.hadamard_order
     if _DENSE.search(name):
-        return rotate(tensor, order).astype(tensor.dtype)
+        return rotate(tensor, order)
     if _QKV.search(name):
         first = (config.num_attention_heads + config.num_key_value_heads) * config.head_size
-        folded = tensor.copy()
-        folded[first:] = rotate(tensor[first:].T, order).T.astype(tensor.dtype)
+        folded = tensor.astype(np.float32)
+        folded[first:] = rotate(folded[first:].T, order).T
         return folded
     return tensor

@@ -13,8 +13,9 @@ With ``y`` such a rotated row and γ the writer's range factor::
     lo = fp16(mid - half)          scale = fp16(max(2 half, EPS) / 15)
     code = clamp(rint((y - lo) / scale), 0, 15)                  ŷ = code · scale + lo
 
-``code`` comes from the *rounded* scale and lo. The codes keep the order of the dims: a tensor-core fragment takes any
-order of the reduction index as long as both operands agree, so the kernels permute Q in registers, not the cache.
+``code`` comes from the *rounded* scale and lo; what fp16 cannot hold becomes its largest number. The codes keep the
+order of the dims: a tensor-core fragment takes any order of the reduction index as long as both operands agree, so the
+kernels permute Q in registers, not the cache.
 
 A pool is ``uint8 [num_blocks, num_layers, 2 (K, V), num_kv_heads, tokens_per_block, row_bytes]``. Rows are whole, token
 by token, so whole blocks and the first n rows of a block can be moved as bytes by code that knows nothing of them.
@@ -94,7 +95,8 @@ class KVFormat:
         if not 0.0 < self.range_factor <= 1.0:
             raise ConfigError(f"range_factor is {self.range_factor}: it must be above 0 and at most 1")
         if self.kv == "saw_int4":
-            order = self.hadamard_order or default_hadamard_order(self.head_dim)
+            order = self.hadamard_order
+            order = default_hadamard_order(self.head_dim) if order is None else order
             if order < MIN_HADAMARD_ORDER or order & (order - 1) or self.head_dim % order:
                 valid = ", ".join(map(str, hadamard_orders(self.head_dim)))
                 raise ConfigError(

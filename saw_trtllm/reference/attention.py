@@ -1,22 +1,21 @@
 """The two operations of the plugins, in plain PyTorch: write the step's rows, attend to the pool.
 
 Everything is computed in fp32 and rounded to the activations' dtype where a plugin's output tensor is.
-Each query's result is independent of what else is in the step, down to the last bit: products over fewer than 4 rows
-take another path in the CPU's GEMM, and sums another order, so rows and keys are padded to fixed multiples.
+Each query's result is independent of what else is in the step, down to the last bit: see
+:mod:`saw_trtllm.reference.invariant`. Here it means, too, that sums over keys are made tile by tile.
 """
 
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import torch
-import torch.nn.functional as F
 
-from saw_trtllm.reference.cache import K, PagedPool, StepPlan, V
+from saw_trtllm.reference.cache import KEY_TILE, K, PagedPool, StepPlan, V
 from saw_trtllm.reference.int4 import rotate
+from saw_trtllm.reference.invariant import pad_rows
 
-ROW_MULTIPLE = 8
-_KEY_MULTIPLE = 64
 #: Queries of a prefill that are attended at a time, so that scores do not grow with chunk x context.
 _QUERY_TILE = 512
 
@@ -125,39 +124,25 @@ def paged_attention(
     for p in plan.prefills:
         keys = _with_history(pool.read(layer, K, p.blocks), p.history, k[p.tokens])
         values = _with_history(pool.read(layer, V, p.blocks), p.history, v[p.tokens])
-        chunk = q[p.tokens]
-        for start in range(0, len(chunk), _QUERY_TILE):
-            tile = chunk[start : start + _QUERY_TILE]
-            last_key = (torch.arange(len(tile)) + (p.history + start))[None, None]
-            heads = _attend(_by_kv_head(tile, keys.shape[0]), keys, values, last_key, scale, window, softcap)
-            out[p.tokens][start : start + len(tile)] = heads.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
+        for start in range(0, p.tokens.stop - p.tokens.start, _QUERY_TILE):
+            tile = slice(p.tokens.start + start, min(p.tokens.start + start + _QUERY_TILE, p.tokens.stop))
+            rows = q[tile].float().unflatten(1, (len(keys), -1)).permute(1, 2, 0, 3)
+            last_key = plan.slots[tile].repeat(rows.shape[1])[:, None]
+            heads = _attend(rows.flatten(1, 2), keys, values, last_key, scale, window, softcap)
+            out[tile] = heads.unflatten(1, rows.shape[1:3]).permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
     if len(plan.decode_lengths):
-        keys = _pad_keys(pool.read(layer, K, plan.decode_blocks))
-        values = _pad_keys(pool.read(layer, V, plan.decode_blocks))
-        tokens = q[plan.decode_tokens].float()
-        grouped = tokens.unflatten(1, (keys.shape[1], -1)).unsqueeze(3)
-        last_key = (plan.decode_lengths - 1)[:, None, None, None]
-        heads = _attend(grouped, keys, values, last_key, scale, window, softcap)
-        out[plan.decode_tokens] = heads.flatten(1, 2).flatten(-2).to(q.dtype)
+        keys = pool.read(layer, K, plan.decode_blocks, plan.decode_lengths)
+        values = pool.read(layer, V, plan.decode_blocks, plan.decode_lengths)
+        rows = q[plan.decode_tokens].float().unflatten(1, (keys.shape[1], -1))
+        last_key = (plan.decode_lengths - 1)[:, None, None, None, None]
+        heads = _attend(rows, keys, values, last_key, scale, window, softcap)
+        out[plan.decode_tokens] = heads.flatten(1, 2).to(q.dtype)
     return out
 
 
-def _by_kv_head(q: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
-    """``[n, num_heads, D]`` to fp32 ``[num_kv_heads, group, n, D]``."""
-    return q.float().unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
-
-
-def _pad_rows(x: torch.Tensor) -> torch.Tensor:
-    return F.pad(x, (0, 0, 0, -x.shape[-2] % ROW_MULTIPLE))
-
-
-def _pad_keys(x: torch.Tensor) -> torch.Tensor:
-    return F.pad(x, (0, 0, 0, -x.shape[-2] % _KEY_MULTIPLE))
-
-
 def _with_history(history: torch.Tensor, length: int, current: torch.Tensor) -> torch.Tensor:
-    """``length`` rows of the pool and the chunk's own, ``[num_kv_heads, keys, D]``."""
-    return _pad_keys(torch.cat([history[:, :length], current.float().transpose(0, 1)], dim=1))
+    """``length`` rows of the pool and the chunk's own, ``[num_kv_heads, keys, D]``, padded to whole tiles."""
+    return pad_rows(torch.cat([history[:, :length], current.float().transpose(0, 1)], dim=1), KEY_TILE)
 
 
 def _attend(
@@ -169,21 +154,29 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Softmax attention up to ``last_key [..., 1, 1, n]``, the index of the last key that a query sees.
+    """Softmax attention of the rows of ``q`` up to the key ``last_key`` of each.
 
-    q is ``[..., num_kv_heads, group, n, D]``, keys and values are ``[..., num_kv_heads, L, D]``.
+    Parameters
+    ----------
+    q : torch.Tensor
+        fp32 ``[..., num_kv_heads, n, D]``.
+    keys, values : torch.Tensor
+        fp32 ``[..., num_kv_heads, tiles · KEY_TILE, D]``, finite beyond ``last_key`` too.
+    last_key : torch.Tensor
+        int64 ``[..., num_kv_heads or 1, tiles or 1, n or 1, 1]``.
     """
-    group, n = q.shape[-3:-1]
-    rows = _pad_rows(q.flatten(-3, -2))
-    scores = (rows @ keys.transpose(-1, -2))[..., : group * n, :].unflatten(-2, (group, n)) * scale
+    n = q.shape[-2]
+    keys, values = keys.unflatten(-2, (-1, KEY_TILE)), values.unflatten(-2, (-1, KEY_TILE))
+    scores = pad_rows(q).unsqueeze(-3) @ keys.transpose(-1, -2)
+    scores = scores[..., :n, :] * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    position = torch.arange(keys.shape[-2])
-    visible = position <= last_key[..., None]
+    position = torch.arange(keys.shape[-3] * KEY_TILE).view(-1, 1, KEY_TILE)
+    hidden = position > last_key
     if window is not None:
-        visible &= position > last_key[..., None] - window
-    probs = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-    # Rows that no query sees may hold anything, NaN too, and 0 · NaN is NaN.
-    seen = visible.any(-2).squeeze(-2)
-    values = values.masked_fill(~seen[..., None], 0.0)
-    return (_pad_rows(probs.flatten(-3, -2)) @ values)[..., : group * n, :].unflatten(-2, (group, n))
+        hidden |= position <= last_key - window
+    scores.masked_fill_(hidden, -torch.inf)
+    weights = torch.exp(scores - scores.amax((-3, -1), keepdim=True))
+    # One tile after the other: the order of a longer sum would depend on the longest sequence of the batch.
+    total = reduce(torch.add, weights.sum(-1, keepdim=True).unbind(-3))
+    return reduce(torch.add, (pad_rows(weights) @ values).unbind(-3))[..., :n, :] / total

@@ -11,6 +11,8 @@ from saw_trtllm.reference.int4 import decode_rows, encode_rows
 from saw_trtllm.runtime.step import PREFILL, SECONDARY_POOL_BIT, StepInputs
 
 K, V = 0, 1
+#: Keys that attention sums over at a time. A whole number of these, or of blocks, is read.
+KEY_TILE = 64
 
 
 class PagedPool:
@@ -48,7 +50,7 @@ class PagedPool:
         """
         self.data[blocks, layer, which, :, offsets] = encode_rows(rows, self.format)
 
-    def read(self, layer: int, which: int, blocks: torch.Tensor) -> torch.Tensor:
+    def read(self, layer: int, which: int, blocks: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """Dequantize whole blocks.
 
         Parameters
@@ -57,6 +59,8 @@ class PagedPool:
             The layer, and K (0) or V (1).
         blocks : torch.Tensor
             int64 ``[..., n]``.
+        lengths : torch.Tensor, optional
+            int64 ``[...]``: rows that are in use. The others, which may hold anything, NaN too, come as zeros.
 
         Returns
         -------
@@ -64,6 +68,9 @@ class PagedPool:
             fp32 ``[..., num_kv_heads, n · tokens_per_block, head_dim]``.
         """
         rows = self.data[:, layer, which][blocks].transpose(-4, -3).flatten(-3, -2)
+        if lengths is not None:
+            unused = torch.arange(rows.shape[-2]) >= lengths[..., None]
+            rows.masked_fill_(unused[..., None, :, None], 0)
         return decode_rows(rows, self.format)
 
 
@@ -84,6 +91,8 @@ class StepPlan:
     ----------
     positions : torch.Tensor
         int64 ``[num_tokens]``, for RoPE.
+    slots : torch.Tensor
+        int64 ``[num_tokens]``: index of each token in its sequence's cache.
     write_blocks, write_offsets : torch.Tensor
         int64 ``[num_tokens]``: where each token's rows go.
     prefills : list of Prefill
@@ -92,10 +101,11 @@ class StepPlan:
     decode_lengths : torch.Tensor
         int64 ``[num_decodes]``: KV length with the current token.
     decode_blocks : torch.Tensor
-        int64 ``[num_decodes, n]``.
+        int64 ``[num_decodes, n]``, n blocks being a whole number of key tiles.
     """
 
     positions: torch.Tensor
+    slots: torch.Tensor
     write_blocks: torch.Tensor
     write_offsets: torch.Tensor
     prefills: list[Prefill]
@@ -124,12 +134,13 @@ class StepPlan:
         first_decode = int(ends[num_prefills - 1]) if num_prefills else 0
         decode_lengths = lengths[num_prefills:]
         longest = int(decode_lengths.max()) if len(decode_lengths) else 0
-        used = -(-longest // tokens_per_block)
+        used = -(-longest // max(tokens_per_block, KEY_TILE)) * max(1, KEY_TILE // tokens_per_block)
         # Entries behind a sequence's own blocks may hold anything: its last block stands in for them.
         last = (decode_lengths - 1) // tokens_per_block
         column = torch.minimum(torch.arange(used)[None], last[:, None])
         return cls(
             positions=torch.from_numpy(step.position_ids).long(),
+            slots=slots,
             write_blocks=table[sequence, slots // tokens_per_block],
             write_offsets=slots % tokens_per_block,
             prefills=prefills,

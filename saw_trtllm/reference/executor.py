@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 from safetensors import SafetensorError, safe_open
 
-from saw_trtllm.engine import EngineConfig, engine_file
+from saw_trtllm.engine import CONFIG_FILE, EngineConfig, engine_file
 from saw_trtllm.errors import BackendUnavailableError, EngineError
 from saw_trtllm.runtime.executor import StepOutput
 from saw_trtllm.runtime.sampling import SamplingState, sample
@@ -53,6 +53,8 @@ class ReferenceExecutor:
         try:
             with safe_open(path, framework="np") as weights:
                 self._model = ReferenceModel(model, weights.get_tensor, build.max_seq_len)
+        except ValueError as e:
+            raise EngineError(f"{path} does not fit its {CONFIG_FILE} ({e}): build it anew with saw-build") from e
         except (OSError, SafetensorError) as e:
             raise EngineError(f"{path} cannot be read as an engine ({e}): build it anew with saw-build") from e
         if max_tokens is None:
@@ -65,9 +67,13 @@ class ReferenceExecutor:
                 f"the KV cache would hold {max_tokens} tokens and a block has {build.tokens_per_block}: give it more "
                 f"memory or tokens"
             )
-        self.pool = PagedPool(
-            kv_format, self.num_blocks, model.num_hidden_layers, model.num_key_value_heads, build.tokens_per_block
-        )
+        shape = (self.num_blocks, model.num_hidden_layers, model.num_key_value_heads, build.tokens_per_block)
+        try:
+            self.pool = PagedPool(kv_format, *shape)
+        except RuntimeError as e:
+            raise EngineError(
+                f"a KV cache of {max_tokens} tokens does not fit into this machine's memory: give it fewer tokens"
+            ) from e
 
     def execute(
         self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
@@ -83,7 +89,9 @@ class ReferenceExecutor:
             tokens.append(token)
             logprobs.append(logprob)
             wants_last = state is not None and state.params.return_generation_logits
-            kept.append(logits[start:end] if wants_all else logits[end - 1 : end] if wants_last else None)
+            # Copies, since a view would keep the logits of the whole step in memory.
+            first = start if wants_all else end - 1
+            kept.append(logits[first:end].copy() if wants_all or wants_last else None)
         return StepOutput(tokens, logprobs, kept)
 
     def shutdown(self) -> None:

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 from saw_trtllm.checkpoint import expected_shapes
 from saw_trtllm.config import ModelConfig
-from saw_trtllm.reference.attention import ROW_MULTIPLE, paged_attention, rotate_quantize_kv
+from saw_trtllm.reference.attention import paged_attention, rotate_quantize_kv
 from saw_trtllm.reference.cache import PagedPool, StepPlan
 from saw_trtllm.reference.int4 import TORCH_DTYPES
+from saw_trtllm.reference.invariant import ROW_MULTIPLE, pad_rows, silu
 from saw_trtllm.rope import rotary_cos_sin
 from saw_trtllm.runtime.step import StepInputs
 
@@ -40,12 +41,18 @@ class ReferenceModel:
         Gives the tensor of a TensorRT-LLM name, as NumPy array, V's rotation already folded in.
     max_seq_len : int
         Positions that the RoPE table covers.
+
+    Raises
+    ------
+    ValueError
+        If a tensor has another shape than ``config`` gives it.
     """
 
     def __init__(self, config: ModelConfig, load: Callable[[str], np.ndarray], max_seq_len: int) -> None:
         self.config = config
         self.dtype = TORCH_DTYPES[config.dtype]
         self._load = load
+        self._shapes = expected_shapes(config)
         self._cos_sin = torch.from_numpy(rotary_cos_sin(config, max_seq_len))
         self._embedding = self._tensor("transformer.vocab_embedding.weight")
         self._layers = [self._layer(i) for i in range(config.num_hidden_layers)]
@@ -53,11 +60,14 @@ class ReferenceModel:
         self._lm_head = self._embedding if config.share_embedding_table else self._tensor("lm_head.weight")
 
     def _tensor(self, name: str) -> torch.Tensor:
-        return to_torch(self._load(name)).float()
+        tensor = to_torch(self._load(name)).float()
+        if tensor.shape != self._shapes[name]:
+            raise ValueError(f"{name} has the shape {list(tensor.shape)} where {list(self._shapes[name])} is due")
+        return tensor
 
     def _layer(self, i: int) -> dict[str, torch.Tensor]:
         prefix = f"transformer.layers.{i}."
-        names = [n for n in expected_shapes(self.config) if n.startswith(prefix)]
+        names = [n for n in self._shapes if n.startswith(prefix)]
         return {name.removeprefix(prefix): self._tensor(name) for name in names}
 
     @torch.inference_mode()
@@ -84,7 +94,7 @@ class ReferenceModel:
         for i, w in enumerate(self._layers):
             x = x + self._attention(i, w, rms_norm(x, w["input_layernorm.weight"], eps), plan, pool)
             h = rms_norm(x, w["post_layernorm.weight"], eps)
-            h = F.silu(F.linear(h, w["mlp.fc.weight"])) * F.linear(h, w["mlp.gate.weight"])
+            h = silu(F.linear(h, w["mlp.fc.weight"])) * F.linear(h, w["mlp.gate.weight"])
             x = x + F.linear(h, w["mlp.proj.weight"])
         x = rms_norm(x, self._ln_f, eps)
         rows = torch.arange(num_tokens) if all_logits else torch.from_numpy(step.last_token_ids).long() - 1
@@ -104,5 +114,4 @@ class ReferenceModel:
         q, k, v = (t.to(self.dtype) for t in (q, k, v))
         q, k, v = rotate_quantize_kv(q, k, v, self._cos_sin, pool, layer, plan)
         out = paged_attention(q, k, v, pool, layer, plan, window=c.window(layer))
-        out = F.pad(out.flatten(1).float(), (0, 0, 0, len(x) - len(out)))
-        return F.linear(out, w["attention.dense.weight"], w.get("attention.dense.bias"))
+        return F.linear(pad_rows(out.flatten(1).float()), w["attention.dense.weight"], w.get("attention.dense.bias"))

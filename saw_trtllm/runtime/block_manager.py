@@ -25,14 +25,14 @@ class BlockTable:
     Attributes
     ----------
     blocks : list of int
-    keys : list of bytes
-        Keys of the leading full prompt blocks.
+    keys : list of bytes or None
+        Keys of the leading full prompt blocks; None before the table is first opened.
     num_registered : int
         How many of ``keys`` are already in the manager's index.
     """
 
     blocks: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
+    keys: list[bytes] | None = None
     num_registered: int = 0
 
 
@@ -76,26 +76,26 @@ class BlockManager:
         """How many blocks so many tokens fill."""
         return -(-num_tokens // self.tokens_per_block)
 
-    def open(self, prompt: Sequence[int], reuse: bool = True) -> tuple[BlockTable, int]:
+    def open(self, table: BlockTable, prompt: Sequence[int], reuse: bool = True) -> int:
         """Begin a sequence with the cached blocks of its prompt, referenced for it.
 
         At least the prompt's last token is left to compute, since its logits are needed.
 
         Parameters
         ----------
+        table : BlockTable
+            New, or closed.
         prompt : sequence of int
         reuse : bool
             False for a sequence that must compute its whole prompt.
 
         Returns
         -------
-        tuple of (BlockTable, int)
-            The table, and how many tokens its blocks already hold.
+        int
+            How many tokens the table's blocks already hold.
         """
-        table = BlockTable()
-        if not (self.enable_block_reuse and reuse):
-            return table, 0
-        table.keys = self._chain(prompt)
+        if table.keys is None:  # a sequence that waits is opened at every step
+            table.keys = self._chain(prompt) if self.enable_block_reuse and reuse else []
         hits = 0
         while hits < len(table.keys) and table.keys[hits] in self._by_key:
             hits += 1
@@ -104,7 +104,7 @@ class BlockManager:
         for key in table.keys[: num_tokens // self.tokens_per_block]:
             table.blocks.append(self._hold(self._by_key[key]))
         table.num_registered = len(table.blocks)
-        return table, num_tokens
+        return num_tokens
 
     def grow(self, table: BlockTable, num_tokens: int) -> bool:
         """Make room for ``num_tokens`` in all. False, with nothing changed, when the free blocks do not suffice."""

@@ -50,14 +50,15 @@ class Detokenizer:
         Whether the text keeps the stop string.
     """
 
-    #: Tokens of context that a piece is decoded behind: enough for any decoder's rules on spaces.
+    #: Tokens that a piece is decoded behind, at least: enough for any decoder's rules on spaces.
     _CONTEXT = 6
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = (), include_stop: bool = False) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._include_stop = include_stop
-        self._sent: list[int] = []
+        # The last pieces. Whole ones, since a context that began within a character would spoil what follows.
+        self._sent: list[list[int]] = []
         self._held: list[int] = []
 
     def push(self, token: int, may_stop: bool = True) -> tuple[Piece | None, str | None]:
@@ -94,11 +95,16 @@ class Detokenizer:
         return self._send(self._held_text() if self._tokenizer else "")
 
     def _held_text(self) -> str:
-        return decode_piece(self._tokenizer, self._sent[-self._CONTEXT :], self._held)
+        return decode_piece(self._tokenizer, self._context(), self._held)
+
+    def _context(self) -> list[int]:
+        return [token for piece in self._sent for token in piece]
 
     def _send(self, text: str) -> Piece:
-        piece = Piece(self._sent[-self._CONTEXT :], self._held, text)
-        self._sent = self._sent[-self._CONTEXT :] + self._held
+        piece = Piece(self._context(), self._held, text)
+        self._sent.append(self._held)
+        while sum(map(len, self._sent[1:])) >= self._CONTEXT:
+            del self._sent[0]
         self._held = []
         return piece
 

@@ -84,6 +84,8 @@ class Request:
         self.result = result
         self.arrival = time.monotonic()
         self._prompt = prompt
+        # A copy, since what is handed out may be changed by who gets it.
+        self._prompt_token_ids = list(sequence.prompt)
         self._detokenizer = detokenizer
         self._streaming = streaming
         self._text = ""
@@ -101,9 +103,9 @@ class Request:
     def keep_logits(self, logits: np.ndarray, start: int, samples: bool) -> None:
         """Collect what the request asked for from a step's logits ``[n, vocab_size]``, the first of token ``start``."""
         params = self.sequence.params
-        if start == 0:  # anew after a preemption
-            self._context_logits.clear()
         if params.return_context_logits and not self.sequence.generated:
+            if start == 0:  # anew after a preemption
+                self._context_logits.clear()
             self._context_logits.append(logits)
         if params.return_generation_logits and samples:
             self._generation_logits.append(logits[-1:])
@@ -170,7 +172,9 @@ class Request:
         context = np.concatenate(self._context_logits) if reason and self._context_logits else None
         self._shown = shown
         self.result.put(
-            RequestOutput(sequence.request_id, self._prompt, sequence.prompt, [output], reason is not None, context)
+            RequestOutput(
+                sequence.request_id, self._prompt, self._prompt_token_ids, [output], reason is not None, context
+            )
         )
 
 
@@ -224,7 +228,8 @@ class EngineCore:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # it may be the last that lets go of an LLM
+            self._thread.join()
 
     def _post(self, action: Callable[[], None], quietly: bool = False) -> None:
         with self._changed:
@@ -235,20 +240,34 @@ class EngineCore:
                 raise ShutdownError("the runtime has been shut down: make a new LLM")
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._turn():
+                pass
+            for request_id in list(self._requests):
+                self._cancel(request_id)
+        except Exception as e:
+            logger.exception("the runtime failed")
             with self._changed:
-                self._changed.wait_for(lambda: self._inbox or self._closing or self._scheduler.has_work)
-                actions, closing = list(self._inbox), self._closing
-                self._inbox.clear()
-            for action in actions:
-                action()
-            if closing:
-                break
-            if self._scheduler.has_work:
-                self._step()
-        for request_id in list(self._requests):
-            self._cancel(request_id)
+                self._closing = True
+            # Nobody may wait for ever, those who have just come neither.
+            self._take_in()
+            for request in self._requests.values():
+                request.result.put(EngineError(f"the runtime failed ({e}): make a new LLM"))
         self._executor.shutdown()
+
+    def _turn(self) -> bool:
+        """Take in what has come and do a step; false when it is time to close."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._inbox or self._closing or self._scheduler.has_work)
+            closing = self._closing
+        self._take_in()
+        if not closing and self._scheduler.has_work:
+            self._step()
+        return not closing
+
+    def _take_in(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
 
     def _add(self, request: Request) -> None:
         self._stats.requests_total += 1
@@ -273,8 +292,8 @@ class EngineCore:
             # One bad step must not take the server down: its requests end with the error, the others go on.
             logger.exception("a step of %d sequences failed", len(step))
             for s in step:
-                request = self._drop(s.sequence.request_id)
-                request.result.put(EngineError(f"the engine failed while it computed this request: {e}"))
+                error = EngineError(f"the engine failed while it computed this request: {e}")
+                self._drop(s.sequence.request_id).result.put(error)
             return
         for i, s in enumerate(step):
             self._advance(s, output, i)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import numbers
+import operator
+import weakref
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from saw_trtllm.engine import EngineConfig
-from saw_trtllm.errors import EngineError, RequestError
+from saw_trtllm.errors import ConfigError, EngineError, RequestError
 from saw_trtllm.runtime.block_manager import BlockManager
 from saw_trtllm.runtime.detokenizer import Detokenizer
 from saw_trtllm.runtime.engine_core import EngineCore, Request, Stats
@@ -40,11 +43,25 @@ class KvCacheConfig:
         Share of the free memory (the host's, for the reference backend) that the pool may take.
     enable_block_reuse : bool
         Whether prompts with the same beginning share its blocks.
+
+    Raises
+    ------
+    ConfigError
+        If a size is not above 0, or the fraction above 1.
     """
 
     max_tokens: int | None = None
     free_gpu_memory_fraction: float = 0.9
     enable_block_reuse: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ConfigError(f"the KV cache's max_tokens is {self.max_tokens}: it must be at least 1")
+        if not 0 < self.free_gpu_memory_fraction <= 1:
+            raise ConfigError(
+                f"the KV cache's free_gpu_memory_fraction is {self.free_gpu_memory_fraction}: it must be above 0 and "
+                "at most 1"
+            )
 
 
 class LLM:
@@ -59,7 +76,8 @@ class LLM:
         and gives token ids only.
     kv_cache_config : KvCacheConfig, optional
     prefill_chunk : int, optional
-        Tokens of a prefill chunk: a multiple of ``tokens_per_block``. By default 512, or what ``max_num_tokens`` leaves.
+        Tokens of a prefill chunk: a multiple of ``tokens_per_block``. By default 512, or what ``max_num_tokens``
+        leaves.
 
     Raises
     ------
@@ -91,6 +109,8 @@ class LLM:
         self._scheduler = Scheduler(blocks, build.max_batch_size, build.max_num_tokens, chunk, exact)
         self._core = EngineCore(executor, self._scheduler, self.config.pretrained_config.num_hidden_layers)
         self._ids = itertools.count()
+        # An interpreter that exits under a thread that computes would abort.
+        self._shutdown = weakref.finalize(self, self._core.shutdown)
 
     @property
     def max_input_len(self) -> int:
@@ -129,7 +149,7 @@ class LLM:
         RequestError
             If a prompt or its parameters do not fit the engine; then nothing is generated.
         """
-        single = isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], int))
+        single = isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], numbers.Integral))
         prompts = [inputs] if single else list(inputs)
         params = sampling_params if isinstance(sampling_params, SequenceABC) else [sampling_params] * len(prompts)
         if len(params) != len(prompts):
@@ -169,8 +189,8 @@ class LLM:
         return self._core.stats()
 
     def shutdown(self) -> None:
-        """Cancel what runs and release the engine."""
-        self._core.shutdown()
+        """Cancel what runs and release the engine. It happens at exit too, and when nobody holds the LLM any more."""
+        self._shutdown()
 
     def __enter__(self) -> LLM:
         return self
@@ -180,7 +200,7 @@ class LLM:
 
     def _request(self, prompt: Prompt, params: SamplingParams | None, streaming: bool) -> Request:
         params = params or SamplingParams()
-        ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self._encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         self._check(ids, params)
         if params.stop_strings and self.tokenizer is None:
             raise RequestError(
@@ -189,7 +209,9 @@ class LLM:
         end_ids = set(params.stop_token_ids or ())
         if not params.ignore_eos:
             default = self.tokenizer.eos_ids if self.tokenizer else ()
-            end_ids.update(default if params.end_id is None else {params.end_id} - {-1})
+            end_ids.update(default if params.end_id is None else {params.end_id})
+        # What the model cannot say ends nothing; the sampler must not look it up.
+        end_ids = {i for i in end_ids if 0 <= i < self.config.pretrained_config.vocab_size}
         request_id = next(self._ids)
         sequence = Sequence(request_id, ids, params)
         self._scheduler.check(sequence)
@@ -217,8 +239,8 @@ class LLM:
             raise RequestError("the prompt is empty: give at least one token")
         if len(ids) > build.max_input_len:
             raise RequestError(
-                f"the prompt has {len(ids)} tokens and the engine takes {build.max_input_len}: shorten it, or build the "
-                f"engine with a larger --max_input_len"
+                f"the prompt has {len(ids)} tokens and the engine takes {build.max_input_len}: shorten it, or build "
+                "the engine with a larger --max_input_len"
             )
         if len(ids) + params.max_tokens > build.max_seq_len:
             raise RequestError(
@@ -233,6 +255,13 @@ class LLM:
         for name, asked in wanted:
             if asked and not getattr(build, f"gather_{name}_logits"):
                 raise RequestError(f"return_{name}_logits needs an engine built with --gather_{name}_logits")
+
+
+def _token_ids(prompt: SequenceABC[int]) -> list[int]:
+    try:
+        return [operator.index(i) for i in prompt]
+    except TypeError:
+        raise RequestError(f"the prompt is {type(prompt).__name__}: give text or a list of token ids") from None
 
 
 def _load_tokenizer(folder: Path, tokenizer: Path | str | Tokenizer | None) -> Tokenizer | None:
@@ -250,8 +279,8 @@ def _prefill_chunk(config: EngineConfig, asked: int | None) -> int:
     chunk = min(PREFILL_CHUNK, most) if asked is None else asked
     if chunk < 1 or chunk > most or chunk % build.tokens_per_block:
         raise EngineError(
-            f"prefill_chunk is {chunk}: it must be a multiple of tokens_per_block {build.tokens_per_block} up to {most} "
-            f"(max_num_tokens less max_batch_size)"
+            f"prefill_chunk is {chunk}: it must be a multiple of tokens_per_block {build.tokens_per_block} up to "
+            f"{most} (max_num_tokens less max_batch_size)"
         )
     return chunk
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -97,7 +98,7 @@ class GenerationResult:
         self._changed = threading.Condition()
         self._done = False
         self._last: RequestOutput | Exception | None = None
-        self._wake: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._wakers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     def abort(self) -> None:
         """Stop generating; the last piece has finish_reason ``cancelled``. Without effect on a finished request."""
@@ -108,9 +109,8 @@ class GenerationResult:
         with self._changed:
             self._pieces.append(piece)
             self._changed.notify_all()
-            if self._wake is not None:
-                loop, event = self._wake
-                if not loop.is_closed():
+            for loop, event in self._wakers:
+                with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits there
                     loop.call_soon_threadsafe(event.set)
 
     def result(self, timeout: float | None = None) -> RequestOutput:
@@ -139,19 +139,24 @@ class GenerationResult:
 
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
         event = asyncio.Event()
+        waker = (asyncio.get_running_loop(), event)
         with self._changed:
-            self._wake = (asyncio.get_running_loop(), event)
-        while True:
-            event.clear()
+            self._wakers.append(waker)
+        try:
+            while True:
+                event.clear()
+                with self._changed:
+                    ready = bool(self._pieces) or self._done
+                    piece = self._pop() if ready else None
+                if not ready:
+                    await event.wait()
+                elif piece is None:
+                    return
+                else:
+                    yield piece
+        finally:
             with self._changed:
-                ready = bool(self._pieces) or self._done
-                piece = self._pop() if ready else None
-            if not ready:
-                await event.wait()
-            elif piece is None:
-                return
-            else:
-                yield piece
+                self._wakers.remove(waker)
 
     def _next(self, timeout: float | None) -> RequestOutput | None:
         with self._changed:

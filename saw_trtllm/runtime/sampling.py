@@ -46,9 +46,10 @@ def sample(logits: np.ndarray, state: SamplingState) -> tuple[int, float]:
         The token, and its log-probability under the model (before temperature, penalties and cuts).
     """
     params = state.params
-    adjusted = _penalize(logits.astype(np.float64), state)
+    exact = logits.astype(np.float64)
+    adjusted = _penalize(exact.copy(), state)
     token = int(adjusted.argmax()) if params.greedy else _draw(adjusted, params, len(state.generated))
-    return token, float(logits[token] - _logsumexp(logits.astype(np.float64))) if params.logprobs else 0.0
+    return token, float(exact[token] - _logsumexp(exact)) if params.logprobs else 0.0
 
 
 def _penalize(logits: np.ndarray, state: SamplingState) -> np.ndarray:
@@ -65,12 +66,16 @@ def _penalize(logits: np.ndarray, state: SamplingState) -> np.ndarray:
 
 
 def _draw(logits: np.ndarray, params: SamplingParams, index: int) -> int:
-    logits = logits / (1.0 if params.temperature is None else params.temperature)
-    # A stable order makes ties a matter of the token's id, not of the sort.
-    order = np.argsort(-logits, kind="stable")
-    if params.top_k:
-        order = order[: params.top_k]
-    probs = np.exp(logits[order] - logits[order[0]])
+    order = np.arange(len(logits))
+    if params.top_k and params.top_k < len(logits):
+        least = -np.partition(-logits, params.top_k - 1)[params.top_k - 1]
+        order = order[~(logits < least)]
+    if params.top_k or params.top_p is not None:
+        # A stable order makes ties a matter of the token's id, not of the sort.
+        order = order[np.argsort(-logits[order], kind="stable")][: params.top_k or None]
+    temperature = 1.0 if params.temperature is None else params.temperature
+    with np.errstate(over="ignore"):  # a temperature near 0 sends all but the likeliest to -inf
+        probs = np.exp((logits[order] - logits[order].max()) / temperature)
     probs /= probs.sum()
     cumulative = probs.cumsum()
     if params.top_p is not None and params.top_p < 1.0:

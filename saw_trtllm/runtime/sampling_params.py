@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import numbers
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from saw_trtllm.errors import RequestError
 
 _MAX_SEED = 2**64 - 1
+_NUMBERS = dict.fromkeys(("max_tokens", "min_tokens", "top_k", "seed", "end_id"), numbers.Integral) | dict.fromkeys(
+    ("temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty"), numbers.Real
+)
+_OPTIONAL = ("temperature", "top_k", "top_p", "seed", "end_id")
 
 
 @dataclass(frozen=True)
@@ -79,10 +85,11 @@ class SamplingParams:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise RequestError(f"{f.name} is {value}: it must be a finite number")
+        for name, kind in _NUMBERS.items():
+            value = getattr(self, name)
+            valid = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+            needed = "a whole number" if kind is numbers.Integral else "a finite number"
+            self._need(valid or (value is None and name in _OPTIONAL), name, needed)
         self._need(self.max_tokens >= 1, "max_tokens", "at least 1")
         self._need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", f"from 0 to max_tokens ({self.max_tokens})")
         self._need(self.temperature is None or self.temperature >= 0, "temperature", "at least 0")
@@ -90,14 +97,18 @@ class SamplingParams:
         self._need(self.top_p is None or 0 <= self.top_p <= 1, "top_p", "from 0 to 1")
         self._need(self.repetition_penalty > 0, "repetition_penalty", "above 0")
         self._need(self.seed is None or 0 <= self.seed <= _MAX_SEED, "seed", "from 0 to 2**64 - 1")
-        if any(not s for s in self.stop_strings):
-            raise RequestError("stop holds an empty string: give at least one character to stop at")
-        if any(not s for s in self.stop_token_sequences or ()):
-            raise RequestError("stop_token_sequences holds an empty run: give at least one token to stop at")
+        self._check_stops()
+
+    def _check_stops(self) -> None:
+        strings = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        self._need(_are(strings, _is_string), "stop", "a string or strings, none of them empty")
+        self._need(_are(self.stop_token_ids or (), _is_token), "stop_token_ids", "token ids")
+        runs = self.stop_token_sequences or ()
+        self._need(_are(runs, _is_run), "stop_token_sequences", "lists of token ids, none of them empty")
 
     def _need(self, valid: bool, name: str, needed: str) -> None:
         if not valid:
-            raise RequestError(f"{name} is {getattr(self, name)}: it must be {needed}")
+            raise RequestError(f"{name} is {getattr(self, name)!r}: it must be {needed}")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -111,3 +122,19 @@ class SamplingParams:
         """Whether the likeliest token is always taken."""
         unset = self.temperature is None and self.top_k is None and self.top_p is None
         return unset or self.temperature == 0 or self.top_k == 1 or self.top_p == 0
+
+
+def _are(values: Any, test: Callable[[Any], bool]) -> bool:
+    return isinstance(values, Iterable) and all(map(test, values))
+
+
+def _is_string(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_run(value: Any) -> bool:
+    return _are(value, _is_token) and len(value) > 0

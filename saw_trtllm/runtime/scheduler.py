@@ -132,7 +132,7 @@ class Scheduler:
         budget = self._max_num_tokens
         preemptions = self.num_preemptions
         for sequence in sorted(self.running, key=lambda s: (self._kind(s) == PREFILL, s.request_id)):
-            if sequence not in self.running:  # preempted for an earlier one
+            if not sequence.table.blocks:  # preempted for an earlier one
                 continue
             if self._chunk(sequence) <= budget and self._make_room(sequence):
                 budget -= self._take(sequence, step)
@@ -192,8 +192,8 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, budget: int) -> bool:
         reuse = not sequence.params.return_context_logits
-        table, reused = self.blocks.open(sequence.prompt, reuse)
-        sequence.table, sequence.num_computed, sequence.num_reused = table, reused, reused
+        table, reused = sequence.table, self.blocks.open(sequence.table, sequence.prompt, reuse)
+        sequence.num_computed, sequence.num_reused = reused, reused
         missing = self.blocks.blocks_for(sequence.num_tokens) - len(table.blocks)
         # One free block for each running sequence, so that its next tokens do not preempt the newcomer at once.
         headroom = len(self.running)

@@ -1,0 +1,32 @@
+from functools import cache
+
+import pytest
+from example_engine import build_example
+
+from saw_trtllm import LLM
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory):
+    """Give the example model's engine of a kv format, built once a session with logits to be had."""
+
+    @cache
+    def build(kv):
+        options = {"kv": kv, "gather_all_token_logits": True, "max_num_tokens": 4096}
+        return build_example(tmp_path_factory.mktemp(kv), **options)
+
+    return build
+
+
+@pytest.fixture
+def open_llm(engine):
+    """Open the example's engines with ``LLM``'s arguments; what was opened is shut down behind the test."""
+    opened = []
+
+    def open_(kv="saw_int4", **options):
+        opened.append(LLM(engine(kv), **options))
+        return opened[-1]
+
+    yield open_
+    for llm in opened:
+        llm.shutdown()

@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from saw_trtllm.config import ModelConfig
+from saw_trtllm.errors import ConfigError
+from saw_trtllm.rope import inverse_frequencies, rotary_cos_sin
+
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+
+
+def model_config(head_dim, base, scaling):
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_size=head_dim,
+        intermediate_size=64,
+        vocab_size=10,
+        max_position_embeddings=4096,
+        rotary_base=base,
+        rotary_scaling=scaling,
+    )
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        {"rope_type": "linear", "factor": 4.0},
+        LLAMA3,
+        LLAMA3 | {"factor": 32.0, "high_freq_factor": 2.0},
+        YARN,
+        YARN | {"beta_fast": 16.0, "beta_slow": 2.0},
+        YARN | {"attention_factor": 0.7},
+        YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
+        YARN | {"truncate": False},
+        YARN | {"factor": 0.5},
+    ],
+)
+@pytest.mark.parametrize(("head_dim", "base"), [(64, 10000.0), (128, 500000.0), (96, 1e6), (256, 10000.0)])
+def test_table_is_transformers(head_dim, base, scaling):
+    parameters = {"rope_type": "default", "rope_theta": base} | (scaling or {})
+    config = LlamaConfig(head_dim=head_dim, max_position_embeddings=4096, rope_parameters=parameters)
+    num_positions = 1000  # its angles are fp32: positions x 6e-8 off at most
+    embedding = LlamaRotaryEmbedding(config)
+    cos, sin = embedding(torch.zeros(1), torch.arange(num_positions)[None])
+    table = rotary_cos_sin(model_config(head_dim, base, scaling), num_positions)
+    assert table.dtype == np.float32
+    assert table.shape == (num_positions, head_dim // 2, 2)
+    for i, theirs in enumerate((cos, sin)):
+        # Both halves of a head turn by the same angles.
+        np.testing.assert_allclose(np.concatenate([table[..., i]] * 2, axis=-1), theirs[0], atol=2e-4)
+
+
+def test_unknown_scaling_is_refused():
+    with pytest.raises(ConfigError, match="dynamic"):
+        inverse_frequencies(model_config(64, 10000.0, {"rope_type": "dynamic", "factor": 2.0}))
