@@ -1,7 +1,7 @@
 """Ask a running server: the same ``ensemble`` over gRPC or HTTP.
 
-    python examples/client.py --protocol grpc --url localhost:8001 --prompt "def main():" --stream
-    python examples/client.py --protocol http --url localhost:8000 --prompt "def main():"
+Start one with ``saw-triton --engine_dir engine --launch``, then, for instance:
+``python examples/client.py --protocol grpc --prompt "def main():" --stream``.
 """
 
 from __future__ import annotations
@@ -65,14 +65,15 @@ def main() -> None:
     """Print the prompt and what the server makes of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--protocol", choices=("grpc", "http"), default="grpc")
-    parser.add_argument("--url", default="localhost:8001")
+    parser.add_argument("--url", help="by default localhost, port 8001 for gRPC and 8000 for HTTP")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max_tokens", type=int, default=64)
     parser.add_argument("--stream", action="store_true")
     args = parser.parse_args()
-    ask = ask_grpc if args.protocol == "grpc" else ask_http
+    ask, port = (ask_grpc, 8001) if args.protocol == "grpc" else (ask_http, 8000)
+    url = args.url or f"localhost:{port}"
     print(args.prompt, end="", flush=True)
-    for text in ask(args.url, args.prompt, args.max_tokens, args.stream):
+    for text in ask(url, args.prompt, args.max_tokens, args.stream):
         print(text, end="", flush=True)
     print()
 
