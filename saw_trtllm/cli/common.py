@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -71,12 +72,21 @@ def format_bytes(count: float) -> str:
 
 
 def run(command: Callable[[], int | None]) -> int:
-    """Run a command's body: 0 when it is well, 2 with one sentence on stderr for a user's mistake, 130 on Ctrl-C."""
+    """Run a command's body: 0 when it is well, 2 with one sentence on stderr for a user's mistake, 130 on Ctrl-C.
+
+    A reader that has closed our output, as ``| head`` does, has seen enough: that is well too.
+    """
     try:
-        return command() or 0
+        code = command() or 0
+        sys.stdout.flush()
+        return code
     except SawError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # The interpreter flushes once more at its end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
 

@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace) -> None:
 def _read_prompts(path: Path) -> list[str]:
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        prompts = data.decode("utf-8").splitlines()
+        prompts = [line.rstrip("\r") for line in data.decode("utf-8").removesuffix("\n").split("\n")] if data else []
     except OSError as e:
         raise RequestError(f"{path} cannot be read ({e.strerror}): give a file of prompts, one a line") from e
     except UnicodeDecodeError as e:

@@ -16,7 +16,7 @@ from saw_trtllm.runtime.sampling import SamplingState, sample
 from saw_trtllm.runtime.step import StepInputs
 
 try:
-    import torch  # noqa: F401  # said here in one sentence rather than by whoever imports it first
+    import torch  # the lack of it is said here in one sentence rather than by whoever imports it first
 except ImportError as e:
     raise BackendUnavailableError(
         "the reference backend needs PyTorch, which is not installed: pip install 'saw-trtllm[reference]'"
@@ -70,6 +70,9 @@ class ReferenceExecutor:
         shape = (self.num_blocks, model.num_hidden_layers, model.num_key_value_heads, build.tokens_per_block)
         try:
             self.pool = PagedPool(kv_format, *shape)
+            # glibc gives a freed block back to the system, and faults it in anew at the next step, unless a larger one
+            # was freed before: keeping blocks of up to 31 MiB makes steps of 16 sequences 2 to 3 times as fast.
+            torch.empty(31 << 20, dtype=torch.uint8)
         except RuntimeError as e:
             raise EngineError(
                 f"a KV cache of {max_tokens} tokens does not fit into this machine's memory: give it fewer tokens"

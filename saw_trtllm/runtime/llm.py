@@ -7,6 +7,7 @@ import numbers
 import operator
 import weakref
 from collections.abc import Sequence as SequenceABC
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -290,7 +291,11 @@ def _open_executor(folder: Path, config: EngineConfig, kv_cache: KvCacheConfig) 
     if backend == "reference":
         from saw_trtllm.reference.executor import ReferenceExecutor
 
-        return ReferenceExecutor(folder, config, kv_cache.max_tokens, kv_cache.free_gpu_memory_fraction)
+        # In a thread that ends. OpenMP keeps workers for each living thread that has computed, and once they outnumber
+        # the cores they sleep between products: the engine's thread, which runs the steps, would take twice as long.
+        with ThreadPoolExecutor(1) as thread:
+            options = (kv_cache.max_tokens, kv_cache.free_gpu_memory_fraction)
+            return thread.submit(ReferenceExecutor, folder, config, *options).result()
     raise EngineError(
         f"the engine in {folder} was built for the backend {backend}, which this version cannot run: build it with "
         f"--backend reference"
