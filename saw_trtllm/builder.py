@@ -26,6 +26,7 @@ from saw_trtllm.engine import (
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
 from saw_trtllm.fold import fold_v_rotation
 from saw_trtllm.format import TOKENS_PER_BLOCK, KVFormat, KvName
+from saw_trtllm.runtime.llm import KvCacheConfig
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
 Switch = Literal["enable", "disable"]
@@ -224,12 +225,12 @@ def build(plan: BuildPlan, progress: Callable[[str], None] | None = None) -> int
         ) from e
 
 
-def tokens_that_fit(plan: BuildPlan, kv: str | None = None, fraction: float = 0.9) -> int:
+def tokens_that_fit(plan: BuildPlan, kv: str | None = None) -> int:
     """Tokens of KV cache that the memory at hand holds beside the weights, as the runtime will have it."""
     # The reference keeps its weights in fp32.
     weights = plan.checkpoint.nbytes("float32")
     free = max(0, psutil.virtual_memory().available - weights)
-    return int(fraction * free) // plan.bytes_per_token(kv)
+    return int(KvCacheConfig.free_gpu_memory_fraction * free) // plan.bytes_per_token(kv)
 
 
 def _check_replaceable(plan: BuildPlan) -> None:

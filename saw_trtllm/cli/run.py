@@ -46,7 +46,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--kv_cache_max_tokens", type=int, metavar="N", default=unset, help="tokens of the KV cache")
     parser.add_argument(
-        "--kv_cache_free_gpu_memory_fraction", type=float, default=0.9, metavar="F", help="its share of the free memory"
+        "--kv_cache_free_gpu_memory_fraction",
+        type=float,
+        default=KvCacheConfig.free_gpu_memory_fraction,
+        metavar="F",
+        help="its share of the free memory",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     add_log_level(parser)

@@ -13,6 +13,7 @@ from pathlib import Path
 from saw_trtllm.cli.common import add_log_level, run, set_log_level
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
+from saw_trtllm.runtime.llm import KvCacheConfig
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve.installation import Installation, find_server
 from saw_trtllm.serve.parameters import Parameters
@@ -57,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--kv_cache_free_gpu_memory_fraction",
         type=float,
         metavar="F",
-        default=0.9,
+        default=KvCacheConfig.free_gpu_memory_fraction,
         help="share of the free memory for the KV cache",
     )
     parser.add_argument("--kv_cache_reuse", choices=_SWITCH, default="enable", help="share blocks of equal prefixes")

@@ -114,4 +114,4 @@ class ReferenceModel:
         q, k, v = (t.to(self.dtype) for t in (q, k, v))
         q, k, v = rotate_quantize_kv(q, k, v, self._cos_sin, pool, layer, plan)
         out = paged_attention(q, k, v, pool, layer, plan, window=c.window(layer))
-        return F.linear(pad_rows(out.flatten(1).float()), w["attention.dense.weight"], w.get("attention.dense.bias"))
+        return F.linear(pad_rows(out.flatten(1).float()), w["attention.dense.weight"])

@@ -46,10 +46,9 @@ def sample(logits: np.ndarray, state: SamplingState) -> tuple[int, float]:
         The token, and its log-probability under the model (before temperature, penalties and cuts).
     """
     params = state.params
-    exact = logits.astype(np.float64)
-    adjusted = _penalize(exact.copy(), state)
+    adjusted = _penalize(logits.astype(np.float64), state)
     token = int(adjusted.argmax()) if params.greedy else _draw(adjusted, params, len(state.generated))
-    return token, float(exact[token] - _logsumexp(exact)) if params.logprobs else 0.0
+    return token, _logprob(logits.astype(np.float64), token) if params.logprobs else 0.0
 
 
 def _penalize(logits: np.ndarray, state: SamplingState) -> np.ndarray:
@@ -86,6 +85,6 @@ def _draw(logits: np.ndarray, params: SamplingParams, index: int) -> int:
     return int(order[min(chosen, len(order) - 1)])
 
 
-def _logsumexp(x: np.ndarray) -> float:
-    top = x.max()
-    return float(top + np.log(np.exp(x - top).sum()))
+def _logprob(logits: np.ndarray, token: int) -> float:
+    top = logits.max()
+    return float(logits[token] - (top + np.log(np.exp(logits - top).sum())))

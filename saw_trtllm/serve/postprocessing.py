@@ -10,10 +10,10 @@ from saw_trtllm.runtime.detokenizer import decode_piece
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve import names
 from saw_trtllm.serve.parameters import Parameters
-from saw_trtllm.serve.triton import Tensors, error_response, read_tensors
+from saw_trtllm.serve.triton import AnsweringModel, Tensors, read_tensors, to_triton
 
 
-class PostprocessingModel:
+class PostprocessingModel(AnsweringModel):
     """Detokenizes pieces. It keeps no state: a piece brings along the tokens that it must be decoded behind.
 
     Triton does not tell the running step of an ensemble that its client has gone; only steps that begin later learn
@@ -27,28 +27,20 @@ class PostprocessingModel:
     """
 
     def __init__(self, pb_utils: Any, parameters: Parameters) -> None:
-        self._pb_utils = pb_utils
+        super().__init__(pb_utils)
         self._tokenizer = Tokenizer.load(parameters.tokenizer_folder)
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer each request."""
-        return [self._answer(request) for request in requests]
+    def answer(self, request: Any) -> Tensors:
+        """Text of a request's tokens.
 
-    def finalize(self) -> None:
-        """Nothing to release."""
-
-    def _answer(self, request: Any) -> Any:
-        try:
-            tensors = read_tensors(request)
-            key = int(tensors["REQUEST_KEY"].reshape(-1)[0]) if "REQUEST_KEY" in tensors else 0
-            if key and request.is_cancelled():
-                self._stop(key)
-            output = self.detokenize(tensors)
-        except Exception as e:
-            return error_response(self._pb_utils, e)
-        # A cancelled request is answered like any other: Triton 2.51 never finishes an ensemble of which a step fails
-        # while an earlier one still has responses to give.
-        return self._pb_utils.InferenceResponse([self._pb_utils.Tensor("OUTPUT", output)])
+        A cancelled request is answered like any other: Triton 2.51 never finishes an ensemble of which a step fails
+        while an earlier one still has responses to give.
+        """
+        tensors = read_tensors(request)
+        key = int(tensors["REQUEST_KEY"].reshape(-1)[0]) if "REQUEST_KEY" in tensors else 0
+        if key and request.is_cancelled():
+            self._stop(key)
+        return {"OUTPUT": self.detokenize(tensors)}
 
     def _stop(self, key: int) -> None:
         """Ask ``tensorrt_llm`` to cancel a request."""
@@ -58,7 +50,7 @@ class PostprocessingModel:
         request = self._pb_utils.InferenceRequest(
             model_name=names.TENSORRT_LLM,
             requested_output_names=[],
-            inputs=[self._pb_utils.Tensor(k, v) for k, v in inputs.items()],
+            inputs=to_triton(self._pb_utils, inputs),
         )
         for _ in request.exec(decoupled=True):
             pass

@@ -10,12 +10,12 @@ import numpy as np
 from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve.parameters import Parameters
-from saw_trtllm.serve.triton import Tensors, error_response, read_tensors, text, texts
+from saw_trtllm.serve.triton import AnsweringModel, Tensors, read_tensors, text, texts
 
 NO_END_ID = -1
 
 
-class PreprocessingModel:
+class PreprocessingModel(AnsweringModel):
     """Tokenizes prompts.
 
     Parameters
@@ -26,23 +26,13 @@ class PreprocessingModel:
     """
 
     def __init__(self, pb_utils: Any, parameters: Parameters) -> None:
-        self._pb_utils = pb_utils
+        super().__init__(pb_utils)
         self._add_special_tokens = parameters.add_special_tokens
         self._tokenizer = Tokenizer.load(parameters.tokenizer_folder)
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer each request; a bad one does not spoil the others."""
-        return [self._answer(request) for request in requests]
-
-    def finalize(self) -> None:
-        """Nothing to release."""
-
-    def _answer(self, request: Any) -> Any:
-        try:
-            tensors = self.tokenize(read_tensors(request))
-        except Exception as e:
-            return error_response(self._pb_utils, e)
-        return self._pb_utils.InferenceResponse([self._pb_utils.Tensor(k, v) for k, v in tensors.items()])
+    def answer(self, request: Any) -> Tensors:
+        """Token ids for a request's prompts."""
+        return self.tokenize(read_tensors(request))
 
     def tokenize(self, tensors: Tensors) -> dict[str, np.ndarray]:
         """Token ids for the prompts of a request.

@@ -22,7 +22,7 @@ from saw_trtllm.serve.metrics import MetricsReporter
 from saw_trtllm.serve.parameters import Parameters
 from saw_trtllm.serve.request import Generation, parse
 from saw_trtllm.serve.response import answer
-from saw_trtllm.serve.triton import Tensors, error_response, read_tensors
+from saw_trtllm.serve.triton import Tensors, error_response, read_tensors, to_triton
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ class TensorrtLlmModel:
         tensors = answer(generation, output, self._llm.tokenizer, job.key if ask else 0)
         if len(job.parts) > 1:
             tensors["batch_index"] = np.array([[index]], np.int32)
-        return self._pb_utils.InferenceResponse([self._pb_utils.Tensor(k, v) for k, v in tensors.items()])
+        return self._pb_utils.InferenceResponse(to_triton(self._pb_utils, tensors))
 
     def _close(self, job: Job, response: Any) -> None:
         """Send a job's last response."""

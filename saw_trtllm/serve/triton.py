@@ -68,6 +68,42 @@ def error_response(pb_utils: Any, error: Exception) -> Any:
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))
 
 
+def to_triton(pb_utils: Any, tensors: Tensors) -> list[Any]:
+    """Tensors as Triton takes them, in a request or a response."""
+    return [pb_utils.Tensor(name, array) for name, array in tensors.items()]
+
+
+class AnsweringModel:
+    """A model that gives each request one answer at once.
+
+    Parameters
+    ----------
+    pb_utils : module
+        Triton's ``triton_python_backend_utils``.
+    """
+
+    def __init__(self, pb_utils: Any) -> None:
+        self._pb_utils = pb_utils
+
+    def answer(self, request: Any) -> Tensors:
+        """The outputs for a request."""
+        raise NotImplementedError
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer each request; a bad one does not spoil the others."""
+        return [self._respond(request) for request in requests]
+
+    def finalize(self) -> None:
+        """Nothing to release."""
+
+    def _respond(self, request: Any) -> Any:
+        try:
+            tensors = self.answer(request)
+        except Exception as e:
+            return error_response(self._pb_utils, e)
+        return self._pb_utils.InferenceResponse(to_triton(self._pb_utils, tensors))
+
+
 class TritonLogHandler(logging.Handler):
     """Sends log records to Triton's log."""
 
