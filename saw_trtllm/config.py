@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from saw_trtllm.errors import ConfigError
+from saw_trtllm.errors import CheckpointError, ConfigError
 
 DTypeName = Literal["float16", "bfloat16", "float32"]
 
@@ -21,6 +21,14 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 MODELS = tuple(ARCHITECTURES.values())
+
+
+def check_architecture(name: str, path: Path) -> None:
+    """Refuse the checkpoint whose config is at ``path`` if its architecture is none of :data:`ARCHITECTURES`."""
+    if name not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{path} is of architecture {name}, which is not supported: use one of {', '.join(ARCHITECTURES)}"
+        )
 
 
 class Mapping(BaseModel):

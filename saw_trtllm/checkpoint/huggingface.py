@@ -12,7 +12,7 @@ from pydantic import AliasChoices, BaseModel, Field, ValidationError
 from saw_trtllm.checkpoint.layout import EMBEDDING, FINAL_NORM, LM_HEAD, expected_shapes
 from saw_trtllm.checkpoint.reader import NUMPY_DTYPES, StoredTensor, open_huggingface
 from saw_trtllm.checkpoint.rope_scaling import rotary_scaling
-from saw_trtllm.config import ARCHITECTURES, ModelConfig, first_error
+from saw_trtllm.config import ARCHITECTURES, ModelConfig, check_architecture, first_error
 from saw_trtllm.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -98,6 +98,9 @@ def read(folder: Path, raw: dict[str, Any]) -> tuple[ModelConfig, dict[str, list
 
 def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     """Translate a Hugging Face ``config.json``; ``path`` is for the error messages."""
+    # First of all: another architecture's config has other keys, and the lack of ours would be the wrong complaint.
+    architectures = raw.get("architectures")
+    check_architecture(str(architectures[0]) if isinstance(architectures, list) and architectures else "none", path)
     try:
         hf = HuggingFaceConfig(**raw)
     except ValidationError as e:
@@ -133,11 +136,6 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
 
 
 def _refuse_unsupported(hf: HuggingFaceConfig, path: Path) -> None:
-    name = hf.architectures[0] if hf.architectures else "none"
-    if name not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{path} is of architecture {name}, which is not supported: use one of {', '.join(ARCHITECTURES)}"
-        )
     if hf.quantization_config:
         method = hf.quantization_config.get("quant_method", "unknown method")
         raise CheckpointError(f"{path} is of a quantized model ({method}): use the fp16, bf16 or fp32 weights instead")

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from saw_trtllm.checkpoint.layout import EMBEDDING, LM_HEAD, check_tp_size, expected_shapes, shard_shape
 from saw_trtllm.checkpoint.reader import StoredTensor, open_file
 from saw_trtllm.checkpoint.rope_scaling import normalize_scaling
-from saw_trtllm.config import ARCHITECTURES, Mapping, ModelConfig, first_error
+from saw_trtllm.config import ARCHITECTURES, Mapping, ModelConfig, check_architecture, first_error
 from saw_trtllm.errors import CheckpointError, ConfigError
 
 #: Keys of its Llama and Qwen configs that change the computation, with the one value that is supported.
@@ -148,10 +148,7 @@ def _architecture(raw: dict[str, Any], path: Path) -> str:
     name, qwen_type = raw["architecture"], raw.get("qwen_type")
     if name in ("QWenForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM") and qwen_type is not None:
         name = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}.get(str(qwen_type), f"{name} ({qwen_type})")
-    if name not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{path} is of architecture {name}, which is not supported: use one of {', '.join(ARCHITECTURES)}"
-        )
+    check_architecture(name, path)
     return name
 
 
