@@ -27,7 +27,7 @@ if [[ "$(cat .venv/stamp 2>/dev/null)" != "$stamp" ]]; then
     python="$(find_python)"
     echo "== making .venv with $("$python" --version)" >&2
     "$python" -m venv --clear .venv
-    .venv/bin/pip install -qq --disable-pip-version-check --editable '.[reference,triton,client,kernels,test]' >&2
+    .venv/bin/pip install -qq --disable-pip-version-check --editable '.[reference,eval,triton,client,kernels,test]' >&2
     echo "$stamp" > .venv/stamp
 fi
 export PATH="$PWD/.venv/bin:$PATH"

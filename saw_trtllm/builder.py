@@ -8,11 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saw_trtllm import __version__
-from saw_trtllm.checkpoint import TOKENIZER_FILES, Checkpoint, SafetensorsWriter, cast, copy_tokenizer_files
+from saw_trtllm.calibration import Calibration
+from saw_trtllm.checkpoint import (
+    TOKENIZER_FILES,
+    Checkpoint,
+    SafetensorsWriter,
+    cast,
+    check_finite,
+    copy_tokenizer_files,
+)
 from saw_trtllm.config import MODELS, DTypeName, first_error, read_json
 from saw_trtllm.engine import (
     CONFIG_FILE,
@@ -24,8 +33,8 @@ from saw_trtllm.engine import (
     engine_file,
 )
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
-from saw_trtllm.fold import fold_v_rotation
-from saw_trtllm.format import TOKENS_PER_BLOCK, KVFormat, KvName
+from saw_trtllm.fold import fold_smoothing, fold_v_rotation, layer_of
+from saw_trtllm.format import RANGE_FACTORS, TOKENS_PER_BLOCK, KVFormat, KvName
 from saw_trtllm.runtime.llm import KvCacheConfig
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
@@ -58,7 +67,17 @@ class BuildOptions(BaseModel):
     rotate_v: Switch | None = Field(
         None, description="rotate V too, folded into the weights; by default enable for saw_int4"
     )
-    range_factor: float = Field(1.0, description="share of each row's range that the 16 codes span; 1 is min-max")
+    range_factor: float | None = Field(
+        None,
+        description="share of each row's range that the 16 codes span; 1 is min-max; by default what suits head_dim: "
+        + ", ".join(f"{factor} for {dim}" for dim, factor in RANGE_FACTORS.items()),
+    )
+    calibration: Path | None = Field(
+        None, description="file that saw-calibrate wrote for this model: centres and smooths the keys, free at run time"
+    )
+    kv_skip_layers: str | None = Field(
+        None, description="layers whose cache stays in the engine's own dtype: numbers from 0 or last, as in 0,1,last"
+    )
     dtype: Literal["auto"] | DTypeName = Field(
         "auto", description="dtype of weights and activations; auto keeps the model's"
     )
@@ -86,12 +105,15 @@ class BuildPlan:
     config : EngineConfig
     backend_reason : str
         Why this backend.
+    calibration : Calibration or None
+        What is folded into the weights and centres the keys.
     """
 
     checkpoint: Checkpoint
     output_dir: Path
     config: EngineConfig
     backend_reason: str
+    calibration: Calibration | None = None
 
     @property
     def num_steps(self) -> int:
@@ -103,13 +125,29 @@ class BuildPlan:
         """Tensors of the engine; a tied ``lm_head`` is the embedding."""
         tied = self.config.pretrained_config.share_embedding_table
         names = [n for n in self.checkpoint.names() if not (tied and n == "lm_head.weight")]
-        return {name: self.checkpoint.shape(name) for name in names}
+        centers = {} if self.calibration is None else self.calibration.centers
+        return {n: self.checkpoint.shape(n) for n in names} | {n: center.shape for n, center in centers.items()}
+
+    def load(self, name: str) -> np.ndarray:
+        """Read a tensor of the engine, with all that is folded in."""
+        if self.calibration is not None and name in self.calibration.centers:
+            return self.calibration.centers[name]
+        folder, model = self.checkpoint.folder, self.config.pretrained_config
+        tensor = check_finite(self.checkpoint.load(name), name, folder)
+        # Folded before it is cast, so that a 16-bit weight is rounded once.
+        if self.calibration is not None:
+            tensor = fold_smoothing(name, tensor, model, self.calibration.smoothing)
+        layer = layer_of(name)
+        if layer is not None:
+            tensor = fold_v_rotation(name, tensor, model, self.config.layer_format(layer))
+        return cast(tensor, model.dtype, name, folder)
 
     def bytes_per_token(self, kv: str | None = None) -> int:
         """KV bytes of a token over all layers, in the plan's format or in another."""
-        model, fmt = self.config.pretrained_config, self.config.kv_format
-        if kv is not None:
-            fmt = KVFormat(kv, fmt.head_dim, fmt.dtype)
+        if kv is None:
+            return self.config.bytes_per_token
+        model = self.config.pretrained_config
+        fmt = KVFormat(kv, model.head_size, model.dtype)
         return fmt.bytes_per_token(model.num_hidden_layers, model.num_key_value_heads)
 
 
@@ -161,16 +199,51 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         None if options.rotate_v is None else options.rotate_v == "enable",
         options.range_factor,
     )
+    if options.kv_skip_layers is not None and not kv_format.quantized:
+        raise ConfigError("kv_skip_layers was given with --kv fp16, which has no layer to skip: leave it out")
+    calibration = None
+    if options.calibration is not None:
+        calibration = Calibration.load(options.calibration)
+        calibration.check(checkpoint)
     # The engine is whole again, whatever ranks the checkpoint was split over.
     model.mapping = type(model.mapping)()
     config = EngineConfig(
         version=__version__,
         pretrained_config=model,
         build_config=_build_config(options, model.max_position_embeddings),
-        saw_int4=SawSection.of(kv_format, backend, __version__),
+        saw_int4=SawSection.of(kv_format, backend, __version__).model_copy(
+            update={
+                "kv_skip_layers": parse_layers(options.kv_skip_layers, model.num_hidden_layers),
+                "k_center": calibration is not None,
+            }
+        ),
     )
     _check_tokenizer(checkpoint)
-    return BuildPlan(checkpoint, options.output_dir, config, reason)
+    return BuildPlan(checkpoint, options.output_dir, config, reason, calibration)
+
+
+def parse_layers(text: str | None, num_layers: int) -> list[int]:
+    """The layers that ``kv_skip_layers`` names, ascending.
+
+    Raises
+    ------
+    ConfigError
+        If one is none of the model's, or all of them are named.
+    """
+    if text is None:
+        return []
+    layers = set()
+    for word in text.split(","):
+        layer = num_layers - 1 if word.strip() == "last" else int(word) if word.strip().isdecimal() else -1
+        if not 0 <= layer < num_layers:
+            raise ConfigError(
+                f"kv_skip_layers names {word.strip()!r} and the model has the layers 0 to {num_layers - 1}: give such "
+                "numbers or last, separated by commas"
+            )
+        layers.add(layer)
+    if len(layers) == num_layers:
+        raise ConfigError(f"kv_skip_layers names all {num_layers} layers: give --kv fp16 instead")
+    return sorted(layers)
 
 
 def build(plan: BuildPlan, progress: Callable[[str], None] | None = None) -> int:
@@ -194,20 +267,19 @@ def build(plan: BuildPlan, progress: Callable[[str], None] | None = None) -> int
     ConfigError
         If the folder cannot be written.
     CheckpointError
-        If a weight cannot be read, or is too large for the engine's dtype.
+        If a weight cannot be read, is not finite, or is too large for the engine's dtype.
     """
-    model, folder = plan.config.pretrained_config, plan.output_dir
+    folder = plan.output_dir
     path = folder / engine_file()
     part = path.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_replaceable(plan)
         try:
-            with SafetensorsWriter(part, plan.engine_shapes, model.dtype) as writer:
+            centers = () if plan.calibration is None else plan.calibration.centers
+            with SafetensorsWriter(part, plan.engine_shapes, plan.config.pretrained_config.dtype, centers) as writer:
                 for name in plan.engine_shapes:
-                    # Folded before it is cast, so that a 16-bit weight is rounded once.
-                    tensor = fold_v_rotation(name, plan.checkpoint.load(name), model, plan.config.kv_format)
-                    writer.write(name, cast(tensor, model.dtype, name, plan.checkpoint.folder))
+                    writer.write(name, plan.load(name))
                     if progress is not None:
                         progress(name)
             # What an engine that is replaced had, this one's model may not have.

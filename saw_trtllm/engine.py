@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,6 +20,11 @@ BackendName = Literal["tensorrt_llm", "tensorrt", "reference"]
 def engine_file(rank: int = 0) -> str:
     """Name of a rank's engine."""
     return f"rank{rank}.engine"
+
+
+def k_center_name(layer: int) -> str:
+    """Name of a layer's center of keys in an engine file: fp32 ``[num_kv_heads, head_dim]``."""
+    return f"transformer.layers.{layer}.attention.k_center"
 
 
 class PluginConfig(BaseModel):
@@ -92,6 +97,10 @@ class SawSection(BaseModel):
     rotate_v: bool
     range_factor: float
     row_bytes: int
+    #: Layers whose cache has rows of the engine's dtype, in a pool of their own, ascending.
+    kv_skip_layers: list[int] = Field(default_factory=list)
+    #: Whether the engine file holds a center of the keys of each layer, ``[num_kv_heads, head_dim]`` in fp32.
+    k_center: bool = False
     plugin_version: str | None = None
     tensorrt_version: str | None = None
     compute_capability: str | None = None
@@ -113,6 +122,13 @@ class SawSection(BaseModel):
     def kv_format(self, dtype: str) -> KVFormat:
         """The format that was recorded; ``dtype`` is the engine's."""
         return KVFormat(self.kv, self.head_dim, dtype, self.hadamard_order, self.rotate_v, self.range_factor)
+
+
+class Pool(NamedTuple):
+    """Layers whose rows have one format, and lie in one pool in this order."""
+
+    format: KVFormat
+    layers: list[int]
 
 
 class EngineConfig(BaseModel):
@@ -158,6 +174,11 @@ class EngineConfig(BaseModel):
                 f"{folder / CONFIG_FILE} is damaged: it names rows of {stored.row_bytes} bytes for heads of "
                 f"{stored.head_dim}, where its format has {fmt.row_bytes} and its model heads of {model.head_size}"
             )
+        skipped, layers = stored.kv_skip_layers, range(model.num_hidden_layers)
+        if skipped != sorted(set(skipped) & set(layers)) or len(skipped) == len(layers):
+            raise EngineError(
+                f"{folder / CONFIG_FILE} is damaged: it skips the layers {skipped} of a model that has {len(layers)}"
+            )
         return config
 
     def save(self, folder: Path) -> None:
@@ -169,5 +190,28 @@ class EngineConfig(BaseModel):
 
     @property
     def kv_format(self) -> KVFormat:
-        """How the engine's cache is stored."""
+        """How the engine's cache is stored, save for the skipped layers."""
         return self.saw_int4.kv_format(self.pretrained_config.dtype)
+
+    @property
+    def pools(self) -> list[Pool]:
+        """The pools of the cache: the first has :attr:`kv_format`, a second the skipped layers where there are any.
+
+        A block has the same index in every pool.
+        """
+        model, skipped = self.pretrained_config, self.saw_int4.kv_skip_layers
+        kept = [i for i in range(model.num_hidden_layers) if i not in skipped]
+        pools = [Pool(self.kv_format, kept)]
+        if skipped:
+            pools.append(Pool(KVFormat("fp16", model.head_size, model.dtype), skipped))
+        return pools
+
+    def layer_format(self, layer: int) -> KVFormat:
+        """How the cache of a layer is stored."""
+        return next(pool.format for pool in self.pools if layer in pool.layers)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """KV bytes of a token over all layers."""
+        heads = self.pretrained_config.num_key_value_heads
+        return sum(pool.format.bytes_per_token(len(pool.layers), heads) for pool in self.pools)

@@ -12,7 +12,7 @@ from saw_trtllm.builder import BuildOptions, build, plan_build
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.fold import fold_v_rotation
 from saw_trtllm.format import KVFormat, rotate
-from saw_trtllm.reference.cache import PagedPool
+from saw_trtllm.reference.cache import PagedCache
 from saw_trtllm.reference.invariant import silu
 from saw_trtllm.reference.model import ReferenceModel
 from saw_trtllm.runtime.step import DECODE, PREFILL, StepInputs, StepSequence
@@ -121,13 +121,13 @@ def run_model(checkpoint, load, steps, kv_format):
     """All logits of a sequence that goes through ``steps`` of so many tokens."""
     config = checkpoint.config
     model = ReferenceModel(config, load, 128)
-    pool = PagedPool(kv_format, 8, config.num_hidden_layers, config.num_key_value_heads, 16)
+    cache = PagedCache([(kv_format, range(config.num_hidden_layers))], 8, config.num_key_value_heads, 16)
     logits, start = [], 0
     for count in steps:
         ids, kind = PROMPT[start : start + count], DECODE if count == 1 else PREFILL
         sequence = StepSequence(ids, start, len(PROMPT), kind, [6, 1, 5, 0, 3])
         inputs = StepInputs.pack([sequence], config.num_hidden_layers)
-        logits.append(model.forward(inputs, pool, all_logits=True))
+        logits.append(model.forward(inputs, cache, all_logits=True))
         start += count
     return torch.cat(logits).numpy()
 
@@ -206,12 +206,12 @@ def test_a_sequence_is_the_same_in_any_batch(family, tmp_path):
     )
     config = checkpoint.config
     model = ReferenceModel(config, checkpoint.load, 128)
-    pool = PagedPool(KVFormat("saw_int4", 128, "float32"), 40, config.num_hidden_layers, 1, 16)
+    cache = PagedCache([(KVFormat("saw_int4", 128, "float32"), range(config.num_hidden_layers))], 40, 1, 16)
     tables = [list(range(5 * i, 5 * i + 5)) for i in range(8)]
 
     def forward(*parts):
         sequences = [StepSequence(PROMPT[a : a + n], a, 60, kind, tables[i]) for i, a, n, kind in parts]
-        return model.forward(StepInputs.pack(sequences, config.num_hidden_layers), pool).numpy()
+        return model.forward(StepInputs.pack(sequences, config.num_hidden_layers), cache).numpy()
 
     for i in range(8):
         forward((i, 0, 30 + i, PREFILL))

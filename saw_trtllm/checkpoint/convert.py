@@ -131,6 +131,13 @@ def _write(ckpt: Checkpoint, output_dir: Path, tp_size: int, dtype: str, progres
     return len(text.encode()) + sum((output_dir / rank_file(rank)).stat().st_size for rank in range(tp_size))
 
 
+def check_finite(array: np.ndarray, name: str, folder: Path) -> np.ndarray:
+    """Give the tensor back, and refuse one that holds NaN or infinity."""
+    if not np.isfinite(array).all():
+        raise CheckpointError(f"{folder}: tensor {name!r} holds NaN or infinite weights: copy or download it again")
+    return array
+
+
 def cast(array: np.ndarray, dtype: str, name: str, folder: Path) -> np.ndarray:
     """Bring a tensor to ``dtype``, and refuse a finite weight that would become infinite."""
     target = NUMPY_DTYPES[dtype]

@@ -63,6 +63,10 @@ def describe(plan: BuildPlan) -> dict[str, str]:
         detail = f", {rotated} rotated by Hadamard blocks of {kv_format.hadamard_order}"
     else:
         detail = ""
+    skipped = plan.config.saw_int4.kv_skip_layers
+    if skipped:
+        layers = "layer" if len(skipped) == 1 else "layers"
+        detail += f", {layers} {', '.join(map(str, skipped))} in {model.dtype}"
     fp16, ours = plan.bytes_per_token("fp16"), plan.bytes_per_token()
     rows = {
         "model": f"{model.model}: {model.num_hidden_layers} layers, {model.num_attention_heads} query and "
@@ -71,6 +75,7 @@ def describe(plan: BuildPlan) -> dict[str, str]:
         "limits": f"max_batch_size {limits.max_batch_size}, max_input_len {limits.max_input_len}, max_seq_len "
         f"{limits.max_seq_len}, max_num_tokens {limits.max_num_tokens}, tokens_per_block {limits.tokens_per_block}",
         "KV cache": f"{kv_format.kv}, rows of {kv_format.row_bytes} bytes{detail}",
+        **({} if plan.calibration is None else {"calibration": plan.calibration.describe()}),
         "weights": format_bytes(plan.checkpoint.nbytes(model.dtype)),
         "KV per token": f"{ours:,} bytes"
         + (f", {fp16:,} in {model.dtype}: {fp16 / ours:.2f}x" if ours != fp16 else ""),

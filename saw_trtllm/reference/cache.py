@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +77,36 @@ class PagedPool:
         return decode_rows(rows, self.format)
 
 
+class PagedCache:
+    """The pools of an engine. A block has the same index in each.
+
+    Parameters
+    ----------
+    pools : sequence of (KVFormat, sequence of int)
+        Each pool's format and its layers.
+    num_blocks, num_kv_heads, tokens_per_block : int
+        Every pool's shape.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[tuple[KVFormat, Sequence[int]]],
+        num_blocks: int,
+        num_kv_heads: int,
+        tokens_per_block: int,
+    ) -> None:
+        self.pools = [PagedPool(fmt, num_blocks, len(layers), num_kv_heads, tokens_per_block) for fmt, layers in pools]
+        self._places = {
+            layer: (pool, i)
+            for pool, (_, layers) in zip(self.pools, pools, strict=True)
+            for i, layer in enumerate(layers)
+        }
+
+    def place(self, layer: int) -> tuple[PagedPool, int]:
+        """The pool that holds a layer, and the layer's index in it."""
+        return self._places[layer]
+
+
 @dataclass(frozen=True)
 class Prefill:
     """One prefill of a step: ``tokens`` of the packed step, behind ``history`` tokens of the pool's ``blocks``."""
@@ -117,7 +148,7 @@ class StepPlan:
 
     @classmethod
     def make(cls, step: StepInputs, pool: PagedPool) -> StepPlan:
-        """Resolve block offsets and lengths of ``step`` against ``pool``."""
+        """Resolve block offsets and lengths of ``step`` against ``pool``, the first; others have the same blocks."""
         tokens_per_block = pool.tokens_per_block
         ends = torch.from_numpy(step.last_token_ids).long()
         counts = ends.diff(prepend=ends.new_zeros(1))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import psutil
 from safetensors import SafetensorError, safe_open
 
-from saw_trtllm.engine import CONFIG_FILE, EngineConfig, engine_file
+from saw_trtllm.engine import CONFIG_FILE, EngineConfig, engine_file, k_center_name
 from saw_trtllm.errors import BackendUnavailableError, EngineError
 from saw_trtllm.runtime.executor import StepOutput
 from saw_trtllm.runtime.sampling import SamplingState, sample
@@ -22,7 +22,7 @@ except ImportError as e:
         "the reference backend needs PyTorch, which is not installed: pip install 'saw-trtllm[reference]'"
     ) from e
 
-from saw_trtllm.reference.cache import PagedPool
+from saw_trtllm.reference.cache import PagedCache
 from saw_trtllm.reference.model import ReferenceModel
 
 
@@ -32,7 +32,7 @@ class ReferenceExecutor:
     Parameters
     ----------
     folder : Path
-        The engine folder; its ``rank0.engine`` is a safetensors file of the weights.
+        The engine folder; its ``rank0.engine`` is a safetensors file of the weights and the centers of keys.
     config : EngineConfig
     max_tokens : int, optional
         Tokens of the pool. By default what ``memory_fraction`` of the available memory holds, and at most what
@@ -48,18 +48,17 @@ class ReferenceExecutor:
 
     def __init__(self, folder: Path, config: EngineConfig, max_tokens: int | None, memory_fraction: float) -> None:
         model, build = config.pretrained_config, config.build_config
-        kv_format = config.kv_format
         path = folder / engine_file()
         try:
             with safe_open(path, framework="np") as weights:
-                self._model = ReferenceModel(model, weights.get_tensor, build.max_seq_len)
+                center = _k_center(weights.get_tensor, config) if config.saw_int4.k_center else None
+                self._model = ReferenceModel(model, weights.get_tensor, build.max_seq_len, center)
         except ValueError as e:
             raise EngineError(f"{path} does not fit its {CONFIG_FILE} ({e}): build it anew with saw-build") from e
         except (OSError, SafetensorError) as e:
             raise EngineError(f"{path} cannot be read as an engine ({e}): build it anew with saw-build") from e
         if max_tokens is None:
-            per_token = kv_format.bytes_per_token(model.num_hidden_layers, model.num_key_value_heads)
-            fitting = int(memory_fraction * psutil.virtual_memory().available) // per_token
+            fitting = int(memory_fraction * psutil.virtual_memory().available) // config.bytes_per_token
             max_tokens = min(fitting, build.max_batch_size * build.max_seq_len)
         self.num_blocks = max_tokens // build.tokens_per_block
         if self.num_blocks == 0:
@@ -67,9 +66,9 @@ class ReferenceExecutor:
                 f"the KV cache would hold {max_tokens} tokens and a block has {build.tokens_per_block}: give it more "
                 f"memory or tokens"
             )
-        shape = (self.num_blocks, model.num_hidden_layers, model.num_key_value_heads, build.tokens_per_block)
         try:
-            self.pool = PagedPool(kv_format, *shape)
+            shape = (self.num_blocks, model.num_key_value_heads, build.tokens_per_block)
+            self.cache = PagedCache(config.pools, *shape)
             # glibc gives a freed block back to the system, and faults it in anew at the next step, unless a larger one
             # was freed before: keeping blocks of up to 31 MiB makes steps of 16 sequences 2 to 3 times as fast.
             torch.empty(31 << 20, dtype=torch.uint8)
@@ -83,7 +82,7 @@ class ReferenceExecutor:
     ) -> StepOutput:
         """Compute a step; see :class:`saw_trtllm.runtime.executor.Executor`."""
         every = any(context_logits)
-        logits = self._model.forward(step, self.pool, all_logits=every).numpy()
+        logits = self._model.forward(step, self.cache, all_logits=every).numpy()
         ends = step.last_token_ids if every else np.arange(1, len(sampling) + 1)
         starts = np.concatenate([[0], ends[:-1]])
         tokens, logprobs, kept = [], [], []
@@ -98,5 +97,14 @@ class ReferenceExecutor:
         return StepOutput(tokens, logprobs, kept)
 
     def shutdown(self) -> None:
-        """Release the pool and the weights."""
-        del self._model, self.pool
+        """Release the cache and the weights."""
+        del self._model, self.cache
+
+
+def _k_center(load: Callable[[str], np.ndarray], config: EngineConfig) -> torch.Tensor:
+    model = config.pretrained_config
+    center = np.stack([load(k_center_name(i)) for i in range(model.num_hidden_layers)])
+    due = (model.num_hidden_layers, model.num_key_value_heads, model.head_size)
+    if center.shape != due:
+        raise ValueError(f"the centers of the keys have the shape {list(center.shape)} where {list(due)} is due")
+    return torch.from_numpy(center)

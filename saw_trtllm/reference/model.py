@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from saw_trtllm.checkpoint import expected_shapes
 from saw_trtllm.config import ModelConfig
 from saw_trtllm.reference.attention import paged_attention, rotate_quantize_kv
-from saw_trtllm.reference.cache import PagedPool, StepPlan
+from saw_trtllm.reference.cache import PagedCache, StepPlan
 from saw_trtllm.reference.int4 import TORCH_DTYPES
 from saw_trtllm.reference.invariant import ROW_MULTIPLE, pad_rows, silu
 from saw_trtllm.rope import rotary_cos_sin
@@ -41,6 +41,8 @@ class ReferenceModel:
         Gives the tensor of a TensorRT-LLM name, as NumPy array, V's rotation already folded in.
     max_seq_len : int
         Positions that the RoPE table covers.
+    k_center : torch.Tensor, optional
+        fp32 ``[num_layers, num_kv_heads, head_dim]``, subtracted from all keys after RoPE.
 
     Raises
     ------
@@ -48,10 +50,17 @@ class ReferenceModel:
         If a tensor has another shape than ``config`` gives it.
     """
 
-    def __init__(self, config: ModelConfig, load: Callable[[str], np.ndarray], max_seq_len: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        load: Callable[[str], np.ndarray],
+        max_seq_len: int,
+        k_center: torch.Tensor | None = None,
+    ) -> None:
         self.config = config
         self.dtype = TORCH_DTYPES[config.dtype]
         self._load = load
+        self._k_center = k_center
         self._shapes = expected_shapes(config)
         self._cos_sin = torch.from_numpy(rotary_cos_sin(config, max_seq_len))
         self._embedding = self._tensor("transformer.vocab_embedding.weight")
@@ -71,13 +80,13 @@ class ReferenceModel:
         return {name.removeprefix(prefix): self._tensor(name) for name in names}
 
     @torch.inference_mode()
-    def forward(self, step: StepInputs, pool: PagedPool, *, all_logits: bool = False) -> torch.Tensor:
-        """Run a step and write its rows into the pool.
+    def forward(self, step: StepInputs, cache: PagedCache, *, all_logits: bool = False) -> torch.Tensor:
+        """Run a step and write its rows into the cache.
 
         Parameters
         ----------
         step : StepInputs
-        pool : PagedPool
+        cache : PagedCache
         all_logits : bool
             Logits of every token of the step, not of each sequence's last only.
 
@@ -86,13 +95,13 @@ class ReferenceModel:
         torch.Tensor
             fp32 ``[B, vocab_size]``, or ``[num_tokens, vocab_size]``.
         """
-        plan = StepPlan.make(step, pool)
+        plan = StepPlan.make(step, cache.pools[0])
         num_tokens = len(step.input_ids)
         ids = torch.from_numpy(step.input_ids).long()
         x = F.embedding(F.pad(ids, (0, -num_tokens % ROW_MULTIPLE)), self._embedding)
         eps = self.config.norm_epsilon
         for i, w in enumerate(self._layers):
-            x = x + self._attention(i, w, rms_norm(x, w["input_layernorm.weight"], eps), plan, pool)
+            x = x + self._attention(i, w, rms_norm(x, w["input_layernorm.weight"], eps), plan, cache)
             h = rms_norm(x, w["post_layernorm.weight"], eps)
             h = silu(F.linear(h, w["mlp.fc.weight"])) * F.linear(h, w["mlp.gate.weight"])
             x = x + F.linear(h, w["mlp.proj.weight"])
@@ -102,7 +111,7 @@ class ReferenceModel:
         return F.linear(x[padded], self._lm_head)[: len(rows)]
 
     def _attention(
-        self, layer: int, w: dict[str, torch.Tensor], x: torch.Tensor, plan: StepPlan, pool: PagedPool
+        self, layer: int, w: dict[str, torch.Tensor], x: torch.Tensor, plan: StepPlan, cache: PagedCache
     ) -> torch.Tensor:
         c = self.config
         heads = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]
@@ -112,6 +121,8 @@ class ReferenceModel:
             q = rms_norm(q, w["attention.q_layernorm.weight"], c.norm_epsilon)
             k = rms_norm(k, w["attention.k_layernorm.weight"], c.norm_epsilon)
         q, k, v = (t.to(self.dtype) for t in (q, k, v))
-        q, k, v = rotate_quantize_kv(q, k, v, self._cos_sin, pool, layer, plan)
-        out = paged_attention(q, k, v, pool, layer, plan, window=c.window(layer))
+        pool, index = cache.place(layer)
+        center = None if self._k_center is None else self._k_center[layer]
+        q, k, v = rotate_quantize_kv(q, k, v, self._cos_sin, pool, index, plan, k_center=center)
+        out = paged_attention(q, k, v, pool, index, plan, window=c.window(layer))
         return F.linear(pad_rows(out.flatten(1).float()), w["attention.dense.weight"])

@@ -185,11 +185,11 @@ class EngineCore:
     ----------
     executor : Executor
     scheduler : Scheduler
-    num_layers : int
-        For the block offsets.
+    num_layers : list of int
+        Layers of each pool, for the block offsets.
     """
 
-    def __init__(self, executor: Executor, scheduler: Scheduler, num_layers: int) -> None:
+    def __init__(self, executor: Executor, scheduler: Scheduler, num_layers: list[int]) -> None:
         self._executor = executor
         self._scheduler = scheduler
         self._num_layers = num_layers
@@ -305,7 +305,7 @@ class EngineCore:
             state = SamplingState(s.sequence.params, s.sequence.prompt, s.sequence.generated, request.banned)
             sampling.append(state if s.samples else None)
         context = [s.sequence.params.return_context_logits and not s.sequence.generated for s in step]
-        return self._executor.execute(StepInputs.pack([s.inputs for s in step], self._num_layers), sampling, context)
+        return self._executor.execute(StepInputs.pack([s.inputs for s in step], *self._num_layers), sampling, context)
 
     def _advance(self, s: Scheduled, output: StepOutput, i: int) -> None:
         request, samples = self._requests[s.sequence.request_id], s.samples

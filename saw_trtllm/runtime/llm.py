@@ -108,7 +108,7 @@ class LLM:
             reuse_multiple=build.tokens_per_block if exact else chunk,
         )
         self._scheduler = Scheduler(blocks, build.max_batch_size, build.max_num_tokens, chunk, exact)
-        self._core = EngineCore(executor, self._scheduler, self.config.pretrained_config.num_hidden_layers)
+        self._core = EngineCore(executor, self._scheduler, [len(pool.layers) for pool in self.config.pools])
         self._ids = itertools.count()
         # An interpreter that exits under a thread that computes would abort.
         self._shutdown = weakref.finalize(self, self._core.shutdown)

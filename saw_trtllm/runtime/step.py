@@ -52,8 +52,9 @@ class StepInputs:
         Prefill: tokens of this chunk. Decode: the prompt's length.
     host_request_types : ``[B]``
         0 prefill, 1 decode.
-    kv_cache_block_offsets : ``[1, B, 2, max_blocks_per_seq]``
-        ``block · num_layers · 2 + (0 K, 1 V)``; entries beyond a sequence's blocks are not read.
+    kv_cache_block_offsets : ``[num_pools, B, 2, max_blocks_per_seq]``
+        ``block · num_layers · 2 + (0 K, 1 V)``, num_layers being those of the pool; entries beyond a sequence's blocks
+        are not read. A block has the same index in every pool.
     """
 
     input_ids: np.ndarray
@@ -65,17 +66,19 @@ class StepInputs:
     kv_cache_block_offsets: np.ndarray
 
     @classmethod
-    def pack(cls, sequences: Sequence[StepSequence], num_layers: int) -> StepInputs:
-        """Pack a step's sequences, prefills first."""
+    def pack(cls, sequences: Sequence[StepSequence], *num_layers: int) -> StepInputs:
+        """Pack a step's sequences, prefills first, for pools of so many layers each."""
         counts = np.array([len(s.token_ids) for s in sequences], dtype=np.int32)
         starts = np.array([s.start for s in sequences], dtype=np.int32)
         kinds = np.array([s.kind for s in sequences], dtype=np.int32)
         prompts = np.array([s.prompt_len for s in sequences], dtype=np.int32)
-        offsets = np.zeros((1, len(sequences), 2, max(len(s.block_table) for s in sequences)), dtype=np.int32)
+        widest = max(len(s.block_table) for s in sequences)
+        offsets = np.zeros((len(num_layers), len(sequences), 2, widest), dtype=np.int32)
+        per_block = 2 * np.array(num_layers, dtype=np.int32)[:, None]
         for i, s in enumerate(sequences):
-            first = np.asarray(s.block_table, dtype=np.int32) * (2 * num_layers)
-            offsets[0, i, 0, : len(first)] = first
-            offsets[0, i, 1, : len(first)] = first + 1
+            first = np.asarray(s.block_table, dtype=np.int32) * per_block
+            offsets[:, i, 0, : len(s.block_table)] = first
+            offsets[:, i, 1, : len(s.block_table)] = first + 1
         return cls(
             input_ids=np.concatenate([np.asarray(s.token_ids, dtype=np.int32) for s in sequences]),
             position_ids=np.concatenate(

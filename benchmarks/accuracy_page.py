@@ -1,0 +1,276 @@
+"""docs/accuracy.md and its plots, from the numbers of benchmarks/accuracy.py alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+from jinja2 import Environment, StrictUndefined
+from matplotlib.figure import Figure
+
+TEMPLATE = Path(__file__).with_name("accuracy.md.j2")
+TITLES = {"example": "example", "outliers": "planted outliers", "key bias": "planted key bias"}
+_RIVALS = {
+    "per channel": "KIVI: keys per channel, groups of 32, the latest up to 127 tokens in 16 bits",
+    "per channel, no exact tail": "the same without 16-bit tokens (not to be had in a decode)",
+    "codebook of 1": "1 centroid (centring, of V too), residual in 4 bits",
+    "codebook of 16": "16 centroids, residual in 4 bits",
+    "codebook of 256": "256 centroids, residual in 4 bits",
+    "hessian": "Hessian-aware rounding of keys",
+}
+
+
+def write(data: dict, output: Path) -> None:
+    """Write the page and its plots.
+
+    Parameters
+    ----------
+    data : dict
+        What benchmarks/accuracy.py measured.
+    output : Path
+        The folder of ``accuracy.md``; plots go to ``accuracy`` in it.
+    """
+    models = [m for m in TITLES if m in data]
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        **data["about"],
+        data=data,
+        factor_errors=data["factor_errors"],
+        models=models,
+        minutes=sum(data[m]["seconds"] for m in models) / 60,
+        table=_table,
+        lever_table=lambda model: _lever_table(data, model),
+        order_table=lambda: _order_table(data, models),
+        order_lever_table=lambda: _order_lever_table(data, models),
+        factor_table=lambda: _factor_table(data),
+        rival_table=lambda: _rival_table(data, models),
+        layer_table=lambda model: _layer_table(data[model]["suggestion"]),
+        position_table=lambda: _position_table(data["example"]["levers"]),
+        recovered_table=lambda: _recovered_table(data, models[1:]),
+        target=lambda planted: _target([data[m]["levers"] for m in planted if m in data]),
+        third=lambda: _third(data["example"]["levers"]),
+        mean_bias=_mean(data["example"]["outliers"]["k_bias"]),
+        v_ratio=max(max(heads) for m in models for heads in data[m]["outliers"]["v_ratio"]),
+        kl_of=lambda row: f"{data['example']['orders'][row]['kl_mean']:.4f}",
+        layer_bytes=data["example"]["suggestion"]["layers"][0]["bytes_per_token"]
+        - data["example"]["suggestion"]["bytes_per_token"],
+        kl=lambda model, row: f"{data[model]['levers'][row]['kl_mean']:.4f}",
+        rival=lambda row: f"{data['example']['rivals'][row]['kl_mean']:.4f}",
+    )
+    (output / "accuracy.md").write_text(page, encoding="utf-8")
+    _plots(data, models, output / "accuracy")
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _recovered(levers: dict, row: str) -> float:
+    """Share of the nats that plain INT4 loses which another cache does not lose."""
+    return 1 - levers[row]["nats_lost"] / levers["int4"]["nats_lost"]
+
+
+def _recovered_table(data: dict, models: list[str]) -> str:
+    columns = ("recipe", "γ", "γ, centred", "γ, smoothed", "all levers")
+    rows = [[TITLES[m], *(f"{100 * _recovered(data[m]['levers'], c):.1f} %" for c in columns)] for m in models]
+    return _table(["", *columns], rows)
+
+
+def _target(models: list[dict]) -> str:
+    doubled = all(levers["int4"]["perplexity"] >= 2 * levers["fp16"]["perplexity"] for levers in models)
+    recipe, ours = (min(_recovered(levers, row) for levers in models) for row in ("recipe", "all levers"))
+    met = doubled and recipe >= 0.85 and ours >= 0.98
+    return (
+        f"**{'met' if met else 'missed'}**, with {100 * recipe:.1f} % and {100 * ours:.1f} % in the worse of the two."
+    )
+
+
+def _third(levers: dict) -> str:
+    nats, kl = (levers["all levers"][key] / levers["recipe"][key] for key in ("nats_lost", "kl_mean"))
+    return (
+        f"in nats **{'met' if nats <= 1 / 3 else 'missed'}** ({100 * nats:.0f} %), in KL "
+        f"**{'met' if kl <= 1 / 3 else 'missed'}** ({100 * kl:.0f} %)."
+    )
+
+
+def _mean(rows: list[list[float]]) -> float:
+    return sum(map(sum, rows)) / sum(map(len, rows))
+
+
+def _lever_table(data: dict, model: str) -> str:
+    levers = data[model]["levers"]
+    header = ["cache", "bytes/token", "perplexity", "nats lost", "KL mean", "KL p99", "top-1", "greedy"]
+    rows = [
+        [
+            name,
+            f"{q['bytes_per_token']:,.0f}",
+            f"{q['perplexity']:,.3f}",
+            f"{q['nats_lost']:+.4f}",
+            f"{q['kl_mean']:.4f}",
+            f"{q['kl_p99']:.3f}",
+            f"{100 * q['top1_agreement']:.1f} %",
+            f"{100 * q.get('greedy_agreement', 1.0):.0f} %",
+        ]
+        for name, q in levers.items()
+    ]
+    return _table(header, rows)
+
+
+def _order_table(data: dict, models: list[str]) -> str:
+    header = ["order"] + [f"{TITLES[m]}, {what}" for m in models for what in ("K", "K and V")]
+    rows = []
+    for order in (1, 16, 32, 64, 128):
+        row = ["none" if order == 1 else str(order)]
+        for m in models:
+            for what in ("K", "KV"):
+                q = data[m]["orders"].get(f"{order} {what}")
+                row.append("" if q is None else f"{q['kl_mean']:.4f}")
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _order_lever_table(data: dict, models: list[str]) -> str:
+    header = ["order"] + [f"{TITLES[m]}: {what}" for m in models for what in ("γ", "+ centred", "+ smoothed", "+ both")]
+    rows = []
+    for order in (1, 16, 32, 64, 128):
+        cells = [
+            f"{data[m]['order levers'][f'{order} {c}']['kl_mean']:.4f}" for m in models for c in ("-", "c", "s", "cs")
+        ]
+        rows.append(["none" if order == 1 else str(order), *cells])
+    return _table(header, rows)
+
+
+def _factor_table(data: dict) -> str:
+    factors = data["example"]["factors"]
+    gammas = sorted({name.split()[1] for name in factors}, key=float, reverse=True)
+    header = ["γ", *(f"{part}: {what}" for part in ("K", "V", "K and V") for what in ("KL", "nats lost"))]
+    rows = []
+    for gamma in gammas:
+        row = [gamma]
+        for part in ("K", "V", "KV"):
+            q = factors[f"{part} {gamma}"]
+            row += [f"{q['kl_mean']:.4f}", f"{q['nats_lost']:+.4f}"]
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _rival_table(data: dict, models: list[str]) -> str:
+    header = ["", "bytes/token", *(f"KL, {TITLES[m]}" for m in models), "pages", "fused attention", "no calibration"]
+    rows = []
+
+    def add(name: str, found: list[dict], demands: list[str]) -> None:
+        cells = [f"{q['kl_mean']:.4f}" for q in found]
+        rows.append([name, f"{found[0]['bytes_per_token']:,.0f}", *cells, *demands])
+
+    ours = {
+        "plain INT4": "int4",
+        "the paper's recipe, order 128": "recipe",
+        "ours, γ only": "γ",
+        "ours, all levers": "all levers",
+    }
+    for title, row in ours.items():
+        calibrated = "no" if row == "all levers" else "yes"
+        add(title, [data[m]["levers"][row] for m in models], ["yes", "yes", calibrated])
+    for name, title in _RIVALS.items():
+        for order, suffix in ((1, ""), (128, ", rotated")):
+            found = [data[m]["rivals"][f"{name} {order}"] for m in models]
+            add(title + suffix, found, [found[0][k] for k in ("pages", "fused", "calibration_free")])
+    return _table(header, rows)
+
+
+def _layer_table(suggestion: dict) -> str:
+    rows = [["none", f"{suggestion['kl_mean']:.4f}", "", f"{suggestion['bytes_per_token']:,.0f}"]]
+    for kept in suggestion["layers"] + suggestion["together"][1:]:
+        layers = ", ".join(map(str, kept["layers"]))
+        rows.append(
+            [layers, f"{kept['kl_mean']:.4f}", f"{100 * kept['gain']:.0f} %", f"{kept['bytes_per_token']:,.0f}"]
+        )
+    return _table(["layers kept", "KL mean", "KL gone", "bytes/token"], rows)
+
+
+def _position_table(levers: dict) -> str:
+    shown = ("int4", "recipe", "γ", "all levers")
+    positions = list(levers["recipe"]["kl_by_position"])
+    rows = [[p, *(f"{levers[row]['kl_by_position'][p]:.4f}" for row in shown)] for p in positions]
+    return _table(["tokens of context, up to", *shown], rows)
+
+
+def _plots(data: dict, models: list[str], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(_order_plot(data, models), folder / "orders.svg")
+    _save(_memory_plot(data, models), folder / "memory.svg")
+    _save(_error_plot(data, models), folder / "errors.svg")
+    _save(_key_plot(data, models), folder / "keys.svg")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with mpl.rc_context({"svg.hashsalt": "saw", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
+def _columns(models: list[str], height: float = 3.4) -> tuple[Figure, list]:
+    figure = Figure(figsize=(3.6 * len(models) + 0.6, height), layout="constrained")
+    columns = list(figure.subplots(1, len(models), squeeze=False)[0])
+    for axes, model in zip(columns, models, strict=True):
+        axes.set_title(TITLES[model], fontsize=10)
+    return figure, columns
+
+
+def _order_plot(data: dict, models: list[str]) -> Figure:
+    figure, columns = _columns(models)
+    orders = [16, 32, 64, 128]
+    for axes, m in zip(columns, models, strict=True):
+        for what, label in (("K", "K rotated"), ("KV", "K and V rotated")):
+            axes.plot(orders, [data[m]["orders"][f"{o} {what}"]["kl_mean"] for o in orders], "o-", label=label)
+        for what, label in (("-", "both, γ"), ("cs", "both, all levers")):
+            axes.plot(orders, [data[m]["order levers"][f"{o} {what}"]["kl_mean"] for o in orders], "o--", label=label)
+        axes.set(xlabel="Hadamard order", xscale="log", xticks=orders, xticklabels=orders, ylim=(0, None))
+        axes.minorticks_off()
+    columns[0].set_ylabel("KL from the exact cache, nats")
+    columns[0].legend(fontsize=8)
+    return figure
+
+
+def _memory_plot(data: dict, models: list[str]) -> Figure:
+    figure, columns = _columns(models, 4.2)
+    for axes, m in zip(columns, models, strict=True):
+        points = {
+            row: data[m]["levers"][row] for row in ("int4", "recipe", "γ", "all levers", "all levers, one layer kept")
+        }
+        points |= {
+            f"{n}, rotated": data[m]["rivals"][f"{n} 128"] for n in ("per channel", "codebook of 256", "hessian")
+        }
+        for name, q in points.items():
+            axes.plot(q["bytes_per_token"], q["kl_mean"], "o", label=name)
+        axes.set(xlabel="bytes per token (exact: 4,096)", yscale="log")
+    columns[0].set_ylabel("KL from the exact cache, nats")
+    figure.legend(*columns[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def _error_plot(data: dict, models: list[str]) -> Figure:
+    figure, columns = _columns(models)
+    for axes, m in zip(columns, models, strict=True):
+        for row, errors in data[m]["errors"].items():
+            scores = errors["scores"]
+            rms = [(sum(x * x for x in heads) / len(heads)) ** 0.5 for heads in scores]
+            axes.plot(range(len(rms)), rms, "o-", label=row)
+        axes.set(xlabel="layer", yscale="log", xticks=range(len(rms)))
+    columns[0].set_ylabel("error of the softmax's logits, nats")
+    columns[0].legend(fontsize=8)
+    return figure
+
+
+def _key_plot(data: dict, models: list[str]) -> Figure:
+    figure, columns = _columns(models)
+    for axes, m in zip(columns, models, strict=True):
+        outliers = data[m]["outliers"]
+        axes.plot(outliers["k_channels"], label="as they are")
+        axes.plot(outliers["k_channels_rotated"], label="rotated, order 128")
+        axes.set(xlabel=f"channel (layer {outliers['worst'][0]}, KV head {outliers['worst'][1]})", yscale="log")
+    columns[0].set_ylabel("rms of keys")
+    columns[0].legend(fontsize=8)
+    return figure

@@ -1,0 +1,243 @@
+"""``saw-eval``: what a 4-bit cache costs a checkpoint, and which levers win it back."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+from tqdm import tqdm
+
+from saw_trtllm.checkpoint import Checkpoint
+from saw_trtllm.cli.common import add_fields, add_log_level, parse_fields, run, set_log_level
+from saw_trtllm.errors import BackendUnavailableError, ConfigError, SawError
+
+if TYPE_CHECKING:
+    from saw_trtllm.calibration import Calibration
+    from saw_trtllm.eval.session import Evaluation
+    from saw_trtllm.eval.variants import Variant
+
+#: Tokens of a task's sequences where neither the model nor a flag says less.
+DEFAULT_TASK_LENGTH = 4096
+
+_EXAMPLES = """\
+examples:
+  saw-eval --model_dir Llama-3.2-1B --text book.txt --max_tokens 32768
+  saw-eval --model_dir Llama-3.2-1B --text book.txt --kv fp16,int4,saw_int4 --hadamard_order 16,32,64 --report report
+  saw-eval --model_dir Llama-3.2-1B --text book.txt --calibration none,calib.safetensors --suggest
+  saw-eval --model_dir Llama-3.2-1B --tasks gsm8k --limit 100
+"""
+
+
+class EvalOptions(BaseModel):
+    """``saw-eval``'s flags: each field is one, its description the help. Lists go with commas, and all combine."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_dir: Path | None = Field(None, description="Hugging Face model folder")
+    checkpoint_dir: Path | None = Field(None, description="TensorRT-LLM checkpoint folder, instead of --model_dir")
+    tokenizer_dir: Path | None = Field(None, description="tokenizer's folder; by default the model's")
+    text: Path | None = Field(None, description="UTF-8 text to predict; - is stdin")
+    kv: str = Field("fp16,int4,saw_int4", description="caches to compare, with commas")
+    hadamard_order: str | None = Field(
+        None, description="orders of the rotation, with commas; by default the largest that divides head_dim"
+    )
+    rotate_v: str | None = Field(None, description="enable, disable or both with a comma; by default the format's")
+    range_factor: str | None = Field(
+        None,
+        description="shares of a row's range that the codes span, with commas; 0.95/0.9 sets K and V apart; "
+        "by default the format's",
+    )
+    calibration: str | None = Field(
+        None, description="files of saw-calibrate, with commas; none among them is going without"
+    )
+    kv_skip_layers: str | None = Field(
+        None,
+        description="layers whose cache stays in the model's dtype, like 0,1,last; several sets with ; between them",
+    )
+    max_tokens: int | None = Field(None, description="tokens of the text to use; by default all of its whole windows")
+    max_seq_len: int | None = Field(
+        None, description="tokens of a window; by default as many as the model and the text allow"
+    )
+    greedy_tokens: int = Field(128, description="length of the greedy continuations that are compared; 0 for none")
+    suggest: bool = Field(False, description="try the layers of the last cache one by one and name those to keep exact")
+    tasks: str | None = Field(None, description="tasks of lm-evaluation-harness, with commas, instead of a text")
+    include_path: Path | None = Field(None, description="folder with further tasks")
+    num_fewshot: int | None = Field(None, description="examples in each prompt of a task; by default the task's own")
+    limit: int | None = Field(None, description="documents of each task to use; by default all")
+    device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one")
+    report: Path | None = Field(None, description="folder to write an HTML report and its numbers to")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="saw-eval", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_fields(parser, EvalOptions)
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    add_log_level(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; see ``saw-eval --help``."""
+    args = make_parser().parse_args(argv)
+    set_log_level(args.log_level)
+    return run(lambda: _evaluate(parse_fields(args, EvalOptions), args.json))
+
+
+def _evaluate(options: EvalOptions, as_json: bool) -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise BackendUnavailableError("saw-eval needs PyTorch, which is not installed: pip install 'saw-trtllm[eval]'")
+    if (options.text is None) == (options.tasks is None):
+        given = "neither" if options.text is None else "both"
+        raise ConfigError(f"{given} of --text and --tasks was given: give one of them")
+    if (options.checkpoint_dir is None) == (options.model_dir is None):
+        given = "neither" if options.model_dir is None else "both"
+        raise ConfigError(f"{given} of --checkpoint_dir and --model_dir was given: give one of them")
+    checkpoint = Checkpoint.open(options.checkpoint_dir or options.model_dir)
+    try:
+        (_run_text if options.tasks is None else _run_tasks)(options, checkpoint, as_json)
+    except RuntimeError as e:
+        # CUDA's own class for it is a RuntimeError; the CPU has none.
+        if isinstance(e, SawError) or "memory" not in str(e).lower():
+            raise
+        raise ConfigError(
+            "the memory of this device is too small for the model and the windows: give a smaller --max_seq_len, or "
+            "--device cpu"
+        ) from e
+
+
+def _run_text(options: EvalOptions, checkpoint: Checkpoint, as_json: bool) -> None:
+    from saw_trtllm.eval.session import Session
+    from saw_trtllm.eval.text import load_tokenizer, make_windows, read_text
+
+    if options.report is not None:
+        # Found out now, and not when an hour's work is to be written.
+        from saw_trtllm.eval.report import write_report
+    variants, calibrations = _variants(options, checkpoint)
+    suggest_for = _suggest_for(options, variants)
+    tokenizer = load_tokenizer(checkpoint, options.tokenizer_dir)
+    ids = tokenizer.encode(read_text(options.text))
+    windows = make_windows(ids, checkpoint.config.max_position_embeddings, options.max_seq_len, options.max_tokens)
+    session = Session(checkpoint, windows, options.device, options.greedy_tokens)
+    quantizers = {v.name: v.quantizer(session.model.exact, calibrations.get(v.calibration)) for v in variants}
+    total = session.num_steps(len(variants), with_suggestion=options.suggest)
+    with tqdm(total=total, desc="saw-eval", unit="window", disable=not sys.stderr.isatty()) as bar:
+        evaluation = session.run(variants, quantizers, suggest_for=suggest_for, progress=bar.update)
+    page = None if options.report is None else write_report(evaluation, options.report)
+    if as_json:
+        print(json.dumps(evaluation.as_dict()))
+        return
+    _print(evaluation)
+    if page is not None:
+        print(f"\nreport: {page}")
+
+
+def _variants(options: EvalOptions, checkpoint: Checkpoint) -> tuple[list[Variant], dict[Path, Calibration]]:
+    """The grid, and what its calibration files hold."""
+    from saw_trtllm.builder import parse_layers
+    from saw_trtllm.calibration import Calibration
+    from saw_trtllm.eval import variants as v
+
+    config = checkpoint.config
+    files = v.parse_calibrations(options.calibration)
+    calibrations = {}
+    for path in filter(None, files):
+        calibrations[path] = Calibration.load(path)
+        calibrations[path].check(checkpoint)
+    sets = (options.kv_skip_layers or "none").split(";")
+    grid = v.grid(
+        config,
+        v.parse_list(options.kv),
+        v.parse_orders(options.hadamard_order),
+        v.parse_switches(options.rotate_v),
+        v.parse_factors(options.range_factor),
+        files,
+        [() if text == "none" else tuple(parse_layers(text, config.num_hidden_layers)) for text in sets],
+    )
+    return grid, calibrations
+
+
+def _suggest_for(options: EvalOptions, variants: list[Variant]) -> str | None:
+    if not options.suggest:
+        return None
+    names = [v.name for v in variants if v.k_format.quantized and not v.skip_layers]
+    if not names:
+        raise ConfigError("--suggest needs a 4-bit cache without skipped layers: add saw_int4 to --kv")
+    return names[-1]
+
+
+def _print(evaluation: Evaluation) -> None:
+    from saw_trtllm.eval.tables import layer_table, quality_table, suggestion_table
+
+    a = evaluation.about
+    print(f"{a['model']}: {a['num_tokens']} tokens in windows of {a['max_seq_len']}, {a['device']}, {a['seconds']} s\n")
+    print_columns(*quality_table(evaluation))
+    print(
+        "\nby layer, its input being exact: the largest channel of the keys over the median one, as they are and "
+        "rotated; error of the softmax's logits in nats, and of outputs relative to them\n"
+    )
+    print_columns(*layer_table(evaluation))
+    if evaluation.suggestion is None:
+        return
+    print(f"\nlayers of {evaluation.suggested_for} kept in {a['dtype']}, on {a['detail_tokens']} tokens\n")
+    print_columns(*suggestion_table(evaluation))
+    worth = ",".join(map(str, evaluation.suggestion.worth))
+    print(
+        f"\nthese pay: --kv_skip_layers {worth}"
+        if worth
+        else "\nno layer pays clearly more than its share of the memory"
+    )
+
+
+def _run_tasks(options: EvalOptions, checkpoint: Checkpoint, as_json: bool) -> None:
+    from saw_trtllm.eval.harness import CacheScorer, numbers, run_tasks
+    from saw_trtllm.eval.session import open_model
+    from saw_trtllm.eval.text import load_tokenizer
+    from saw_trtllm.eval.variants import parse_list
+
+    if options.report is not None or options.suggest:
+        raise ConfigError("--report and --suggest belong to --text: leave them out with --tasks")
+    variants, calibrations = _variants(options, checkpoint)
+    tokenizer = load_tokenizer(checkpoint, options.tokenizer_dir)
+    longest = checkpoint.config.max_position_embeddings
+    length = min(longest, DEFAULT_TASK_LENGTH) if options.max_seq_len is None else options.max_seq_len
+    if not 2 <= length <= longest:
+        raise ConfigError(f"max_seq_len is {length}: it must be from 2 to the model's {longest} positions")
+    model = open_model(checkpoint, length, options.device)
+    scorers = {}
+    for v in variants:
+        quantizer = v.quantizer(model.exact, calibrations.get(v.calibration))
+        scorers[v.name] = CacheScorer(model, tokenizer, checkpoint, v, quantizer, length)
+    results = run_tasks(
+        scorers,
+        parse_list(options.tasks),
+        include_path=options.include_path,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+    )
+    if as_json:
+        print(json.dumps(results, default=str))
+        return
+    columns = {
+        name: {(t, m): x for t, found in tasks.items() for m, x in numbers(found).items()}
+        for name, tasks in results.items()
+    }
+    rows = [[*key, *(f"{column[key]:.4f}" for column in columns.values())] for key in next(iter(columns.values()))]
+    print_columns(["task", "metric", *columns], rows)
+
+
+def print_columns(header: list[str], rows: list[list[str]]) -> None:
+    """Print a table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in [header, *rows]:
+        first, *others = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join([first, *others]).rstrip())

@@ -1,0 +1,1 @@
+"""What a 4-bit cache costs a model: teacher-forced evaluation, the paper's rivals, and planted outliers."""

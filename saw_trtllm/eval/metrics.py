@@ -1,0 +1,195 @@
+"""How far a model with a quantized cache is from the same model with an exact one, token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from saw_trtllm.errors import CheckpointError
+from saw_trtllm.eval.forward import History, WindowModel
+from saw_trtllm.eval.quantizers import KVQuantizer, bytes_per_token
+
+#: Logits that are held at a time, of one model: 256 MiB.
+_MAX_LOGITS = 1 << 26
+
+
+@dataclass
+class Quality:
+    """What a cache does to a model's predictions over all tokens of a text.
+
+    Losses are in nats per token; the divergence is KL(exact || quantized) of the next-token distribution.
+
+    Attributes
+    ----------
+    bytes_per_token : float
+        Bytes of cache over all layers.
+    nats, nats_lost : float
+        Cross-entropy, and how much of it the cache adds.
+    perplexity : float
+    kl_mean, kl_p99, kl_max : float
+    top1_agreement : float
+        Share of tokens at which both models hold the same token for the likeliest.
+    kl_by_position : dict of int to float
+        Mean divergence of the tokens whose context is at most the key's length, and longer than the key before.
+    greedy_agreement : float or None
+        Share of a greedy continuation that passes before it first differs from the exact cache's, mean over prompts.
+    greedy_identical : float or None
+        Share of prompts whose whole continuation is the same.
+    """
+
+    bytes_per_token: float
+    nats: float
+    nats_lost: float
+    perplexity: float
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+    kl_by_position: dict[int, float] = field(default_factory=dict)
+    greedy_agreement: float | None = None
+    greedy_identical: float | None = None
+
+
+def evaluate(
+    model: WindowModel,
+    windows: torch.Tensor,
+    quantizers: Mapping[str, KVQuantizer],
+    progress: Callable[[], None] | None = None,
+) -> dict[str, Quality]:
+    """Measure caches against the exact one, teacher-forced.
+
+    Parameters
+    ----------
+    model : WindowModel
+    windows : torch.Tensor
+        int64 ``[num_windows, T]``: texts that have nothing to do with each other. The first token of each is given, all
+        others are predicted.
+    quantizers : mapping of str to KVQuantizer
+    progress : callable, optional
+        Called after each window of each quantizer.
+
+    Returns
+    -------
+    dict of str to Quality
+        In the order of ``quantizers``.
+
+    Raises
+    ------
+    CheckpointError
+        If the model computes NaN or infinite numbers.
+    """
+    sums = {name: _Sums() for name in quantizers}
+    for window in windows:
+        exact = model.hidden(window[None])[0]
+        if not exact.isfinite().all():
+            raise CheckpointError(
+                f"the model computes NaN or infinite numbers in {model.config.dtype} with an exact cache: use the "
+                "dtype that it was trained in"
+            )
+        for name, quantizer in quantizers.items():
+            same = quantizer is model.exact
+            hidden = exact if same else model.hidden(window[None], quantizer)[0]
+            sums[name].add(model, window, exact, hidden)
+            if progress is not None:
+                progress()
+    c = model.config
+    shape = (c.num_hidden_layers, c.num_key_value_heads, c.head_size)
+    return {name: sums[name].quality(bytes_per_token(q, *shape)) for name, q in quantizers.items()}
+
+
+def greedy_agreement(
+    model: WindowModel,
+    prompts: torch.Tensor,
+    quantizers: Mapping[str, KVQuantizer],
+    num_tokens: int = 128,
+    progress: Callable[[], None] | None = None,
+) -> dict[str, tuple[float, float]]:
+    """Compare greedy continuations with those of the exact cache.
+
+    Parameters
+    ----------
+    model : WindowModel
+    prompts : torch.Tensor
+        int64 ``[B, T]``.
+    quantizers : mapping of str to KVQuantizer
+    num_tokens : int
+        Length of a continuation.
+    progress : callable, optional
+        Called after each quantizer.
+
+    Returns
+    -------
+    dict of str to tuple of float
+        Share of a continuation before the first difference, and share of prompts without one.
+    """
+    exact = continuations(model, prompts, model.exact, num_tokens)
+    results = {}
+    for name, quantizer in quantizers.items():
+        ours = exact if quantizer is model.exact else continuations(model, prompts, quantizer, num_tokens)
+        same = (ours == exact).long().cumprod(dim=1).sum(dim=1)
+        results[name] = (float(same.double().mean()) / num_tokens, float((same == num_tokens).double().mean()))
+        if progress is not None:
+            progress()
+    return results
+
+
+def continuations(model: WindowModel, prompts: torch.Tensor, quantizer: KVQuantizer, num_tokens: int) -> torch.Tensor:
+    """Greedy continuations int64 ``[B, num_tokens]`` of prompts ``[B, T]``, all tokens read from the cache."""
+    history = History(quantizer, model.config.num_hidden_layers)
+    tokens, chosen = prompts, []
+    for _ in range(num_tokens):
+        tokens = model.logits(model.hidden(tokens, history=history)[:, -1]).argmax(-1, keepdim=True)
+        chosen.append(tokens)
+    return torch.cat(chosen, dim=1).cpu()
+
+
+class _Sums:
+    """Per-token measures of one quantizer, gathered window by window."""
+
+    def __init__(self) -> None:
+        self._loss: list[torch.Tensor] = []
+        self._exact_loss: list[torch.Tensor] = []
+        self._kl: list[torch.Tensor] = []
+        self._agree: list[torch.Tensor] = []
+        self._context: list[torch.Tensor] = []
+
+    def add(self, model: WindowModel, window: torch.Tensor, exact: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Add a window ``[T]`` from what ``lm_head`` is given with either cache, ``[T, hidden_size]``."""
+        targets = window[1:].to(exact.device)
+        size = max(1, _MAX_LOGITS // model.config.vocab_size)
+        for start in range(0, len(targets), size):
+            tile = slice(start, min(start + size, len(targets)))
+            p = model.logits(exact[tile]).log_softmax(-1)
+            q = p if hidden is exact else model.logits(hidden[tile]).log_softmax(-1)
+            target = targets[tile, None]
+            self._exact_loss.append(-p.gather(1, target)[:, 0].cpu())
+            self._loss.append(-q.gather(1, target)[:, 0].cpu())
+            self._kl.append((p.exp() * (p - q)).sum(-1).clamp_min(0).cpu())
+            self._agree.append((p.argmax(-1) == q.argmax(-1)).cpu())
+            self._context.append(torch.arange(tile.start, tile.stop) + 1)
+
+    def quality(self, cache_bytes: float) -> Quality:
+        """All of it in numbers."""
+        loss, exact, kl, agree, context = (
+            torch.cat(t).double() for t in (self._loss, self._exact_loss, self._kl, self._agree, self._context)
+        )
+        nats = float(loss.mean())
+        by_position, last = {}, int(context.max())
+        bounds = [b for b in (2**i for i in range(6, 40)) if b < last] + [last]
+        for low, high in zip([0, *bounds], bounds, strict=False):
+            by_position[high] = float(kl[(context > low) & (context <= high)].mean())
+        return Quality(
+            bytes_per_token=cache_bytes,
+            nats=nats,
+            nats_lost=nats - float(exact.mean()),
+            perplexity=math.exp(min(nats, 700.0)),
+            kl_mean=float(kl.mean()),
+            # Not torch.quantile, which refuses more than 2^24 elements.
+            kl_p99=float(kl.sort().values[math.ceil(0.99 * len(kl)) - 1]),
+            kl_max=float(kl.max()),
+            top1_agreement=float(agree.mean()),
+            kl_by_position=by_position,
+        )

@@ -1,0 +1,206 @@
+"""One evaluation from a checkpoint and a text to all that a report shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from saw_trtllm import __version__
+from saw_trtllm.checkpoint import Checkpoint, check_finite
+from saw_trtllm.errors import BackendUnavailableError
+from saw_trtllm.eval.analysis import LayerErrors, Outliers, analyse
+from saw_trtllm.eval.forward import WindowModel
+from saw_trtllm.eval.metrics import Quality, evaluate, greedy_agreement
+from saw_trtllm.eval.quantizers import KVQuantizer
+from saw_trtllm.eval.suggest import Suggestion, num_measurements, suggest
+
+if TYPE_CHECKING:
+    from saw_trtllm.eval.variants import Variant
+
+#: Tokens of a greedy continuation's prompt at most.
+_PROMPT_TOKENS = 1024
+_NUM_PROMPTS = 8
+#: Tokens on which layers are looked at, and measured one by one: whole windows, at least one.
+_DETAIL_TOKENS = 8192
+
+
+@dataclass
+class Evaluation:
+    """What was found.
+
+    Attributes
+    ----------
+    about : dict
+        Model, text, device, versions, time.
+    settings : dict of str to dict
+        By the variant's name, its place in the grid.
+    qualities : dict of str to Quality
+    errors : dict of str to LayerErrors
+    outliers : Outliers
+    suggestion : Suggestion or None
+    suggested_for : str or None
+        The variant that the suggestion is for.
+    """
+
+    about: dict[str, Any]
+    settings: dict[str, dict[str, Any]]
+    qualities: dict[str, Quality]
+    errors: dict[str, LayerErrors]
+    outliers: Outliers
+    suggestion: Suggestion | None = None
+    suggested_for: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON takes it."""
+        results = [
+            {
+                "name": name,
+                **self.settings[name],
+                **dataclasses.asdict(q),
+                "errors": dataclasses.asdict(self.errors[name]),
+            }
+            for name, q in self.qualities.items()
+        ]
+        data = {**self.about, "results": results, "outliers": dataclasses.asdict(self.outliers)}
+        if self.suggestion is not None:
+            data["suggestion"] = {"for": self.suggested_for, **dataclasses.asdict(self.suggestion)}
+        return data
+
+
+class Session:
+    """A model and a text, ready to be measured.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    windows : torch.Tensor
+        int64 ``[num_windows, T]``.
+    device : str
+        "auto" takes the GPU where PyTorch has one.
+    greedy_tokens : int
+        Length of the greedy continuations; 0 leaves them out.
+
+    Raises
+    ------
+    CheckpointError
+        If a weight is NaN or infinite, or the model computes such.
+    BackendUnavailableError
+        If there is no such device.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, windows: torch.Tensor, device: str = "auto", greedy_tokens: int = 128
+    ) -> None:
+        config = checkpoint.config
+        self.checkpoint = checkpoint
+        self.windows = windows
+        self.device = choose_device(device)
+        self.greedy_tokens = greedy_tokens
+        self.prompts = _prompts(windows, config.max_position_embeddings - greedy_tokens) if greedy_tokens else None
+        positions = windows.shape[1]
+        if self.prompts is not None:
+            positions = max(positions, self.prompts.shape[1] + greedy_tokens)
+        self.model = open_model(checkpoint, positions, self.device)
+        self._detail = windows[: max(1, _DETAIL_TOKENS // windows.shape[1])]
+
+    def num_steps(self, num_variants: int, *, with_suggestion: bool = False) -> int:
+        """Times that :meth:`run` reports progress."""
+        steps = num_variants * (len(self.windows) + (self.prompts is not None)) + len(self._detail)
+        if with_suggestion:
+            steps += num_measurements(self.model.config.num_hidden_layers) * len(self._detail)
+        return steps
+
+    def run(
+        self,
+        variants: list[Variant],
+        quantizers: dict[str, KVQuantizer],
+        *,
+        suggest_for: str | None = None,
+        progress: Callable[[], None] | None = None,
+    ) -> Evaluation:
+        """Measure ``quantizers``, by the names of ``variants``.
+
+        Parameters
+        ----------
+        variants : list of Variant
+        quantizers : dict of str to KVQuantizer
+        suggest_for : str, optional
+            The variant whose layers are to be tried one by one.
+        progress : callable, optional
+        """
+        start = time.monotonic()
+        qualities = evaluate(self.model, self.windows, quantizers, progress)
+        if self.prompts is not None:
+            agreements = greedy_agreement(self.model, self.prompts, quantizers, self.greedy_tokens, progress)
+            for name, (agreement, identical) in agreements.items():
+                qualities[name].greedy_agreement, qualities[name].greedy_identical = agreement, identical
+        errors, outliers = analyse(self.model, self._detail, quantizers, progress)
+        suggestion = None
+        if suggest_for is not None:
+            suggestion = suggest(self.model, self._detail, quantizers[suggest_for], progress)
+        settings = {v.name: v.settings() for v in variants}
+        return Evaluation(
+            self._about(time.monotonic() - start), settings, qualities, errors, outliers, suggestion, suggest_for
+        )
+
+    def _about(self, seconds: float) -> dict[str, Any]:
+        c = self.model.config
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return {
+            "model": str(self.checkpoint.folder),
+            "architecture": c.architecture,
+            "dtype": c.dtype,
+            "num_layers": c.num_hidden_layers,
+            "num_heads": c.num_attention_heads,
+            "num_kv_heads": c.num_key_value_heads,
+            "head_dim": c.head_size,
+            "num_windows": len(self.windows),
+            "max_seq_len": self.windows.shape[1],
+            "num_tokens": self.windows.numel(),
+            "detail_tokens": self._detail.numel(),
+            "greedy_prompts": 0 if self.prompts is None else len(self.prompts),
+            "greedy_tokens": self.greedy_tokens if self.prompts is not None else 0,
+            "device": device,
+            "seconds": round(seconds, 1),
+            "saw_trtllm": __version__,
+            "torch": torch.__version__,
+        }
+
+
+def open_model(checkpoint: Checkpoint, max_seq_len: int, device: str | torch.device = "auto") -> WindowModel:
+    """Load a checkpoint's weights onto a device; NaN or infinite ones are refused by name."""
+
+    def load(name: str) -> np.ndarray:
+        return check_finite(checkpoint.load(name), name, checkpoint.folder)
+
+    device = choose_device(device) if isinstance(device, str) else device
+    return WindowModel(checkpoint.config, load, max_seq_len, device)
+
+
+def choose_device(name: str) -> torch.device:
+    """The named device, or for "auto" the GPU where PyTorch has one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0].split(". ")[0]
+        raise BackendUnavailableError(f"device {name} is not to be had ({reason}): give --device cpu or auto") from e
+    return device
+
+
+def _prompts(windows: torch.Tensor, longest: int) -> torch.Tensor | None:
+    """Prompts spread over the text, ``[B, T]``; None where the model's positions leave no room for them."""
+    length = min(_PROMPT_TOKENS, windows.shape[1], longest)
+    if length < 1:
+        return None
+    text = windows.flatten()
+    starts = torch.linspace(0, len(text) - length, min(_NUM_PROMPTS, len(text) // length)).long()
+    return torch.stack([text[start : start + length] for start in starts])

@@ -1,0 +1,71 @@
+"""An evaluation as rows of text, for the terminal and the report."""
+
+from __future__ import annotations
+
+import math
+
+from saw_trtllm.eval.session import Evaluation
+
+#: Caches that fit beside each other.
+_MAX_COLUMNS = 4
+
+
+def quality_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the caches, one a row."""
+    header = ["cache", "bytes/token", "perplexity", "nats lost", "KL mean", "KL p99", "KL max", "top-1"]
+    greedy = any(q.greedy_agreement is not None for q in evaluation.qualities.values())
+    rows = []
+    for name, q in evaluation.qualities.items():
+        row = [name, f"{q.bytes_per_token:,.0f}", f"{q.perplexity:,.3f}", f"{q.nats_lost:+.4f}"]
+        row += [f"{q.kl_mean:.4f}", f"{q.kl_p99:.3f}", f"{q.kl_max:.3f}", f"{q.top1_agreement:.2%}"]
+        if greedy:
+            row.append("-" if q.greedy_agreement is None else f"{q.greedy_agreement:.0%}")
+        rows.append(row)
+    return header + ["greedy"] * greedy, rows
+
+
+def suggestion_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of what keeping layers exact pays: each by itself, then the best together."""
+    s = evaluation.suggestion
+    header = ["layers kept", "KL mean", "KL gone", "bytes/token", "nats gone per KiB"]
+    rows = [["none", f"{s.kl_mean:.4f}", "", f"{s.bytes_per_token:,.0f}", ""]]
+    for kept in s.layers + s.together[1:]:
+        layers = ",".join(map(str, kept.layers))
+        rows.append(
+            [
+                layers,
+                f"{kept.kl_mean:.4f}",
+                f"{kept.gain:.0%}",
+                f"{kept.bytes_per_token:,.0f}",
+                f"{kept.gain_per_kib:.4f}",
+            ]
+        )
+    return header, rows
+
+
+def layer_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the layers: where the outliers sit, and the errors of scores and outputs, rms over heads.
+
+    Only the last few quantized caches have a column.
+    """
+    o = evaluation.outliers
+    caches = [n for n in evaluation.errors if evaluation.settings[n]["kv"] != "fp16"][-_MAX_COLUMNS:]
+    header = ["layer", "key outlier", "at", "rotated", *caches]
+    rows = []
+    for i, ratios in enumerate(o.k_ratio):
+        head = ratios.index(max(ratios))
+        row = [
+            str(i),
+            f"{ratios[head]:.1f}x",
+            f"head {head} dim {o.k_largest[i][head]}",
+            f"{max(o.k_ratio_rotated[i]):.1f}x",
+        ]
+        for name in caches:
+            errors = evaluation.errors[name]
+            row.append(f"{_rms(errors.scores[i]):.4f} {_rms(errors.outputs[i]):.4f}")
+        rows.append(row)
+    return header, rows
+
+
+def _rms(values: list[float]) -> float:
+    return math.sqrt(sum(x * x for x in values) / len(values))

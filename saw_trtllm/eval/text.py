@@ -1,0 +1,79 @@
+"""From a text to windows of tokens."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from saw_trtllm.checkpoint import Checkpoint
+from saw_trtllm.errors import ConfigError
+from saw_trtllm.runtime.tokenizer import Tokenizer
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text; ``-`` is stdin."""
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        return data.decode("utf-8")
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be read ({e.strerror}): give a text file with --text") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path} is not valid UTF-8 at byte {e.start}: save it as UTF-8") from e
+
+
+def load_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> Tokenizer:
+    """The checkpoint's tokenizer, or the one in ``folder``; one that does not fit the vocabulary is refused."""
+    folder = folder or checkpoint.folder
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the model's vocabulary "
+            f"{checkpoint.config.vocab_size}: give the model its own tokenizer with --tokenizer_dir"
+        )
+    return tokenizer
+
+
+def make_windows(
+    ids: list[int], max_position_embeddings: int, max_seq_len: int | None = None, max_tokens: int | None = None
+) -> torch.Tensor:
+    """Cut a text into windows; what is left at its end is not used.
+
+    Parameters
+    ----------
+    ids : list of int
+        The text.
+    max_position_embeddings : int
+        The longest that the model takes.
+    max_seq_len : int, optional
+        Tokens of a window. By default as many as model and text allow: a short window does not show what a long context
+        reads.
+    max_tokens : int, optional
+        Tokens of the text to use at most.
+
+    Returns
+    -------
+    torch.Tensor
+        int64 ``[num_windows, T]``.
+
+    Raises
+    ------
+    ConfigError
+        If the text does not fill a window, or a window does not fit the model.
+    """
+    if max_tokens is not None and max_tokens < 2:
+        raise ConfigError(f"max_tokens is {max_tokens}: at least 2 are needed, one to predict from and one to predict")
+    ids = ids[:max_tokens]
+    length = min(max_position_embeddings, max(len(ids), 2)) if max_seq_len is None else max_seq_len
+    if not 2 <= length <= max_position_embeddings:
+        raise ConfigError(
+            f"max_seq_len is {length}: it must be from 2 to the model's max_position_embeddings "
+            f"{max_position_embeddings}"
+        )
+    if len(ids) < length:
+        raise ConfigError(
+            f"the text gives {len(ids)} tokens and a window is {length}: give a longer text or a smaller --max_seq_len"
+        )
+    used = len(ids) // length * length
+    return torch.tensor(ids[:used], dtype=torch.int64).view(-1, length)
