@@ -1,0 +1,216 @@
+"""What ``saw-bench kernels`` measures and what it must reach: shapes and targets are data, and need no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from saw_trtllm.errors import ConfigError
+
+Suite = Literal["decode", "write", "prefill"]
+SUITES: tuple[str, ...] = get_args(Suite)
+
+#: Our kernels by the format of the cache; ``bf16`` is kv ``fp16`` with rows of bfloat16. ``folded`` is the write of
+#: ``saw_int4`` as engines do it, V's rotation being folded into their weights.
+OURS = ("saw_int4", "folded", "int4", "bf16")
+PEERS = ("flashinfer", "official")
+LABELS = {
+    "saw_int4": "saw_int4",
+    "folded": "saw_int4, V folded",
+    "int4": "int4",
+    "bf16": "bf16 rows",
+    "flashinfer": "FlashInfer bf16",
+    "official": "official Triton INT4",
+}
+
+#: KV length of each sequence of a write of single tokens, and new tokens of each sequence of larger ones.
+WRITE_CONTEXT = 1024
+WRITE_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Shape of an attention layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    def __str__(self) -> str:
+        return f"{self.num_heads}/{self.num_kv_heads}/{self.head_dim}"
+
+
+LLAMA = Heads(32, 8, 128)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number that a contender must reach.
+
+    Attributes
+    ----------
+    contender : str
+    quantity : {"time", "share", "ratio", "speedup"}
+        Median in µs; share of the bandwidth that bounds the suite; time over ``against``'s time; ``against``'s time
+        over it.
+    limit : float
+        The most for time and ratio, the least for share and speedup.
+    against : str, optional
+        The contender that ratio and speedup compare with.
+    """
+
+    contender: str
+    quantity: Literal["time", "share", "ratio", "speedup"]
+    limit: float
+    against: str | None = None
+
+    def met(self, value: float) -> bool:
+        """Whether a measured value reaches it."""
+        return value <= self.limit if self.quantity in ("time", "ratio") else value >= self.limit
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape, measured for all contenders in turn.
+
+    Attributes
+    ----------
+    suite : {"decode", "write", "prefill"}
+    batch : int
+        Sequences.
+    tokens : int
+        New tokens of the step, of all sequences.
+    history : int
+        Tokens of each sequence in the pool before the step's own.
+    heads : Heads
+    contenders : tuple of str
+        Of :data:`OURS` and :data:`PEERS`.
+    targets : tuple of Target
+    quick : bool
+        Part of a quick run.
+    """
+
+    suite: Suite
+    batch: int
+    tokens: int
+    history: int
+    contenders: tuple[str, ...]
+    heads: Heads = LLAMA
+    targets: tuple[Target, ...] = ()
+    quick: bool = False
+    tokens_per_block: int = 64
+
+    @property
+    def name(self) -> str:
+        """Unique among the cases of a suite."""
+        if self.suite == "decode":
+            heads = "" if self.heads == LLAMA else f" {self.heads}"
+            return f"{self.batch}x{self.context}{heads}"
+        return str(self.tokens) if self.suite == "write" else f"{self.tokens} after {self.history}"
+
+    @property
+    def chunk(self) -> int:
+        """New tokens of each sequence."""
+        return self.tokens // self.batch
+
+    @property
+    def context(self) -> int:
+        """KV length of each sequence, with the step's tokens."""
+        return self.history + self.chunk
+
+
+def _decode(batch: int, context: int, *targets: Target, heads: Heads = LLAMA, quick: bool = False) -> Case:
+    peers = PEERS if heads == LLAMA else ("flashinfer",)
+    within = Target("saw_int4", "ratio", 1.01, "int4")
+    contenders = ("saw_int4", "int4", "bf16", *peers)
+    return Case("decode", batch, batch, context - 1, contenders, heads, (*targets, within), quick)
+
+
+def _decode_cases() -> list[Case]:
+    large = (
+        Target("saw_int4", "time", 146),
+        Target("saw_int4", "share", 0.90),
+        Target("saw_int4", "speedup", 3.4, "flashinfer"),
+        Target("saw_int4", "speedup", 4.6, "official"),
+        Target("bf16", "ratio", 1.08, "flashinfer"),
+    )
+    cases = [_decode(b, n, *large, quick=b == 64) for b, n in ((64, 8192), (128, 4096), (256, 2048), (32, 16384))]
+    for batch, context, limit in (
+        (32, 4096, 42),
+        (8, 32768, 76),
+        (8, 4096, 18),
+        (1, 131072, 46),
+        (1, 16384, 13),
+        (1, 4096, 9),
+    ):
+        cases.append(_decode(batch, context, Target("saw_int4", "time", limit), quick=context == 4096))
+    for heads in (Heads(32, 32, 128), Heads(64, 8, 128), Heads(16, 2, 256), Heads(32, 8, 64)):
+        share = 0.78 if heads.group == 1 or heads.head_dim == 64 else 0.85
+        cases.append(_decode(64, 8192, Target("saw_int4", "share", share), heads=heads))
+    return cases
+
+
+def _write_cases() -> list[Case]:
+    contenders = ("saw_int4", "folded", "int4", "official")
+    small = (Target("saw_int4", "ratio", 1.05, "int4"), Target("saw_int4", "ratio", 0.5, "official"))
+    cases = []
+    for tokens in (1, 4, 16, 64, 256):
+        quick = tokens in (1, 256)
+        cases.append(Case("write", tokens, tokens, WRITE_CONTEXT - 1, contenders, targets=small, quick=quick))
+    for tokens in (2048, 8192, 32768):
+        last = tokens == 32768
+        targets = (Target("saw_int4", "share", 0.85), Target("folded", "share", 0.85)) if last else ()
+        cases.append(Case("write", tokens // WRITE_CHUNK, tokens, 0, contenders, targets=targets, quick=last))
+    return cases
+
+
+def _prefill_cases() -> list[Case]:
+    contenders = ("saw_int4", "bf16", "flashinfer")
+    targets = (Target("saw_int4", "speedup", 0.85, "flashinfer"),)
+    cases = [Case("prefill", 1, 8192, 0, contenders, targets=targets, quick=True)]
+    for history in (0, 4096, 8192, 16384, 32768, 65536, 131072):
+        at = history == 32768
+        cases.append(Case("prefill", 1, 2048, history, contenders, targets=targets if at else (), quick=at))
+    return cases
+
+
+CASES: tuple[Case, ...] = (*_decode_cases(), *_write_cases(), *_prefill_cases())
+
+
+def select_cases(suites: Sequence[str], peers: Sequence[str], quick: bool) -> list[Case]:
+    """The cases of some suites, with the contenders to be measured.
+
+    Parameters
+    ----------
+    suites : sequence of str
+        Of :data:`SUITES`.
+    peers : sequence of str
+        Those of :data:`PEERS` that are there.
+    quick : bool
+        Only a few cases of each suite.
+
+    Raises
+    ------
+    ConfigError
+        If a suite or a peer is unknown.
+    """
+    for kind, given, known in (("suite", suites, SUITES), ("peer", peers, PEERS)):
+        for name in given:
+            if name not in known:
+                raise ConfigError(f"{kind} {name!r} is unknown: choose among {', '.join(known)}")
+    absent = set(PEERS) - set(peers)
+    return [
+        replace(
+            case,
+            contenders=tuple(c for c in case.contenders if c not in absent),
+            targets=tuple(t for t in case.targets if t.against not in absent),
+        )
+        for case in CASES
+        if case.suite in suites and (case.quick or not quick)
+    ]

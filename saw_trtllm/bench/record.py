@@ -1,0 +1,167 @@
+"""The record of a run: a JSON file that holds all that a table or a plot shows, and where it came from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from saw_trtllm.bench.cases import Suite
+from saw_trtllm.config import first_error, read_json
+from saw_trtllm.errors import ConfigError
+
+SCHEMA_VERSION = 1
+
+
+def check_writable(path: Path) -> None:
+    """Whether a file may be written, without touching it: worth knowing before minutes on a GPU.
+
+    Raises
+    ------
+    ConfigError
+        If it may not.
+    """
+    above = next(p for p in path.absolute().parents if p.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: give a file in a folder of yours")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Environment(_Record):
+    """Where and how a run was made; None for what is unknown or was not used."""
+
+    gpu: str
+    driver: str | None
+    cuda: str | None
+    python: str
+    torch: str
+    triton: str | None
+    flashinfer: str | None
+    official: str | None
+    """SHA-256 over the official kernels' files."""
+    saw_trtllm: str
+    commit: str | None
+    dirty: bool | None
+    command: str
+    date: str
+
+
+class Bandwidth(_Record):
+    """What the card's memory gives, measured in the same run, in GB/s."""
+
+    read_gbps: float
+    copy_gbps: float
+    """Read and written bytes together."""
+
+
+class Measurement(_Record):
+    """A contender's times in a case."""
+
+    contender: str
+    detail: str = ""
+    """The variant that was best: a backend, a number of splits."""
+    failed: dict[str, str] = {}
+    """Variants that could not run, and why: the best is that of the others."""
+    median_us: float
+    p10_us: float
+    p90_us: float
+    repetitions: int
+    cuda_graph: bool
+    bytes: int
+    """That must move, at least."""
+    gbps: float
+    share: float | None
+    """Of the bandwidth that bounds the suite; None where arithmetic does."""
+    tflops: float | None
+    cosine: float | None
+    """Between a sample of the output and fp32 attention on the unquantized keys and values."""
+
+
+class TargetResult(_Record):
+    """A target and whether it was met; None where a contender is missing."""
+
+    contender: str
+    quantity: Literal["time", "share", "ratio", "speedup"]
+    limit: float
+    against: str | None
+    value: float | None
+    met: bool | None
+
+
+class CaseResult(_Record):
+    """A case's measurements."""
+
+    suite: Suite
+    name: str
+    batch: int
+    tokens: int
+    history: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tokens_per_block: int
+    measurements: list[Measurement]
+    missing: dict[str, str]
+    """Contenders that were not measured, and why."""
+    targets: list[TargetResult]
+
+    def find(self, contender: str) -> Measurement | None:
+        """A contender's measurement, if there is one."""
+        return next((m for m in self.measurements if m.contender == contender), None)
+
+
+class Results(_Record):
+    """A run."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    environment: Environment
+    flush: str
+    """What emptied the L2 before each run."""
+    bandwidth: Bandwidth
+    cases: list[CaseResult]
+    aborted: str | None = None
+    """What ended the run before its last case."""
+
+    def suite(self, name: str) -> list[CaseResult]:
+        """The cases of a suite."""
+        return [case for case in self.cases if case.suite == name]
+
+    def save(self, path: Path) -> None:
+        """Write JSON.
+
+        Raises
+        ------
+        ConfigError
+            If the file cannot be written.
+        """
+        check_writable(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        except OSError as e:
+            raise ConfigError(f"{path} cannot be written ({e.strerror}): give a file in a folder of yours") from e
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Read JSON.
+
+        Raises
+        ------
+        ConfigError
+            If the file is not a run's record.
+        """
+        raw = read_json(path)
+        if raw.get("schema_version") != SCHEMA_VERSION:
+            raise ConfigError(
+                f"{path} has schema_version {raw.get('schema_version')}: this version reads {SCHEMA_VERSION}, as "
+                f"saw-bench kernels --output writes it"
+            )
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as e:
+            raise ConfigError(f"{path} is not what saw-bench kernels --output writes: {first_error(e)}") from e
