@@ -74,4 +74,26 @@ def decode_attention(
     device: int,
     stream: int,
 ) -> int: ...
+def prefill_attention(
+    *,
+    q: int,
+    k: int,
+    v: int,
+    out: int,
+    last_token_ids: int,
+    sequence_length: int,
+    sinks: int,
+    pool: PagedPool,
+    num_tokens: int,
+    num_sequences: int,
+    num_heads: int,
+    head_dim: int,
+    window: int,
+    softmax_scale: float,
+    softcap: float,
+    dtype: DType,
+    cache: CacheType,
+    device: int,
+    stream: int,
+) -> int: ...
 def decode_workspace_bytes(max_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int: ...

@@ -225,7 +225,7 @@ def decode_attention(
     sequence_length : array
         int32 ``[num_sequences]``: KV length with the current token; a sequence of length 0 gives zeros.
     pool, block_offsets, kv_format, layer
-        As in :func:`kv_write`; the rows are 4-bit ones.
+        As in :func:`kv_write`.
     out : array
         ``[num_sequences, num_heads, head_dim]`` of q's dtype, written; in V's rotated basis where V is rotated.
     workspace : array
@@ -250,9 +250,8 @@ def decode_attention(
         If the GPU refuses the launch.
     """
     head_dim = kv_format.head_dim
-    if not kv_format.quantized:
-        raise OpError(f"kv_format is {kv_format.kv}: decode_attention reads 4-bit rows, so give saw_int4 or int4")
     queries = DeviceArray.of("q", q).check(ACTIVATION_DTYPES, ["num_sequences", "num_heads", head_dim])
+    _check_cache_dtype(kv_format, queries)
     num_sequences, num_heads, _ = queries.shape
     where = _Pool.check(pool, block_offsets, num_sequences, kv_format, layer)
     _check_group(num_heads, where.num_kv_heads)
@@ -260,12 +259,7 @@ def decode_attention(
     result = DeviceArray.of("out", out).check(queries.dtype, [num_sequences, num_heads, head_dim])
     scratch = DeviceArray.of("workspace", workspace).check("uint8", ["n"])
     logits = None if sinks is None else DeviceArray.of("sinks", sinks).check("float32", [num_heads], 4)
-    scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
-    for name, value in (("softmax_scale", scale), ("softcap", 1.0 if softcap is None else softcap)):
-        if not (math.isfinite(value) and value > 0):
-            raise OpError(f"{name} is {value}: it must be finite and above 0")
-    if window is not None and window < 1:
-        raise OpError(f"window is {window}: it must be at least 1, or None for all keys")
+    options = _score_options(head_dim, softmax_scale, window, softcap)
     device = common_device([queries, lengths, where.array, where.block_offsets, result, scratch, logits])
     if num_sequences == 0:
         return
@@ -286,15 +280,113 @@ def decode_attention(
         num_sequences=num_sequences,
         num_heads=num_heads,
         head_dim=head_dim,
-        window=window or 0,
-        softmax_scale=scale,
-        softcap=softcap or 0.0,
+        **options,
         dtype=getattr(module.DType, queries.dtype),
         cache=_cache_type(kv_format),
         device=device,
         stream=handle,
     )
     _raise_for(code, "decode_attention", kv_format, where, queries.dtype, num_heads, f"{num_sequences} sequences")
+
+
+def prefill_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    last_token_ids: Any,
+    sequence_length: Any,
+    pool: Any,
+    block_offsets: Any,
+    *,
+    kv_format: KVFormat,
+    layer: int,
+    out: Any,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Any = None,
+    stream: Any = None,
+) -> None:
+    """Attention of a step's chunks: each query to its sequence's history in the pool, and causally to the chunk itself.
+
+    The chunk's own keys and values are taken from ``k`` and ``v``, not from the pool. The step's prefills come first:
+    give the arrays up to the last of their tokens and sequences, and the rest to :func:`decode_attention`.
+
+    Parameters
+    ----------
+    q : array
+        float16 or bfloat16 ``[num_tokens, num_heads, head_dim]``, rotated as :func:`kv_write` leaves it.
+    k, v : array
+        ``[num_tokens, num_kv_heads, head_dim]`` of q's dtype: ``k_out`` and ``v_out`` of :func:`kv_write`.
+    last_token_ids : array
+        int32 ``[num_sequences]``: inclusive prefix sum of the tokens of each sequence.
+    sequence_length : array
+        int32 ``[num_sequences]``: KV length with this step's tokens.
+    pool, block_offsets, kv_format, layer
+        As in :func:`kv_write`.
+    out : array
+        ``[num_tokens, num_heads, head_dim]`` of q's dtype, written up to the last of ``last_token_ids``; in V's rotated
+        basis where V is rotated.
+    softmax_scale, window, softcap, sinks, stream
+        As in :func:`decode_attention`.
+
+    Raises
+    ------
+    OpError
+        If an argument does not fit; nothing is launched.
+    KernelError
+        If the GPU refuses the launch.
+    """
+    head_dim = kv_format.head_dim
+    queries = DeviceArray.of("q", q).check(ACTIVATION_DTYPES, ["num_tokens", "num_heads", head_dim])
+    _check_cache_dtype(kv_format, queries)
+    num_tokens, num_heads, _ = queries.shape
+    lengths = DeviceArray.of("sequence_length", sequence_length).check("int32", ["num_sequences"], 4)
+    (num_sequences,) = lengths.shape
+    where = _Pool.check(pool, block_offsets, num_sequences, kv_format, layer)
+    _check_group(num_heads, where.num_kv_heads)
+    keys, values = (
+        DeviceArray.of(name, array).check(queries.dtype, [num_tokens, where.num_kv_heads, head_dim])
+        for name, array in (("k", k), ("v", v))
+    )
+    ends = DeviceArray.of("last_token_ids", last_token_ids).check("int32", [num_sequences], 4)
+    result = DeviceArray.of("out", out).check(queries.dtype, [num_tokens, num_heads, head_dim])
+    logits = None if sinks is None else DeviceArray.of("sinks", sinks).check("float32", [num_heads], 4)
+    options = _score_options(head_dim, softmax_scale, window, softcap)
+    device = common_device([queries, keys, values, ends, lengths, where.array, where.block_offsets, result, logits])
+    module, handle = kernels(), stream_handle(stream)
+    code = module.prefill_attention(
+        q=queries.address,
+        k=keys.address,
+        v=values.address,
+        out=result.address,
+        last_token_ids=ends.address,
+        sequence_length=lengths.address,
+        sinks=_address(logits),
+        pool=where.struct(),
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        **options,
+        dtype=getattr(module.DType, queries.dtype),
+        cache=_cache_type(kv_format),
+        device=device,
+        stream=handle,
+    )
+    _raise_for(code, "prefill_attention", kv_format, where, queries.dtype, num_heads, f"{num_tokens} tokens")
+
+
+def _score_options(
+    head_dim: int, softmax_scale: float | None, window: int | None, softcap: float | None
+) -> dict[str, Any]:
+    scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
+    for name, value in (("softmax_scale", scale), ("softcap", 1.0 if softcap is None else softcap)):
+        if not (math.isfinite(value) and value > 0):
+            raise OpError(f"{name} is {value}: it must be finite and above 0")
+    if window is not None and window < 1:
+        raise OpError(f"window is {window}: it must be at least 1, or None for all keys")
+    return {"window": window or 0, "softmax_scale": scale, "softcap": softcap or 0.0}
 
 
 def _check_cache_dtype(kv_format: KVFormat, activations: DeviceArray) -> None:

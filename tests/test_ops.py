@@ -51,6 +51,10 @@ class FakeKernels:
         self.calls.append(("decode_attention", kwargs))
         return self.code
 
+    def prefill_attention(self, **kwargs: Any) -> int:
+        self.calls.append(("prefill_attention", kwargs))
+        return self.code
+
     def decode_workspace_bytes(self, max_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
         return 1000 * max_sequences
 
@@ -98,6 +102,28 @@ def decode_arguments() -> dict[str, Any]:
     }
 
 
+def prefill_arguments() -> dict[str, Any]:
+    return {
+        "q": Fake("bfloat16", TOKENS, HEADS, 128),
+        "k": Fake("bfloat16", TOKENS, KV_HEADS, 128),
+        "v": Fake("bfloat16", TOKENS, KV_HEADS, 128),
+        "last_token_ids": Fake("int32", SEQUENCES),
+        "sequence_length": Fake("int32", SEQUENCES),
+        "pool": Fake("uint8", 9, 4, 2, KV_HEADS, 64, 68),
+        "block_offsets": Fake("int32", SEQUENCES, 2, 5),
+        "kv_format": KVFormat("saw_int4", 128),
+        "layer": 3,
+        "out": Fake("bfloat16", TOKENS, HEADS, 128),
+    }
+
+
+ARGUMENTS = {
+    ops.kv_write: write_arguments,
+    ops.decode_attention: decode_arguments,
+    ops.prefill_attention: prefill_arguments,
+}
+
+
 def test_kv_write_launches_with_what_the_arrays_say(fake):
     ops.kv_write(**write_arguments("bfloat16"), stream=77)
     ((name, call),) = fake.calls
@@ -134,6 +160,15 @@ def test_decode_launches_with_what_the_arrays_say(fake):
     assert call["softmax_scale"] == pytest.approx(128**-0.5)
 
 
+def test_prefill_launches_with_what_the_arrays_say(fake):
+    ops.prefill_attention(**prefill_arguments(), window=7, sinks=Fake("float32", HEADS))
+    ((name, call),) = fake.calls
+    assert name == "prefill_attention"
+    assert (call["num_tokens"], call["num_sequences"], call["num_heads"]) == (TOKENS, SEQUENCES, HEADS)
+    assert (call["window"], call["softcap"], call["cache"], call["dtype"]) == (7, 0.0, "int4", "bfloat16")
+    assert call["sinks"] == 0x7F0000000000
+
+
 BAD_WRITES = {
     "dtype": ({"qkv": Fake("float32", TOKENS, 1536)}, "qkv has dtype float32: it must be float16 or bfloat16"),
     "mixed dtypes": ({"q_out": Fake("bfloat16", TOKENS, HEADS, 128)}, "q_out has dtype bfloat16"),
@@ -167,7 +202,10 @@ def test_kv_write_refuses(change, message, fake):
 
 
 BAD_DECODES = {
-    "16-bit rows": ({"kv_format": KVFormat("fp16", 128)}, "kv_format is fp16: decode_attention reads 4-bit rows"),
+    "rows of another dtype": (
+        {"kv_format": KVFormat("fp16", 128)},
+        "q has dtype bfloat16 and kv_format stores rows of float16",
+    ),
     "heads": ({"q": Fake("bfloat16", SEQUENCES, 7, 128)}, "num_heads is 7 and num_kv_heads 2"),
     "group": ({"q": Fake("bfloat16", SEQUENCES, 34, 128)}, "num_kv_heads times 1 to 16"),
     "head_dim": ({"q": Fake("bfloat16", SEQUENCES, HEADS, 64)}, r"q has shape .* \[num_sequences, num_heads, 128\]"),
@@ -187,6 +225,25 @@ def test_decode_refuses(change, message, fake):
     assert not fake.calls
 
 
+BAD_PREFILLS = {
+    "k": ({"k": Fake("bfloat16", TOKENS, HEADS, 128)}, r"k has shape \[11, 8, 128\]: it must be \[11, 2, 128\]"),
+    "v": ({"v": Fake("float16", TOKENS, KV_HEADS, 128)}, "v has dtype float16: it must be bfloat16"),
+    "tokens": ({"out": Fake("bfloat16", TOKENS - 1, HEADS, 128)}, r"out has shape \[10, 8, 128\]"),
+    "sequences": ({"last_token_ids": Fake("int32", 4)}, r"last_token_ids has shape \[4\]: it must be \[3\]"),
+    "rows": ({"kv_format": KVFormat("fp16", 128)}, "kv_format stores rows of float16"),
+    "group": ({"q": Fake("bfloat16", TOKENS, 34, 128)}, "num_kv_heads times 1 to 16"),
+    "window": ({"window": -1}, "window is -1"),
+    "alignment": ({"k": Fake("bfloat16", TOKENS, KV_HEADS, 128, address=0x1008)}, "k begins at address 0x1008"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_PREFILLS.values(), ids=BAD_PREFILLS.keys())
+def test_prefill_refuses(change, message, fake):
+    with pytest.raises(OpError, match=message):
+        ops.prefill_attention(**prefill_arguments() | change)
+    assert not fake.calls
+
+
 def test_workspace_of_heads_that_no_kernel_takes(fake):
     with pytest.raises(OpError, match="head_dim is 80"):
         ops.decode_workspace_bytes(1, 8, 2, 80)
@@ -194,14 +251,13 @@ def test_workspace_of_heads_that_no_kernel_takes(fake):
         ops.decode_workspace_bytes(1, 8, 0, 128)
 
 
-@pytest.mark.parametrize("op", [ops.kv_write, ops.decode_attention])
+@pytest.mark.parametrize("op", ARGUMENTS)
 def test_a_refused_launch_names_its_configuration(op, fake):
     fake.code = 98
-    arguments = write_arguments() if op is ops.kv_write else decode_arguments()
     with pytest.raises(
         KernelError, match=rf"{op.__name__} .*cudaError98.*head_dim 128, kv saw_int4, hadamard_order 128"
     ):
-        op(**arguments)
+        op(**ARGUMENTS[op]())
 
 
 def test_without_the_module_the_error_says_how_to_build_it(monkeypatch):

@@ -1,4 +1,5 @@
 #include "decode_attention.h"
+#include "saw/decode_line.cuh"
 
 namespace saw {
 
@@ -22,14 +23,11 @@ size_t decode_workspace_bytes(int max_sequences, int num_heads, int num_kv_heads
             break;
     }
     if (ctas == 0) return 0;
-    // Two partial sums for each CTA, and a counter for each sequence and KV head.
-    size_t const partial = ((size_t(group) * (head_dim + 2) + 3) & ~size_t(3)) * sizeof(float);
-    return 2 * ctas * partial + size_t(max_sequences) * num_kv_heads * sizeof(int);
+    return decode_partials_bytes(ctas, group, head_dim) + size_t(max_sequences) * num_kv_heads * sizeof(int);
 }
 
 cudaError_t decode_attention(DecodeParams const& params, cudaStream_t stream) {
     if (params.num_sequences == 0) return cudaSuccess;
-    if (params.cache != CacheType::kInt4) return cudaErrorNotSupported;
     switch (params.head_dim) {
         case 64:
             return launch_decode<64>(params, stream);

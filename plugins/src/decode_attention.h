@@ -5,7 +5,7 @@
 
 namespace saw {
 
-// CTAs that the GPU at hand holds, for the instance that these parameters choose.
+// CTAs that the GPU at hand holds, of the instance that needs the most workspace for these parameters.
 template <int HeadDim>
 int decode_max_ctas(int group);
 

@@ -4,18 +4,20 @@
 #include <algorithm>
 
 #include "decode_attention.h"
+#include "saw/decode_alone.cuh"
 #include "saw/decode_attention.cuh"
 
 namespace saw {
 
-// Chosen by measurement on an H200. Few CTAs of an SM leave a warp the registers to
-// work on 32 tokens at a time, and large tiles make a barrier's cost small.
+// 4-bit rows on Hopper. Chosen by measurement on an H200. Few CTAs of an SM leave a warp the registers to work on 32
+// tokens at a time, and large tiles make a barrier's cost small. Q and the output of 16 heads of 256 are more than a
+// thread's registers: those take two CTAs that bring their tiles themselves.
 template <int HeadDim, int QueryTiles>
 struct DecodeChoice;
 // head_dim, query tiles, tile tokens, together, stages, CTAs per SM
 template <>
 struct DecodeChoice<64, 1> {
-    using Config = DecodeConfig<64, 1, 256, 2, 3, 3>;
+    using Config = DecodeConfig<64, 1, 256, 2, 2, 4>;
 };
 template <>
 struct DecodeChoice<96, 1> {
@@ -35,72 +37,196 @@ struct DecodeChoice<64, 2> {
 };
 template <>
 struct DecodeChoice<96, 2> {
-    using Config = DecodeConfig<96, 2, 256, 1, 2, 3>;
+    using Config = DecodeConfig<96, 2, 256, 1, 3, 2>;
 };
 template <>
 struct DecodeChoice<128, 2> {
-    using Config = DecodeConfig<128, 2, 256, 1, 2, 3>;
+    using Config = DecodeConfig<128, 2, 256, 1, 3, 2>;
 };
+
+// How an instance of decode_alone.cuh uses an SM. A CTA's shared memory, warps * stages * tile, stays below the 99 KiB
+// of sm_89.
+struct AloneShape {
+    int tile_tokens;  // of a warp
+    int stages;
+    int warps;
+    int ctas_per_sm;
+};
+
+template <CacheType Cache, int HeadDim, int QueryTiles>
+constexpr AloneShape kAloneShape{};
 template <>
-struct DecodeChoice<256, 2> {
-    using Config = DecodeConfig<256, 2, 128, 1, 2, 2>;
+inline constexpr AloneShape kAloneShape<CacheType::kRaw, 64, 1>{16, 4, 4, 3};
+template <>
+inline constexpr AloneShape kAloneShape<CacheType::kRaw, 64, 2>{16, 4, 4, 3};
+template <>
+inline constexpr AloneShape kAloneShape<CacheType::kRaw, 96, 1>{16, 3, 4, 3};
+template <>
+inline constexpr AloneShape kAloneShape<CacheType::kRaw, 96, 2>{16, 3, 4, 3};
+template <>
+inline constexpr AloneShape kAloneShape<CacheType::kRaw, 128, 1>{16, 3, 4, 2};
+template <>
+inline constexpr AloneShape kAloneShape<CacheType::kRaw, 128, 2>{16, 3, 4, 2};
+template <>
+inline constexpr AloneShape kAloneShape<CacheType::kRaw, 256, 1>{16, 3, 2, 2};
+template <>
+inline constexpr AloneShape kAloneShape<CacheType::kInt4, 64, 1>{64, 3, 4, 3};
+template <>
+inline constexpr AloneShape kAloneShape<CacheType::kInt4, 64, 2>{64, 3, 4, 2};
+template <>
+inline constexpr AloneShape kAloneShape<CacheType::kInt4, 96, 1>{64, 2, 4, 3};
+template <>
+inline constexpr AloneShape kAloneShape<CacheType::kInt4, 96, 2>{64, 2, 4, 2};
+template <>
+inline constexpr AloneShape kAloneShape<CacheType::kInt4, 128, 1>{64, 2, 4, 3};
+template <>
+inline constexpr AloneShape kAloneShape<CacheType::kInt4, 128, 2>{64, 2, 4, 2};
+template <>
+inline constexpr AloneShape kAloneShape<CacheType::kInt4, 256, 1>{32, 2, 4, 3};
+
+template <CacheType Cache, int HeadDim, int QueryTiles, typename T>
+struct AloneInstance {
+    static constexpr AloneShape kShape = kAloneShape<Cache, HeadDim, QueryTiles>;
+    using Rows =
+        std::conditional_t<Cache == CacheType::kInt4, Int4Rows<T, HeadDim, QueryTiles, QueryTiles == 1 ? 2 : 1>,
+                           RawRows<T, HeadDim, QueryTiles>>;
+    using Config = AloneConfig<Rows, kShape.tile_tokens, kShape.stages, kShape.warps, kShape.ctas_per_sm>;
 };
 
-template <int HeadDim, int QueryTiles>
-using DecodeConfigFor = typename DecodeChoice<HeadDim, QueryTiles>::Config;
-
-template <typename Config, typename T>
-cudaError_t prepare_decode(int& max_ctas) {
-    static int ctas = 0;  // of the current device; they are alike in any machine that serves one engine
-    if (ctas == 0) {
-        auto* const kernel = decode_kernel<Config, T>;
-        int const bytes = sizeof(DecodeShared<Config>);
-        int device = 0, sms = 0, per_sm = 0;
-        if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
-        if (auto e = cudaGetDevice(&device)) return e;
-        if (auto e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)) return e;
-        if (auto e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, Config::kThreads, bytes)) return e;
-        ctas = sms * per_sm;
-    }
-    max_ctas = ctas;
+// CTAs that the current device holds at a time.
+template <typename Kernel>
+cudaError_t prepare_decode(Kernel* kernel, int threads, int shared_bytes, int& max_ctas) {
+    int device = 0, sms = 0, per_sm = 0;
+    if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes)) return e;
+    if (auto e = cudaGetDevice(&device)) return e;
+    if (auto e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)) return e;
+    if (auto e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, shared_bytes)) return e;
+    max_ctas = sms * per_sm;
     return cudaSuccess;
 }
 
+// An instance of decode_attention.cuh.
 template <typename Config, typename T>
-cudaError_t launch_decode_instance(DecodeParams const& p, cudaStream_t stream) {
-    int max_ctas = 0;
-    if (auto e = prepare_decode<Config, T>(max_ctas)) return e;
-    int const group = p.num_heads / p.pool.num_kv_heads;
-    auto* const partials = static_cast<float*>(p.workspace);
-    auto* const counters = reinterpret_cast<int*>(partials + size_t(2) * max_ctas * partial_floats<Config>(group));
-    // No more CTAs than the longest sequences that the block table can name would fill.
-    long long const tokens = (long long)p.pool.max_blocks_per_seq * p.pool.tokens_per_block;
-    long long const tiles = (tokens + Config::kTileTokens - 1) / Config::kTileTokens * p.num_sequences;
-    int const heads = p.pool.num_kv_heads;
-    if (heads > max_ctas) return cudaErrorInvalidConfiguration;
-    int const grid = heads * int(std::max(1LL, std::min<long long>(max_ctas / heads, tiles)));
-    decode_kernel<Config, T><<<grid, Config::kThreads, sizeof(DecodeShared<Config>), stream>>>(p, partials, counters);
-    return cudaGetLastError();
+struct TogetherLaunch {
+    static cudaError_t max_ctas(int& ctas) {
+        static int known = 0;  // of the current device; they are alike in any machine that serves one engine
+        if (known == 0)
+            if (auto e =
+                    prepare_decode(decode_kernel<Config, T>, Config::kThreads, sizeof(DecodeShared<Config>), known))
+                return e;
+        ctas = known;
+        return cudaSuccess;
+    }
+
+    static cudaError_t launch(DecodeParams const& p, float* partials, int* counters, int ctas, cudaStream_t stream) {
+        int const heads = p.pool.num_kv_heads;
+        if (heads > ctas) return cudaErrorInvalidConfiguration;
+        // No more CTAs than the longest sequences that the block table can name would fill.
+        long long const tokens = (long long)p.pool.max_blocks_per_seq * p.pool.tokens_per_block;
+        long long const tiles = (tokens + Config::kTileTokens - 1) / Config::kTileTokens * p.num_sequences;
+        int const grid = heads * int(std::max(1LL, std::min<long long>(ctas / heads, tiles)));
+        decode_kernel<Config, T>
+            <<<grid, Config::kThreads, sizeof(DecodeShared<Config>), stream>>>(p, partials, counters);
+        return cudaGetLastError();
+    }
+};
+
+// An instance of decode_alone.cuh.
+template <typename Config>
+struct AloneLaunch {
+    // Tokens that make a piece of their own worthwhile.
+    static constexpr int kMinPieceTokens = 256;
+
+    static cudaError_t max_ctas(int& ctas) {
+        static int known = 0;
+        if (known == 0)
+            if (auto e = prepare_decode(alone_kernel<Config>, Config::kThreads, sizeof(AloneShared<Config>), known))
+                return e;
+        ctas = known;
+        return cudaSuccess;
+    }
+
+    static cudaError_t launch(DecodeParams const& p, float* partials, int* counters, int ctas, cudaStream_t stream) {
+        int const heads = p.pool.num_kv_heads, group = p.num_heads / heads;
+        int const ctas_per_group = (group + Config::kMaxQueries - 1) / Config::kMaxQueries;
+        int const columns = heads * ctas_per_group;
+        if (columns > ctas) return cudaErrorInvalidConfiguration;
+        long long const tokens = (long long)p.pool.max_blocks_per_seq * p.pool.tokens_per_block * p.num_sequences;
+        long long const most = (tokens + kMinPieceTokens - 1) / kMinPieceTokens;
+        int const pieces = int(std::max(1LL, std::min<long long>(ctas / columns, most)));
+        dim3 const grid(ctas_per_group, heads, pieces);
+        alone_kernel<Config><<<grid, Config::kThreads, sizeof(AloneShared<Config>), stream>>>(
+            p, partials, counters, kMinPieceTokens / Config::kTileTokens);
+        return cudaGetLastError();
+    }
+};
+
+// Calls f with the instance that the parameters choose.
+template <int HeadDim, typename T, typename F>
+auto with_decode_instance(CacheType cache, int group, bool hopper, F&& f) {
+    constexpr int kMostTiles = HeadDim < 256 ? 2 : 1;
+    if (cache == CacheType::kRaw)
+        return group <= 8 ? f(AloneLaunch<typename AloneInstance<CacheType::kRaw, HeadDim, 1, T>::Config>{})
+                          : f(AloneLaunch<typename AloneInstance<CacheType::kRaw, HeadDim, kMostTiles, T>::Config>{});
+    if (hopper) {
+        if (group <= 8) return f(TogetherLaunch<typename DecodeChoice<HeadDim, 1>::Config, T>{});
+        if constexpr (kMostTiles == 2) return f(TogetherLaunch<typename DecodeChoice<HeadDim, 2>::Config, T>{});
+    }
+    return group <= 8 ? f(AloneLaunch<typename AloneInstance<CacheType::kInt4, HeadDim, 1, T>::Config>{})
+                      : f(AloneLaunch<typename AloneInstance<CacheType::kInt4, HeadDim, kMostTiles, T>::Config>{});
 }
 
+// Whether what runs here was compiled for bulk copies.
+template <int HeadDim>
+cudaError_t has_hopper_code(bool& hopper) {
+    static int version = 0;
+    if (version == 0) {
+        cudaFuncAttributes attributes{};
+        using Config = typename DecodeChoice<HeadDim, 1>::Config;
+        if (auto e = cudaFuncGetAttributes(&attributes, decode_kernel<Config, __half>)) return e;
+        version = attributes.ptxVersion;
+    }
+    hopper = version >= 90;
+    return cudaSuccess;
+}
+
+// CTAs of the instance that needs the most workspace: of either cache, and either dtype.
 template <int HeadDim>
 int decode_max_ctas(int group) {
-    int ctas = 0;
-    auto const e = group <= 8 ? prepare_decode<DecodeConfigFor<HeadDim, 1>, __half>(ctas)
-                              : prepare_decode<DecodeConfigFor<HeadDim, 2>, __half>(ctas);
-    return e == cudaSuccess ? ctas : 0;
+    bool hopper = false;
+    if (has_hopper_code<HeadDim>(hopper)) return 0;
+    int most = 0;
+    for (auto const cache : {CacheType::kInt4, CacheType::kRaw}) {
+        int ctas = 0;
+        auto const prepare = [&](auto instance) { return instance.max_ctas(ctas); };
+        for (auto const e : {with_decode_instance<HeadDim, __half>(cache, group, hopper, prepare),
+                             with_decode_instance<HeadDim, __nv_bfloat16>(cache, group, hopper, prepare)}) {
+            if (e != cudaSuccess) return 0;
+            most = std::max(most, ctas);
+        }
+    }
+    return most;
 }
 
 template <int HeadDim>
 cudaError_t launch_decode(DecodeParams const& p, cudaStream_t stream) {
-    bool const one = p.num_heads / p.pool.num_kv_heads <= 8;
+    bool hopper = false;
+    if (auto e = has_hopper_code<HeadDim>(hopper)) return e;
+    int const group = p.num_heads / p.pool.num_kv_heads;
+    size_t const bytes = decode_partials_bytes(decode_max_ctas<HeadDim>(group), group, HeadDim);
+    auto* const partials = static_cast<float*>(p.workspace);
+    auto* const counters =
+        p.counters != nullptr ? p.counters : reinterpret_cast<int*>(static_cast<uint8_t*>(p.workspace) + bytes);
+    auto const launch = [&](auto instance) {
+        int ctas = 0;
+        if (auto e = instance.max_ctas(ctas)) return e;
+        return instance.launch(p, partials, counters, ctas, stream);
+    };
     switch (p.dtype) {
         case DType::kFloat16:
-            return one ? launch_decode_instance<DecodeConfigFor<HeadDim, 1>, __half>(p, stream)
-                       : launch_decode_instance<DecodeConfigFor<HeadDim, 2>, __half>(p, stream);
+            return with_decode_instance<HeadDim, __half>(p.cache, group, hopper, launch);
         case DType::kBFloat16:
-            return one ? launch_decode_instance<DecodeConfigFor<HeadDim, 1>, __nv_bfloat16>(p, stream)
-                       : launch_decode_instance<DecodeConfigFor<HeadDim, 2>, __nv_bfloat16>(p, stream);
+            return with_decode_instance<HeadDim, __nv_bfloat16>(p.cache, group, hopper, launch);
         default:
             return cudaErrorInvalidValue;
     }

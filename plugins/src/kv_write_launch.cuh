@@ -1,27 +1,63 @@
 // The launch of one head_dim's instances.
 #pragma once
 
+#include <algorithm>
+#include <numeric>
+
 #include "kv_write.h"
 #include "saw/kv_write.cuh"
 
 namespace saw {
 
+// How many warps of a staged instance the GPU holds at once.
+template <typename Config>
+cudaError_t prepare_kv_write(int& max_warps) {
+    static int warps = 0;  // of the current device; they are alike in any machine that serves one engine
+    if (warps == 0) {
+        int device = 0, sms = 0, per_sm = 0;
+        if (auto e = cudaGetDevice(&device)) return e;
+        if (auto e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)) return e;
+        if (auto e =
+                cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kv_write_kernel<Config>, 32 * Config::kWarps, 0))
+            return e;
+        warps = sms * per_sm * Config::kWarps;
+    }
+    max_warps = warps;
+    return cudaSuccess;
+}
+
 template <typename Config>
 cudaError_t launch_kv_write_instance(KvWriteParams const& p, cudaStream_t stream) {
-    auto const warps_of = [](int heads) { return (heads + Config::kRows - 1) / Config::kRows; };
+    auto const items_of = [](int heads) { return (heads + Config::kRows - 1) / Config::kRows; };
     int const heads = p.num_heads, kv_heads = p.pool.num_kv_heads;
-    int const query_warps = warps_of(heads), kv_warps = warps_of(kv_heads);
+    int const query_items = items_of(heads), kv_items = items_of(kv_heads);
+    int const items_per_token = query_items + 2 * kv_items;
     KvWriteGrid grid{};
     grid.groups[kQueryRows] = {p.q_out, heads, 0, 0};
-    grid.groups[kKeyRows] = {p.k_out, kv_heads, heads, query_warps};
-    grid.groups[kValueRows] = {p.v_out, kv_heads, heads + kv_heads, query_warps + kv_warps};
-    grid.rows_per_token = heads + 2 * kv_heads;
+    grid.groups[kKeyRows] = {p.k_out, kv_heads, heads, query_items};
+    grid.groups[kValueRows] = {p.v_out, kv_heads, heads + kv_heads, query_items + kv_items};
+    grid.chunks_per_token = (heads + 2 * kv_heads) * Config::kChunks;
+    grid.block_bytes = int(p.pool.block_bytes());
+    grid.head_bytes = int(p.pool.head_bytes());
+    grid.items_per_token = items_per_token;
+    grid.items_reciprocal = uint32_t(((1ull << 32) + items_per_token - 1) / items_per_token);
 
-    int const warps = query_warps + 2 * kv_warps;
-    int const ctas_per_token = (warps + Config::kMaxWarps - 1) / Config::kMaxWarps;
-    dim3 const threads(32, (warps + ctas_per_token - 1) / ctas_per_token);
-    dim3 const ctas(p.num_tokens, ctas_per_token);
-    kv_write_kernel<Config><<<ctas, threads, 0, stream>>>(p, grid);
+    // A stride without a common factor with a token's items gives each warp its share of the costly rows of K.
+    long long const items = (long long)p.num_tokens * items_per_token;
+    int warps = int(items);
+    if constexpr (Config::kStaged) {
+        int max_warps = 0;
+        if (auto e = prepare_kv_write<Config>(max_warps)) return e;
+        if (items > max_warps) {
+            warps = max_warps;
+            while (std::gcd(warps, items_per_token) > 1) --warps;
+        }
+    }
+    grid.warps = warps;
+    grid.token_step = warps / items_per_token;
+    grid.item_step = warps % items_per_token;
+    int const ctas = (warps + Config::kWarps - 1) / Config::kWarps;
+    kv_write_kernel<Config><<<ctas, dim3(32, Config::kWarps), 0, stream>>>(p, grid);
     return cudaGetLastError();
 }
 
@@ -29,13 +65,15 @@ template <int HeadDim, int Order, CacheType Cache, typename T>
 cudaError_t launch_kv_write_order(KvWriteParams const& p, cudaStream_t stream) {
     if constexpr (HeadDim % Order != 0) {
         return cudaErrorInvalidValue;
-    } else if constexpr (HeadDim == 96) {
-        return launch_kv_write_instance<KvWriteConfig<HeadDim, Order, 4, Cache, T>>(p, stream);
     } else {
-        // 512 tokens are about what a Hopper GPU holds at once: up to there the time is that of a row's chain.
-        return p.num_tokens <= 512
-                   ? launch_kv_write_instance<KvWriteConfig<HeadDim, Order, HeadDim / 16, Cache, T>>(p, stream)
-                   : launch_kv_write_instance<KvWriteConfig<HeadDim, Order, HeadDim / 32, Cache, T>>(p, stream);
+        // Up to about as many tokens as a Hopper GPU has SMs the time is that of a row's chain of instructions; 512 are
+        // about what it holds at once.
+        constexpr int kFew = HeadDim <= 96 ? 4 : HeadDim / 16, kMany = HeadDim <= 96 ? 4 : HeadDim / 32;
+        if (p.num_tokens > 512)
+            return launch_kv_write_instance<KvWriteConfig<HeadDim, Order, kMany, true, Cache, T>>(p, stream);
+        return p.num_tokens <= 128
+                   ? launch_kv_write_instance<KvWriteConfig<HeadDim, Order, kFew, false, Cache, T>>(p, stream)
+                   : launch_kv_write_instance<KvWriteConfig<HeadDim, Order, kMany, false, Cache, T>>(p, stream);
     }
 }
 

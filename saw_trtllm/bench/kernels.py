@@ -82,6 +82,9 @@ def run_kernels(
                     f"contender it is"
                 )
                 break
+            except KeyboardInterrupt:
+                aborted = f"{case.suite} {case.name} was interrupted"
+                break
             gc.collect()  # closures hold the case's tensors in cycles
             torch.cuda.empty_cache()
             bar.update()

@@ -12,6 +12,7 @@ from saw_trtllm import ops
 from saw_trtllm.format import KVFormat
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+CACHES = ["saw_int4", "fp16"]  # fp16: rows of the activations' own dtype
 LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 4097]
 
 
@@ -142,37 +143,47 @@ def check(step: Decode) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kv", ["saw_int4", "int4"])
+@pytest.mark.parametrize("kv", ["saw_int4", "int4", "fp16"])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_lengths(head_dim, kv, dtype, rng):
     check(make_decode(LENGTHS, rng, head_dim=head_dim, kv=kv, dtype=dtype))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kv", CACHES)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(
     "heads", [(1, 1), (3, 3), (4, 2), (6, 2), (8, 2), (10, 2), (14, 2), (16, 2), (18, 2), (22, 2), (32, 2), (16, 1)]
 )
-def test_groups(heads, head_dim, rng):
-    check(make_decode([1, 65, 700, 130], rng, heads=heads, head_dim=head_dim))
+def test_groups(heads, head_dim, kv, rng):
+    check(make_decode([1, 65, 700, 130], rng, heads=heads, head_dim=head_dim, kv=kv))
 
 
+@pytest.mark.parametrize("kv", CACHES)
 @pytest.mark.parametrize("tokens_per_block", [16, 32, 64, 128])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-def test_blocks(tokens_per_block, head_dim, rng):
+def test_blocks(tokens_per_block, head_dim, kv, rng):
     lengths = [1, tokens_per_block - 1, tokens_per_block, tokens_per_block + 1, 1000, 0, 129]
-    check(make_decode(lengths, rng, head_dim=head_dim, tokens_per_block=tokens_per_block))
+    check(make_decode(lengths, rng, head_dim=head_dim, tokens_per_block=tokens_per_block, kv=kv))
 
 
+@pytest.mark.parametrize("kv", CACHES)
 @pytest.mark.parametrize("length", [1, 64, 65, 4097, 70000])
-def test_one_long_sequence(length, rng):
-    check(make_decode([length], rng, heads=(32, 8)))
+def test_one_long_sequence(length, kv, rng):
+    check(make_decode([length], rng, heads=(32, 8), kv=kv))
 
 
+@pytest.mark.parametrize("kv", CACHES)
+def test_one_long_sequence_of_one_wide_head(kv, rng):
+    """The most partial sums that a sequence can have: one of every CTA."""
+    check(make_decode([40000], rng, heads=(16, 1), head_dim=256, kv=kv))
+
+
+@pytest.mark.parametrize("kv", CACHES)
 @pytest.mark.parametrize("num_sequences", [1, 2, 3, 127, 129, 600, 1024])
 @pytest.mark.parametrize("tokens_per_block", [16, 64])
-def test_ragged_batches(num_sequences, tokens_per_block, rng):
+def test_ragged_batches(num_sequences, tokens_per_block, kv, rng):
     lengths = torch.randint(0, 300, (num_sequences,), generator=rng).tolist()
-    check(make_decode(lengths, rng, tokens_per_block=tokens_per_block))
+    check(make_decode(lengths, rng, tokens_per_block=tokens_per_block, kv=kv))
 
 
 def test_one_long_among_many_short(rng):
@@ -183,46 +194,65 @@ def test_all_sequences_empty(rng):
     check(make_decode([0, 0, 0], rng))
 
 
+@pytest.mark.parametrize("kv", CACHES)
 @pytest.mark.parametrize("window", [1, 16, 63, 64, 65, 200, 5000])
 @pytest.mark.parametrize("tokens_per_block", [16, 128])
-def test_window(window, tokens_per_block, rng):
-    check(make_decode(LENGTHS, rng, tokens_per_block=tokens_per_block, window=window))
+def test_window(window, tokens_per_block, kv, rng):
+    check(make_decode(LENGTHS, rng, tokens_per_block=tokens_per_block, window=window, kv=kv))
 
 
+@pytest.mark.parametrize("kv", CACHES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [1.0, 30.0])
-def test_softcap(softcap, dtype, rng):
-    check(make_decode(LENGTHS, rng, softcap=softcap, dtype=dtype))
+def test_softcap(softcap, dtype, kv, rng):
+    check(make_decode(LENGTHS, rng, softcap=softcap, dtype=dtype, kv=kv))
 
 
+@pytest.mark.parametrize("kv", CACHES)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_sinks(head_dim, rng):
-    step = make_decode(LENGTHS, rng, head_dim=head_dim)
+def test_sinks(head_dim, kv, rng):
+    step = make_decode(LENGTHS, rng, head_dim=head_dim, kv=kv)
     sinks = torch.linspace(-4.0, 9.0, step.q.shape[1], device="cuda")
     with_sinks = check(replace(step, sinks=sinks))
     assert not torch.equal(with_sinks, run(step))
 
 
-def test_everything_at_once(rng):
-    options = {"window": 100, "softcap": 20.0, "softmax_scale": 0.05}
+@pytest.mark.parametrize("kv", CACHES)
+def test_everything_at_once(kv, rng):
+    options = {"window": 100, "softcap": 20.0, "softmax_scale": 0.05, "kv": kv}
     step = make_decode(LENGTHS, rng, heads=(10, 2), dtype="bfloat16", tokens_per_block=32, **options)
     check(replace(step, sinks=torch.linspace(-2.0, 2.0, 10, device="cuda")))
 
 
+@pytest.mark.parametrize("kv", CACHES)
 @pytest.mark.parametrize("spread", [1e-3, 300.0])
-def test_scores_of_any_size(spread, rng):
+def test_scores_of_any_size(spread, kv, rng):
     """Flat and very peaked softmaxes: the running maximum moves often, or never."""
-    step = make_decode(LENGTHS, rng)
+    step = make_decode(LENGTHS, rng, kv=kv)
     check(replace(step, q=step.q * spread))
 
 
+@pytest.mark.parametrize("kv", CACHES)
 @pytest.mark.parametrize("lengths", [LENGTHS, [4097], [70] * 300], ids=["mixed", "one", "many"])
-def test_two_runs_are_the_same_to_the_bit(lengths, rng):
-    step = make_decode(lengths, rng)
+def test_two_runs_are_the_same_to_the_bit(lengths, kv, rng):
+    step = make_decode(lengths, rng, kv=kv)
     workspace = make_workspace(step)
     first = run(step, workspace)
     for _ in range(3):
         assert torch.equal(run(step, workspace), first)
+
+
+def test_launches_may_share_a_workspace_in_turn(rng):
+    """Batches, lengths and caches change from step to step; what one launch leaves there never reaches another."""
+    steps = [
+        make_decode(lengths, rng, heads=(8, 2), kv=kv)
+        for kv in CACHES
+        for lengths in ([4097, 3], [9000], [700] * 20, [1, 0, 65])
+    ]
+    workspace = max((make_workspace(step) for step in steps), key=len)
+    for _ in range(2):
+        for step in steps:
+            assert torch.equal(run(step, workspace), run(step))
 
 
 def test_a_sequence_does_not_depend_on_its_batch_by_much(rng):

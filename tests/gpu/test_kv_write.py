@@ -22,6 +22,7 @@ NUM_POSITIONS = 4096
 # (history, tokens of this step): prefills with and without history, decodes, block borders.
 MIXED = [(0, 37), (60, 5), (3, 130), (0, 1), (15, 1), (16, 1), (63, 1), (64, 1), (500, 1)]
 LARGE = [(0, 600), (33, 50), (127, 1)]
+LONG = [(0, 3000), (100, 2500), (63, 1)]  # several items for each warp that a GPU holds
 ALL_ORDERS = [(d, o) for d in (64, 96, 128, 256) for o in (1, *hadamard_orders(d))]
 
 
@@ -243,10 +244,18 @@ def test_centre_range_factor_and_a_v_that_stays(head_dim, sequences, rng):
     check(make_step(kv_format, sequences, rng, dtype="bfloat16", center=True))
 
 
+@pytest.mark.parametrize("rotate_v", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_a_warp_works_on_item_after_item(head_dim, rotate_v, rng):
+    kv_format = KVFormat("saw_int4", head_dim, rotate_v=rotate_v)
+    check(make_step(kv_format, LONG, rng, dtype="bfloat16", heads=(9, 3), center=rotate_v))
+
+
+@pytest.mark.parametrize("sequences", [MIXED, LONG], ids=["small", "long"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-def test_raw_cache_holds_the_current_rows(head_dim, dtype, rng):
-    step = make_step(KVFormat("fp16", head_dim, dtype=dtype), MIXED, rng, dtype=dtype)
+def test_raw_cache_holds_the_current_rows(head_dim, dtype, sequences, rng):
+    step = make_step(KVFormat("fp16", head_dim, dtype=dtype), sequences, rng, dtype=dtype)
     got, want = run(step), reference(step)
     for name in ("q_out", "k_out", "v_out"):
         assert_close_outputs(got[name], want[name])
@@ -285,12 +294,13 @@ def test_each_token_finds_its_sequence(num_sequences, rng):
     # The scale of every row tells tokens apart.
     exact = torch.stack(exact_rows(step), dim=1)[token_order(step)]
     scale = rows[written][..., -ROW_TAIL_BYTES:].contiguous().view(torch.float16)[..., 0].double()
-    expected = (exact.amax(-1) - exact.amin(-1)) / 15
+    expected = step.kv_format.range_factor * (exact.amax(-1) - exact.amin(-1)) / 15
     torch.testing.assert_close(scale, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_tokens_of_no_sequence_are_rotated_and_not_stored(rng):
-    step = make_step(saw(128, 128), MIXED, rng)
+@pytest.mark.parametrize("sequences", [MIXED, LONG], ids=["small", "long"])
+def test_tokens_of_no_sequence_are_rotated_and_not_stored(sequences, rng):
+    step = make_step(saw(128, 128), sequences, rng)
     whole = run(step)
     cut = replace(
         step,

@@ -14,19 +14,10 @@
 // p scale is exp2(score + log2(scale)), so that whatever V's scales are, the operand of the product lies within fp16.
 #pragma once
 
-#include <type_traits>
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "saw/ops.h"
+#include "saw/decode_line.cuh"
 #include "saw/ptx.cuh"
 
 namespace saw {
-
-constexpr float kLog2e = 1.4426950408889634f;
-// What a masked fp16 operand lacks to its code.
-constexpr float kCodeUnit = 0x1p24f;
 
 template <int HeadDim, int QueryTiles, int TileTokens, int Together, int Stages, int CtasPerSm>
 struct DecodeConfig {
@@ -54,35 +45,6 @@ struct DecodeConfig {
     static_assert(kStageBytes % 128 == 0, "stages follow each other at aligned addresses");
     static_assert(HeadDim % 32 == 0, "four threads share a row");
     static_assert(TileTokens % kRoundTokens == 0, "each warp takes 16 tokens of a subtile");
-};
-
-// A partial sum in the workspace: output [queries, head_dim], then per query the maximum and the sum of the softmax.
-template <typename Config>
-__host__ __device__ constexpr size_t partial_floats(int group) {
-    return (size_t(group) * (Config::kHeadDim + 2) + 3) & ~size_t(3);  // read 16 bytes at a time
-}
-
-// A place on the line of tiles.
-struct DecodeCursor {
-    int sequence;
-    int length;      // of the sequence
-    int first_tile;  // of the sequence that its query sees
-    int num_tiles;   // of the sequence
-    int tile;        // counted from first_tile
-    int begin;       // the line's index of the sequence's first tile
-};
-
-// The pieces of the line: `share` tiles each, and one more for the first `larger`.
-struct DecodePieces {
-    int count;
-    int share, larger;
-
-    __device__ int begin(int piece) const { return piece * share + min(piece, larger); }
-
-    __device__ int of(int tile) const {
-        int const in_larger = larger * (share + 1);
-        return tile < in_larger ? tile / (share + 1) : larger + (tile - in_larger) / share;
-    }
 };
 
 template <typename Config>
@@ -117,7 +79,7 @@ class DecodeKernel {
           kv_head(blockIdx.x % params.pool.num_kv_heads),
           piece(blockIdx.x / params.pool.num_kv_heads) {
         group = p.num_heads / p.pool.num_kv_heads;
-        score_scale = p.softmax_scale * kLog2e;
+        held_score_scale = p.softmax_scale * kLog2e;
         // The 16 tokens of this warp in each 64: rows first_row + 4 i + {0, 1} for i in 0..7. Rows 4 apart, for K, and
         // 8 apart, for V, lie 4 and 8 banks apart.
         first_row = (warp / 2) * 32 + (warp % 2) * 2;
@@ -141,7 +103,7 @@ class DecodeKernel {
     int const warp, lane, g, t;
     int const kv_head, piece;
     int group, first_row;
-    float score_scale;
+    float held_score_scale;
     int which = 0;           // of the cursors
     int length, first_seen;  // of the current sequence
     // Warp 0's, as it brings tiles: how many are left of the piece, and the next one's first token and sequence.
@@ -154,6 +116,11 @@ class DecodeKernel {
     float q_sum[Config::kQueryTiles][2];  // sum(q) of queries 2t, 2t+1, times score_scale
     float out[Config::kQueryTiles][Config::kValueSteps][4][4];
     float query_max[Config::kQueryTiles][2], query_sum[Config::kQueryTiles][2], query_lo[Config::kQueryTiles][2];
+
+    // A head_dim of 256 leaves no register for it.
+    __device__ float score_scale() const {
+        return Config::kHeadDim < 256 ? held_score_scale : p.softmax_scale * kLog2e;
+    }
 
     __device__ int visible_tiles(int length, int& first_tile) const {
         first_tile = p.window > 0 && length > p.window ? (length - p.window) / Config::kTileTokens : 0;
@@ -195,24 +162,6 @@ class DecodeKernel {
     __device__ void combine(DecodeCursor const& c, int first_piece, int last_piece, int worker, int workers) const;
     __device__ float normalizer(int query_head, float max, float sum) const;
 };
-
-template <typename T>
-__device__ inline T from_float(float x) {
-    if constexpr (std::is_same_v<T, __half>) {
-        return __float2half_rn(x);
-    } else {
-        return __float2bfloat16_rn(x);
-    }
-}
-
-template <typename T>
-__device__ inline float to_float(T x) {
-    if constexpr (std::is_same_v<T, __half>) {
-        return __half2float(x);
-    } else {
-        return __bfloat162float(x);
-    }
-}
 
 }  // namespace saw
 
@@ -285,7 +234,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     decode_kernel(__grid_constant__ DecodeParams const params, float* partials, int* counters) {
     extern __shared__ __align__(128) uint8_t memory[];
     auto& shared = *reinterpret_cast<DecodeShared<Config>*>(memory);
-    DecodeKernel<Config>(params, partials, counters, shared).template run<T>();
+    if constexpr (kHasBulkCopy) DecodeKernel<Config>(params, partials, counters, shared).template run<T>();
 }
 
 }  // namespace saw

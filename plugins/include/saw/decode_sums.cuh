@@ -24,7 +24,7 @@ __device__ bool DecodeKernel<Config>::finish_sequence(int done, float* scratch) 
     } else {
         // A piece leaves at most two: of the sequence that it begins in, and of the one that it ends in.
         bool const second = c.begin > begin;
-        write_partial(partials + (size_t(blockIdx.x) * 2 + second) * partial_floats<Config>(group));
+        write_partial(partials + (size_t(blockIdx.x) * 2 + second) * decode_partial_floats(group, Config::kHeadDim));
     }
     // The stage that served as scratch becomes a bulk copy's target again.
     fence_bulk_copy();
@@ -197,18 +197,19 @@ template <typename Config>
 template <typename T>
 __device__ void DecodeKernel<Config>::combine(DecodeCursor const& c, int first_piece, int last_piece, int worker,
                                               int workers) const {
-    size_t const stride = 2 * p.pool.num_kv_heads * partial_floats<Config>(group);
-    float const* const base =
-        partials + (size_t(first_piece) * p.pool.num_kv_heads + kv_head) * 2 * partial_floats<Config>(group);
+    size_t const stride = 2 * p.pool.num_kv_heads * decode_partial_floats(group, Config::kHeadDim);
+    float const* const base = partials + (size_t(first_piece) * p.pool.num_kv_heads + kv_head) * 2 *
+                                             decode_partial_floats(group, Config::kHeadDim);
     // The first may have begun in an earlier sequence; then this one's is its second.
-    float const* const head = base + (shared.pieces.begin(first_piece) < c.begin ? partial_floats<Config>(group) : 0);
+    float const* const head =
+        base + (shared.pieces.begin(first_piece) < c.begin ? decode_partial_floats(group, Config::kHeadDim) : 0);
     int const count = last_piece - first_piece + 1;
     T* const rows = static_cast<T*>(p.out) + (size_t(c.sequence) * p.num_heads + kv_head * group) * Config::kHeadDim;
     for (int x = (worker * 32 + lane) * 4; x < group * Config::kHeadDim; x += workers * 128) {
         int const query = x / Config::kHeadDim, max_at = group * Config::kHeadDim + query;
         float top = kNoMax, sum = 0.0f;
         float4 total = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 16
+#pragma unroll(Config::kHeadDim > 128 ? 8 : 16)  // as registers allow
         for (int i = 0; i < count; ++i) {
             float const* const partial = i == 0 ? head : base + i * stride;
             float4 const o = __ldcg(reinterpret_cast<float4 const*>(partial + x));

@@ -39,7 +39,7 @@ __device__ void DecodeKernel<Config>::begin_sequence() {
         total += __shfl_xor_sync(~0u, total, 2);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            q_sum[n][i] = __shfl_sync(~0u, total, (2 * t + i) * 4) * score_scale;
+            q_sum[n][i] = __shfl_sync(~0u, total, (2 * t + i) * 4) * score_scale();
             query_max[n][i] = kNoMax;
             query_sum[n][i] = query_lo[n][i] = 0.0f;
         }
@@ -92,7 +92,7 @@ __device__ void DecodeKernel<Config>::weigh(int token, bool masked, __half2 cons
             log_scale[u][r] = log2_fast(v.x);
             inverse[u][r] = reciprocal_fast(v.x);
             lo_over_scale[u][r] = v.y * inverse[u][r];
-            float const k_scale = k.x * (kCodeUnit * score_scale);
+            float const k_scale = k.x * (kCodeUnit * score_scale());
 #pragma unroll
             for (int n = 0; n < Config::kQueryTiles; ++n)
 #pragma unroll

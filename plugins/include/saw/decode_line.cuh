@@ -1,0 +1,45 @@
+// Decode: what its kernels share. All sequences' tokens, cut into tiles, form one line, and the line is cut into
+// pieces.
+#pragma once
+
+#include "saw/ops.h"
+
+namespace saw {
+
+// What a masked fp16 operand of codes lacks to the code.
+constexpr float kCodeUnit = 0x1p24f;
+
+// A place on the line of tiles.
+struct DecodeCursor {
+    int sequence;
+    int length;      // of the sequence
+    int first_tile;  // of the sequence that its query sees
+    int num_tiles;   // of the sequence
+    int tile;        // counted from first_tile
+    int begin;       // the line's index of the sequence's first tile
+};
+
+// The pieces of the line: `share` tiles each, and one more for the first `larger`.
+struct DecodePieces {
+    int count;
+    int share, larger;
+
+    __device__ int begin(int piece) const { return piece * share + min(piece, larger); }
+
+    __device__ int of(int tile) const {
+        int const in_larger = larger * (share + 1);
+        return tile < in_larger ? tile / (share + 1) : larger + (tile - in_larger) / share;
+    }
+};
+
+// A partial sum in the workspace: output [queries, head_dim], then per query the maximum and the sum of the softmax.
+__host__ __device__ constexpr size_t decode_partial_floats(int group, int head_dim) {
+    return (size_t(group) * (head_dim + 2) + 3) & ~size_t(3);  // read 16 bytes at a time
+}
+
+// The workspace: two partial sums for each CTA, and behind them a counter for each sequence and KV head.
+constexpr size_t decode_partials_bytes(int ctas, int group, int head_dim) {
+    return 2 * ctas * decode_partial_floats(group, head_dim) * sizeof(float);
+}
+
+}  // namespace saw

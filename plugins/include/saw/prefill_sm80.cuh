@@ -1,0 +1,300 @@
+// Prefill for the GPUs before Hopper, with what sm_80 has: prefill_attention.cuh, plainly.
+//
+// A CTA takes 64 rows of queries, the heads that share a KV head side by side of some consecutive tokens: four warps of
+// 16 rows each through mma.m16n8k16. Tiles of keys and of values go through one slot of shared memory each: the values
+// arrive while the scores are computed, and the next keys while the output is. The chunk's own tiles come first, from
+// the diagonal down, then the history's, newest first.
+//
+// 4-bit rows are brought as they are into the slot that they are to fill; there all threads take their codes out, and
+// then put fp16 numbers in their place. Behind bf16 activations Q is rounded to fp16 once for them, between the chunk
+// and the history.
+#pragma once
+
+#include <type_traits>
+
+#include "saw/int4.cuh"
+#include "saw/prefill_tile.cuh"
+
+namespace saw {
+
+template <int HeadDim, typename T, CacheType Cache>
+struct PlainPrefillConfig {
+    using Type = T;
+    // Of the history in shared memory.
+    using HistoryType = std::conditional_t<Cache == CacheType::kInt4, __half, T>;
+    static constexpr int kHeadDim = HeadDim;
+    static constexpr bool kInt4 = Cache == CacheType::kInt4;
+
+    static constexpr int kWarps = 4;
+    static constexpr int kThreads = kWarps * 32;
+    static constexpr int kRows = kWarps * 16;  // of queries
+    // The output of 256 channels leaves registers for the scores of 32 keys.
+    static constexpr int kTileTokens = HeadDim <= 128 ? 64 : 32;
+    static constexpr int kChunks = HeadDim / 8;  // of 16 bytes, in a row
+    static constexpr int kTileBytes = kTileTokens * HeadDim * 2;
+    static constexpr int kRowBytes = row_bytes(Cache, HeadDim);  // of the pool
+    static constexpr int kScores = kTileTokens / 2;              // of a thread
+    static constexpr int kOutputs = HeadDim / 2;
+};
+
+template <typename Config>
+struct PlainPrefillShared {
+    alignas(16) uint8_t queries[Config::kRows * Config::kHeadDim * 2];
+    alignas(16) uint8_t slots[2][Config::kTileBytes];  // K and V
+};
+
+template <typename Config>
+class PlainPrefillKernel {
+    using T = typename Config::Type;
+    using HistoryType = typename Config::HistoryType;
+    using Shared = PlainPrefillShared<Config>;
+
+  public:
+    __device__ PlainPrefillKernel(PrefillParams const& params, Shared& shared)
+        : p(params),
+          shared(shared),
+          lane(threadIdx.x % 32),
+          warp(threadIdx.x / 32),
+          group(params.num_heads / params.pool.num_kv_heads),
+          kv_head(blockIdx.x % params.pool.num_kv_heads) {}
+
+    __device__ void run();
+
+  private:
+    // Taken out of Q where it becomes fp16: room for large queries.
+    static constexpr float kQueryUnit = std::is_same_v<T, HistoryType> ? 1.0f : 16.0f;
+
+    PrefillParams const& p;
+    Shared& shared;
+    int const lane, warp, group, kv_head;
+    PrefillTile tile;
+    QueryRows rows;
+    float out[Config::kOutputs];
+
+    // Whether a tile's rows are 4-bit ones.
+    template <bool OfChunk>
+    static constexpr bool kCodes = Config::kInt4 && !OfChunk;
+
+    // Where chunk c of a row lies in a tile: any eight rows have the same chunk in different banks.
+    static __device__ int place(int row, int c) {
+        int const moved = Config::kChunks % 8 == 0 ? c ^ (row % 8) : c ^ (row / 2 % 4);
+        return (row * Config::kChunks + moved) * 16;
+    }
+    static_assert(Config::kChunks % 8 == 0 || Config::kChunks % 8 == 4);
+
+    // An accumulator of mma.m16n8k16 among a thread's.
+    template <int N>
+    static __device__ float (&eight_columns(float (&x)[N], int index))[4] {
+        return reinterpret_cast<float (&)[4]>(x[4 * index]);
+    }
+
+    __device__ void load_queries() const;
+    __device__ void round_queries() const;
+    template <bool OfChunk>
+    __device__ uint8_t const* source(KV which, int token) const;
+    template <bool OfChunk>
+    __device__ void bring(KV which, int start) const;
+    template <bool OfChunk>
+    __device__ void wait_for(KV which) const;
+    __device__ void dequantize(uint8_t* slot) const;
+    template <bool OfChunk>
+    __device__ void attend(KeyTiles tiles, float score_scale);
+    template <typename U>
+    __device__ void score(float (&s)[Config::kScores]) const;
+    template <typename U>
+    __device__ void weigh(float const (&s)[Config::kScores]);
+};
+
+template <typename Config>
+__device__ void PlainPrefillKernel<Config>::run() {
+    tile = find_prefill_tile<Config::kTileTokens>(p, Config::kRows / group, blockIdx.x);
+    if (tile.sequence < 0) return;
+    int const row = warp * 16 + lane / 4;
+    rows.begin(tile, row, group);
+#pragma unroll
+    for (float& x : out) x = 0.0f;
+    load_queries();
+    float const score_scale = p.softmax_scale * kLog2e;
+    attend<true>(tile.own, score_scale);
+    if (tile.past.count() > 0) {
+        if constexpr (!std::is_same_v<T, HistoryType>) round_queries();
+        attend<false>(tile.past, score_scale * kQueryUnit);
+    }
+    rows.template write<T>(out, p, tile, kv_head, group, row);
+}
+
+// A warp's 16 rows; those without a query take the last one's.
+template <typename Config>
+__device__ void PlainPrefillKernel<Config>::load_queries() const {
+    auto const* const q = static_cast<T const*>(p.q);
+    uint32_t const target = shared_address(shared.queries);
+#pragma unroll 4
+    for (int i = 0; i < 16 * Config::kChunks / 32; ++i) {
+        int const at = i * 32 + lane;
+        int const row = warp * 16 + at / Config::kChunks, c = at % Config::kChunks;
+        int const query = tile.first_token + min(tile.begin + row / group, tile.end - 1);
+        int const head = kv_head * group + row % group;
+        copy_async(target + place(row, c), q + (size_t(query) * p.num_heads + head) * Config::kHeadDim + c * 8, 16);
+    }
+}
+
+// A warp's rows from bf16 to fp16, in place.
+template <typename Config>
+__device__ void PlainPrefillKernel<Config>::round_queries() const {
+    __syncwarp();
+    auto* const mine = reinterpret_cast<uint4*>(shared.queries) + warp * 16 * Config::kChunks;
+#pragma unroll 2
+    for (int i = lane; i < 16 * Config::kChunks; i += 32) {
+        uint4 eight = mine[i];
+        for (uint32_t* pair : {&eight.x, &eight.y, &eight.z, &eight.w}) {
+            float2 const x = __bfloat1622float2(reinterpret_cast<__nv_bfloat162 const&>(*pair));
+            *pair = pack_half2(x.x * (1.0f / kQueryUnit), x.y * (1.0f / kQueryUnit));
+        }
+        mine[i] = eight;
+    }
+    __syncwarp();
+}
+
+// The row of a token of the chunk, or of the history.
+template <typename Config>
+template <bool OfChunk>
+__device__ uint8_t const* PlainPrefillKernel<Config>::source(KV which, int token) const {
+    if constexpr (OfChunk) {
+        auto const* const rows = static_cast<T const*>(which == kKey ? p.k : p.v);
+        size_t const row = size_t(tile.first_token + token) * p.pool.num_kv_heads + kv_head;
+        return reinterpret_cast<uint8_t const*>(rows + row * Config::kHeadDim);
+    } else {
+        int32_t const entry = p.pool.table(tile.sequence, which)[p.pool.block_of(token)];
+        return p.pool.rows(entry, kv_head) + p.pool.row_of(token) * Config::kRowBytes;
+    }
+}
+
+// Begin to copy a tile to its slot, which everybody has left, 16 bytes at a time; 4-bit rows as they lie in the pool,
+// one after the other: there 16 bytes may end in the next row, but not in the next block. Rows that do not exist become
+// zeros, scale and lo among them: what lies there may be anything, and 0 * NaN is NaN.
+template <typename Config>
+template <bool OfChunk>
+__device__ void PlainPrefillKernel<Config>::bring(KV which, int start) const {
+    constexpr int kRowBytes = OfChunk ? 2 * Config::kHeadDim : Config::kRowBytes;
+    constexpr int kBytes = Config::kTileTokens * kRowBytes, kStepBytes = Config::kThreads * 16;
+    int const valid = (OfChunk ? tile.chunk : tile.history) - start;
+    uint32_t const target = shared_address(shared.slots[which]);
+    constexpr int kAtOnce = Config::kHeadDim <= 128 ? 4 : 2;  // what the output leaves registers for
+#pragma unroll kAtOnce
+    for (int first = 0; first < kBytes; first += kStepBytes) {
+        int const at = first + threadIdx.x * 16;
+        if (first + kStepBytes > kBytes && at >= kBytes) break;
+        int const row = at / kRowBytes, within = at % kRowBytes;
+        bool const exists = row < valid;
+        uint8_t const* const from = source<OfChunk>(which, start + (exists ? row : 0)) + within;
+        copy_async(target + (kCodes<OfChunk> ? at : place(row, within / 16)), from, exists ? 16 : 0);
+    }
+}
+
+// Until a tile is in its slot. Behind it, everybody has left the other one.
+template <typename Config>
+template <bool OfChunk>
+__device__ void PlainPrefillKernel<Config>::wait_for(KV which) const {
+    copy_async_wait();
+    __syncthreads();
+    if constexpr (kCodes<OfChunk>) dequantize(shared.slots[which]);
+}
+
+// A thread makes half of a row, or a quarter.
+template <typename Config>
+__device__ void PlainPrefillKernel<Config>::dequantize(uint8_t* slot) const {
+    constexpr int kWords = Config::kTileTokens * Config::kChunks / Config::kThreads;
+    int const row = threadIdx.x % Config::kTileTokens, first = threadIdx.x / Config::kTileTokens * kWords;
+    auto const* const words = reinterpret_cast<uint32_t const*>(slot + row * Config::kRowBytes);
+    Dequantizer const dequantizer(words[Config::kChunks]);
+    uint32_t codes[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) codes[i] = words[first + i];
+    __syncthreads();
+    constexpr int kAtOnce = 2;
+#pragma unroll
+    for (int i = 0; i < kWords; i += kAtOnce) {
+        uint4 eights[kAtOnce];
+        dequantizer.run<CodeOrder::kNatural>(codes + i, eights);
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) *reinterpret_cast<uint4*>(slot + place(row, first + i + j)) = eights[j];
+    }
+    __syncthreads();
+}
+
+// The chunk's own tiles, or the history's, from the last down.
+template <typename Config>
+template <bool OfChunk>
+__device__ void PlainPrefillKernel<Config>::attend(KeyTiles tiles, float score_scale) {
+    using U = std::conditional_t<OfChunk, T, HistoryType>;
+    constexpr int kTokens = Config::kTileTokens;
+    bring<OfChunk>(kKey, tiles.last * kTokens);
+#pragma unroll 1
+    for (int index = tiles.last; index >= tiles.first; --index) {
+        int const start = index * kTokens;
+        wait_for<OfChunk>(kKey);
+        bring<OfChunk>(kValue, start);
+        float s[Config::kScores];
+        score<U>(s);
+        if (p.softcap > 0.0f) cap_scores(s, p.softcap, score_scale);
+        if (tile.hides(start, start + kTokens, OfChunk, p.window)) rows.mask(s, tile, start, OfChunk, p.window);
+        float keep[2];
+        rows.soften(s, score_scale, keep);
+#pragma unroll
+        for (int i = 0; i < Config::kOutputs; ++i) out[i] *= keep[i / 2 % 2];
+        wait_for<OfChunk>(kValue);
+        if (index > tiles.first) bring<OfChunk>(kKey, start - kTokens);
+        weigh<U>(s);
+    }
+}
+
+// S = Q K^T of a warp's rows and a tile.
+template <typename Config>
+template <typename U>
+__device__ void PlainPrefillKernel<Config>::score(float (&s)[Config::kScores]) const {
+#pragma unroll
+    for (float& x : s) x = 0.0f;
+#pragma unroll
+    for (int c = 0; c < Config::kChunks; c += 2) {
+        uint32_t q[4];
+        load_matrices(q, shared.queries + place(warp * 16 + lane % 16, c + lane / 16));
+#pragma unroll
+        for (int n = 0; n < Config::kTileTokens / 8; n += 2) {
+            uint32_t k[4];  // two chunks of eight keys, and of the next eight
+            load_matrices(k, shared.slots[kKey] + place(n * 8 + lane / 16 * 8 + lane % 8, c + lane / 8 % 2));
+            mma_16x8x16<U>(eight_columns(s, n), q[0], q[1], q[2], q[3], k[0], k[1]);
+            mma_16x8x16<U>(eight_columns(s, n + 1), q[0], q[1], q[2], q[3], k[2], k[3]);
+        }
+    }
+}
+
+// O += P V.
+template <typename Config>
+template <typename U>
+__device__ void PlainPrefillKernel<Config>::weigh(float const (&s)[Config::kScores]) {
+#pragma unroll
+    for (int n = 0; n < Config::kTileTokens / 8; n += 2) {
+        uint32_t prob[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) prob[i] = pack_pair<U>(s[4 * n + 2 * i], s[4 * n + 2 * i + 1]);
+#pragma unroll
+        for (int c = 0; c < Config::kChunks; c += 2) {
+            uint32_t v[4];  // sixteen values of a chunk, and of the next
+            load_matrices_transposed(v, shared.slots[kValue] + place(n * 8 + lane % 16, c + lane / 16));
+            mma_16x8x16<U>(eight_columns(out, c), prob[0], prob[1], prob[2], prob[3], v[0], v[1]);
+            mma_16x8x16<U>(eight_columns(out, c + 1), prob[0], prob[1], prob[2], prob[3], v[2], v[3]);
+        }
+    }
+}
+
+// Compiled wherever the version for Hopper is not.
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kHeadDim <= 128 ? 2 : 1)
+    plain_prefill_kernel(__grid_constant__ PrefillParams const params) {
+    if constexpr (!kHopper) {
+        extern __shared__ __align__(16) uint8_t plain_memory[];
+        PlainPrefillKernel<Config>(params, *reinterpret_cast<PlainPrefillShared<Config>*>(plain_memory)).run();
+    }
+}
+
+}  // namespace saw

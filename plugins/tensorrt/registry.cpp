@@ -1,0 +1,142 @@
+// How TensorRT finds the plugins: what this library exports.
+//
+//   initSawTrtllmPlugins               called by who loads the library (ctypes, a program)
+//   getCreators, getPluginCreators     asked for by IPluginRegistry::loadLibrary (trtexec --dynamicPlugins): V3's, V2's
+//   setLoggerFinder                    likewise
+//
+// With SAW_TRTLLM_LOAD_PLUGINS=1 in the environment the library registers them when it is opened, for a program that
+// only does that (trtexec --plugins). For LD_PRELOAD there is preload/.
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+
+#include "int4_paged_attention.h"
+#include "names.h"
+#include "plugin_v2.h"
+#include "plugin_v3.h"
+#include "rotate_quantize_kv.h"
+#include "saw/layout.h"
+
+#define SAW_EXPORT extern "C" __attribute__((visibility("default")))
+
+SAW_EXPORT bool initSawTrtllmPlugins(void* logger) noexcept;
+
+namespace saw::trt {
+
+namespace {
+
+static_assert(names::kVersion[0] == '0' + kFormatVersion && names::kVersion[1] == '\0',
+              "a plugin's version is that of the rows it writes");
+
+#if NV_TENSORRT_MAJOR >= 10
+using AnyCreator = nvinfer1::IPluginCreatorInterface;
+#else
+using AnyCreator = nvinfer1::IPluginCreator;
+#endif
+
+#if NV_TENSORRT_MAJOR >= 10
+struct CreatorsV3 {
+    PluginCreatorV3 write{&RotateQuantizeKv::make}, attention{&Int4PagedAttention::make};
+    std::array<PluginCreatorV3*, 2> all{&write, &attention};
+    std::array<nvinfer1::IPluginCreatorInterface*, 2> listed{&write, &attention};
+};
+
+// These are never destroyed: TensorRT's registry may outlive this library's statics.
+CreatorsV3& creators_v3() {
+    static auto* const instance = new CreatorsV3;
+    return *instance;
+}
+#endif
+
+#if NV_TENSORRT_MAJOR < 11
+struct CreatorsV2 {
+    static constexpr char const* kVersion = NV_TENSORRT_MAJOR < 10 ? names::kVersion : names::kVersionOfV2;
+    PluginCreatorV2 write{&RotateQuantizeKv::make, kVersion}, attention{&Int4PagedAttention::make, kVersion};
+    std::array<PluginCreatorV2*, 2> all{&write, &attention};
+    std::array<nvinfer1::IPluginCreator*, 2> listed{&write, &attention};
+};
+
+CreatorsV2& creators_v2() {
+    static auto* const instance = new CreatorsV2;
+    return *instance;
+}
+#endif
+
+template <typename Creator>
+void register_creator(nvinfer1::IPluginRegistry& registry, Creator& creator) {
+    char const *const name = creator.getPluginName(), *const version = creator.getPluginVersion();
+#if NV_TENSORRT_MAJOR >= 10
+    bool const known = registry.getCreator(name, version, names::kNamespace) != nullptr;
+#else
+    bool const known = registry.getPluginCreator(name, version, names::kNamespace) != nullptr;
+#endif
+    if (!known && !registry.registerCreator(static_cast<AnyCreator&>(creator), names::kNamespace))
+        throw PluginError(std::string(name) + ": TensorRT's registry refused version " + version +
+                          ": see its own message in the log");
+}
+
+void register_all() {
+    static std::mutex mutex;
+    std::lock_guard<std::mutex> const lock(mutex);
+    using GetRegistry = nvinfer1::IPluginRegistry* (*)() noexcept;
+    auto const get = reinterpret_cast<GetRegistry>(nvinfer_symbol("getPluginRegistry", /*load=*/true));
+    auto* const registry = get == nullptr ? nullptr : get();
+    if (registry == nullptr) {
+        std::string const major = std::to_string(NV_TENSORRT_MAJOR);
+        throw PluginError("TensorRT " + major +
+                          ", which these plugins were built for, is not there: load libnvinfer.so." + major +
+                          " first, or add its folder to LD_LIBRARY_PATH");
+    }
+#if NV_TENSORRT_MAJOR >= 10
+    for (auto* creator : creators_v3().all) register_creator(*registry, *creator);
+#endif
+#if NV_TENSORRT_MAJOR < 11
+    for (auto* creator : creators_v2().all) register_creator(*registry, *creator);
+#endif
+}
+
+// As TRT_LLM_LOAD_PLUGINS does for TensorRT-LLM's library.
+__attribute__((constructor)) void register_if_asked() {
+    char const* const asked = std::getenv("SAW_TRTLLM_LOAD_PLUGINS");
+    if (asked != nullptr && std::strcmp(asked, "1") == 0) initSawTrtllmPlugins(nullptr);
+}
+
+}  // namespace
+
+}  // namespace saw::trt
+
+// Registers the plugins under the namespace "saw"; again is harmless. `logger` is an nvinfer1::ILogger, or null for
+// TensorRT's own. False, with a message in the log, if it could not be done.
+SAW_EXPORT bool initSawTrtllmPlugins(void* logger) noexcept {
+    using namespace saw::trt;
+    if (logger != nullptr) use_logger(static_cast<nvinfer1::ILogger*>(logger));
+    return guarded(false, [] {
+        register_all();
+        return true;
+    });
+}
+
+SAW_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept { saw::trt::use_logger_finder(finder); }
+
+#if NV_TENSORRT_MAJOR >= 10
+SAW_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) noexcept {
+    count = 0;
+    return saw::trt::guarded(static_cast<nvinfer1::IPluginCreatorInterface* const*>(nullptr), [&] {
+        auto const& creators = saw::trt::creators_v3().listed;
+        count = int32_t(creators.size());
+        return creators.data();
+    });
+}
+#endif
+
+#if NV_TENSORRT_MAJOR < 11
+SAW_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) noexcept {
+    count = 0;
+    return saw::trt::guarded(static_cast<nvinfer1::IPluginCreator* const*>(nullptr), [&] {
+        auto const& creators = saw::trt::creators_v2().listed;
+        count = int32_t(creators.size());
+        return creators.data();
+    });
+}
+#endif

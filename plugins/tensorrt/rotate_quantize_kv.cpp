@@ -1,0 +1,84 @@
+#include "rotate_quantize_kv.h"
+
+#include "names.h"
+
+namespace saw::trt {
+
+char const* RotateQuantizeKv::name() const { return names::kRotateQuantizeKv; }
+
+std::vector<Field> RotateQuantizeKv::fields() {
+    auto fields = PagedOp::fields();
+    fields.push_back({names::kHadamardOrder, &hadamard_order_, true});
+    fields.push_back({names::kRotateV, &rotate_v_, false});
+    fields.push_back({names::kRangeFactor, &range_factor_, false});
+    fields.push_back({names::kUseKCenter, &use_k_center_, false});
+    return fields;
+}
+
+void RotateQuantizeKv::validate() const {
+    PagedOp::validate();
+    std::string const order = "hadamard_order is " + std::to_string(hadamard_order_);
+    if (kv_ == "saw_int4") {
+        bool const power = hadamard_order_ >= 16 && (hadamard_order_ & (hadamard_order_ - 1)) == 0;
+        if (!power || head_dim_ % hadamard_order_ != 0)
+            refuse(order + ": it must be a power of two from 16 that divides head_dim " + std::to_string(head_dim_));
+    } else if (hadamard_order_ != 1 || rotate_v_ != 0) {
+        refuse(order + " and rotate_v " + std::to_string(rotate_v_) + ": kv " + kv_ +
+               " has no rotation, so give 1 and 0");
+    }
+    check_flag(names::kRotateV, rotate_v_);
+    check_flag(names::kUseKCenter, use_k_center_);
+    if (!(range_factor_ > 0.0f && range_factor_ <= 1.0f))
+        refuse("range_factor is " + std::to_string(range_factor_) + ": it must be above 0 and at most 1");
+}
+
+std::vector<Tensor> RotateQuantizeKv::inputs() const {
+    using nvinfer1::DataType;
+    std::vector<Tensor> tensors{
+        {names::kQkv, activation_type(), {kTokens, int64_t(num_heads_ + 2 * num_kv_heads_) * head_dim_}},
+        {names::kPositionIds, DataType::kINT32, {kTokens}},
+        {names::kLastTokenIds, DataType::kINT32, {kSequences}},
+        {names::kSequenceLength, DataType::kINT32, {kSequences}},
+    };
+    for (Tensor& t : pool_inputs()) tensors.push_back(std::move(t));
+    tensors.push_back({names::kCosSin, DataType::kFLOAT, {}});
+    if (use_k_center_) tensors.push_back({names::kKCenter, DataType::kFLOAT, {num_kv_heads_, head_dim_}});
+    return tensors;
+}
+
+std::vector<Tensor> RotateQuantizeKv::outputs() const {
+    auto const type = activation_type();
+    return {
+        {names::kQ, type, {kTokens, int64_t(num_heads_) * head_dim_}},
+        {names::kK, type, {kTokens, int64_t(num_kv_heads_) * head_dim_}},
+        {names::kV, type, {kTokens, int64_t(num_kv_heads_) * head_dim_}},
+        {names::kDecodeCounters, nvinfer1::DataType::kINT32, {kSequences, num_kv_heads_}},
+    };
+}
+
+void RotateQuantizeKv::enqueue(Launch const& launch) const {
+    KvWriteParams p{};
+    p.qkv = launch.inputs[kQkv];
+    p.cos_sin = static_cast<float2 const*>(launch.inputs[kCosSin]);
+    p.position_ids = static_cast<int32_t const*>(launch.inputs[kPositionIds]);
+    p.last_token_ids = static_cast<int32_t const*>(launch.inputs[kLastTokenIds]);
+    p.sequence_length = static_cast<int32_t const*>(launch.inputs[kSequenceLength]);
+    if (use_k_center_) p.k_center = static_cast<float const*>(launch.inputs[kKCenter]);
+    p.q_out = launch.outputs[kQ];
+    p.k_out = launch.outputs[kK];
+    p.v_out = launch.outputs[kV];
+    p.decode_counters = static_cast<int32_t*>(launch.outputs[kDecodeCounters]);
+    p.pool = pool(launch, kPool);
+    p.num_tokens = int(launch.input_desc[kQkv].dims.d[0]);
+    p.num_sequences = int(launch.input_desc[kSequenceLength].dims.d[0]);
+    p.num_heads = num_heads_;
+    p.head_dim = head_dim_;
+    p.hadamard_order = hadamard_order_;
+    p.rotate_v = rotate_v_ != 0;
+    p.range_factor = range_factor_;
+    p.dtype = dtype();
+    p.cache = cache();
+    check_cuda(kv_write(p, launch.stream), "kv_write");
+}
+
+}  // namespace saw::trt

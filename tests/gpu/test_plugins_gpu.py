@@ -1,0 +1,246 @@
+"""The TensorRT plugins on the GPU, through TensorRT's interfaces but without TensorRT: steps against the CPU reference.
+
+``SAW_TENSORRT_INCLUDE_DIR`` names the headers that the library was built with; ``SAW_PLUGIN_LIBRARY`` the library, by
+default the one that ``build_scripts/kernels -DTENSORRT_INCLUDE_DIR=...`` leaves in the package.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import plugin_library as lib
+import pytest
+import torch
+from plugin_library import ATTENTION, WRITE
+from steps import CASES, DECODES, LAYER_IDX, POOL, PREFILLS, Step, assert_matches, run_kernels
+
+from saw_trtllm.format import KVFormat
+
+LIBRARY = Path(os.environ.get("SAW_PLUGIN_LIBRARY", lib.ROOT / "saw_trtllm" / "libsaw_trtllm_plugins.so"))
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    if reason := lib.missing() or (None if LIBRARY.exists() else f"{LIBRARY.name} is not built"):
+        pytest.skip(reason)
+    return lib.build_driver(lib.include_dirs()[0], tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture(scope="module", params=["V2", "V3"])
+def creators(request, driver):
+    if not getattr(driver, f"HAS_{request.param}"):
+        pytest.skip(f"TensorRT {driver.TENSORRT[0]} has no {request.param} plugins")
+    found = lib.creators(driver, LIBRARY)
+    return {name: found[request.param, name] for name in (WRITE, ATTENTION)}
+
+
+def fields(step: Step, name: str) -> dict[str, int | float | str]:
+    common = {
+        "layer_idx": LAYER_IDX,
+        "num_heads": step.heads[0],
+        "num_kv_heads": step.heads[1],
+        "head_dim": step.kv_format.head_dim,
+        "tokens_per_block": step.tokens_per_block,
+        "dtype": step.kv_format.dtype,
+        "kv": step.kv_format.kv,
+    }
+    if name == ATTENTION:
+        return common | {"softcap": float(step.softcap or 0.0)}
+    return common | {
+        "hadamard_order": step.kv_format.hadamard_order,
+        "rotate_v": int(step.kv_format.rotate_v),
+        "range_factor": float(step.kv_format.range_factor),
+        "use_k_center": int(step.k_center is not None),
+    }
+
+
+class Layer:
+    """The two plugins of a layer, wired as a network does it."""
+
+    def __init__(self, creators, step: Step, run: bool = True) -> None:
+        self.plugins = {}
+        for name, creator in creators.items():
+            plugin = creator.create(lib.to_fields(fields(step, name)))
+            # As an engine does: serialized, read again, one clone for each context.
+            self.plugins[name] = creator.deserialize(plugin.serialized()).attach_to_context() if run else plugin
+
+    def tensors(self, step: Step) -> dict[str, torch.Tensor]:
+        """Outputs and workspace, full of what nobody may rely on."""
+        tokens, (heads, kv_heads), head_dim = len(step.gpu["qkv"]), step.heads, step.kv_format.head_dim
+        dtype = step.qkv.dtype
+        shapes = {"q": heads, "k": kv_heads, "v": kv_heads, "context": heads}
+        out = {name: torch.full((tokens, n, head_dim), torch.nan, dtype=dtype).cuda() for name, n in shapes.items()}
+        sequences = len(step.gpu["sequence_length"])
+        out["decode_counters"] = torch.full((sequences, kv_heads), 0x5A5A5A5A, dtype=torch.int32).cuda()
+        bytes_ = self.plugins[ATTENTION].workspace_bytes()
+        assert bytes_ > 0
+        out["workspace"] = torch.randint(256, (bytes_,), dtype=torch.uint8).cuda()
+        return out
+
+    def enqueue(self, step: Step, out: dict[str, torch.Tensor]) -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+
+        def gpu(*names: str) -> list[tuple[int, list[int]]]:
+            tensors = [step.gpu[n] if n in step.gpu else out[n] for n in names]
+            flat = {"q", "k", "v"}
+            return [
+                (x.data_ptr(), [len(x), x[0].numel()] if n in flat else list(x.shape))
+                for n, x in zip(names, tensors, strict=True)
+            ]
+
+        def host(name: str) -> tuple[int, list[int]]:
+            array = step.host[name]
+            shape = list(array.shape)
+            if name == "host_kv_cache_pool_pointers" and self.words:
+                shape.append(2)
+            return array.ctypes.data, shape
+
+        pool = [
+            *gpu("kv_cache_block_offsets"),
+            host("host_kv_cache_pool_pointers"),
+            host("host_kv_cache_pool_mapping"),
+        ]
+        inputs = [*gpu("qkv", "position_ids", "last_token_ids", "sequence_length"), *pool, *gpu("rotary_cos_sin")]
+        if "k_center" in step.gpu:
+            inputs += gpu("k_center")
+        outputs = [out[n].data_ptr() for n in ("q", "k", "v", "decode_counters")]
+        self.code = self.plugins[WRITE].enqueue(inputs, outputs, 0, stream)
+        inputs = [
+            *gpu("q", "k", "v", "decode_counters"),
+            host("host_request_types"),
+            *gpu("last_token_ids", "sequence_length"),
+            *pool,
+            host("host_max_attention_window_sizes"),
+        ]
+        workspace = out["workspace"].data_ptr()
+        self.code |= self.plugins[ATTENTION].enqueue(inputs, [out["context"].data_ptr()], workspace, stream)
+
+    words = False  # whether addresses travel as two INT32s
+
+
+@pytest.fixture
+def layer_of(creators, driver):
+    def make(step: Step, run: bool = True) -> Layer:
+        driver.take_messages()
+        layer = Layer(creators, step, run)
+        layer.words = driver.TENSORRT[0] < 10
+        return layer
+
+    return make
+
+
+def run(layer: Layer, step: Step, out: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    out = layer.tensors(step) if out is None else out
+    layer.enqueue(step, out)
+    assert layer.code == 0
+    torch.cuda.synchronize()
+    return {name: x.clone() for name, x in out.items()} | {"pool": step.gpu["pool"]}
+
+
+@pytest.mark.parametrize(
+    ("prefills", "decodes"), [(PREFILLS, DECODES), (PREFILLS, []), ([], DECODES)], ids=["mixed", "prefill", "decode"]
+)
+@pytest.mark.parametrize(("kv", "head_dim", "dtype", "options"), CASES)
+def test_a_step_is_the_references(kv, head_dim, dtype, options, prefills, decodes, layer_of, driver, rng):
+    if dtype == "bfloat16" and driver.TENSORRT[0] < 10:
+        pytest.skip("TensorRT 8.6 has no bfloat16")
+    step = Step.make(KVFormat(kv, head_dim, dtype=dtype), rng, prefills=prefills, decodes=decodes, **options)
+    assert_matches(step, run(layer_of(step), step), step.reference())
+
+
+def test_a_step_is_what_the_kernels_give(layer_of, rng):
+    """The plugins add nothing: bits are those of the kernels called one by one, but for the splits of decodes."""
+    step = Step.make(KVFormat("saw_int4", 128), rng, center=True)
+    want = run_kernels(step)
+    got = run(layer_of(step), step)
+    for name in ("q", "k", "v", "pool"):
+        assert torch.equal(got[name], want[name]), name
+    first = int(step.gpu["last_token_ids"][step.num_prefills - 1])
+    assert torch.equal(got["context"][:first], want["context"][:first])
+    torch.testing.assert_close(got["context"][first:], want["context"][first:], rtol=2e-3, atol=1e-4)
+
+
+def test_padding_decodes_write_nothing_and_give_zeros(layer_of, rng):
+    """How a batch is filled up to the size that a CUDA graph was captured for."""
+    step = Step.make(KVFormat("saw_int4", 128), rng, prefills=[], decodes=DECODES, padding=3)
+    got = run(layer_of(step), step)
+    assert_matches(step, got, step.reference())
+    assert (got["context"][step.num_tokens :] == 0).all()
+
+
+def test_a_captured_graph_follows_the_lengths(layer_of, rng):
+    """Host tensors are read once, when the graph is captured; lengths, tokens and tables at each replay."""
+    fmt = KVFormat("saw_int4", 128)
+    steps = [
+        Step.make(fmt, rng, prefills=[], decodes=decodes)
+        for decodes in (DECODES, [(500, 1), (2, 1), (31, 1), (64, 1), (130, 1)])
+    ]
+    first = steps[0]
+    wide = max(steps, key=lambda s: s.gpu["kv_cache_block_offsets"].shape[-1])
+    layer, out = layer_of(first), None
+    fixed = Step.make(fmt, rng, prefills=[], decodes=DECODES)
+    fixed.gpu["kv_cache_block_offsets"] = torch.full_like(wide.gpu["kv_cache_block_offsets"], -1)
+    blocks = max(s.gpu["pool"].shape[0] for s in steps)
+    fixed.gpu["pool"] = torch.zeros(blocks, *first.gpu["pool"].shape[1:], dtype=torch.uint8, device="cuda")
+    fixed.host["host_kv_cache_pool_pointers"][POOL, 0] = fixed.gpu["pool"].data_ptr()
+    fixed.gpu["kv_cache_block_offsets"][POOL, ..., : first.table.offsets.shape[-1]] = first.table.offsets.cuda()
+    out = layer.tensors(fixed)
+    run(layer, fixed, out)  # what is loaded at a first launch is not part of the graph
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer.enqueue(fixed, out)
+    assert layer.code == 0
+    fixed.host["host_request_types"][:] = -1  # nobody looks any more
+    for step in (*steps, *steps):
+        for name in ("qkv", "position_ids", "last_token_ids", "sequence_length", "rotary_cos_sin"):
+            fixed.gpu[name].copy_(step.gpu[name])
+        width = step.table.offsets.shape[-1]
+        fixed.gpu["kv_cache_block_offsets"][POOL, ..., :width] = step.table.offsets.cuda()
+        fixed.gpu["pool"][: len(step.pool)] = step.pool.cuda()
+        out["workspace"].random_(256)
+        out["decode_counters"].fill_(77)
+        graph.replay()
+        torch.cuda.synchronize()
+        got = {name: x.clone() for name, x in out.items()} | {"pool": fixed.gpu["pool"][: len(step.pool)]}
+        assert_matches(step, got, step.reference())
+
+
+def test_one_layer_after_the_other_shares_a_workspace(layer_of, rng):
+    step = Step.make(KVFormat("saw_int4", 128), rng, prefills=[], decodes=[(900, 1)] * 4)
+    layer, want = layer_of(step), step.reference()
+    out = layer.tensors(step)
+    for _ in range(20):
+        out["workspace"].random_(256)
+        assert_matches(step, run(layer, step, out), want)
+
+
+def test_host_tensors_in_gpu_memory(layer_of, driver, rng):
+    """What TensorRT does when it times a plugin; an engine answers with an error instead of a crash."""
+    step = Step.make(KVFormat("saw_int4", 128), rng)
+    moved = torch.from_numpy(step.host["host_request_types"]).cuda()
+
+    class OnGpu:
+        shape = tuple(moved.shape)
+        ctypes = type("ctypes", (), {"data": moved.data_ptr()})
+
+    step.host["host_request_types"] = OnGpu
+    timed = layer_of(step, run=False)
+    out = timed.tensors(step)
+    timed.enqueue(step, out)
+    torch.cuda.synchronize()
+    assert timed.code == 0
+    assert out["context"].isnan().all()
+    assert not driver.take_messages()
+    layer = layer_of(step)
+    layer.enqueue(step, out)
+    torch.cuda.synchronize()
+    assert layer.code != 0
+    assert "input host_request_types is bound to GPU memory: bind a host address" in driver.take_messages()[-1]
+
+
+def test_pinned_host_tensors(layer_of, rng):
+    step = Step.make(KVFormat("saw_int4", 128), rng)
+    pinned = {name: torch.from_numpy(x).pin_memory() for name, x in step.host.items()}
+    step.host = {name: x.numpy() for name, x in pinned.items()}
+    assert_matches(step, run(layer_of(step), step), step.reference())

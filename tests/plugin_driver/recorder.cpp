@@ -1,0 +1,131 @@
+// The kernels' host functions for a machine without a GPU: they write down what they were called with, as JSON.
+#include <sstream>
+#include <string>
+
+#include "saw/ops.h"
+
+namespace {
+
+std::string calls;
+int next_error = 0;
+
+// Members of a JSON object, one a line.
+class Call {
+  public:
+    explicit Call(char const* name) { text_ << "{\"op\": \"" << name << '"'; }
+    ~Call() { calls += text_.str() + "}\n"; }
+
+    Call& add(char const* name, void const* address) {
+        text_ << ", \"" << name << "\": " << reinterpret_cast<uintptr_t>(address);
+        return *this;
+    }
+    Call& add(char const* name, double value) {
+        text_.precision(9);
+        text_ << ", \"" << name << "\": " << value;
+        return *this;
+    }
+    Call& add(saw::PagedPool const& pool) {
+        return add("base", pool.base)
+            .add("block_offsets", pool.block_offsets)
+            .add("max_blocks_per_seq", pool.max_blocks_per_seq)
+            .add("layer", pool.layer)
+            .add("num_kv_heads", pool.num_kv_heads)
+            .add("tokens_per_block", pool.tokens_per_block)
+            .add("row_bytes", pool.row_bytes);
+    }
+
+  private:
+    std::ostringstream text_;
+};
+
+}  // namespace
+
+#define ADD(member) add(#member, p.member)
+#define ADD_ENUM(member) add(#member, double(int(p.member)))
+
+namespace saw {
+
+cudaError_t kv_write(KvWriteParams const& p, cudaStream_t stream) {
+    Call("kv_write")
+        .ADD(qkv)
+        .ADD(cos_sin)
+        .ADD(position_ids)
+        .ADD(last_token_ids)
+        .ADD(sequence_length)
+        .ADD(k_center)
+        .ADD(q_out)
+        .ADD(k_out)
+        .ADD(v_out)
+        .ADD(decode_counters)
+        .add(p.pool)
+        .ADD(num_tokens)
+        .ADD(num_sequences)
+        .ADD(num_heads)
+        .ADD(head_dim)
+        .ADD(hadamard_order)
+        .ADD_ENUM(rotate_v)
+        .ADD(range_factor)
+        .ADD_ENUM(dtype)
+        .ADD_ENUM(cache)
+        .add("stream", stream);
+    return cudaError_t(next_error);
+}
+
+size_t decode_workspace_bytes(int max_sequences, int num_heads, int num_kv_heads, int head_dim) {
+    return 4096 + size_t(max_sequences) * num_kv_heads * 4 + size_t(num_heads) * head_dim;
+}
+
+cudaError_t decode_attention(DecodeParams const& p, cudaStream_t stream) {
+    Call("decode_attention")
+        .ADD(q)
+        .ADD(out)
+        .ADD(sequence_length)
+        .ADD(sinks)
+        .add(p.pool)
+        .ADD(workspace)
+        .ADD(counters)
+        .ADD(num_sequences)
+        .ADD(num_heads)
+        .ADD(head_dim)
+        .ADD(window)
+        .ADD(softmax_scale)
+        .ADD(softcap)
+        .ADD_ENUM(dtype)
+        .ADD_ENUM(cache)
+        .add("stream", stream);
+    return cudaError_t(next_error);
+}
+
+cudaError_t prefill_attention(PrefillParams const& p, cudaStream_t stream) {
+    Call("prefill_attention")
+        .ADD(q)
+        .ADD(k)
+        .ADD(v)
+        .ADD(out)
+        .ADD(last_token_ids)
+        .ADD(sequence_length)
+        .ADD(sinks)
+        .add(p.pool)
+        .ADD(num_tokens)
+        .ADD(num_sequences)
+        .ADD(num_heads)
+        .ADD(head_dim)
+        .ADD(window)
+        .ADD(softmax_scale)
+        .ADD(softcap)
+        .ADD_ENUM(dtype)
+        .ADD_ENUM(cache)
+        .add("stream", stream);
+    return cudaError_t(next_error);
+}
+
+}  // namespace saw
+
+// What was called since the last time it was asked, and the error that later calls return.
+extern "C" __attribute__((visibility("default"))) char const* saw_recorded_calls(int error_of_next_calls) {
+    static std::string given;
+    given.swap(calls);
+    calls.clear();
+    next_error = error_of_next_calls;
+    return given.c_str();
+}
