@@ -193,6 +193,7 @@ __device__ void AloneKernel<Config>::work() {
         finish_sequence(used);
         if (done == end) return;
         if (used >= 0) bring(used);
+        __syncwarp();  // all lanes have read mine().now
         if (lane == 0) advance(mine().now, done - c.begin - c.tile);
         __syncwarp();
     }

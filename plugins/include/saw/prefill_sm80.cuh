@@ -71,10 +71,6 @@ class PlainPrefillKernel {
     QueryRows rows;
     float out[Config::kOutputs];
 
-    // Whether a tile's rows are 4-bit ones.
-    template <bool OfChunk>
-    static constexpr bool kCodes = Config::kInt4 && !OfChunk;
-
     // Where chunk c of a row lies in a tile: any eight rows have the same chunk in different banks.
     static __device__ int place(int row, int c) {
         int const moved = Config::kChunks % 8 == 0 ? c ^ (row % 8) : c ^ (row / 2 % 4);
@@ -90,15 +86,13 @@ class PlainPrefillKernel {
 
     __device__ void load_queries() const;
     __device__ void round_queries() const;
-    template <bool OfChunk>
-    __device__ uint8_t const* source(KV which, int token) const;
-    template <bool OfChunk>
-    __device__ void bring(KV which, int start) const;
-    template <bool OfChunk>
-    __device__ void wait_for(KV which) const;
-    __device__ void dequantize(uint8_t* slot) const;
-    template <bool OfChunk>
-    __device__ void attend(KeyTiles tiles, float score_scale);
+    __device__ void bring(KV which, int start, bool of_chunk) const;
+    __device__ void bring_rows(KV which, int start, bool of_chunk) const;
+    __device__ void bring_codes(KV which, int start) const;
+    __device__ void wait_for(KV which, int start, bool of_chunk) const;
+    __device__ void dequantize(uint8_t* slot, int valid) const;
+    template <typename U>
+    __device__ void attend(KeyTiles tiles, bool of_chunk, float score_scale);
     template <typename U>
     __device__ void score(float (&s)[Config::kScores]) const;
     template <typename U>
@@ -115,26 +109,26 @@ __device__ void PlainPrefillKernel<Config>::run() {
     for (float& x : out) x = 0.0f;
     load_queries();
     float const score_scale = p.softmax_scale * kLog2e;
-    attend<true>(tile.own, score_scale);
+    attend<T>(tile.own, true, score_scale);
     if (tile.past.count() > 0) {
         if constexpr (!std::is_same_v<T, HistoryType>) round_queries();
-        attend<false>(tile.past, score_scale * kQueryUnit);
+        attend<HistoryType>(tile.past, false, score_scale * kQueryUnit);
     }
     rows.template write<T>(out, p, tile, kv_head, group, row);
 }
 
-// A warp's 16 rows; those without a query take the last one's.
+// A warp's 16 rows; those without a query become zeros.
 template <typename Config>
 __device__ void PlainPrefillKernel<Config>::load_queries() const {
     auto const* const q = static_cast<T const*>(p.q);
     uint32_t const target = shared_address(shared.queries);
 #pragma unroll 4
-    for (int i = 0; i < 16 * Config::kChunks / 32; ++i) {
-        int const at = i * 32 + lane;
-        int const row = warp * 16 + at / Config::kChunks, c = at % Config::kChunks;
-        int const query = tile.first_token + min(tile.begin + row / group, tile.end - 1);
-        int const head = kv_head * group + row % group;
-        copy_async(target + place(row, c), q + (size_t(query) * p.num_heads + head) * Config::kHeadDim + c * 8, 16);
+    for (int i = lane; i < 16 * Config::kChunks; i += 32) {
+        int const row = warp * 16 + i / Config::kChunks, c = i % Config::kChunks;
+        int const query = tile.begin + row / group;
+        bool const exists = query < tile.end;
+        size_t const source = size_t(tile.first_token + query) * p.num_heads + kv_head * group + row % group;
+        copy_async(target + place(row, c), q + (exists ? source * Config::kHeadDim + c * 8 : 0), exists ? 16 : 0);
     }
 }
 
@@ -155,63 +149,74 @@ __device__ void PlainPrefillKernel<Config>::round_queries() const {
     __syncwarp();
 }
 
-// The row of a token of the chunk, or of the history.
+// Begin to copy a tile to its slot, which everybody has left.
 template <typename Config>
-template <bool OfChunk>
-__device__ uint8_t const* PlainPrefillKernel<Config>::source(KV which, int token) const {
-    if constexpr (OfChunk) {
-        auto const* const rows = static_cast<T const*>(which == kKey ? p.k : p.v);
-        size_t const row = size_t(tile.first_token + token) * p.pool.num_kv_heads + kv_head;
-        return reinterpret_cast<uint8_t const*>(rows + row * Config::kHeadDim);
+__device__ void PlainPrefillKernel<Config>::bring(KV which, int start, bool of_chunk) const {
+    if (Config::kInt4 && !of_chunk) {
+        bring_codes(which, start);
     } else {
-        int32_t const entry = p.pool.table(tile.sequence, which)[p.pool.block_of(token)];
-        return p.pool.rows(entry, kv_head) + p.pool.row_of(token) * Config::kRowBytes;
+        bring_rows(which, start, of_chunk);
     }
 }
 
-// Begin to copy a tile to its slot, which everybody has left, 16 bytes at a time; 4-bit rows as they lie in the pool,
-// one after the other: there 16 bytes may end in the next row, but not in the next block. Rows that do not exist become
-// zeros, scale and lo among them: what lies there may be anything, and 0 * NaN is NaN.
+// Rows that do not exist become zeros: what lies there may be anything, and 0 * NaN is NaN.
 template <typename Config>
-template <bool OfChunk>
-__device__ void PlainPrefillKernel<Config>::bring(KV which, int start) const {
-    constexpr int kRowBytes = OfChunk ? 2 * Config::kHeadDim : Config::kRowBytes;
-    constexpr int kBytes = Config::kTileTokens * kRowBytes, kStepBytes = Config::kThreads * 16;
-    int const valid = (OfChunk ? tile.chunk : tile.history) - start;
+__device__ void PlainPrefillKernel<Config>::bring_rows(KV which, int start, bool of_chunk) const {
+    auto const* const packed = static_cast<T const*>(which == kKey ? p.k : p.v);
+    int const valid = (of_chunk ? tile.chunk : tile.history) - start;
     uint32_t const target = shared_address(shared.slots[which]);
-    constexpr int kAtOnce = Config::kHeadDim <= 128 ? 4 : 2;  // what the output leaves registers for
-#pragma unroll kAtOnce
-    for (int first = 0; first < kBytes; first += kStepBytes) {
-        int const at = first + threadIdx.x * 16;
-        if (first + kStepBytes > kBytes && at >= kBytes) break;
-        int const row = at / kRowBytes, within = at % kRowBytes;
-        bool const exists = row < valid;
-        uint8_t const* const from = source<OfChunk>(which, start + (exists ? row : 0)) + within;
-        copy_async(target + (kCodes<OfChunk> ? at : place(row, within / 16)), from, exists ? 16 : 0);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < Config::kTileTokens * Config::kChunks; i += Config::kThreads) {
+        int const row = i / Config::kChunks, c = i % Config::kChunks, token = start + row;
+        T const* source = packed;
+        if (row < valid && of_chunk) {
+            source += (size_t(tile.first_token + token) * p.pool.num_kv_heads + kv_head) * Config::kHeadDim;
+        } else if (row < valid) {
+            int32_t const entry = p.pool.table(tile.sequence, which)[p.pool.block_of(token)];
+            source = reinterpret_cast<T const*>(p.pool.rows(entry, kv_head)) + p.pool.row_of(token) * Config::kHeadDim;
+        }
+        copy_async(target + place(row, c), source + (row < valid ? c * 8 : 0), row < valid ? 16 : 0);
+    }
+}
+
+// 4-bit rows, one after the other at the slot's beginning. They are no multiple of 16 bytes, but what a tile has of a
+// block is, and begins at one: whole blocks are copied, or whole tiles of them.
+template <typename Config>
+__device__ void PlainPrefillKernel<Config>::bring_codes(KV which, int start) const {
+    int const end = min(start + Config::kTileTokens, tile.history);
+    int const tokens = min(p.pool.tokens_per_block, Config::kTileTokens), bytes = tokens * Config::kRowBytes;
+    int32_t const* const table = p.pool.table(tile.sequence, which);
+    uint32_t target = shared_address(shared.slots[which]);
+    for (int token = start; token < end; token += tokens, target += bytes) {
+        uint8_t const* const source =
+            p.pool.rows(table[p.pool.block_of(token)], kv_head) + p.pool.row_of(token) * Config::kRowBytes;
+        for (int at = threadIdx.x * 16; at < bytes; at += Config::kThreads * 16)
+            copy_async(target + at, source + at, 16);
     }
 }
 
 // Until a tile is in its slot. Behind it, everybody has left the other one.
 template <typename Config>
-template <bool OfChunk>
-__device__ void PlainPrefillKernel<Config>::wait_for(KV which) const {
+__device__ void PlainPrefillKernel<Config>::wait_for(KV which, int start, bool of_chunk) const {
     copy_async_wait();
     __syncthreads();
-    if constexpr (kCodes<OfChunk>) dequantize(shared.slots[which]);
+    if (Config::kInt4 && !of_chunk) dequantize(shared.slots[which], tile.history - start);
 }
 
 // A thread makes half of a row, or a quarter.
 template <typename Config>
-__device__ void PlainPrefillKernel<Config>::dequantize(uint8_t* slot) const {
+__device__ void PlainPrefillKernel<Config>::dequantize(uint8_t* slot, int valid) const {
     constexpr int kWords = Config::kTileTokens * Config::kChunks / Config::kThreads;
     int const row = threadIdx.x % Config::kTileTokens, first = threadIdx.x / Config::kTileTokens * kWords;
     auto const* const words = reinterpret_cast<uint32_t const*>(slot + row * Config::kRowBytes);
-    Dequantizer const dequantizer(words[Config::kChunks]);
+    // What is no row has a scale and a lo of 0.
+    uint32_t const tail = row < valid ? words[Config::kChunks] : 0;
     uint32_t codes[kWords];
 #pragma unroll
     for (int i = 0; i < kWords; ++i) codes[i] = words[first + i];
     __syncthreads();
     constexpr int kAtOnce = 2;
+    Dequantizer const dequantizer(tail);
 #pragma unroll
     for (int i = 0; i < kWords; i += kAtOnce) {
         uint4 eights[kAtOnce];
@@ -222,28 +227,27 @@ __device__ void PlainPrefillKernel<Config>::dequantize(uint8_t* slot) const {
     __syncthreads();
 }
 
-// The chunk's own tiles, or the history's, from the last down.
+// One kind of tiles, from the last down.
 template <typename Config>
-template <bool OfChunk>
-__device__ void PlainPrefillKernel<Config>::attend(KeyTiles tiles, float score_scale) {
-    using U = std::conditional_t<OfChunk, T, HistoryType>;
+template <typename U>
+__device__ void PlainPrefillKernel<Config>::attend(KeyTiles tiles, bool of_chunk, float score_scale) {
     constexpr int kTokens = Config::kTileTokens;
-    bring<OfChunk>(kKey, tiles.last * kTokens);
+    bring(kKey, tiles.last * kTokens, of_chunk);
 #pragma unroll 1
     for (int index = tiles.last; index >= tiles.first; --index) {
         int const start = index * kTokens;
-        wait_for<OfChunk>(kKey);
-        bring<OfChunk>(kValue, start);
+        wait_for(kKey, start, of_chunk);
+        bring(kValue, start, of_chunk);
         float s[Config::kScores];
         score<U>(s);
         if (p.softcap > 0.0f) cap_scores(s, p.softcap, score_scale);
-        if (tile.hides(start, start + kTokens, OfChunk, p.window)) rows.mask(s, tile, start, OfChunk, p.window);
+        if (tile.hides(start, start + kTokens, of_chunk, p.window)) rows.mask(s, tile, start, of_chunk, p.window);
         float keep[2];
         rows.soften(s, score_scale, keep);
 #pragma unroll
         for (int i = 0; i < Config::kOutputs; ++i) out[i] *= keep[i / 2 % 2];
-        wait_for<OfChunk>(kValue);
-        if (index > tiles.first) bring<OfChunk>(kKey, start - kTokens);
+        wait_for(kValue, start, of_chunk);
+        if (index > tiles.first) bring(kKey, start - kTokens, of_chunk);
         weigh<U>(s);
     }
 }
