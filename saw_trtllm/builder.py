@@ -22,7 +22,7 @@ from saw_trtllm.checkpoint import (
     check_finite,
     copy_tokenizer_files,
 )
-from saw_trtllm.config import MODELS, DTypeName, first_error, read_json
+from saw_trtllm.config import MODELS, DTypeName, ModelConfig, first_error, read_json
 from saw_trtllm.engine import (
     CONFIG_FILE,
     BackendName,
@@ -37,6 +37,7 @@ from saw_trtllm.fold import fold_smoothing, fold_v_rotation, layer_of
 from saw_trtllm.format import RANGE_FACTORS, TOKENS_PER_BLOCK, KVFormat, KvName
 from saw_trtllm.runtime.llm import KvCacheConfig
 from saw_trtllm.runtime.tokenizer import Tokenizer
+from saw_trtllm.trtllm.release import require_engine_backend
 
 Switch = Literal["enable", "disable"]
 
@@ -118,6 +119,8 @@ class BuildPlan:
     @property
     def num_steps(self) -> int:
         """Times that a build reports progress."""
+        if self.config.saw_int4.backend == "tensorrt_llm":
+            return len(self.checkpoint.names()) * self.config.pretrained_config.mapping.world_size
         return len(self.engine_shapes)
 
     @property
@@ -164,7 +167,10 @@ def choose_backend(asked: str) -> tuple[BackendName, str]:
     BackendUnavailableError
         If the one asked for is not to be had.
     """
-    if asked in ("tensorrt_llm", "tensorrt"):
+    if asked == "tensorrt_llm":
+        version = require_engine_backend()
+        return "tensorrt_llm", f"asked for; TensorRT-LLM {version}"
+    if asked == "tensorrt":
         raise BackendUnavailableError(
             f"the backend {asked} is not part of saw_trtllm {__version__}: use --backend reference, which runs on any "
             "CPU"
@@ -205,8 +211,11 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     if options.calibration is not None:
         calibration = Calibration.load(options.calibration)
         calibration.check(checkpoint)
-    # The engine is whole again, whatever ranks the checkpoint was split over.
-    model.mapping = type(model.mapping)()
+    if backend == "tensorrt_llm":
+        _check_tensorrt_llm(options, model)
+    else:
+        # The engine is whole again, whatever ranks the checkpoint was split over.
+        model.mapping = type(model.mapping)()
     config = EngineConfig(
         version=__version__,
         pretrained_config=model,
@@ -220,6 +229,16 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     )
     _check_tokenizer(checkpoint)
     return BuildPlan(checkpoint, options.output_dir, config, reason, calibration)
+
+
+def _check_tensorrt_llm(options: BuildOptions, model: ModelConfig) -> None:
+    """What TensorRT-LLM's executor cannot have; the rest is refused when its network is defined."""
+    if options.kv_skip_layers is not None:
+        raise ConfigError(
+            "kv_skip_layers was given, and TensorRT-LLM's executor has rows of one size in all layers: leave it out"
+        )
+    if model.dtype == "float32":
+        raise ConfigError("the model is in float32, and the plugins compute in 16 bits: give --dtype float16")
 
 
 def parse_layers(text: str | None, num_layers: int) -> list[int]:
@@ -275,6 +294,8 @@ def build(plan: BuildPlan, progress: Callable[[str], None] | None = None) -> int
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_replaceable(plan)
+        if plan.config.saw_int4.backend == "tensorrt_llm":
+            return _build_tensorrt_llm(plan, progress)
         try:
             centers = () if plan.calibration is None else plan.calibration.centers
             with SafetensorsWriter(part, plan.engine_shapes, plan.config.pretrained_config.dtype, centers) as writer:
@@ -295,6 +316,15 @@ def build(plan: BuildPlan, progress: Callable[[str], None] | None = None) -> int
         raise ConfigError(
             f"{folder} cannot be written ({e.strerror or e}): choose another --output_dir or make room"
         ) from e
+
+
+def _build_tensorrt_llm(plan: BuildPlan, progress: Callable[[str], None] | None) -> int:
+    from saw_trtllm.trtllm.build import build_engines
+
+    for name in (CONFIG_FILE, *TOKENIZER_FILES):
+        (plan.output_dir / name).unlink(missing_ok=True)
+    copy_tokenizer_files(plan.checkpoint.folder, plan.output_dir)
+    return build_engines(plan, progress)
 
 
 def tokens_that_fit(plan: BuildPlan, kv: str | None = None) -> int:

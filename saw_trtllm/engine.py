@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from saw_trtllm.config import ModelConfig, first_error, read_json
 from saw_trtllm.errors import ConfigError, EngineError
 from saw_trtllm.format import FORMAT_VERSION, TOKENS_PER_BLOCK, KVFormat
+from saw_trtllm.trtllm.engine_config import as_built
 
 CONFIG_FILE = "config.json"
 
@@ -151,7 +152,7 @@ class EngineConfig(BaseModel):
         folder = Path(folder)
         if not folder.is_dir():
             raise EngineError(f"{folder} is not a folder: give the --output_dir of saw-build")
-        raw = read_json(folder / CONFIG_FILE, EngineError)
+        raw = as_built(read_json(folder / CONFIG_FILE, EngineError))
         section = raw.get("saw_int4")
         if not isinstance(section, dict):
             raise EngineError(f"{folder} holds no engine of saw-build: its {CONFIG_FILE} has no section saw_int4")

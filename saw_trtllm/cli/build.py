@@ -49,9 +49,11 @@ def _build(options: BuildOptions, dry_run: bool) -> None:
     rows = describe(plan)
     rows["engine"] = f"{format_bytes(engine_bytes)} in {plan.output_dir}"
     rows["wall time"] = f"{time.monotonic() - start:.1f} s"
-    rows["next"] = shlex.join(
-        ["saw-run", "--engine_dir", str(plan.output_dir), "--input_text", "Hello", "--max_output_len", "64"]
-    )
+    if plan.config.saw_int4.backend == "tensorrt_llm":
+        following = ["saw-triton", "--backend", "tensorrtllm", "--engine_dir", str(plan.output_dir)]
+    else:
+        following = ["saw-run", "--engine_dir", str(plan.output_dir), "--input_text", "Hello", "--max_output_len", "64"]
+    rows["next"] = shlex.join(following)
     print_table(rows)
 
 
@@ -79,7 +81,9 @@ def describe(plan: BuildPlan) -> dict[str, str]:
         "weights": format_bytes(plan.checkpoint.nbytes(model.dtype)),
         "KV per token": f"{ours:,} bytes"
         + (f", {fp16:,} in {model.dtype}: {fp16 / ours:.2f}x" if ours != fp16 else ""),
-        "tokens that fit": f"{tokens_that_fit(plan):,}"
-        + (f", {tokens_that_fit(plan, 'fp16'):,} in {model.dtype}" if ours != fp16 else ""),
     }
+    if plan.config.saw_int4.backend != "tensorrt_llm":  # whose executor goes by the memory of each rank's GPU
+        rows["tokens that fit"] = f"{tokens_that_fit(plan):,}" + (
+            f", {tokens_that_fit(plan, 'fp16'):,} in {model.dtype}" if ours != fp16 else ""
+        )
     return rows

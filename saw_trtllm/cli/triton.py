@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 from saw_trtllm.cli.common import add_log_level, run, set_log_level
@@ -20,6 +21,8 @@ from saw_trtllm.serve.parameters import Parameters
 from saw_trtllm.serve.ports import Ports
 from saw_trtllm.serve.repository import model_configs, write_repository
 from saw_trtllm.serve.server import Server
+from saw_trtllm.trtllm.plugins import PRELOAD_LIBRARY, library_path
+from saw_trtllm.trtllm.repository import BACKENDS, check_engine, fill_repository, find_template, template_values
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,17 @@ def make_parser() -> argparse.ArgumentParser:
     )
     unset = {"type": Path, "metavar": "DIR", "default": argparse.SUPPRESS}  # None has no place in the help
     parser.add_argument("--engine_dir", required=True, help="engine folder that saw-build wrote", **unset)
+    parser.add_argument(
+        "--backend",
+        choices=("saw", *BACKENDS),
+        default="saw",
+        help="whose runtime: this project's, TensorRT-LLM's through its C++ backend, or that through Python",
+    )
+    parser.add_argument(
+        "--template_repo",
+        help="TensorRT-LLM's triton_backend/all_models/inflight_batcher_llm (default: the container's)",
+        **unset,
+    )
     parser.add_argument("--model_repo", help="folder to write (default: ENGINE_DIR/triton_model_repo)", **unset)
     parser.add_argument("--tokenizer_dir", help="folder of tokenizer.json (default: ENGINE_DIR)", **unset)
     parser.add_argument("--launch", action="store_true", help="start the server and stay until it is stopped")
@@ -90,8 +104,11 @@ def serve(args: argparse.Namespace) -> int:
     repository = getattr(args, "model_repo", args.engine_dir / "triton_model_repo").absolute()
     if args.triton_max_batch_size < 1:
         raise ConfigError(f"triton_max_batch_size is {args.triton_max_batch_size}: it must be at least 1")
-    write_repository(repository, model_configs(_parameters(args), args.triton_max_batch_size))
-    installation = _installation(args, repository)
+    if args.backend == "saw":
+        write_repository(repository, model_configs(_parameters(args), args.triton_max_batch_size))
+        installation = _installation(args, repository)
+    else:
+        installation = _tensorrtllm(args, repository)
     if not args.launch:
         command = _shell_command(installation, repository, ports, args.log_level)
         print(f"wrote {repository}; to start the server:\n  {command}")
@@ -115,6 +132,23 @@ def _parameters(args: argparse.Namespace) -> Parameters:
         enable_kv_cache_reuse=args.kv_cache_reuse == "enable",
         exclude_input_in_output=args.exclude_input_in_output == "enable",
     )
+
+
+def _tensorrtllm(args: argparse.Namespace, repository: Path) -> Installation:
+    """Fill in TensorRT-LLM's repository, and say how its server starts with the plugins."""
+    config = check_engine(args.engine_dir)
+    template = find_template(getattr(args, "template_repo", None))
+    world_size = config.pretrained_config.mapping.world_size
+    if args.launch and world_size > 1:
+        raise ConfigError(
+            f"the engine has {world_size} ranks, which MPI starts: leave out --launch and use TensorRT-LLM's "
+            f"launch_triton_server.py --world_size {world_size} (docs/tensorrt_llm.md)"
+        )
+    values = template_values(_parameters(args), config, args.backend, args.triton_max_batch_size)
+    # TensorRT-LLM's Python backend loads the plugins itself, in initialize.
+    preload = (library_path(PRELOAD_LIBRARY),) if args.backend == "tensorrtllm" else ()
+    fill_repository(template, repository, values)
+    return replace(_installation(args, repository), preload=preload)
 
 
 def _installation(args: argparse.Namespace, repository: Path) -> Installation:

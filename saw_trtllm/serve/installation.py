@@ -42,11 +42,14 @@ class Installation:
         Folder of the backends; None is the server's own.
     libraries : tuple of Path
         Folders for ``LD_LIBRARY_PATH``.
+    preload : tuple of Path
+        Libraries for ``LD_PRELOAD``.
     """
 
     executable: Path
     backends: Path | None = None
     libraries: tuple[Path, ...] = ()
+    preload: tuple[Path, ...] = ()
 
     def command(self, repository: Path, ports: Ports, log_level: str = "warning") -> list[str]:
         """The command line that serves a model repository."""
@@ -64,7 +67,8 @@ class Installation:
         # The package is named apart for installs that site-packages only points to.
         package = Path(saw_trtllm.__file__).parent.parent
         folders = {"PATH": [Path(sys.executable).parent], "PYTHONPATH": [package]}
-        return {**folders, "LD_LIBRARY_PATH": list(self.libraries)}
+        preload = {"LD_PRELOAD": list(self.preload)} if self.preload else {}
+        return {**folders, "LD_LIBRARY_PATH": list(self.libraries), **preload}
 
     def environment(self) -> dict[str, str]:
         """The process's own environment with :attr:`search_paths` in front."""
