@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -88,7 +89,7 @@ class Request:
         self._prompt_token_ids = list(sequence.prompt)
         self._detokenizer = detokenizer
         self._streaming = streaming
-        self._text = ""
+        self._texts: list[str] = []
         self._logprobs: list[float] = []
         self._context_logits: list[np.ndarray] = []
         self._generation_logits: list[np.ndarray] = []
@@ -131,7 +132,7 @@ class Request:
         if self._streaming:
             self._hand_out(piece)
         else:
-            self._text += piece.text
+            self._texts.append(piece.text)
         return False
 
     def cancel(self) -> None:
@@ -149,32 +150,35 @@ class Request:
         self, piece: Piece | None, reason: FinishReason | None = None, stop: str | int | None = None, hidden: int = 0
     ) -> None:
         """Put a piece into the result; ``hidden`` tokens at the end, the end token, are not part of the output."""
-        sequence, params = self.sequence, self.sequence.params
         piece = piece or Piece([], [], "")
-        self._text += piece.text
-        shown = len(sequence.generated) - hidden if reason else self._shown + len(piece.token_ids)
-        tokens = sequence.generated[:shown]
-        whole = not self._streaming
+        self._texts.append(piece.text)
+        shown = len(self.sequence.generated) - hidden if reason else self._shown + len(piece.token_ids)
+        new, self._shown = slice(self._shown, shown), shown
+        self.result.put(partial(self._output, piece, new, len(self._texts), reason, stop))
+
+    def _output(
+        self, piece: Piece, new: slice, texts: int, reason: FinishReason | None, stop: str | int | None
+    ) -> RequestOutput:
+        """The output as of a piece, made when somebody reads it: it holds all text and tokens so far."""
+        sequence, params = self.sequence, self.sequence.params
+        tokens, text, whole = sequence.generated[: new.stop], "".join(self._texts[:texts]), not self._streaming
         output = CompletionOutput(
-            text=self._text,
+            text=text,
             token_ids=tokens,
-            text_diff=self._text if whole else piece.text,
-            token_ids_diff=tokens if whole else tokens[self._shown :],
+            text_diff=text if whole else piece.text,
+            token_ids_diff=list(tokens) if whole else tokens[new],
             context_ids=[] if whole else piece.context_ids,
             finish_reason=reason,
             stop_reason=stop,
         )
         if params.logprobs:
-            logprobs = self._logprobs[:shown]
+            logprobs = self._logprobs[: new.stop]
             output = replace(output, logprobs=logprobs, cumulative_logprob=sum(logprobs))
         if reason and self._generation_logits:
-            output = replace(output, generation_logits=np.concatenate(self._generation_logits)[:shown])
+            output = replace(output, generation_logits=np.concatenate(self._generation_logits)[: new.stop])
         context = np.concatenate(self._context_logits) if reason and self._context_logits else None
-        self._shown = shown
-        self.result.put(
-            RequestOutput(
-                sequence.request_id, self._prompt, self._prompt_token_ids, [output], reason is not None, context
-            )
+        return RequestOutput(
+            sequence.request_id, self._prompt, self._prompt_token_ids, [output], reason is not None, context
         )
 
 

@@ -94,7 +94,7 @@ class GenerationResult:
     def __init__(self, request_id: int, abort: Callable[[], None]) -> None:
         self.request_id = request_id
         self._abort = abort
-        self._pieces: deque[RequestOutput | Exception] = deque()
+        self._pieces: deque[Callable[[], RequestOutput] | Exception] = deque()
         self._changed = threading.Condition()
         self._done = False
         self._last: RequestOutput | Exception | None = None
@@ -104,8 +104,8 @@ class GenerationResult:
         """Stop generating; the last piece has finish_reason ``cancelled``. Without effect on a finished request."""
         self._abort()
 
-    def put(self, piece: RequestOutput | Exception) -> None:
-        """Called by the engine, from its thread."""
+    def put(self, piece: Callable[[], RequestOutput] | Exception) -> None:
+        """Called by the engine, from its thread; the output is made when it is read."""
         with self._changed:
             self._pieces.append(piece)
             self._changed.notify_all()
@@ -168,12 +168,13 @@ class GenerationResult:
         """The next piece; None behind the last. The lock is held."""
         if self._done:
             return None
-        piece = self._last = self._pieces.popleft()
-        if isinstance(piece, Exception):
+        piece = self._pieces.popleft()
+        self._last = piece if isinstance(piece, Exception) else piece()
+        if isinstance(self._last, Exception):
             self._done = True
-            raise piece
-        self._done = piece.finished
-        return piece
+            raise self._last
+        self._done = self._last.finished
+        return self._last
 
     def _final(self) -> RequestOutput:
         if isinstance(self._last, Exception):
