@@ -249,44 +249,30 @@ def decode_attention(
     KernelError
         If the GPU refuses the launch.
     """
-    head_dim = kv_format.head_dim
-    queries = DeviceArray.of("q", q).check(ACTIVATION_DTYPES, ["num_sequences", "num_heads", head_dim])
-    _check_cache_dtype(kv_format, queries)
-    num_sequences, num_heads, _ = queries.shape
-    where = _Pool.check(pool, block_offsets, num_sequences, kv_format, layer)
-    _check_group(num_heads, where.num_kv_heads)
-    lengths = DeviceArray.of("sequence_length", sequence_length).check("int32", [num_sequences], 4)
-    result = DeviceArray.of("out", out).check(queries.dtype, [num_sequences, num_heads, head_dim])
-    scratch = DeviceArray.of("workspace", workspace).check("uint8", ["n"])
-    logits = None if sinks is None else DeviceArray.of("sinks", sinks).check("float32", [num_heads], 4)
-    options = _score_options(head_dim, softmax_scale, window, softcap)
-    device = common_device([queries, lengths, where.array, where.block_offsets, result, scratch, logits])
-    if num_sequences == 0:
-        return
-    needed = decode_workspace_bytes(num_sequences, num_heads, where.num_kv_heads, head_dim)
-    if scratch.shape[0] < needed:
-        raise OpError(
-            f"workspace has {scratch.shape[0]} bytes: {num_sequences} sequences need the {needed} of "
-            f"decode_workspace_bytes"
-        )
-    module, handle = kernels(), stream_handle(stream)
-    code = module.decode_attention(
-        q=queries.address,
-        out=result.address,
-        sequence_length=lengths.address,
-        sinks=_address(logits),
-        pool=where.struct(),
-        workspace=scratch.address,
-        num_sequences=num_sequences,
-        num_heads=num_heads,
-        head_dim=head_dim,
-        **options,
-        dtype=getattr(module.DType, queries.dtype),
-        cache=_cache_type(kv_format),
-        device=device,
-        stream=handle,
+    step = _Attention.check(
+        "num_sequences",
+        q,
+        sequence_length,
+        pool,
+        block_offsets,
+        out,
+        sinks,
+        kv_format,
+        layer,
+        softmax_scale,
+        window,
+        softcap,
     )
-    _raise_for(code, "decode_attention", kv_format, where, queries.dtype, num_heads, f"{num_sequences} sequences")
+    scratch = DeviceArray.of("workspace", workspace).check("uint8", ["n"])
+    num_sequences, num_heads, head_dim = step.queries.shape
+    if num_sequences:
+        needed = decode_workspace_bytes(num_sequences, num_heads, step.pool.num_kv_heads, head_dim)
+        if scratch.shape[0] < needed:
+            raise OpError(
+                f"workspace has {scratch.shape[0]} bytes: {num_sequences} sequences need the {needed} of "
+                f"decode_workspace_bytes"
+            )
+    step.launch("decode_attention", {"workspace": scratch}, {}, stream, f"{num_sequences} sequences")
 
 
 def prefill_attention(
@@ -337,44 +323,97 @@ def prefill_attention(
     KernelError
         If the GPU refuses the launch.
     """
-    head_dim = kv_format.head_dim
-    queries = DeviceArray.of("q", q).check(ACTIVATION_DTYPES, ["num_tokens", "num_heads", head_dim])
-    _check_cache_dtype(kv_format, queries)
-    num_tokens, num_heads, _ = queries.shape
-    lengths = DeviceArray.of("sequence_length", sequence_length).check("int32", ["num_sequences"], 4)
-    (num_sequences,) = lengths.shape
-    where = _Pool.check(pool, block_offsets, num_sequences, kv_format, layer)
-    _check_group(num_heads, where.num_kv_heads)
-    keys, values = (
-        DeviceArray.of(name, array).check(queries.dtype, [num_tokens, where.num_kv_heads, head_dim])
+    step = _Attention.check(
+        "num_tokens",
+        q,
+        sequence_length,
+        pool,
+        block_offsets,
+        out,
+        sinks,
+        kv_format,
+        layer,
+        softmax_scale,
+        window,
+        softcap,
+    )
+    num_tokens, _, head_dim = step.queries.shape
+    arrays = {
+        name: DeviceArray.of(name, array).check(step.queries.dtype, [num_tokens, step.pool.num_kv_heads, head_dim])
         for name, array in (("k", k), ("v", v))
-    )
-    ends = DeviceArray.of("last_token_ids", last_token_ids).check("int32", [num_sequences], 4)
-    result = DeviceArray.of("out", out).check(queries.dtype, [num_tokens, num_heads, head_dim])
-    logits = None if sinks is None else DeviceArray.of("sinks", sinks).check("float32", [num_heads], 4)
-    options = _score_options(head_dim, softmax_scale, window, softcap)
-    device = common_device([queries, keys, values, ends, lengths, where.array, where.block_offsets, result, logits])
-    module, handle = kernels(), stream_handle(stream)
-    code = module.prefill_attention(
-        q=queries.address,
-        k=keys.address,
-        v=values.address,
-        out=result.address,
-        last_token_ids=ends.address,
-        sequence_length=lengths.address,
-        sinks=_address(logits),
-        pool=where.struct(),
-        num_tokens=num_tokens,
-        num_sequences=num_sequences,
-        num_heads=num_heads,
-        head_dim=head_dim,
-        **options,
-        dtype=getattr(module.DType, queries.dtype),
-        cache=_cache_type(kv_format),
-        device=device,
-        stream=handle,
-    )
-    _raise_for(code, "prefill_attention", kv_format, where, queries.dtype, num_heads, f"{num_tokens} tokens")
+    }
+    ends = DeviceArray.of("last_token_ids", last_token_ids).check("int32", [step.lengths.shape[0]], 4)
+    arrays["last_token_ids"] = ends
+    step.launch("prefill_attention", arrays, {"num_tokens": num_tokens}, stream, f"{num_tokens} tokens")
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """The checked arguments that decode and prefill share."""
+
+    queries: DeviceArray
+    lengths: DeviceArray
+    pool: _Pool
+    out: DeviceArray
+    sinks: DeviceArray | None
+    kv_format: KVFormat
+    options: dict[str, Any]
+
+    @classmethod
+    def check(
+        cls,
+        rows: str,
+        q: Any,
+        sequence_length: Any,
+        pool: Any,
+        block_offsets: Any,
+        out: Any,
+        sinks: Any,
+        kv_format: KVFormat,
+        layer: int,
+        softmax_scale: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> _Attention:
+        """``rows`` says what q has rows of: ``num_sequences``, one each, or ``num_tokens``."""
+        queries = DeviceArray.of("q", q).check(ACTIVATION_DTYPES, [rows, "num_heads", kv_format.head_dim])
+        _check_cache_dtype(kv_format, queries)
+        num_heads = queries.shape[1]
+        sequences = queries.shape[0] if rows == "num_sequences" else "num_sequences"
+        lengths = DeviceArray.of("sequence_length", sequence_length).check("int32", [sequences], 4)
+        where = _Pool.check(pool, block_offsets, lengths.shape[0], kv_format, layer)
+        _check_group(num_heads, where.num_kv_heads)
+        result = DeviceArray.of("out", out).check(queries.dtype, list(queries.shape))
+        logits = None if sinks is None else DeviceArray.of("sinks", sinks).check("float32", [num_heads], 4)
+        options = _score_options(kv_format.head_dim, softmax_scale, window, softcap)
+        return cls(queries, lengths, where, result, logits, kv_format, options)
+
+    def launch(
+        self, kernel: str, arrays: dict[str, DeviceArray], counts: dict[str, int], stream: Any, work: str
+    ) -> None:
+        """Launch with what only this kernel takes."""
+        pool, dtype, (_, num_heads, head_dim) = self.pool, self.queries.dtype, self.queries.shape
+        shared = [self.queries, self.lengths, pool.array, pool.block_offsets, self.out, self.sinks]
+        device = common_device([*shared, *arrays.values()])
+        module, handle = kernels(), stream_handle(stream)
+        code = getattr(module, kernel)(
+            q=self.queries.address,
+            out=self.out.address,
+            sequence_length=self.lengths.address,
+            sinks=_address(self.sinks),
+            pool=pool.struct(),
+            **{name: array.address for name, array in arrays.items()},
+            **counts,
+            num_sequences=self.lengths.shape[0],
+            num_heads=num_heads,
+            head_dim=head_dim,
+            **self.options,
+            dtype=getattr(module.DType, dtype),
+            cache=_cache_type(self.kv_format),
+            device=device,
+            stream=handle,
+        )
+        _raise_for(code, kernel, self.kv_format, pool, dtype, num_heads, work)
 
 
 def _score_options(
