@@ -1,0 +1,123 @@
+"""Llama, Mistral, Qwen2 and Qwen3: one decoder, whose configuration holds what differs.
+
+All tokens of a step are packed into one dimension, prefills first. Weights come as :meth:`BuildPlan.load` gives them,
+V's rotation and the smoothing of keys folded in. :mod:`saw_trtllm.reference.model` is the same in PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from saw_trtllm.checkpoint.layout import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix
+from saw_trtllm.engine import EngineConfig, k_center_name
+from saw_trtllm.network.attention import paged_attention
+from saw_trtllm.network.graph import Graph, Tensor
+from saw_trtllm.network.tensors import LOGITS, step_inputs
+from saw_trtllm.rope import rotary_cos_sin
+
+Load = Callable[[str], np.ndarray]
+
+
+def define_decoder(graph: Graph, config: EngineConfig, load: Load) -> None:
+    """Define a whole engine: its inputs, the decoder, and the output ``logits``.
+
+    Parameters
+    ----------
+    graph : Graph
+        An empty one.
+    config : EngineConfig
+    load : callable
+        Gives the tensor of a TensorRT-LLM name in the engine's dtype, a layer's center of keys in float32.
+
+    Raises
+    ------
+    ConfigError
+        If TensorRT does not have the dtype.
+    """
+    graph.tensorrt.check_activations(config.pretrained_config.dtype)
+    _Decoder(graph, config, load).define()
+
+
+class _Decoder:
+    def __init__(self, graph: Graph, config: EngineConfig, load: Load) -> None:
+        self.graph = graph
+        self.config = config
+        self.model = config.pretrained_config
+        self._load = load
+        self._inputs = {
+            x.name: graph.input(x.name, x.dtype, [-1 if isinstance(d, str) else d for d in x.shape])
+            for x in step_inputs(config, graph.tensorrt)
+        }
+        table = rotary_cos_sin(self.model, config.build_config.max_seq_len)
+        self._cos_sin = graph.constant(table, "rotary_cos_sin")
+
+    def define(self) -> None:
+        """``input_ids [num_tokens]`` to ``logits [num_sequences, vocab_size]``, or of all tokens where asked for."""
+        graph, embedding = self.graph, self._weight(EMBEDDING)
+        x = graph.gather(embedding, self._inputs["input_ids"])
+        for i in range(self.model.num_hidden_layers):
+            with graph.scope(layer_prefix(i).removesuffix(".")):
+                x = self._layer(layer_prefix(i), i, x)
+        if not self.config.build_config.gather_context_logits:
+            one = graph.constant(np.ones(1, np.int32))
+            x = graph.gather(x, self._inputs["last_token_ids"] - one)
+        x = self._norm(x, self._weight(FINAL_NORM, np.float32))
+        lm_head = embedding if self.model.share_embedding_table else self._weight(LM_HEAD)
+        dtype = (self.model.model_extra or {}).get("logits_dtype", "float32")
+        graph.output(graph.cast(graph.linear(x, lm_head), dtype), LOGITS)
+
+    def _layer(self, prefix: str, i: int, x: Tensor) -> Tensor:
+        """``[num_tokens, hidden_size]`` to the same."""
+        graph = self.graph
+        with graph.scope("attention"):
+            h = self._norm(x, self._weight(prefix + "input_layernorm.weight", np.float32))
+            x = x + self._attention(prefix + "attention.", i, h)
+        with graph.scope("mlp"):
+            h = self._norm(x, self._weight(prefix + "post_layernorm.weight", np.float32))
+            fc, gate, proj = (self._weight(f"{prefix}mlp.{name}.weight") for name in ("fc", "gate", "proj"))
+            return x + graph.linear(graph.silu(graph.linear(h, fc)) * graph.linear(h, gate), proj)
+
+    def _attention(self, prefix: str, i: int, x: Tensor) -> Tensor:
+        """``[num_tokens, hidden_size]`` to the same."""
+        graph, model = self.graph, self.model
+        qkv = graph.linear(x, self._weight(prefix + "qkv.weight"))
+        if model.attn_bias:
+            qkv = qkv + graph.constant(self._load(prefix + "qkv.bias")[None], prefix + "qkv.bias")
+        if model.qk_layernorm:
+            qkv = self._norm_qk(prefix, qkv)
+        center = self._weight(k_center_name(i)) if self.config.saw_int4.k_center else None
+        context = paged_attention(graph, self.config, i, qkv, self._cos_sin, center, self._inputs)
+        return graph.linear(context, self._weight(prefix + "dense.weight"))
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x / rms(x) · weight``: ``[n, width]`` and float32 ``[1, width]``, computed in float32 and rounded once."""
+        wide = self.graph.cast(x, "float32")
+        square = self.graph.mean(wide * wide, 1) + self._number(self.model.norm_epsilon, 2)
+        return self.graph.cast(wide / self.graph.sqrt(square) * weight, x.dtype)
+
+    def _norm_qk(self, prefix: str, qkv: Tensor) -> Tensor:
+        """RMSNorm over each head of Q and K, in ``[num_tokens, (num_heads + 2 num_kv_heads) head_dim]``.
+
+        Heads of V are divided by 1 and multiplied by 1: that is fused with the rest, where taking the three apart and
+        joining them again would be copies.
+        """
+        graph, model = self.graph, self.model
+        H, Hkv, D = model.num_attention_heads, model.num_key_value_heads, model.head_size
+        q, k = (self._load(f"{prefix}{name}_layernorm.weight").astype(np.float32) for name in "qk")
+        weights = np.concatenate([np.tile(q, (H, 1)), np.tile(k, (Hkv, 1)), np.ones((Hkv, D), np.float32)])
+        normed = np.repeat(np.float32([1, 0]), [H + Hkv, Hkv]).reshape(1, -1, 1)
+        wide = graph.cast(graph.reshape(qkv, (-1, H + 2 * Hkv, D)), "float32")
+        square = graph.mean(wide * wide, 2) + self._number(model.norm_epsilon, 3)
+        square = square * graph.constant(normed) + graph.constant(1 - normed)
+        wide = wide / graph.sqrt(square) * graph.constant(weights[None], prefix + "qk_layernorm")
+        return graph.reshape(graph.cast(wide, qkv.dtype), (-1, (H + 2 * Hkv) * D))
+
+    def _weight(self, name: str, dtype: type | None = None) -> Tensor:
+        """A constant; one of a norm as a row, in the dtype that it is computed in."""
+        array = self._load(name)
+        return self.graph.constant(array if dtype is None else array.astype(dtype)[None], name)
+
+    def _number(self, value: float, rank: int) -> Tensor:
+        return self.graph.constant(np.full((1,) * rank, value, np.float32))

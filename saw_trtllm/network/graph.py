@@ -1,0 +1,153 @@
+"""A TensorRT network being defined: tensors that know their dtype, and the few operations that a decoder is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from saw_trtllm.errors import EngineError
+from saw_trtllm.network.versions import TensorRT
+
+
+class Tensor:
+    """A tensor of a :class:`Graph`: TensorRT's ``handle``, and NumPy's name of the ``dtype``.
+
+    The operators want both sides of one dtype and rank; a dimension of 1 is repeated.
+    """
+
+    def __init__(self, graph: Graph, handle: Any, dtype: str) -> None:
+        self.graph, self.handle, self.dtype = graph, handle, dtype
+
+    def __add__(self, other: Tensor) -> Tensor:
+        return self.graph.elementwise("SUM", self, other)
+
+    def __sub__(self, other: Tensor) -> Tensor:
+        return self.graph.elementwise("SUB", self, other)
+
+    def __mul__(self, other: Tensor) -> Tensor:
+        return self.graph.elementwise("PROD", self, other)
+
+    def __truediv__(self, other: Tensor) -> Tensor:
+        return self.graph.elementwise("DIV", self, other)
+
+
+class Graph:
+    """A network, layer by layer.
+
+    It goes by the rules of a strongly typed network, and tells a TensorRT that has none the type of each layer.
+    Constants are read from memory when the engine is built: the graph keeps them.
+
+    Parameters
+    ----------
+    tensorrt : TensorRT
+    network : tensorrt.INetworkDefinition
+    """
+
+    def __init__(self, tensorrt: TensorRT, network: Any) -> None:
+        self.tensorrt = tensorrt
+        self.network = network
+        self._trt = tensorrt.trt
+        self._scope = ""
+        self._names: dict[str, int] = {}
+        self._arrays: list[np.ndarray] = []
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Name the layers that are added inside, for TensorRT's log and profiles."""
+        outer, self._scope = self._scope, f"{self._scope}{name}."
+        try:
+            yield
+        finally:
+            self._scope = outer
+
+    # -- ends
+
+    def input(self, name: str, dtype: str, shape: Sequence[int]) -> Tensor:
+        """Declare an input; -1 is a dynamic dimension."""
+        return Tensor(self, self.network.add_input(name, self.tensorrt.dtype(dtype), tuple(shape)), dtype)
+
+    def output(self, x: Tensor, name: str) -> None:
+        """Make a tensor an output of the engine."""
+        x.handle.name = name
+        self.tensorrt.mark_output(self.network, x.handle, x.dtype)
+
+    def constant(self, array: np.ndarray, name: str | None = None) -> Tensor:
+        """A tensor that is part of the engine; a ``name`` is its own, whatever the scope."""
+        array = np.ascontiguousarray(array)
+        self._arrays.append(array)
+        layer = self.network.add_constant(array.shape, self.tensorrt.weights(array))
+        name = self._scope + "constant" if name is None else name
+        # Of 16-bit constants it does not matter what a weakly typed TensorRT keeps them in; of fp32 ones it does.
+        pin = array.dtype == np.float32
+        return self._named(name, layer, array.dtype.name, pin)
+
+    # -- operations
+
+    def elementwise(self, operation: str, a: Tensor, b: Tensor) -> Tensor:
+        """``a`` and ``b`` under one of TensorRT's ElementWiseOperations."""
+        if a.dtype != b.dtype:
+            raise TypeError(f"{operation} of {a.dtype} and {b.dtype}")
+        layer = self.network.add_elementwise(a.handle, b.handle, getattr(self._trt.ElementWiseOperation, operation))
+        return self._tensor(operation.lower(), layer, a.dtype, pin=a.dtype != "int32")
+
+    def cast(self, x: Tensor, dtype: str) -> Tensor:
+        """``x`` rounded to a dtype."""
+        if x.dtype == dtype:
+            return x
+        return self._tensor("cast", self.network.add_cast(x.handle, self.tensorrt.dtype(dtype)), dtype, pin=False)
+
+    def gather(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Rows of a matrix: ``[n, width]`` and int32 ``[m]`` to ``[m, width]``."""
+        return self._tensor("gather", self.network.add_gather(x.handle, rows.handle, 0), x.dtype)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x · weightᵀ``: ``[n, inputs]`` and ``[outputs, inputs]`` to ``[n, outputs]``."""
+        op = self._trt.MatrixOperation
+        layer = self.network.add_matrix_multiply(x.handle, op.NONE, weight.handle, op.TRANSPOSE)
+        return self._tensor("linear", layer, x.dtype)
+
+    def mean(self, x: Tensor, axis: int) -> Tensor:
+        """Mean over an axis from 0, which is kept with length 1."""
+        layer = self.network.add_reduce(x.handle, self._trt.ReduceOperation.AVG, 1 << axis, True)
+        return self._tensor("mean", layer, x.dtype)
+
+    def sqrt(self, x: Tensor) -> Tensor:
+        """The square root."""
+        return self._tensor("sqrt", self.network.add_unary(x.handle, self._trt.UnaryOperation.SQRT), x.dtype)
+
+    def silu(self, x: Tensor) -> Tensor:
+        """``x · sigmoid(x)``."""
+        layer = self.network.add_activation(x.handle, self._trt.ActivationType.SIGMOID)
+        return x * self._tensor("sigmoid", layer, x.dtype)
+
+    def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """The same elements in another shape; -1 is what is left."""
+        layer = self.network.add_shuffle(x.handle)
+        layer.reshape_dims = tuple(shape)
+        return self._tensor("reshape", layer, x.dtype)
+
+    def plugin(
+        self, name: str, fields: Mapping[str, int | float | str], inputs: Sequence[Tensor], dtypes: Sequence[str]
+    ) -> list[Tensor]:
+        """A layer that is one of our plugins, with outputs of ``dtypes``."""
+        layer = self.tensorrt.add_plugin(self.network, name, fields, [x.handle for x in inputs])
+        self._name(self._scope + name, layer)
+        return [Tensor(self, layer.get_output(i), dtype) for i, dtype in enumerate(dtypes)]
+
+    def _tensor(self, name: str, layer: Any, dtype: str, pin: bool = True) -> Tensor:
+        return self._named(self._scope + name, layer, dtype, pin)
+
+    def _named(self, name: str, layer: Any, dtype: str, pin: bool) -> Tensor:
+        self._name(name, layer)
+        if pin:
+            self.tensorrt.pin(layer, dtype)
+        return Tensor(self, layer.get_output(0), dtype)
+
+    def _name(self, name: str, layer: Any) -> None:
+        if layer is None:
+            raise EngineError(f"TensorRT {self.tensorrt.version} does not take the layer {name}: see its log")
+        count = self._names[name] = self._names.get(name, 0) + 1
+        layer.name = name if count == 1 else f"{name}_{count}"

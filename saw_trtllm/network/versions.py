@@ -1,0 +1,250 @@
+"""The module ``tensorrt`` of 8.6, 10 and 11: what differs between them, all in this file.
+
+- Types. From 10 on networks are strongly typed. 8.6 chooses types itself, so each layer is told its own, and
+  the builder to obey.
+- 8.6 has neither bfloat16 nor INT64: an address travels as two INT32s.
+- Plugins are V3 from 10 on, V2 in 8.6.
+- cuBLAS and cuDNN, which 10 leaves out unless asked, are switched off in 8.6 too: they need not be installed.
+- 11 has no other than strongly typed networks, and no flag for them.
+
+``tensorrt`` is imported when a :class:`TensorRT` is made, so that the package can be read without it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from saw_trtllm.errors import BackendUnavailableError, ConfigError
+from saw_trtllm.trtllm.plugins import NAMESPACE, VERSION, library_path
+
+log = logging.getLogger(__name__)
+
+#: By TensorRT's severity: internal error, error, warning, info, verbose.
+_LEVELS = (logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)
+
+
+class TensorRT:
+    """TensorRT as one version has it.
+
+    Parameters
+    ----------
+    module : module
+        ``tensorrt``.
+
+    Attributes
+    ----------
+    trt : module
+    version : str
+    strongly_typed : bool
+
+    Raises
+    ------
+    BackendUnavailableError
+        If the plugins do not exist for this version.
+    """
+
+    def __init__(self, module: ModuleType) -> None:
+        self.trt = module
+        self.version: str = module.__version__
+        major, minor = (int(part) for part in self.version.split(".")[:2])
+        if (major, minor) != (8, 6) and major < 10:
+            raise BackendUnavailableError(
+                f"TensorRT {self.version} is not supported: install 8.6, or 10 or newer (pip install "
+                "'saw-trtllm[tensorrt]')"
+            )
+        self.strongly_typed = major >= 10
+        self._always_strongly_typed = major >= 11
+
+    @classmethod
+    def load(cls) -> TensorRT:
+        """Import it.
+
+        Raises
+        ------
+        BackendUnavailableError
+            If it is not installed, or not of a supported version.
+        """
+        try:
+            return cls(importlib.import_module("tensorrt"))
+        except ImportError as e:
+            raise BackendUnavailableError(
+                f"TensorRT cannot be imported here ({e}): pip install 'saw-trtllm[tensorrt]' on a machine with a GPU, "
+                "or use --backend reference, which runs on any CPU"
+            ) from e
+
+    # -- types
+
+    def check_activations(self, dtype: str) -> None:
+        """Refuse a dtype that the plugins, or this TensorRT, cannot compute in."""
+        if dtype == "float32":
+            raise ConfigError("the model is in float32, and the plugins compute in 16 bits: give --dtype float16")
+        if dtype == "bfloat16" and not self.strongly_typed:
+            raise ConfigError(
+                f"the model is in bfloat16, which TensorRT {self.version} does not have: give --dtype float16, or "
+                "install TensorRT 10 or newer"
+            )
+
+    def dtype(self, name: str) -> Any:
+        """``tensorrt.DataType`` of NumPy's name."""
+        return getattr(self.trt, name)
+
+    def weights(self, array: np.ndarray) -> Any:
+        """Weights over a contiguous array's memory, which must live until the engine is built."""
+        if array.dtype.name == "bfloat16":  # which TensorRT's NumPy does not know
+            return self.trt.Weights(self.trt.bfloat16, array.ctypes.data, array.size)
+        return self.trt.Weights(array)
+
+    def pin(self, layer: Any, dtype: str) -> None:
+        """Have a layer compute in, and give, a dtype, where the network's types do not say so."""
+        if not self.strongly_typed:
+            layer.precision = self.dtype(dtype)
+            layer.set_output_type(0, self.dtype(dtype))
+
+    def mark_output(self, network: Any, tensor: Any, dtype: str) -> None:
+        """Make a tensor an output of the engine, of a dtype that it has."""
+        network.mark_output(tensor)
+        if not self.strongly_typed:
+            tensor.dtype = self.dtype(dtype)
+
+    def pool_pointers(self, num_pools: int) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape of ``host_kv_cache_pool_pointers``: the same bytes, low word first where they are two."""
+        return ("int64", (num_pools, 2)) if self.strongly_typed else ("int32", (num_pools, 2, 2))
+
+    # -- building
+
+    def logger(self) -> Any:
+        """A logger that hands TensorRT's messages to Python's logging; ``reason`` is the latest that was worst."""
+
+        class Logger(self.trt.ILogger):
+            def __init__(self) -> None:
+                super().__init__()
+                self.reason, self._worst = "it gave no reason", logging.WARNING
+
+            def log(self, severity: Any, message: str) -> None:
+                level = _LEVELS[int(severity)]
+                if level >= self._worst:
+                    # What follows an internal error is an error, and says less or more.
+                    self.reason, self._worst = message, min(level, logging.ERROR)
+                log.log(level, "TensorRT: %s", message)
+
+        return Logger()
+
+    def builder(self, logger: Any) -> Any:
+        """A builder.
+
+        Raises
+        ------
+        BackendUnavailableError
+            If there is no GPU.
+        """
+        try:
+            return self.trt.Builder(logger)
+        except (TypeError, RuntimeError) as e:
+            raise BackendUnavailableError(
+                f"TensorRT {self.version} does not start ({logger.reason}): it needs an NVIDIA GPU and a driver as "
+                "new as its CUDA; --backend reference runs on any CPU"
+            ) from e
+
+    def create_network(self, builder: Any) -> Any:
+        """An empty network of packed tensors."""
+        flags = self.trt.NetworkDefinitionCreationFlag
+        if self._always_strongly_typed:
+            return builder.create_network(0)
+        flag = flags.STRONGLY_TYPED if self.strongly_typed else flags.EXPLICIT_BATCH
+        return builder.create_network(1 << int(flag))
+
+    def create_config(self, builder: Any) -> Any:
+        """A builder's configuration under which the network's types are what :class:`Graph` says."""
+        config = builder.create_builder_config()
+        if not self.strongly_typed:
+            config.set_flag(self.trt.BuilderFlag.FP16)
+            config.set_flag(self.trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+            own = (self.trt.TacticSource.JIT_CONVOLUTIONS, self.trt.TacticSource.EDGE_MASK_CONVOLUTIONS)
+            config.set_tactic_sources(sum(1 << int(source) for source in own))
+        return config
+
+    # -- plugins
+
+    def load_plugins(self, names: Sequence[str]) -> None:
+        """Register the library's plugins, once for the process.
+
+        Raises
+        ------
+        BackendUnavailableError
+            If the library is missing, or does not have them for this TensorRT.
+        """
+        if all(self.plugin_creator(name) is not None for name in names):
+            return
+        path = library_path()
+        try:
+            init = ctypes.CDLL(str(path)).initSawTrtllmPlugins
+        except OSError as e:
+            raise BackendUnavailableError(f"{path} cannot be loaded ({e}): build it anew (docs/plugins.md)") from e
+        init.restype, init.argtypes = ctypes.c_bool, [ctypes.c_void_p]
+        if not init(None) or any(self.plugin_creator(name) is None for name in names):
+            raise BackendUnavailableError(
+                f"{path} does not register with TensorRT {self.version}: build it with that version's headers"
+            )
+
+    def plugin_creator(self, name: str) -> Any:
+        """The creator of one of our plugins, or None while the library is not loaded."""
+        registry = self.trt.get_plugin_registry()
+        if self.strongly_typed:
+            return registry.get_creator(name, VERSION, NAMESPACE)
+        return registry.get_plugin_creator(name, VERSION, NAMESPACE)
+
+    def add_plugin(
+        self, network: Any, name: str, fields: Mapping[str, int | float | str], inputs: Sequence[Any]
+    ) -> Any:
+        """Add a layer that is one of our plugins.
+
+        Parameters
+        ----------
+        network : tensorrt.INetworkDefinition
+        name : str
+        fields : dict
+            All that the plugin has; docs/plugins.md lists them.
+        inputs : sequence of tensorrt.ITensor
+
+        Raises
+        ------
+        BackendUnavailableError
+            If the plugin's library was not loaded.
+        ConfigError
+            If the plugin refuses its fields; TensorRT's log says why.
+        """
+        creator = self.plugin_creator(name)
+        if creator is None:
+            raise BackendUnavailableError(
+                f"the plugin {name} is not registered with TensorRT {self.version}: load its library (docs/plugins.md)"
+            )
+        # 8.6 keeps the addresses of the arrays only: they live until the plugin is made.
+        arrays = {key: _field(value) for key, value in fields.items()}
+        kinds = self.trt.PluginFieldType
+        types = {np.dtype(np.int32): kinds.INT32, np.dtype(np.float32): kinds.FLOAT32, np.dtype(np.int8): kinds.CHAR}
+        collection = self.trt.PluginFieldCollection(
+            [self.trt.PluginField(key, array, types[array.dtype]) for key, array in arrays.items()]
+        )
+        if self.strongly_typed:
+            plugin = creator.create_plugin(name, collection, self.trt.TensorRTPhase.BUILD)
+        else:
+            plugin = creator.create_plugin(name, collection)
+        if plugin is None:
+            raise ConfigError(f"{name} refuses {dict(fields)}: see TensorRT's log for the reason")
+        if self.strongly_typed:
+            return network.add_plugin_v3(inputs, [], plugin)
+        return network.add_plugin_v2(inputs, plugin)
+
+
+def _field(value: int | float | str) -> np.ndarray:
+    """An array of the field's type: text is CHAR, a number INT32 or FLOAT32."""
+    if isinstance(value, str):
+        return np.frombuffer(value.encode(), np.int8)
+    return np.array([value], np.float32 if isinstance(value, float) else np.int32)
