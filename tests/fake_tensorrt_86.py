@@ -11,9 +11,11 @@ from typing import ClassVar
 import fake_tensorrt as fake
 
 import saw_trtllm.network
-from saw_trtllm.trtllm.plugins import ATTENTION, WRITE
+import saw_trtllm.plugins
+from saw_trtllm.plugins import ATTENTION, WRITE
 
-_SOURCES = str(Path(saw_trtllm.network.__file__).parent)
+#: Whose calls are recorded.
+_SOURCES = (str(Path(saw_trtllm.network.__file__).parent), saw_trtllm.plugins.__file__)
 #: What 8.6 does not have of the stand-in's names.
 _LATER = {"int64", "bfloat16", "uint8", "int4", "fp4", "TensorRTPhase", "IPluginV3", "IPluginCreatorV3One"}
 
@@ -130,7 +132,7 @@ class _Members:
 
 
 def record_methods(monkeypatch, used):
-    """Add to ``used`` what saw_trtllm.network takes of TensorRT's objects: ``INetworkDefinition.add_cast``."""
+    """Add to ``used`` what the definitions take of TensorRT's objects: ``INetworkDefinition.add_cast``."""
     classes = {
         "INetworkDefinition": _Network,
         "IBuilderConfig": _Config,

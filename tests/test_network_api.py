@@ -14,6 +14,7 @@ from saw_trtllm.engine import BuildConfig, EngineConfig, SawSection
 from saw_trtllm.format import KVFormat
 from saw_trtllm.network.build import NetworkOptions, serialize_engine
 from saw_trtllm.network.versions import TensorRT
+from saw_trtllm.plugins import find_creator
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_plugins_fields_and_weights_are_taken_by_a_real_tensorrt_8():
     if not trt.__version__.startswith("8.6"):
         pytest.skip("needs TensorRT 8.6")
     tensorrt = TensorRT(trt)
-    assert tensorrt.plugin_creator("SawNoSuchPlugin") is None
+    assert find_creator(trt, "SawNoSuchPlugin") is None
     assert tensorrt.weights(np.ones((2, 3), np.float16)).size == 6
     assert tensorrt.weights(np.ones(1, np.int32)).dtype == tensorrt.dtype("int32")
     logger = tensorrt.logger()

@@ -232,14 +232,16 @@ def test_the_server_gets_the_library_preloaded(monkeypatch):
 
 
 def test_plugins_are_loaded_once(monkeypatch, tmp_path):
+    from saw_trtllm import plugins
     from saw_trtllm.errors import BackendUnavailableError
-    from saw_trtllm.trtllm import plugins
 
     asked = []
     registry = types.SimpleNamespace(get_creator=lambda *key: asked.append(key) or object())
-    monkeypatch.setitem(sys.modules, "tensorrt", types.SimpleNamespace(get_plugin_registry=lambda: registry))
+    monkeypatch.setitem(
+        sys.modules, "tensorrt", types.SimpleNamespace(__version__="10.14.1", get_plugin_registry=lambda: registry)
+    )
     plugins.load_plugins()
-    assert asked == [("SawRotateQuantizeKV", "1", "saw")]
+    assert asked == [("SawRotateQuantizeKV", "1", "saw"), ("SawInt4PagedAttention", "1", "saw")]
     registry.get_creator = lambda *key: None
     monkeypatch.setattr(plugins.saw_trtllm, "__file__", str(tmp_path / "__init__.py"))
     with pytest.raises(BackendUnavailableError, match=r"libsaw_trtllm_plugins.so is missing: build it with"):

@@ -14,6 +14,7 @@ from pathlib import Path
 from saw_trtllm.cli.common import add_log_level, run, set_log_level
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
+from saw_trtllm.plugins import PRELOAD_LIBRARY, library_path
 from saw_trtllm.runtime.llm import KvCacheConfig
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve.installation import Installation, find_server
@@ -21,7 +22,6 @@ from saw_trtllm.serve.parameters import Parameters
 from saw_trtllm.serve.ports import Ports
 from saw_trtllm.serve.repository import model_configs, write_repository
 from saw_trtllm.serve.server import Server
-from saw_trtllm.trtllm.plugins import PRELOAD_LIBRARY, library_path
 from saw_trtllm.trtllm.repository import BACKENDS, check_engine, fill_repository, find_template, template_values
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.network.graph import Graph, Tensor
-from saw_trtllm.trtllm.plugins import ATTENTION, WRITE
+from saw_trtllm.plugins import ATTENTION, WRITE
 
 #: What both plugins are told of a step, in their order.
 _STEP = ("last_token_ids", "sequence_length", "kv_cache_block_offsets")

@@ -18,7 +18,7 @@ from saw_trtllm.network.decoder import Load, define_decoder
 from saw_trtllm.network.graph import Graph
 from saw_trtllm.network.tensors import profiles, shapes, step_inputs
 from saw_trtllm.network.versions import TensorRT
-from saw_trtllm.trtllm.plugins import ATTENTION, VERSION, WRITE
+from saw_trtllm.plugins import VERSION
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def serialize_engine(tensorrt: TensorRT, config: EngineConfig, load: Load, optio
     """
     logger = tensorrt.logger()
     builder = tensorrt.builder(logger)
-    tensorrt.load_plugins((WRITE, ATTENTION))
+    tensorrt.load_plugins()
     graph = Graph(tensorrt, tensorrt.create_network(builder))
     define_decoder(graph, config, load)
     builder_config = tensorrt.create_config(builder)

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from saw_trtllm import plugins
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
-from saw_trtllm.trtllm.plugins import NAMESPACE, VERSION, library_path
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +171,7 @@ class TensorRT:
 
     # -- plugins
 
-    def load_plugins(self, names: Sequence[str]) -> None:
+    def load_plugins(self) -> None:
         """Register the library's plugins, once for the process.
 
         Raises
@@ -180,25 +179,7 @@ class TensorRT:
         BackendUnavailableError
             If the library is missing, or does not have them for this TensorRT.
         """
-        if all(self.plugin_creator(name) is not None for name in names):
-            return
-        path = library_path()
-        try:
-            init = ctypes.CDLL(str(path)).initSawTrtllmPlugins
-        except OSError as e:
-            raise BackendUnavailableError(f"{path} cannot be loaded ({e}): build it anew (docs/plugins.md)") from e
-        init.restype, init.argtypes = ctypes.c_bool, [ctypes.c_void_p]
-        if not init(None) or any(self.plugin_creator(name) is None for name in names):
-            raise BackendUnavailableError(
-                f"{path} does not register with TensorRT {self.version}: build it with that version's headers"
-            )
-
-    def plugin_creator(self, name: str) -> Any:
-        """The creator of one of our plugins, or None while the library is not loaded."""
-        registry = self.trt.get_plugin_registry()
-        if self.strongly_typed:
-            return registry.get_creator(name, VERSION, NAMESPACE)
-        return registry.get_plugin_creator(name, VERSION, NAMESPACE)
+        plugins.load_plugins(self.trt)
 
     def add_plugin(
         self, network: Any, name: str, fields: Mapping[str, int | float | str], inputs: Sequence[Any]
@@ -210,41 +191,14 @@ class TensorRT:
         network : tensorrt.INetworkDefinition
         name : str
         fields : dict
-            All that the plugin has; docs/plugins.md lists them.
         inputs : sequence of tensorrt.ITensor
 
         Raises
         ------
-        BackendUnavailableError
-            If the plugin's library was not loaded.
-        ConfigError
-            If the plugin refuses its fields; TensorRT's log says why.
+        BackendUnavailableError, ConfigError
+            As :func:`saw_trtllm.plugins.make_plugin`.
         """
-        creator = self.plugin_creator(name)
-        if creator is None:
-            raise BackendUnavailableError(
-                f"the plugin {name} is not registered with TensorRT {self.version}: load its library (docs/plugins.md)"
-            )
-        # 8.6 keeps the addresses of the arrays only: they live until the plugin is made.
-        arrays = {key: _field(value) for key, value in fields.items()}
-        kinds = self.trt.PluginFieldType
-        types = {np.dtype(np.int32): kinds.INT32, np.dtype(np.float32): kinds.FLOAT32, np.dtype(np.int8): kinds.CHAR}
-        collection = self.trt.PluginFieldCollection(
-            [self.trt.PluginField(key, array, types[array.dtype]) for key, array in arrays.items()]
-        )
-        if self.strongly_typed:
-            plugin = creator.create_plugin(name, collection, self.trt.TensorRTPhase.BUILD)
-        else:
-            plugin = creator.create_plugin(name, collection)
-        if plugin is None:
-            raise ConfigError(f"{name} refuses {dict(fields)}: see TensorRT's log for the reason")
-        if self.strongly_typed:
+        plugin = plugins.make_plugin(self.trt, name, fields)
+        if plugins.has_v3(self.trt):
             return network.add_plugin_v3(inputs, [], plugin)
         return network.add_plugin_v2(inputs, plugin)
-
-
-def _field(value: int | float | str) -> np.ndarray:
-    """An array of the field's type: text is CHAR, a number INT32 or FLOAT32."""
-    if isinstance(value, str):
-        return np.frombuffer(value.encode(), np.int8)
-    return np.array([value], np.float32 if isinstance(value, float) else np.int32)

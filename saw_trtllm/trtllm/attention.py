@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tensorrt as trt
-from tensorrt_llm._common import default_net
-from tensorrt_llm.functional import Tensor, cast, concat, constant, matmul, shape, split
+from tensorrt_llm._common import default_net, default_trtnet
+from tensorrt_llm.functional import Tensor, _create_tensor, cast, concat, constant, matmul, shape, split
 from tensorrt_llm.layers.attention import Attention
 from tensorrt_llm.module import Module
 
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.format import hadamard
+from saw_trtllm.plugins import ATTENTION, WRITE, load_plugins, make_plugin
 from saw_trtllm.trtllm.options import SwapOptions
-from saw_trtllm.trtllm.plugins import ATTENTION, WRITE, add_plugin
 
 _DTYPES = {trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16"}
 #: Inputs that the executor always feeds, and that TensorRT-LLM does not declare in each engine: another input that
@@ -107,6 +108,20 @@ def saw_attention(qkv: Tensor, rotary_cos_sin: Tensor, layer: Layer, options: Sw
         [*written, network_input("host_request_types"), *step, *pool, network_input("host_max_attention_window_sizes")],
     )
     return _rotate_back(context, layer, fmt.hadamard_order) if rotate_v else context
+
+
+def add_plugin(name: str, fields: Mapping[str, int | float | str], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Add one of our plugins to the network that is being defined, and give its outputs.
+
+    Raises
+    ------
+    BackendUnavailableError, ConfigError
+        As :func:`~saw_trtllm.plugins.load_plugins` and :func:`~saw_trtllm.plugins.make_plugin`.
+    """
+    load_plugins(trt)
+    plugin = make_plugin(trt, name, fields)
+    layer = default_trtnet().add_plugin_v3([t.trt_tensor for t in inputs], [], plugin)
+    return [_create_tensor(layer.get_output(i), layer) for i in range(layer.num_outputs)]
 
 
 def _rotate_back(context: Tensor, layer: Layer, order: int) -> Tensor:

@@ -16,11 +16,11 @@ from tensorrt_llm.network import Network
 from saw_trtllm import __version__
 from saw_trtllm.engine import SawSection
 from saw_trtllm.errors import ConfigError
+from saw_trtllm.plugins import VERSION
 from saw_trtllm.trtllm.attention import SawAttention
 from saw_trtllm.trtllm.checks import check_attention, check_build
 from saw_trtllm.trtllm.engine_config import SECTION, for_executor
 from saw_trtllm.trtllm.options import SwapOptions
-from saw_trtllm.trtllm.plugins import VERSION
 from saw_trtllm.trtllm.rewrite import rewrite_attention
 
 #: Inputs for TensorRT-LLM's attention that SAW's does without.

@@ -30,7 +30,7 @@ _OUR_MODEL = f'''\
 import importlib.util
 from pathlib import Path
 
-from saw_trtllm.trtllm.plugins import load_plugins
+from saw_trtllm.plugins import load_plugins
 
 _spec = importlib.util.spec_from_file_location("tensorrt_llm_model", Path(__file__).with_name("{_THEIR_MODEL}"))
 _module = importlib.util.module_from_spec(_spec)

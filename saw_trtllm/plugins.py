@@ -1,19 +1,18 @@
-"""The plugin library, and its plugins as layers of a TensorRT-LLM network."""
+"""The plugin library, and plugins made by it, in any TensorRT that it is built for."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 import saw_trtllm
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
-
-if TYPE_CHECKING:
-    from tensorrt_llm.functional import Tensor
 
 WRITE = "SawRotateQuantizeKV"
 ATTENTION = "SawInt4PagedAttention"
@@ -42,17 +41,21 @@ def library_path(name: str = LIBRARY) -> Path:
     return path
 
 
-def load_plugins() -> None:
+def load_plugins(trt: ModuleType | None = None) -> None:
     """Register the plugins with TensorRT, once for the process.
+
+    Parameters
+    ----------
+    trt : module, optional
+        ``tensorrt``.
 
     Raises
     ------
     BackendUnavailableError
         If the library is missing or does not fit this TensorRT.
     """
-    import tensorrt as trt
-
-    if trt.get_plugin_registry().get_creator(WRITE, VERSION, NAMESPACE) is not None:
+    trt = trt or importlib.import_module("tensorrt")
+    if _registered(trt):
         return
     path = library_path()
     try:
@@ -60,49 +63,66 @@ def load_plugins() -> None:
     except OSError as e:
         raise BackendUnavailableError(f"{path} cannot be loaded ({e}): build it anew (docs/plugins.md)") from e
     init.restype, init.argtypes = ctypes.c_bool, [ctypes.c_void_p]
-    if not init(None):
+    if not init(None) or not _registered(trt):
         raise BackendUnavailableError(
             f"{path} does not register with TensorRT {trt.__version__}: build it with that version's headers"
         )
 
 
-def add_plugin(name: str, fields: Mapping[str, int | float | str], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Add a layer to the network that is being defined.
+def _registered(trt: ModuleType) -> bool:
+    return all(find_creator(trt, name) is not None for name in (WRITE, ATTENTION))
+
+
+def has_v3(trt: ModuleType) -> bool:
+    """Whether plugins are V3, as from TensorRT 10 on, or V2."""
+    return int(trt.__version__.split(".")[0]) >= 10
+
+
+def find_creator(trt: ModuleType, name: str) -> Any:
+    """The creator of one of our plugins, or None while the library is not loaded."""
+    registry = trt.get_plugin_registry()
+    get = registry.get_creator if has_v3(trt) else registry.get_plugin_creator
+    return get(name, VERSION, NAMESPACE)
+
+
+def make_plugin(trt: ModuleType, name: str, fields: Mapping[str, int | float | str]) -> Any:
+    """A plugin for a network that is being defined.
 
     Parameters
     ----------
+    trt : module
     name : str
     fields : dict
-        All of the plugin's fields; docs/plugins.md has them.
-    inputs : sequence of Tensor
+        All that the plugin has; docs/plugins.md lists them.
 
     Raises
     ------
+    BackendUnavailableError
+        If the library was not loaded.
     ConfigError
         If the plugin refuses its fields; TensorRT's log says why.
     """
-    import tensorrt as trt
-    from tensorrt_llm._common import default_trtnet
-    from tensorrt_llm.functional import _create_tensor
-
-    load_plugins()
-    creator = trt.get_plugin_registry().get_creator(name, VERSION, NAMESPACE)
-    # The arrays live until the plugin is made: older TensorRTs keep their addresses only.
+    creator = find_creator(trt, name)
+    if creator is None:
+        raise BackendUnavailableError(
+            f"the plugin {name} is not registered with TensorRT {trt.__version__}: load its library (docs/plugins.md)"
+        )
+    # 8.6 keeps the addresses of the arrays only: they live until the plugin is made.
     arrays = {key: _field(value) for key, value in fields.items()}
-    kinds = {np.int32: trt.PluginFieldType.INT32, np.float32: trt.PluginFieldType.FLOAT32}
-    plugin_fields = [
-        trt.PluginField(key, array, kinds.get(array.dtype.type, trt.PluginFieldType.CHAR))
-        for key, array in arrays.items()
-    ]
-    collection = trt.PluginFieldCollection(plugin_fields)
-    plugin = creator.create_plugin(name, collection, trt.TensorRTPhase.BUILD)
+    kinds = trt.PluginFieldType
+    types = {np.dtype(np.int32): kinds.INT32, np.dtype(np.float32): kinds.FLOAT32, np.dtype(np.int8): kinds.CHAR}
+    collection = trt.PluginFieldCollection(
+        [trt.PluginField(key, array, types[array.dtype]) for key, array in arrays.items()]
+    )
+    phase = (trt.TensorRTPhase.BUILD,) if has_v3(trt) else ()
+    plugin = creator.create_plugin(name, collection, *phase)
     if plugin is None:
         raise ConfigError(f"{name} refuses {dict(fields)}: see TensorRT's log for the reason")
-    layer = default_trtnet().add_plugin_v3([t.trt_tensor for t in inputs], [], plugin)
-    return [_create_tensor(layer.get_output(i), layer) for i in range(layer.num_outputs)]
+    return plugin
 
 
 def _field(value: int | float | str) -> np.ndarray:
+    """An array of the field's type: text is CHAR, a number INT32 or FLOAT32."""
     if isinstance(value, str):
         return np.frombuffer(value.encode(), np.int8).copy()  # TensorRT wants a writable one
     return np.array([value], np.float32 if isinstance(value, float) else np.int32)
