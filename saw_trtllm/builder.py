@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -181,7 +182,7 @@ def choose_backend(asked: str) -> tuple[BackendName, str]:
         )
     if asked == "reference":
         return "reference", "asked for"
-    return "reference", f"the TensorRT backends are not part of saw_trtllm {__version__}"
+    return "reference", "the default, which runs on any CPU"
 
 
 def plan_build(options: BuildOptions) -> BuildPlan:
@@ -289,42 +290,46 @@ def build(plan: BuildPlan, progress: Callable[[str], None] | None = None) -> int
         If a weight cannot be read, is not finite, or is too large for the engine's dtype.
     """
     folder = plan.output_dir
-    path = folder / engine_file()
-    part = path.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_replaceable(plan)
         if plan.config.saw_int4.backend == "tensorrt_llm":
-            return _build_tensorrt_llm(plan, progress)
-        try:
+            from saw_trtllm.trtllm.build import build_engines
+
+            return build_engines(plan, progress)
+        with replacing_engine(plan, plan.config) as part:
             centers = () if plan.calibration is None else plan.calibration.centers
             with SafetensorsWriter(part, plan.engine_shapes, plan.config.pretrained_config.dtype, centers) as writer:
                 for name in plan.engine_shapes:
                     writer.write(name, plan.load(name))
                     if progress is not None:
                         progress(name)
-            # What an engine that is replaced had, this one's model may not have.
-            for name in (CONFIG_FILE, *TOKENIZER_FILES):
-                (folder / name).unlink(missing_ok=True)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-        copy_tokenizer_files(plan.checkpoint.folder, folder)
-        plan.config.save(folder)
-        return path.stat().st_size
+        return (folder / engine_file()).stat().st_size
     except OSError as e:
         raise ConfigError(
             f"{folder} cannot be written ({e.strerror or e}): choose another --output_dir or make room"
         ) from e
 
 
-def _build_tensorrt_llm(plan: BuildPlan, progress: Callable[[str], None] | None) -> int:
-    from saw_trtllm.trtllm.build import build_engines
+@contextmanager
+def replacing_engine(plan: BuildPlan, config: EngineConfig) -> Iterator[Path]:
+    """Give a file to write the engine to, and make it the folder's once it is whole: until then an older one stays."""
+    path = plan.output_dir / engine_file()
+    part = path.with_suffix(".part")
+    try:
+        yield part
+        replace_tokenizer(plan)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    config.save(plan.output_dir)
 
+
+def replace_tokenizer(plan: BuildPlan) -> None:
+    """Take away an older engine's config and tokenizer, whose files this model may not have all, and copy its own."""
     for name in (CONFIG_FILE, *TOKENIZER_FILES):
         (plan.output_dir / name).unlink(missing_ok=True)
     copy_tokenizer_files(plan.checkpoint.folder, plan.output_dir)
-    return build_engines(plan, progress)
 
 
 def tokens_that_fit(plan: BuildPlan, kv: str | None = None) -> int:

@@ -7,8 +7,7 @@ import torch
 from saw_trtllm import ops
 from saw_trtllm.bench.cases import WRITE_CHUNK, Case
 from saw_trtllm.bench.problem import BYTES, DTYPE, Problem
-from saw_trtllm.bench.run import Contender, MissingError
-from saw_trtllm.errors import OpError
+from saw_trtllm.bench.run import Contender
 from saw_trtllm.format import KVFormat
 from saw_trtllm.reference.int4 import rotate
 
@@ -97,7 +96,7 @@ def decode(problem: Problem, name: str) -> Contender:
 
     return Contender(
         name,
-        {"": lambda: _built(launch)},
+        {"": lambda: launch},
         bytes=problem.rows * fmt.row_bytes + problem.io_bytes,
         cosine=lambda: problem.cosine(_turned(out, fmt, fmt.rotate_v)),
     )
@@ -105,8 +104,6 @@ def decode(problem: Problem, name: str) -> Contender:
 
 def prefill(problem: Problem, name: str) -> Contender:
     """``prefill_attention`` of a chunk, its history in a pool of the named format."""
-    if not hasattr(ops, "prefill_attention"):
-        raise MissingError("not built: saw_trtllm.ops has no prefill_attention")
     case, heads = problem.case, problem.case.heads
     fmt, offsets = kv_format(name, heads.head_dim), _offsets(problem.blocks)
     pool = _filled_pool(problem, fmt, offsets)
@@ -132,7 +129,7 @@ def prefill(problem: Problem, name: str) -> Contender:
 
     return Contender(
         name,
-        {"": lambda: _built(launch)},
+        {"": lambda: launch},
         bytes=problem.rows * fmt.row_bytes + problem.io_bytes + (k.numel() + v.numel()) * BYTES,
         flops=problem.flops,
         cosine=lambda: problem.cosine(_turned(out, fmt, fmt.rotate_v)),
@@ -175,12 +172,3 @@ def write(case: Case, name: str) -> Contender:
         + case.chunk * heads.head_dim * 4  # the positions' angles, which the sequences share
         + 2 * case.tokens * heads.num_kv_heads * fmt.row_bytes,
     )
-
-
-def _built(launch):
-    """Make sure that the kernels take this format: a tree in the making may not yet."""
-    try:
-        launch()
-    except OpError as e:
-        raise MissingError(f"not built: {e}") from e
-    return launch

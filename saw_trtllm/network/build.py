@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from saw_trtllm.builder import BuildPlan
-from saw_trtllm.checkpoint import TOKENIZER_FILES, copy_tokenizer_files
-from saw_trtllm.engine import CONFIG_FILE, EngineConfig, engine_file
+from saw_trtllm.builder import BuildPlan, replacing_engine
+from saw_trtllm.engine import EngineConfig, engine_file
 from saw_trtllm.errors import BackendUnavailableError, EngineError
 from saw_trtllm.network.decoder import Load, define_decoder
 from saw_trtllm.network.graph import Graph
@@ -80,21 +79,9 @@ def build_engine(
         return array
 
     engine = serialize_engine(tensorrt, config, load, options or NetworkOptions())
-    folder = plan.output_dir
-    path = folder / engine_file()
-    part = path.with_suffix(".part")
-    try:
-        with part.open("wb") as file:
-            file.write(engine)
-        # What an engine that is replaced had, this one's model may not have.
-        for name in (CONFIG_FILE, *TOKENIZER_FILES):
-            (folder / name).unlink(missing_ok=True)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    copy_tokenizer_files(plan.checkpoint.folder, folder)
-    config.save(folder)
-    return path.stat().st_size
+    with replacing_engine(plan, config) as part, part.open("wb") as file:
+        file.write(engine)
+    return (plan.output_dir / engine_file()).stat().st_size
 
 
 def serialize_engine(tensorrt: TensorRT, config: EngineConfig, load: Load, options: NetworkOptions) -> Any:

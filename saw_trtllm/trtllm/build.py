@@ -12,7 +12,7 @@ from tensorrt_llm.builder import BuildConfig, build
 from tensorrt_llm.models import PretrainedConfig
 from tensorrt_llm.plugin import PluginConfig
 
-from saw_trtllm.builder import BuildPlan
+from saw_trtllm.builder import BuildPlan, replace_tokenizer
 from saw_trtllm.checkpoint.tensorrt_llm import write_config
 from saw_trtllm.engine import CONFIG_FILE, engine_file
 from saw_trtllm.trtllm.models import class_for
@@ -46,6 +46,7 @@ def build_engines(plan: BuildPlan, progress: Callable[[str], None] | None = None
             engine = build(cls.from_plan(plan, config, progress), _build_config(plan, Path(part)))
             engine.save(part)
             del engine
+        replace_tokenizer(plan)
         for rank in ranks:
             (Path(part) / engine_file(rank)).replace(plan.output_dir / engine_file(rank))
         written = json.loads((Path(part) / CONFIG_FILE).read_text(encoding="utf-8"))
