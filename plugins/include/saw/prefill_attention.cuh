@@ -9,7 +9,8 @@
 // The chunk's own keys come first, from the diagonal down, as they are. Rows of history follow, newest first: 16-bit
 // rows as they are, 4-bit rows as fp16 numbers that the producers make of them, each row by one or two threads, in the
 // time that the tensor cores leave. fp16, whatever the activations are: it holds code * scale + lo better than bf16
-// does. So Q is rounded to fp16 once, between the chunk and the history.
+// does. So Q becomes fp16 between the chunk and the history, its channels in the order that is cheapest to give the
+// keys.
 #pragma once
 
 #include <type_traits>
