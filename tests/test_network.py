@@ -152,7 +152,10 @@ def make_cache(plan, dtype):
     """Pools as the plan's, with rows of ``dtype`` where they are not quantized."""
     config = plan.config
     pools = [(replace(pool.format, dtype=dtype), pool.layers) for pool in config.pools]
-    return PagedCache(pools, 16, config.pretrained_config.num_key_value_heads, TOKENS_PER_BLOCK)
+    cache = PagedCache(pools, 16, config.pretrained_config.num_key_value_heads, TOKENS_PER_BLOCK)
+    for pool in cache.pools:
+        pool.data.zero_()  # so that two caches can be compared
+    return cache
 
 
 def reference(plan, dtype):
@@ -182,6 +185,17 @@ def differences(graph, plan, monkeypatch, own_types=False):
         assert found.shape == expected.shape
         assert expected.abs().max() > 1
         yield (found - expected).abs().max().item()
+        follow(execution.cache, cache)
+
+
+def follow(cache, reference):
+    """What a step wrote is the reference's but for a row here and there that another order of sums rounds to another
+    code. The next step begins with the reference's rows, or such a code would be seen in all that follow."""
+    for mine, theirs in zip(cache.pools, reference.pools, strict=True):
+        if theirs.format.quantized:
+            different = (mine.data != theirs.data).sum().item()
+            assert different <= 0.01 * theirs.data.count_nonzero().item()
+            mine.data.copy_(theirs.data)
 
 
 CASES = {
