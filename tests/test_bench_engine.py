@@ -87,7 +87,7 @@ def test_random_weights_have_the_models_shapes_and_scale():
         array = weights.load(name)
         assert (array.shape, array.dtype) == (shape, np.float16)
         if len(shape) == 2:
-            assert array.std() * shape[1] ** 0.5 == pytest.approx(1, rel=0.01)
+            assert array.astype(np.float32).std() * shape[1] ** 0.5 == pytest.approx(1, rel=0.01)
             assert not np.array_equal(array[0], array[1])
 
 
@@ -185,7 +185,7 @@ def test_a_step_is_timed_overlapped_by_the_gpu_and_alone(seconds, config):
 def test_a_host_that_is_slower_than_the_gpu_shows(seconds, config):
     seconds.us = 10.0
     step = StepBench(seconds, config, seconds).measure(1, 64)
-    assert step.median_us == pytest.approx(40)  # each launch waits for the result of the last
+    assert step.median_us == pytest.approx(30)  # the GPU waits for each launch
     assert step.gpu_us == 10
 
 
@@ -237,9 +237,7 @@ def test_a_start_is_timed_in_a_process_of_its_own(engine):
 
 def test_a_start_that_fails_says_why(engine, tmp_path):
     (tmp_path / "rank0.engine").touch()
-    with pytest.raises(
-        EngineError, match=r"did not start: .*EngineError: .*config.json does not exist"
-    ):
+    with pytest.raises(EngineError, match=r"did not start: .*EngineError: .*config.json does not exist"):
         loop.time_start(tmp_path)
 
 
@@ -316,7 +314,7 @@ def test_targets_are_held_against_the_record(results):
     assert found["GPU busy at least 0.95 of a step at batch 64"] == (0.97, True)
     assert found["start-up at most 10 s longer than reading the engine's file"] == (3.0, True)
     value, met = found["saw_int4 at least 1.9x the tokens/s of fp16 at 64x8192"]
-    assert (value, met) == (round((700 + 64 * 8192 * 256e-5) / (701 + 64 * 8192 * 68e-5), 4), False)
+    assert (value, met) == (round((700 + 64 * 8192 * 256e-5) / (701 + 64 * 8192 * 68e-5), 4), True)
     value, met = found["saw_int4's step at most 1.01x int4's, at its worst batch and context"]
     assert 1 < value < 1.01
     assert met
