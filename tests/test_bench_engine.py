@@ -60,10 +60,15 @@ def test_the_shape_is_llama_3_8bs():
         (LAYER + "attention.SawInt4PagedAttention", "attention"),
         (LAYER + "attention.SawRotateQuantizeKV", "kv_write"),
         (LAYER + "attention.qkv.weight + transformer.layers.0.attention.linear", "gemm"),
+        (f"{LAYER}mlp.linear || {LAYER}mlp.linear_2", "gemm"),
+        (f"{{ForeignNode[{LAYER}attention.dense.weight...{LAYER}mlp.linear_3]}}", "gemm"),
         (f"PWN(PWN({LAYER}mlp.sigmoid), {LAYER}mlp.prod)", "rest"),
         (f"Reformatting CopyNode for Input Tensor 0 to {LAYER}mlp.linear", "rest"),
-        ("lm_head.weight + linear", "head"),
-        ("gather", "head"),
+        (f"reshape_before_{LAYER}mlp.linear", "rest"),
+        (f"{{ForeignNode[transformer.vocab_embedding.weight...{LAYER}attention.linear]}}", "ends"),
+        ("{ForeignNode[transformer.layers.1.attention.dense.weight...cast_3]}", "ends"),
+        ("lm_head.weight + linear", "ends"),
+        ("rotary_cos_sin", "ends"),
     ],
 )
 def test_layers_are_told_apart_by_name(layer, part):
@@ -146,8 +151,11 @@ class FakeGpu:
         self.under_way -= 1
 
     def profile(self, step):
-        layers = [(f"transformer.layers.{i}.attention.SawInt4PagedAttention", 0.02 + 0.01 * i) for i in range(2)]
-        return [*layers, (LAYER + "mlp.linear", 0.3), (LAYER + "mlp.prod", 0.01), ("linear", 0.4)]
+        layers = [("gather", 0.1)]
+        for i in range(4):
+            attention = (f"transformer.layers.{i}.attention.SawInt4PagedAttention [profile 1]", 0.02 + 0.01 * i)
+            layers += [attention, (f"transformer.layers.{i}.mlp.linear [profile 1]", 0.3)]
+        return [*layers, ("{ForeignNode[transformer.layers.3.mlp.gate.weight...cast_3]} [profile 1]", 0.4)]
 
     def mark(self):
         return max(self.now, self.ready)
@@ -161,7 +169,7 @@ class FakeGpu:
 
 @pytest.fixture
 def config():
-    return random_engine.engine_config("saw_int4", cases.llama_config(2), cases.build_limits())
+    return random_engine.engine_config("saw_int4", cases.llama_config(4), cases.build_limits())
 
 
 @pytest.fixture
@@ -205,13 +213,16 @@ def test_sequences_have_blocks_of_their_own(seconds, config):
 
 def test_layers_are_added_up_by_part(seconds, config):
     profile = StepBench(seconds, config, seconds).profile(4, 1000)
-    assert profile.parts == {"attention": 50, "gemm": 300, "rest": 10, "head": 400}
+    assert profile.parts == {"ends": 500, "attention": 140, "gemm": 1200}
+    assert profile.layer_us == 335  # of the second and third
     assert profile.layers == {
-        LAYER + "attention.SawInt4PagedAttention": 20,
-        LAYER + "mlp.linear": 300,
-        LAYER + "mlp.prod": 10,
-        "linear": 400,
+        "gather": 100,
+        "transformer.layers.1.attention.SawInt4PagedAttention": 30,
+        "transformer.layers.1.mlp.linear": 300,
+        "{ForeignNode[transformer.layers.3.mlp.gate.weight...cast_3]}": 400,
     }
+    two = config.model_copy(update={"pretrained_config": cases.llama_config(2)})
+    assert StepBench(seconds, two, seconds).profile(4, 1000).layer_us is None
 
 
 # -- the whole runtime
@@ -303,8 +314,8 @@ def _step(batch, context, us):
 
 
 def _profile(batch, context):
-    parts = {"attention": 300.0, "kv_write": 40.0, "gemm": 450.0, "rest": 30.0, "head": 250.0}
-    return Profile(batch=batch, context=context, parts=parts, layers={"linear": 240.0})
+    parts = {"attention": 300.0, "kv_write": 40.0, "gemm": 450.0, "rest": 30.0, "ends": 250.0}
+    return Profile(batch=batch, context=context, parts=parts, layer_us=100.0, layers={"linear": 240.0})
 
 
 def test_targets_are_held_against_the_record(results):
@@ -324,8 +335,9 @@ def test_targets_are_held_against_the_record(results):
 
 def test_the_whole_model_is_worked_out_from_its_layers(results):
     engine = results.engine("fp16")
-    step = engine.find(64, 8192)
-    assert engine.whole_model_us(step, 8) == pytest.approx(250 + (step.gpu_us - 250) * 4)
+    step, profiled = engine.find(64, 8192), engine.find(64, 1024)
+    once = (1070 - 8 * 100) * profiled.gpu_us / 1070
+    assert engine.whole_model_us(step, 8) == pytest.approx(once + (step.gpu_us - once) * 4)
     assert engine.whole_model_us(engine.find(2, 8192), 8) is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,17 +24,20 @@ PROFILED = {1: (1024, 8192), 8: (8192,), 64: (1024, 8192), 256: (2048,)}
 #: The run through the whole runtime: so many requests at once, each with a prompt and a text of so many tokens.
 LOOP_BATCH, LOOP_PROMPT, LOOP_TEXT = 64, 1024, 192
 
+_LAYER = "transformer.layers."
+
 #: Layers of the model whose shape the engines have.
 LLAMA_LAYERS = 32
 
-#: Parts of a step. ``head`` is what there is once, not in each layer: embedding, final norm, logits.
-Part = Literal["attention", "kv_write", "gemm", "rest", "head"]
+#: Parts of a step. ``ends`` are the nodes with the embedding and with the logits: TensorRT joins GEMMs of the first and
+#: of the last layer to them.
+Part = Literal["attention", "kv_write", "gemm", "rest", "ends"]
 PARTS: dict[Part, str] = {
     "attention": "attention",
     "kv_write": "KV write",
-    "gemm": "GEMMs of the layers",
+    "gemm": "GEMMs",
     "rest": "rest of the layers",
-    "head": "embedding and logits",
+    "ends": "embedding, logits and what is joined to them",
 }
 
 
@@ -123,6 +127,14 @@ def classify(layer: str) -> Part:
         return "attention"
     if WRITE in layer:
         return "kv_write"
-    if "transformer.layers." not in layer:
-        return "head"
-    return "gemm" if "linear" in layer and not layer.startswith("Reformatting") else "rest"
+    # A node of many layers is named by its first and its last one.
+    node = re.fullmatch(r"\{ForeignNode\[(.*)\.\.\.(.*)\]\}", layer)
+    if not all(_LAYER in name for name in (node.groups() if node else (layer,))):
+        return "ends"
+    return "gemm" if node or (layer.startswith(_LAYER) and "linear" in layer) else "rest"
+
+
+def decoder_layer(layer: str) -> int | None:
+    """Which layer of the decoder one of TensorRT's is of; None for those of :func:`classify`'s ``ends``."""
+    found = re.search(rf"{_LAYER}(\d+)\.", layer)
+    return None if found is None or classify(layer) == "ends" else int(found[1])

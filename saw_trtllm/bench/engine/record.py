@@ -62,8 +62,10 @@ class Profile(_Record):
     batch: int
     context: int
     parts: dict[Part, float]
+    layer_us: float | None
+    """Of all that belongs to a layer of the decoder that is neither the first nor the last: None if there is none."""
     layers: dict[str, float]
-    """The layers of the decoder's first layer and those that are there once, as TensorRT names them."""
+    """The layers of such a one, and those that are there once, as TensorRT names them."""
 
 
 class Loop(_Record):
@@ -116,14 +118,17 @@ class Engine(_Record):
         return next((s for s in self.steps if (s.batch, s.context) == (batch, context)), None)
 
     def whole_model_us(self, step: Step, num_layers: int) -> float | None:
-        """What a step would take with all of the model's layers, worked out from this engine's ``num_layers``.
+        """What the GPU would take for a step with all of the model's layers, worked out from ``num_layers`` of them.
 
-        What is there once is taken from the profile of the same batch; the rest is repeated. None without a profile.
+        What is there once is taken from a profile of the same batch, made as much shorter as that profile is longer
+        than its step; the rest is repeated. None without such a profile.
         """
-        head = next((p.parts.get("head", 0.0) for p in self.profiles if p.batch == step.batch), None)
-        if head is None:
-            return None
-        return head + (step.gpu_us - head) * LLAMA_LAYERS / num_layers
+        for profile in self.profiles:
+            profiled, total = self.find(profile.batch, profile.context), sum(profile.parts.values())
+            if profile.batch == step.batch and profile.layer_us is not None and profiled is not None:
+                once = (total - num_layers * profile.layer_us) * profiled.gpu_us / total
+                return once + (step.gpu_us - once) * LLAMA_LAYERS / num_layers
+        return None
 
 
 class TargetResult(_Record):

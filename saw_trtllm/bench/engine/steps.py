@@ -10,9 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from saw_trtllm.bench.engine.cases import Part, classify
+from saw_trtllm.bench.engine.cases import Part, classify, decoder_layer
 from saw_trtllm.bench.engine.record import Profile, Step
-from saw_trtllm.checkpoint.layout import layer_prefix
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.sampling_params import SamplingParams
@@ -101,14 +100,21 @@ class StepBench:
         self._executor.profile(step)
         runs = [self._executor.profile(step) for _ in range(PROFILES)]
         # Names need not be unique: layers are told apart by their place.
-        times = [(layers[0][0], 1e3 * median(ms for _, ms in layers)) for layers in zip(*runs, strict=True)]
+        names = [name.partition(" [profile")[0] for name, _ in runs[0]]
+        times = [1e3 * median(ms for _, ms in layers) for layers in zip(*runs, strict=True)]
         parts: dict[Part, float] = defaultdict(float)
-        for name, us in times:
+        layers: dict[int | None, float] = defaultdict(float)
+        for name, us in zip(names, times, strict=True):
             parts[classify(name)] += us
-        first = layer_prefix(0)
-        shown = {name: round(us, 2) for name, us in times if first in name or classify(name) == "head"}
-        rounded = {part: round(us, 2) for part, us in parts.items()}
-        return Profile(batch=batch, context=context, parts=rounded, layers=shown)
+            layers[decoder_layer(name)] += us
+        inner = [layers[i] for i in range(1, self._config.pretrained_config.num_hidden_layers - 1)]
+        return Profile(
+            batch=batch,
+            context=context,
+            parts={part: round(us, 2) for part, us in parts.items()},
+            layer_us=round(median(inner), 2) if inner else None,
+            layers={n: round(us, 2) for n, us in zip(names, times, strict=True) if decoder_layer(n) in (None, 1)},
+        )
 
     def inputs(self, batch: int, context: int) -> StepInputs:
         """A decode of each sequence's last token, its blocks anywhere in the pool."""
