@@ -30,6 +30,7 @@ from saw_trtllm.bench.engine.tables import fill_in, plain
 from saw_trtllm.cli import bench as saw_bench
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.errors import ConfigError, EngineError
+from saw_trtllm.runtime.llm import KvCacheConfig
 from saw_trtllm.runtime.step import DECODE
 
 ROOT = Path(__file__).parents[1]
@@ -228,16 +229,20 @@ def test_layers_are_added_up_by_part(seconds, config):
 # -- the whole runtime
 
 
+SMALL = KvCacheConfig(max_tokens=4096)
+
+
 def test_the_loop_counts_tokens_while_all_decode(open_llm):
-    with open_llm("saw_int4") as llm:
-        us, context = loop.time_loop(llm, 3, 40, 60)
+    with open_llm("saw_int4", kv_cache_config=SMALL) as llm:
+        us, context = loop.time_loop(llm, 2, 16, 24)
     assert us > 0
-    assert 40 < context < 100
+    assert 16 < context < 40
 
 
 def test_a_loop_that_never_ran_at_once_is_no_measurement(open_llm):
-    with open_llm("saw_int4") as llm, pytest.raises(EngineError, match=r"^100 requests never ran at once"):
-        loop.time_loop(llm, 100, 4, 4)  # the engine takes 64
+    # The engine takes 64 requests at once.
+    with open_llm("saw_int4", kv_cache_config=SMALL) as llm, pytest.raises(EngineError, match=r"^65 requests never"):
+        loop.time_loop(llm, 65, 4, 2)
 
 
 def test_a_start_is_timed_in_a_process_of_its_own(engine):
