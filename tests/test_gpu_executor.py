@@ -351,7 +351,7 @@ def test_what_is_missing_is_said(refused, monkeypatch):
     assert refused(errors=BackendUnavailableError, prepare=no_gpu).startswith("CUDA finds no GPU (cudaErrorNoDevice): ")
 
     def no_plugins(cuda, module):
-        module.get_plugin_registry = lambda: types.SimpleNamespace(get_plugin_creator=lambda *_: None)
+        module.get_plugin_registry = lambda: types.SimpleNamespace(plugin_creator_list=[])
 
     monkeypatch.setattr("saw_trtllm.__file__", "/nowhere/__init__.py")
     message = refused(errors=BackendUnavailableError, prepare=no_plugins)
