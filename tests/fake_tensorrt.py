@@ -167,6 +167,10 @@ class ITimingCache:
         return memoryview(b"")
 
 
+class IProgressMonitor:
+    pass
+
+
 class IBuilderConfig:
     def __init__(self):
         self.profiles, self.flags = [], set()

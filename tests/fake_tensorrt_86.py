@@ -17,7 +17,8 @@ from saw_trtllm.plugins import ATTENTION, WRITE
 #: Whose calls are recorded.
 _SOURCES = (str(Path(saw_trtllm.network.__file__).parent), saw_trtllm.plugins.__file__)
 #: What 8.6 does not have of the stand-in's names.
-_LATER = {"int64", "bfloat16", "uint8", "int4", "fp4", "TensorRTPhase", "IPluginV3", "IPluginCreatorV3One"}
+_LATER = {"int64", "bfloat16", "uint8", "int4", "fp4"}
+_LATER |= {"TensorRTPhase", "IPluginV3", "IPluginCreatorV3One", "IProgressMonitor"}
 
 
 class NetworkDefinitionCreationFlag(enum.IntEnum):

@@ -6,6 +6,7 @@
 - Plugins are V3 from 10 on, V2 in 8.6.
 - cuBLAS and cuDNN, which 10 leaves out unless asked, are switched off in 8.6 too: they need not be installed.
 - 11 has no other than strongly typed networks, and no flag for them.
+- A build tells of its progress from 10 on.
 
 ``tensorrt`` is imported when a :class:`TensorRT` is made, so that the package can be read without it.
 """
@@ -22,6 +23,7 @@ import numpy as np
 
 from saw_trtllm import plugins
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
+from saw_trtllm.network.options import Phases
 
 log = logging.getLogger(__name__)
 
@@ -159,15 +161,35 @@ class TensorRT:
         flag = flags.STRONGLY_TYPED if self.strongly_typed else flags.EXPLICIT_BATCH
         return builder.create_network(1 << int(flag))
 
-    def create_config(self, builder: Any) -> Any:
+    def create_config(self, builder: Any, optimization_level: int | None = None) -> Any:
         """A builder's configuration under which the network's types are what :class:`Graph` says."""
         config = builder.create_builder_config()
+        if optimization_level is not None:
+            config.builder_optimization_level = optimization_level
         if not self.strongly_typed:
             config.set_flag(self.trt.BuilderFlag.FP16)
             config.set_flag(self.trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
             own = (self.trt.TacticSource.JIT_CONVOLUTIONS, self.trt.TacticSource.EDGE_MASK_CONVOLUTIONS)
             config.set_tactic_sources(sum(1 << int(source) for source in own))
         return config
+
+    def report_phases(self, config: Any, phases: Phases) -> None:
+        """Have a build tell of its phases, where TensorRT does."""
+        if not hasattr(self.trt, "IProgressMonitor"):
+            return
+
+        class Monitor(self.trt.IProgressMonitor):
+            def phase_start(self, name: str, parent: str | None, num_steps: int) -> None:
+                phases.start(name, parent, num_steps)
+
+            def step_complete(self, name: str, step: int) -> bool:
+                phases.step(name)
+                return True  # go on
+
+            def phase_finish(self, name: str) -> None:
+                phases.finish(name)
+
+        config.progress_monitor = Monitor()
 
     # -- plugins
 

@@ -309,7 +309,8 @@ class EngineCore:
             state = SamplingState(s.sequence.params, s.sequence.prompt, s.sequence.generated, request.banned)
             sampling.append(state if s.samples else None)
         context = [s.sequence.params.return_context_logits and not s.sequence.generated for s in step]
-        return self._executor.execute(StepInputs.pack([s.inputs for s in step], *self._num_layers), sampling, context)
+        inputs = StepInputs.pack([s.inputs for s in step], *self._num_layers)
+        return self._executor.launch(inputs, sampling, context).result()
 
     def _advance(self, s: Scheduled, output: StepOutput, i: int) -> None:
         request, samples = self._requests[s.sequence.request_id], s.samples

@@ -17,15 +17,23 @@ class SamplingState(NamedTuple):
     ----------
     params : SamplingParams
     prompt, generated : sequence of int
-        Tokens so far. ``len(generated)`` is the number of the draw.
+        Tokens so far, but for those not known yet.
     banned : sequence of int
         Tokens that may not come now: the ends, before ``min_tokens``.
+    index : int, optional
+        Number of the draw: how many tokens of the text come before this one, known or not. By default all are known.
     """
 
     params: SamplingParams
     prompt: Sequence[int]
     generated: Sequence[int]
     banned: Sequence[int] = ()
+    index: int | None = None
+
+    @property
+    def draw(self) -> int:
+        """The number of the draw."""
+        return len(self.generated) if self.index is None else self.index
 
 
 def sample(logits: np.ndarray, state: SamplingState) -> tuple[int, float]:
@@ -47,7 +55,7 @@ def sample(logits: np.ndarray, state: SamplingState) -> tuple[int, float]:
     """
     params = state.params
     adjusted = _penalize(logits.astype(np.float64), state)
-    token = int(adjusted.argmax()) if params.greedy else _draw(adjusted, params, len(state.generated))
+    token = int(adjusted.argmax()) if params.greedy else _draw(adjusted, params, state.draw)
     return token, _logprob(logits.astype(np.float64), token) if params.logprobs else 0.0
 
 
