@@ -17,13 +17,14 @@ import fake_tensorrt_frontend
 import network_recording
 import recorded_run
 import torch
-from executor_contract import ALL, NUM_STEPS, PRIMARY, SECONDARY, Executor
+from executor_contract import ALL, PRIMARY, SECONDARY, Executor
 from hf_models import make_hf_model
 
 from saw_trtllm.builder import BuildOptions, BuildPlan, build, plan_build
 from saw_trtllm.reference.cache import PagedCache
 from saw_trtllm.reference.model import ReferenceModel
 
+NUM_STEPS = 80
 #: Of the Llama: as near to a real one as a recording of some MiB allows.
 MODEL = {
     "hidden_size": 256,
@@ -36,7 +37,7 @@ MODEL = {
 }
 
 
-def record(folder: Path, seed: int = 0) -> None:
+def record(folder: Path, seed: int = 10) -> None:
     """Write both recordings."""
     with tempfile.TemporaryDirectory() as work, fake_tensorrt_frontend.frontend():
         fake_tensorrt.get_plugin_registry().saw = True
@@ -57,7 +58,7 @@ def record_run(plan: BuildPlan, folder: Path, seed: int) -> None:
     layers, tokens = model.num_hidden_layers, config.build_config.tokens_per_block
     executor = Executor(
         [ALL] * layers,
-        num_primary=28,
+        num_primary=22,
         num_secondary=14,
         tokens_per_block=tokens,
         max_seq_len=ALL,

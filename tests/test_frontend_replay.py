@@ -9,9 +9,9 @@ import network_recording
 import pytest
 import recorded_run
 import torch
-from executor_contract import NUM_STEPS
+from executor_contract import PRIMARY, SECONDARY
 from fake_tensorrt_execute import execute
-from record_frontend import MODEL, record
+from record_frontend import MODEL, NUM_STEPS, record
 
 from saw_trtllm.network.versions import TensorRT
 
@@ -63,6 +63,9 @@ def test_8_6_is_told_the_type_of_each_layer_that_computes(replayed):
 def test_its_logits_are_the_recorded_ones(recording, replayed):
     steps, _ = recorded_run.load(recording)
     assert len(steps) == NUM_STEPS
+    moves = {(c.source[0], c.target[0], c.rows > 0) for step in steps for c in step.copies}
+    both = [(PRIMARY, SECONDARY, False), (SECONDARY, PRIMARY, False)]
+    assert moves >= {(PRIMARY, PRIMARY, True), (SECONDARY, PRIMARY, True), *both}
     inputs, due = steps[0].inputs, torch.from_numpy(steps[0].logits)
     assert not inputs["host_request_types"].any()
     fed = {name: torch.from_numpy(x).long() for name, x in inputs.items()}

@@ -1,0 +1,167 @@
+"""TensorRT-LLM's own network for a small Llama, built by a real TensorRT and driven as its executor does.
+
+The network and the run are recorded (``tests/record_frontend.py``): at test time where TensorRT-LLM's source and PyTorch
+are, or beforehand, in the folder that ``SAW_TENSORRT_LLM_RECORDING`` names.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import network_recording
+import numpy as np
+import pytest
+import recorded_run
+from executor_contract import GRAPH_ROUNDING, PRIMARY, SECONDARY, Copy
+
+from saw_trtllm.network.versions import TensorRT
+from saw_trtllm.plugins import library_path
+from saw_trtllm.runtime.step import DECODE
+
+RECORDING, SOURCE = "SAW_TENSORRT_LLM_RECORDING", "SAW_TENSORRT_LLM_SOURCE"
+
+
+def missing() -> str | None:
+    """Why this cannot run here, if it cannot."""
+    for module in ("tensorrt", "cuda"):
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
+    if RECORDING not in os.environ and not (SOURCE in os.environ and importlib.util.find_spec("torch")):
+        return f"neither {RECORDING} names a recording, nor {SOURCE} the source of TensorRT-LLM beside PyTorch"
+    return None
+
+
+pytestmark = [pytest.mark.tensorrt, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+
+
+class Engine:
+    """An engine in buffers that stay where they are, its pool, and its CUDA graphs: what an executor holds."""
+
+    def __init__(self, tensorrt: TensorRT, serialized: bytes, pool_shapes: dict[str, tuple[int, ...]]) -> None:
+        from saw_trtllm.gpu.cuda import DeviceBuffer, PinnedBuffer, Stream
+
+        self._buffer, self.stream = DeviceBuffer, Stream()
+        logger = tensorrt.logger()
+        self._runtime = tensorrt.trt.Runtime(logger)
+        self._engine = self._runtime.deserialize_cuda_engine(serialized)
+        assert self._engine is not None, logger.reason
+        self._context, self._logger = self._engine.create_execution_context(), logger
+        mode = tensorrt.trt.TensorIOMode.INPUT
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        self.inputs = [n for n in names if self._engine.get_tensor_mode(n) == mode]
+        self._shape, self._row = pool_shapes[PRIMARY], pool_shapes[PRIMARY][-1]
+        self._pool = DeviceBuffer(int(np.prod(self._shape)))
+        self._pool.fill(0)
+        self._host_pool = PinnedBuffer(int(np.prod(pool_shapes[SECONDARY])))
+        self.pointers = np.array([[self._pool.address, self._host_pool.address]], np.int64)
+        dtype, shape = tensorrt.pool_pointers(1)
+        self._host = {"host_kv_cache_pool_pointers": self.pointers.view(dtype).reshape(shape)}
+        self._gpu: dict[str, DeviceBuffer] = {}
+        self._logits = DeviceBuffer(1 << 20)
+        self._graphs: dict[tuple[int, int], object] = {}
+
+    def move(self, copy: Copy) -> None:
+        """A copy of blocks as the executor makes it: all heads' regions in one, each from its beginning."""
+        from saw_trtllm.gpu.cuda import call, runtime
+
+        _, layers, two, heads, tokens, row_bytes = self._shape
+        pitch, regions = tokens * row_bytes, layers * two * heads
+        bases = {PRIMARY: self._pool.address, SECONDARY: self._host_pool.address}
+        source, target = (bases[where] + index * regions * pitch for where, index in (copy.source, copy.target))
+        width = (copy.rows or tokens) * row_bytes
+        kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
+        call(runtime.cudaMemcpy2DAsync, target, pitch, source, pitch, width, regions, kind, self.stream.handle)
+
+    def step(self, step: recorded_run.RecordedStep) -> np.ndarray:
+        """Logits of a step. From the second on, decodes alone run as the graph that was captured behind the first."""
+        for copy in step.copies:
+            self.move(copy)
+        fed = step.inputs | self._host
+        self._kept = fed  # host tensors lie where NumPy has them
+        for name in self.inputs:
+            if not name.startswith("host_"):
+                if name not in self._gpu:
+                    self._gpu[name] = self._buffer(1 << 20)
+                self._gpu[name].write(fed[name])
+        key = self._graph_key(step)
+        graph = self._graphs.get(key)
+        if graph is not None:
+            graph.launch(self.stream)
+        else:
+            self._enqueue(fed)
+        self.stream.synchronize()
+        logits = self._logits.read(np.float32, step.logits.shape)
+        if key is not None and graph is None:
+            with self.stream.capture() as self._graphs[key]:
+                self._enqueue(fed)
+        return logits
+
+    def _enqueue(self, fed: dict[str, np.ndarray]) -> None:
+        for name in self.inputs:
+            assert self._context.set_input_shape(name, fed[name].shape), (name, fed[name].shape, self._logger.reason)
+            address = fed[name].ctypes.data if name.startswith("host_") else self._gpu[name].address
+            assert self._context.set_tensor_address(name, address)
+        assert self._context.set_tensor_address("logits", self._logits.address)
+        assert self._context.execute_async_v3(self.stream.handle), self._logger.reason
+
+    @staticmethod
+    def _graph_key(step: recorded_run.RecordedStep) -> tuple[int, int] | None:
+        types, past = step.inputs["host_request_types"], step.inputs["host_past_key_value_lengths"]
+        return (len(types), -(-int(past.max()) // GRAPH_ROUNDING)) if (types == DECODE).all() else None
+
+    def pool(self) -> np.ndarray:
+        return self._pool.read(np.uint8, self._shape)
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory) -> Path:
+    if RECORDING in os.environ:
+        return Path(os.environ[RECORDING])
+    folder = tmp_path_factory.mktemp("recording")
+    # In a process of its own, where a stand-in takes TensorRT's place.
+    script = Path(__file__).with_name("record_frontend.py")
+    subprocess.run([sys.executable, str(script), str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tensorrt() -> TensorRT:
+    found = TensorRT.load()
+    library_path()
+    found.load_plugins()
+    return found
+
+
+@pytest.fixture(scope="module")
+def serialized(recording, tensorrt):
+    logger = tensorrt.logger()
+    builder = tensorrt.builder(logger)
+    replay = network_recording.Replay(recording, tensorrt, builder)
+    config = tensorrt.create_config(builder)
+    replay.add_profiles(builder, config)
+    engine = builder.build_serialized_network(replay.network, config)
+    assert engine is not None, logger.reason
+    return engine
+
+
+def test_the_engine_serves_the_executors_run(recording, tensorrt, serialized):
+    steps, pool_shapes = recorded_run.load(recording)
+    engine = Engine(tensorrt, serialized, pool_shapes)
+    assert set(engine.inputs) <= steps[0].inputs.keys() | {"host_kv_cache_pool_pointers"}
+    worst, same, total, replayed = 0.0, 0, 0, 0
+    for step in steps:
+        replayed += engine._graph_key(step) in engine._graphs
+        found = engine.step(step)
+        error = np.abs(found - step.logits).max(axis=1) / step.logits.std(axis=1)
+        worst = max(worst, float(error.max()))
+        same += int((found.argmax(1) == step.logits.argmax(1)).sum())
+        total += len(found)
+        print(f"{len(found)} sequences, error {error.max():.4f} of the logits' spread")
+    print(f"worst {worst:.4f}; the greedy token is the same in {same} of {total}; {replayed} steps were graphs")
+    assert worst < 0.1
+    assert same >= 0.95 * total
+    assert replayed > 3
