@@ -21,7 +21,7 @@ from executor_contract import ALL, PRIMARY, SECONDARY, Executor
 from hf_models import make_hf_model
 
 from saw_trtllm.builder import BuildOptions, BuildPlan, build, plan_build
-from saw_trtllm.reference.cache import PagedCache
+from saw_trtllm.reference.cache import PagedCache, StepPlan
 from saw_trtllm.reference.model import ReferenceModel
 
 NUM_STEPS = 80
@@ -76,8 +76,14 @@ def record_run(plan: BuildPlan, folder: Path, seed: int) -> None:
         step = executor.step()
         for copy in step.copies:
             copy.apply(memory)
-        logits = reference.forward(step.for_reference(0, layers), cache).numpy()
-        steps.append(recorded_run.RecordedStep(step.copies, step.inputs, logits))
+        fed = step.for_reference(0, layers)
+        logits = reference.forward(fed, cache).numpy()
+        plan = StepPlan.make(fed, pool)
+        slots = torch.stack([plan.write_blocks, plan.write_offsets], 1)
+        rows = pool.data[plan.write_blocks, :, :, :, plan.write_offsets]
+        steps.append(
+            recorded_run.RecordedStep(step.copies, step.inputs, logits, slots.int().numpy(), rows.numpy().copy())
+        )
     recorded_run.save(steps, {where: rows.shape for where, rows in memory.items()}, folder)
 
 
