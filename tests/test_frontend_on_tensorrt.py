@@ -1,7 +1,7 @@
 """TensorRT-LLM's own network for a small Llama, built by a real TensorRT and driven as its executor does.
 
-The network and the run are recorded (``tests/record_frontend.py``): at test time where TensorRT-LLM's source and PyTorch
-are, or beforehand, in the folder that ``SAW_TENSORRT_LLM_RECORDING`` names.
+The network and the run are recorded (``tests/record_frontend.py``): at test time, where TensorRT-LLM's source and
+PyTorch are, or beforehand, in the folder that ``SAW_TENSORRT_LLM_RECORDING`` names.
 """
 
 from __future__ import annotations
@@ -182,9 +182,9 @@ def test_the_engine_serves_the_executors_run(follow, tolerance, recording, tenso
             engine.write(step)
     errors, same = np.concatenate(errors), np.concatenate(same)
     print(
-        f"{len(steps)} steps, {replayed} of them graphs; {len(errors)} rows of logits: error at most {errors.max():.4f},"
-        f" median {np.median(errors):.4f} of their spread; same greedy token {same.mean():.4f}; codes that"
-        f" differ at most {max(other):.4f}"
+        f"{len(steps)} steps, {replayed} of them graphs; {len(errors)} rows of logits: error at most "
+        f"{errors.max():.4f}, median {np.median(errors):.4f} of their spread; same greedy token {same.mean():.4f}; "
+        f"codes that differ at most {max(other):.4f}"
     )
     assert errors.max() < tolerance
     assert same.mean() > 0.95
