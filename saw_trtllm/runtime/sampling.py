@@ -60,6 +60,7 @@ def sample(logits: np.ndarray, state: SamplingState) -> tuple[int, float]:
 
 
 def _penalize(logits: np.ndarray, state: SamplingState) -> np.ndarray:
+    """The logits to choose by, rounded to the fp32 that they came in: equals are then equal on every backend."""
     params = state.params
     if params.repetition_penalty != 1.0:
         seen = np.unique(np.concatenate([state.prompt, state.generated]).astype(np.int64))
@@ -69,7 +70,8 @@ def _penalize(logits: np.ndarray, state: SamplingState) -> np.ndarray:
         tokens, counts = np.unique(np.asarray(state.generated, dtype=np.int64), return_counts=True)
         logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
     logits[list(state.banned)] = -np.inf
-    return logits
+    with np.errstate(over="ignore"):
+        return logits.astype(np.float32).astype(np.float64)
 
 
 def _draw(logits: np.ndarray, params: SamplingParams, index: int) -> int:
