@@ -1,6 +1,7 @@
 """The recording of TensorRT-LLM's network, and its replay under the rules of TensorRT 8.6, on stand-ins."""
 
 import json
+from pathlib import Path
 
 import fake_tensorrt
 import fake_tensorrt_86
@@ -11,7 +12,7 @@ import recorded_run
 import torch
 from executor_contract import PRIMARY, SECONDARY
 from fake_tensorrt_execute import execute
-from record_frontend import MODEL, NUM_STEPS, record
+from record_frontend import CASES, NUM_LAYERS, NUM_STEPS, record
 
 from saw_trtllm.network.versions import TensorRT
 
@@ -24,8 +25,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recording")
-    record(folder)
-    return folder
+    record(folder, ["llama-swapped"])
+    return folder / "llama-swapped"
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_it_is_the_network_that_was_recorded(recording, replayed):
     recorded = json.loads((recording / network_recording.NETWORK).read_text())
     kinds = [call["type"].replace("PLUGIN_V3", "PLUGIN_V2") for call in recorded["layers"]]
     assert [layer.type.name for layer in replayed._layers] == kinds
-    assert kinds.count("PLUGIN_V2") == 2 * MODEL["num_hidden_layers"]
+    assert kinds.count("PLUGIN_V2") == 2 * NUM_LAYERS
     for layer, call in zip(replayed._layers, recorded["layers"], strict=True):
         for i, name in enumerate(call["types"]):
             output = layer.get_output(i)
@@ -73,3 +74,8 @@ def test_its_logits_are_the_recorded_ones(recording, replayed):
     found = execute(replayed, fed)["logits"]
     # Q, K and V are rounded to fp16 in the reference.
     assert (found - due).abs().max() < 0.01 * due.std()
+
+
+def test_the_cases_are_those_that_are_played_back():
+    played = (Path(__file__).parent / "engine" / "test_frontend.py").read_text()
+    assert f"CASES = {json.dumps(list(CASES))}" in played

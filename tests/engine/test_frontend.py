@@ -1,7 +1,7 @@
-"""TensorRT-LLM's own network for a small Llama, built by a real TensorRT and driven as its executor does.
+"""TensorRT-LLM's own networks of small models, built by a real TensorRT and driven as its executor does.
 
-The network and the run are recorded (``tests/record_frontend.py``): at test time, where TensorRT-LLM's source and
-PyTorch are, or beforehand, in the folder that ``SAW_TENSORRT_LLM_RECORDING`` names.
+Networks and runs are recorded (``tests/record_frontend.py``): at test time, where TensorRT-LLM's source and PyTorch
+are, or beforehand, in the folder that ``SAW_TENSORRT_LLM_RECORDING`` names.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ import recorded_run
 from executor_contract import GRAPH_ROUNDING, PRIMARY, SECONDARY, Copy
 
 from saw_trtllm.network.versions import TensorRT
-from saw_trtllm.plugins import library_path
 from saw_trtllm.runtime.step import DECODE
 
 RECORDING, SOURCE = "SAW_TENSORRT_LLM_RECORDING", "SAW_TENSORRT_LLM_SOURCE"
+#: As in ``record_frontend.py``, which cannot be imported beside a real TensorRT.
+CASES = ["llama", "llama-swapped", "mistral", "qwen2", "qwen3-calibrated"]
+#: Bytes of any buffer.
+ENOUGH = 1 << 20
 
 
 def missing() -> str | None:
@@ -31,7 +34,7 @@ def missing() -> str | None:
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed"
     if RECORDING not in os.environ and not (SOURCE in os.environ and importlib.util.find_spec("torch")):
-        return f"neither {RECORDING} names a recording, nor {SOURCE} the source of TensorRT-LLM beside PyTorch"
+        return f"neither {RECORDING} names recordings, nor {SOURCE} the source of TensorRT-LLM beside PyTorch"
     return None
 
 
@@ -43,25 +46,25 @@ class Engine:
 
     def __init__(self, tensorrt: TensorRT, serialized: bytes, pool_shapes: dict[str, tuple[int, ...]]) -> None:
         from saw_trtllm.gpu.cuda import DeviceBuffer, PinnedBuffer, Stream
+        from saw_trtllm.gpu.session import Session
 
-        self._buffer, self.stream = DeviceBuffer, Stream()
-        logger = tensorrt.logger()
+        self.stream, logger = Stream(), tensorrt.logger()
         self._runtime = tensorrt.trt.Runtime(logger)
-        self._engine = self._runtime.deserialize_cuda_engine(serialized)
-        assert self._engine is not None, logger.reason
-        self._context, self._logger = self._engine.create_execution_context(), logger
+        engine = self._runtime.deserialize_cuda_engine(serialized)
+        assert engine is not None, logger.reason
         mode = tensorrt.trt.TensorIOMode.INPUT
-        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        self.inputs = [n for n in names if self._engine.get_tensor_mode(n) == mode]
-        self._shape, self._row = pool_shapes[PRIMARY], pool_shapes[PRIMARY][-1]
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        self.inputs = [n for n in names if engine.get_tensor_mode(n) == mode]
+        self._session = Session(tensorrt, engine, logger)
+        self._session.open(self.stream)
+        self._shape = pool_shapes[PRIMARY]
         self._pool = DeviceBuffer(int(np.prod(self._shape)))
         self._pool.fill(0)
         self._host_pool = PinnedBuffer(int(np.prod(pool_shapes[SECONDARY])))
-        self.pointers = np.array([[self._pool.address, self._host_pool.address]], np.int64)
+        pointers = np.array([[self._pool.address, self._host_pool.address]], np.int64)
         dtype, shape = tensorrt.pool_pointers(1)
-        self._host = {"host_kv_cache_pool_pointers": self.pointers.view(dtype).reshape(shape)}
-        self._gpu: dict[str, DeviceBuffer] = {}
-        self._logits = DeviceBuffer(1 << 20)
+        self._host = {"host_kv_cache_pool_pointers": pointers.view(dtype).reshape(shape)}
+        self._gpu = {n: DeviceBuffer(ENOUGH) for n in names if not n.startswith("host_")}
         self.graphs: dict[tuple[int, int], object] = {}
 
     def move(self, copy: Copy) -> None:
@@ -80,13 +83,9 @@ class Engine:
         """Logits of a step. From the second on, decodes alone run as the graph that was captured behind the first."""
         for copy in step.copies:
             self.move(copy)
-        fed = step.inputs | self._host
-        self._kept = fed  # host tensors lie where NumPy has them
-        for name in self.inputs:
-            if not name.startswith("host_"):
-                if name not in self._gpu:
-                    self._gpu[name] = self._buffer(1 << 20)
-                self._gpu[name].write(fed[name])
+        fed = step.inputs | self._host  # host tensors lie where NumPy has them
+        for name in set(self.inputs) & self._gpu.keys():
+            self._gpu[name].write(fed[name])
         key = self.graph_key(step)
         graph = self.graphs.get(key)
         if graph is not None:
@@ -94,19 +93,18 @@ class Engine:
         else:
             self._enqueue(fed)
         self.stream.synchronize()
-        logits = self._logits.read(np.float32, step.logits.shape)
+        logits = self._gpu["logits"].read(np.float32, step.logits.shape)
         if key is not None and graph is None:
             with self.stream.capture() as self.graphs[key]:
                 self._enqueue(fed)
         return logits
 
     def _enqueue(self, fed: dict[str, np.ndarray]) -> None:
+        tensors = {name: (buffer.address, None) for name, buffer in self._gpu.items()}
         for name in self.inputs:
-            assert self._context.set_input_shape(name, fed[name].shape), (name, fed[name].shape, self._logger.reason)
             address = fed[name].ctypes.data if name.startswith("host_") else self._gpu[name].address
-            assert self._context.set_tensor_address(name, address)
-        assert self._context.set_tensor_address("logits", self._logits.address)
-        assert self._context.execute_async_v3(self.stream.handle), self._logger.reason
+            tensors[name] = (address, fed[name].shape)
+        self._session.enqueue(0, tensors, self.stream)
 
     @staticmethod
     def graph_key(step: recorded_run.RecordedStep) -> tuple[int, int] | None:
@@ -127,12 +125,12 @@ class Engine:
 
 
 @pytest.fixture(scope="module")
-def recording(tmp_path_factory) -> Path:
+def recordings(tmp_path_factory) -> Path:
     if RECORDING in os.environ:
         return Path(os.environ[RECORDING])
-    folder = tmp_path_factory.mktemp("recording")
+    folder = tmp_path_factory.mktemp("recordings")
     # In a process of its own, where a stand-in takes TensorRT's place.
-    script = Path(__file__).with_name("record_frontend.py")
+    script = Path(__file__).parents[1] / "record_frontend.py"
     subprocess.run([sys.executable, str(script), str(folder)], check=True)
     return folder
 
@@ -140,21 +138,23 @@ def recording(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def tensorrt() -> TensorRT:
     found = TensorRT.load()
-    library_path()
     found.load_plugins()
     return found
 
 
-@pytest.fixture(scope="module")
-def serialized(recording, tensorrt):
+@pytest.fixture(scope="module", params=CASES)
+def case(request, recordings, tensorrt):
+    """A recording and its engine."""
+    folder = recordings / request.param
     logger = tensorrt.logger()
     builder = tensorrt.builder(logger)
-    replay = network_recording.Replay(recording, tensorrt, builder)
-    config = tensorrt.create_config(builder, 0)
+    replay = network_recording.Replay(folder, tensorrt, builder)
+    # The choice of kernels is not what is tested, and takes minutes.
+    config = tensorrt.create_config(builder, optimization_level=0)
     replay.add_profiles(builder, config)
     engine = builder.build_serialized_network(replay.network, config)
     assert engine is not None, logger.reason
-    return engine
+    return folder, engine
 
 
 def codes(rows: np.ndarray) -> np.ndarray:
@@ -162,11 +162,12 @@ def codes(rows: np.ndarray) -> np.ndarray:
     return np.concatenate([packed & 15, packed >> 4], axis=-1).astype(np.int16)
 
 
-@pytest.mark.parametrize(("follow", "tolerance"), [(True, 0.05), (False, 0.25)], ids=["step by step", "on its own"])
-def test_the_engine_serves_the_executors_run(follow, tolerance, recording, tensorrt, serialized):
+@pytest.mark.parametrize("follow", [True, False], ids=["step by step", "on its own"])
+def test_the_engine_serves_the_executors_run(follow, case, tensorrt):
     """Step by step, each begins with the reference's rows; on its own, the engine reads what it wrote itself, where a
     code here and there is the next one: its activations are of 16 bits, the reference's of 32."""
-    steps, pool_shapes = recorded_run.load(recording)
+    folder, serialized = case
+    steps, pool_shapes = recorded_run.load(folder)
     engine = Engine(tensorrt, serialized, pool_shapes)
     assert set(engine.inputs) <= steps[0].inputs.keys() | {"host_kv_cache_pool_pointers"}
     errors, same, other, replayed = [], [], [], 0
@@ -182,12 +183,12 @@ def test_the_engine_serves_the_executors_run(follow, tolerance, recording, tenso
             engine.write(step)
     errors, same = np.concatenate(errors), np.concatenate(same)
     print(
-        f"{len(steps)} steps, {replayed} of them graphs; {len(errors)} rows of logits: error at most "
+        f"{folder.name}: {len(steps)} steps, {replayed} of them graphs; {len(errors)} rows of logits: error at most "
         f"{errors.max():.4f}, median {np.median(errors):.4f} of their spread; same greedy token {same.mean():.4f}; "
         f"codes that differ at most {max(other):.4f}"
     )
-    assert errors.max() < tolerance
-    assert same.mean() > 0.95
+    assert errors.max() < (0.03 if follow else 0.3)
+    assert same.mean() > 0.97
     assert replayed > 20
     if follow:
         assert max(other) < 0.02
