@@ -19,6 +19,7 @@ import recorded_run
 from executor_contract import GRAPH_ROUNDING, PRIMARY, SECONDARY, Copy
 
 from saw_trtllm.network.versions import TensorRT
+from saw_trtllm.plugins import PRELOAD_LIBRARY, library_path
 from saw_trtllm.runtime.step import DECODE
 
 RECORDING, SOURCE = "SAW_TENSORRT_LLM_RECORDING", "SAW_TENSORRT_LLM_SOURCE"
@@ -192,3 +193,19 @@ def test_the_engine_serves_the_executors_run(follow, case, tensorrt):
     assert replayed > 20
     if follow:
         assert max(other) < 0.02
+
+
+@pytest.mark.parametrize("preload", [True, False])
+def test_a_program_that_preloads_reads_the_engine(preload, case, tmp_path):
+    """As Triton's C++ backend has to: nobody in the process calls for the plugins."""
+    (tmp_path / "rank0.engine").write_bytes(bytes(case[1]))
+    script = (
+        "import sys, tensorrt as trt\n"
+        "runtime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))\n"
+        "print(runtime.deserialize_cuda_engine(open(sys.argv[1], 'rb').read()) is not None)\n"
+    )
+    environment = os.environ | ({"LD_PRELOAD": str(library_path(PRELOAD_LIBRARY))} if preload else {})
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "rank0.engine")], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, str(preload)), done.stderr
