@@ -38,14 +38,15 @@ _MODEL = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 256, "max_
 _MODEL["num_hidden_layers"] = NUM_LAYERS
 _WIDE = {"head_dim": 128, "num_attention_heads": 4}
 _LIMITS = {"max_batch_size": 8, "max_num_tokens": 256, "max_seq_len": ALL}
-#: Family, fields of its config, and how TensorRT-LLM comes to define it: by saw-build, with a calibration or without,
-#: or by swap() in a model of TensorRT-LLM's own, whose V is then rotated at run time.
+#: Family, fields of its config, how TensorRT-LLM comes to define it, and the run's window of each layer. It is defined
+#: by saw-build, with a calibration or without, or by swap() in a model of TensorRT-LLM's own, whose V is rotated at run
+#: time.
 CASES = {
-    "llama": ("llama", _WIDE, "build"),
-    "llama-swapped": ("llama", _WIDE, "swap"),
-    "mistral": ("mistral", {"sliding_window": 40}, "build"),
-    "qwen2": ("qwen2", {}, "build"),
-    "qwen3-calibrated": ("qwen3", _WIDE, "calibrate"),
+    "llama": ("llama", _WIDE, "build", [ALL, ALL]),
+    "llama-swapped": ("llama", _WIDE, "swap", [ALL, ALL]),
+    "mistral": ("mistral", {"sliding_window": 40}, "build", [ALL, 24]),
+    "qwen2": ("qwen2", {}, "build", [ALL, ALL]),
+    "qwen3-calibrated": ("qwen3", _WIDE, "calibrate", [64, ALL]),
 }
 NUM_STEPS = 60
 
@@ -55,12 +56,12 @@ def record(folder: Path, cases: Sequence[str] = tuple(CASES)) -> None:
     with fake_tensorrt_frontend.frontend() as frontend:
         fake_tensorrt.get_plugin_registry().saw = True
         for name in cases:
-            family, fields, way = CASES[name]
+            family, fields, way, windows = CASES[name]
             with tempfile.TemporaryDirectory() as work:
                 model_dir = make_hf_model(Path(work), family, torch.float16, **_MODEL, **fields)[0]
                 plan = _define(frontend, model_dir, Path(work), way)
                 network_recording.save(fake_tensorrt.Builder.networks[-1], folder / name)
-                _record_run(plan, folder / name)
+                _record_run(plan, windows, folder / name)
 
 
 def _define(frontend: types.SimpleNamespace, model_dir: Path, work: Path, way: str) -> BuildPlan:
@@ -84,40 +85,50 @@ def _define(frontend: types.SimpleNamespace, model_dir: Path, work: Path, way: s
     return plan
 
 
-def _record_run(plan: BuildPlan, folder: Path) -> None:
+class _Reference(ReferenceModel):
+    """The reference with a table of blocks for each pool, and the windows of a run."""
+
+    def __init__(self, plan: BuildPlan, windows: Sequence[int]) -> None:
+        config = plan.config.pretrained_config
+        own = [config.window(i) or ALL for i in range(len(windows))]
+        least = [min(pair) for pair in zip(own, windows, strict=True)]
+        center = None
+        if plan.calibration is not None:
+            center = torch.from_numpy(np.stack([plan.load(k_center_name(i)) for i in range(len(windows))]))
+        super().__init__(config.model_copy(update={"sliding_window": least}), plan.load, ALL, center)
+        self.plans: list[StepPlan] = []
+
+    def _attention(self, layer, w, x, plan, cache):
+        pool, _ = cache.place(layer)
+        return super()._attention(layer, w, x, self.plans[cache.pools.index(pool)], cache)
+
+
+def _record_run(plan: BuildPlan, windows: Sequence[int], folder: Path) -> None:
     """Plan the executor's steps and compute what is due."""
     config, model = plan.config, plan.config.pretrained_config
-    layers, tokens = model.num_hidden_layers, config.build_config.tokens_per_block
-    executor = Executor(
-        [ALL] * layers,
-        num_primary=22,
-        num_secondary=14,
-        tokens_per_block=tokens,
-        max_seq_len=ALL,
-        vocab_size=model.vocab_size,
-        seed=10,
-    )
-    center = None
-    if plan.calibration is not None:
-        center = torch.from_numpy(np.stack([plan.load(k_center_name(i)) for i in range(layers)]))
-    reference = ReferenceModel(model, plan.load, ALL, center)
-    cache = PagedCache(config.pools, executor.num_blocks[PRIMARY], model.num_key_value_heads, tokens)
-    (pool,) = cache.pools
-    pool.data.zero_()
-    memory = {PRIMARY: pool.data.numpy()}
-    memory[SECONDARY] = np.zeros((executor.num_blocks[SECONDARY], *pool.data.shape[1:]), np.uint8)
+    tokens = config.build_config.tokens_per_block
+    limits = {"num_primary": 22, "num_secondary": 14, "tokens_per_block": tokens, "max_seq_len": ALL}
+    executor = Executor(windows, vocab_size=model.vocab_size, seed=10, **limits)
+    reference = _Reference(plan, windows)
+    pools = [(config.kv_format, layers) for layers in executor.layers]
+    cache = PagedCache(pools, executor.num_blocks[PRIMARY], model.num_key_value_heads, tokens)
+    memory = []
+    for pool in cache.pools:
+        pool.data.zero_()
+        secondary = np.zeros((executor.num_blocks[SECONDARY], *pool.data.shape[1:]), np.uint8)
+        memory.append({PRIMARY: pool.data.numpy(), SECONDARY: secondary})
     steps = []
     for _ in range(NUM_STEPS):
         step = executor.step()
         for copy in step.copies:
-            copy.apply(memory)
-        fed = step.for_reference(0, layers)
-        logits = reference.forward(fed, cache).numpy()
-        at = StepPlan.make(fed, pool)
-        slots = torch.stack([at.write_blocks, at.write_offsets], 1).int().numpy()
-        rows = pool.data[at.write_blocks, :, :, :, at.write_offsets].numpy()
+            copy.apply(memory[copy.pool])
+        fed = [step.for_reference(p, len(layers)) for p, layers in enumerate(executor.layers)]
+        reference.plans = [StepPlan.make(x, pool) for x, pool in zip(fed, cache.pools, strict=True)]
+        logits = reference.forward(fed[0], cache).numpy()
+        slots = np.stack([np.stack([x.write_blocks, x.write_offsets], 1) for x in reference.plans]).astype(np.int32)
+        rows = np.stack([memory[p][PRIMARY][slots[p, :, 0], i, :, :, slots[p, :, 1]] for p, i in executor.mapping], 1)
         steps.append(recorded_run.RecordedStep(step.copies, step.inputs, logits, slots, rows))
-    recorded_run.save(steps, {where: rows.shape for where, rows in memory.items()}, folder)
+    recorded_run.save(steps, [{where: rows.shape for where, rows in m.items()} for m in memory], folder)
 
 
 if __name__ == "__main__":

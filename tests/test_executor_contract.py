@@ -2,9 +2,10 @@
 
 from collections import Counter
 
+import fake_tensorrt_frontend
 import numpy as np
 import pytest
-from executor_contract import NUM_STEPS, PRIMARY, RUNS, SECONDARY, make_executor
+from executor_contract import GRAPH_ROUNDING, NUM_STEPS, PRIMARY, RUNS, SECONDARY, make_executor
 
 from saw_trtllm.runtime.step import PREFILL, SECONDARY_POOL_BIT
 
@@ -96,3 +97,28 @@ def test_the_runs_have_all_that_an_executor_does():
     assert seen[PRIMARY, SECONDARY, False] > 10
     assert seen[SECONDARY, PRIMARY, False] > 2
     assert seen[SECONDARY, PRIMARY, True] > 0
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("include/tensorrt_llm/batch_manager/runtimeBuffers.h", f"CUDA_GRAPH_ROUND_SIZE{{{GRAPH_ROUNDING}}};"),
+        ("include/tensorrt_llm/kernels/kvCacheIndex.h", "<< (8 * sizeof(UnderlyingType) - 1);"),
+        (
+            "tensorrt_llm/kernels/kvCachePartialCopy.cu",
+            "int flatIndex = (threadHead * tokensPerBlock + threadToken) * numHidden + threadHidden;",
+        ),
+        ("tensorrt_llm/batch_manager/kvCacheManager.cpp", "minTokensForBlockDetach = mWindowSize + mTokensPerBlock;"),
+        (
+            "tensorrt_llm/batch_manager/runtimeBuffers.cpp",
+            "Ptr[batchIdx] = beginCompute + inputLength;",
+        ),
+        ("tensorrt_llm/batch_manager/runtimeBuffers.cpp", "SizeType32 pastKeyValueLength = sequenceLen - 1;"),
+    ],
+)
+def test_the_executors_source_says_so(file, text):
+    """What is played here after it, in the lines that say it."""
+    source = fake_tensorrt_frontend.source()
+    if source is None or not (source / "cpp" / file).is_file():
+        pytest.skip(f"SAW_TENSORRT_LLM_SOURCE names no folder with cpp/{file}")
+    assert text in (source / "cpp" / file).read_text()

@@ -45,7 +45,7 @@ pytestmark = [pytest.mark.tensorrt, pytest.mark.skipif(missing() is not None, re
 class Engine:
     """An engine in buffers that stay where they are, its pool, and its CUDA graphs: what an executor holds."""
 
-    def __init__(self, tensorrt: TensorRT, serialized: bytes, pool_shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, tensorrt: TensorRT, serialized: bytes, pool_shapes: list[dict[str, tuple[int, ...]]]) -> None:
         from saw_trtllm.gpu.cuda import DeviceBuffer, PinnedBuffer, Stream
         from saw_trtllm.gpu.session import Session
 
@@ -58,13 +58,15 @@ class Engine:
         self.inputs = [n for n in names if engine.get_tensor_mode(n) == mode]
         self._session = Session(tensorrt, engine, logger)
         self._session.open(self.stream)
-        self._shape = pool_shapes[PRIMARY]
-        self._pool = DeviceBuffer(int(np.prod(self._shape)))
-        self._pool.fill(0)
-        self._host_pool = PinnedBuffer(int(np.prod(pool_shapes[SECONDARY])))
-        pointers = np.array([[self._pool.address, self._host_pool.address]], np.int64)
-        dtype, shape = tensorrt.pool_pointers(1)
-        self._host = {"host_kv_cache_pool_pointers": pointers.view(dtype).reshape(shape)}
+        self._shapes = [shapes[PRIMARY] for shapes in pool_shapes]
+        self._pools = [DeviceBuffer(int(np.prod(shape))) for shape in self._shapes]
+        for pool in self._pools:
+            pool.fill(0)
+        self._host_pools = [PinnedBuffer(int(np.prod(shapes[SECONDARY]))) for shapes in pool_shapes]
+        both = zip(self._pools, self._host_pools, strict=True)
+        self._pointers = np.array([[primary.address, secondary.address] for primary, secondary in both], np.int64)
+        dtype, shape = tensorrt.pool_pointers(len(self._pools))
+        self._host = {"host_kv_cache_pool_pointers": self._pointers.view(dtype).reshape(shape)}
         self._gpu = {n: DeviceBuffer(ENOUGH) for n in names if not n.startswith("host_")}
         self.graphs: dict[tuple[int, int], object] = {}
 
@@ -72,9 +74,9 @@ class Engine:
         """A copy of blocks as the executor makes it: all heads' regions in one, each from its beginning."""
         from saw_trtllm.gpu.cuda import call, runtime
 
-        _, layers, two, heads, tokens, row_bytes = self._shape
+        _, layers, two, heads, tokens, row_bytes = self._shapes[copy.pool]
         pitch, regions = tokens * row_bytes, layers * two * heads
-        bases = {PRIMARY: self._pool.address, SECONDARY: self._host_pool.address}
+        bases = dict(zip((PRIMARY, SECONDARY), self._pointers[copy.pool].tolist(), strict=True))
         source, target = (bases[where] + index * regions * pitch for where, index in (copy.source, copy.target))
         width = (copy.rows or tokens) * row_bytes
         kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
@@ -114,15 +116,23 @@ class Engine:
 
     def written(self, step: recorded_run.RecordedStep) -> np.ndarray:
         """The rows of a step's tokens."""
-        block, row = step.slots.T
-        return self._pool.read(np.uint8, self._shape)[block, :, :, :, row]
+        pools = [pool.read(np.uint8, shape) for pool, shape in zip(self._pools, self._shapes, strict=True)]
+        return np.stack([pools[p][at] for p, at in self._places(step)], axis=1)
 
     def write(self, step: recorded_run.RecordedStep) -> None:
         """Put the reference's rows in the place of the engine's."""
-        pool = self._pool.read(np.uint8, self._shape)
-        block, row = step.slots.T
-        pool[block, :, :, :, row] = step.rows
-        self._pool.write(pool)
+        pools = [pool.read(np.uint8, shape) for pool, shape in zip(self._pools, self._shapes, strict=True)]
+        for layer, (p, at) in enumerate(self._places(step)):
+            pools[p][at] = step.rows[:, layer]
+        for pool, array in zip(self._pools, pools, strict=True):
+            pool.write(array)
+
+    @staticmethod
+    def _places(step: recorded_run.RecordedStep) -> list[tuple[int, tuple]]:
+        """Of each layer: its pool, and the index of its rows there."""
+        every = slice(None)
+        mapping = step.inputs["host_kv_cache_pool_mapping"].tolist()
+        return [(p, (step.slots[p, :, 0], place, every, every, step.slots[p, :, 1])) for p, place in mapping]
 
 
 @pytest.fixture(scope="module")
