@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -64,14 +65,6 @@ def memory_info() -> tuple[int, int]:
     return free, total
 
 
-def compute_capability() -> str:
-    """That of the GPU in use, as in 9.0."""
-    device = call(runtime.cudaGetDevice)
-    names = (f"cudaDevAttrComputeCapability{part}" for part in ("Major", "Minor"))
-    values = [call(runtime.cudaDeviceGetAttribute, getattr(runtime.cudaDeviceAttr, name), device) for name in names]
-    return ".".join(map(str, values))
-
-
 class Stream:
     """A stream of its own, which does not wait for the default one.
 
@@ -89,7 +82,9 @@ class Stream:
 
     def upload(self, address: int, source: int, nbytes: int) -> None:
         """Copy from pinned memory to the GPU, in the stream's order."""
-        call(runtime.cudaMemcpyAsync, address, source, nbytes, runtime.cudaMemcpyKind.cudaMemcpyHostToDevice, self.handle)
+        call(
+            runtime.cudaMemcpyAsync, address, source, nbytes, runtime.cudaMemcpyKind.cudaMemcpyHostToDevice, self.handle
+        )
 
     def upload_rows(self, address: int, pitch: int, source: int, width: int, rows: int) -> None:
         """Copy ``rows`` of ``width`` bytes that lie close together to where one begins each ``pitch`` bytes."""
@@ -98,13 +93,17 @@ class Stream:
 
     def download(self, target: int, address: int, nbytes: int) -> None:
         """Copy from the GPU to pinned memory, in the stream's order."""
-        call(runtime.cudaMemcpyAsync, target, address, nbytes, runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost, self.handle)
+        call(
+            runtime.cudaMemcpyAsync, target, address, nbytes, runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost, self.handle
+        )
 
     @contextmanager
     def capture(self) -> Iterator[Graph]:
         """Record what is put on the stream instead of running it."""
         # Only this thread's calls are watched: another may well allocate meanwhile.
-        call(runtime.cudaStreamBeginCapture, self.handle, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        call(
+            runtime.cudaStreamBeginCapture, self.handle, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        )
         graph = Graph()
         try:
             yield graph
@@ -215,7 +214,7 @@ class PinnedBuffer:
     def array(self, dtype: Any, shape: Sequence[int], offset: int = 0) -> np.ndarray:
         """A view as an array. It must not be used once the buffer is closed."""
         dtype = np.dtype(dtype)
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         if offset + size > self.nbytes:
             raise ValueError(f"{offset} + {size} bytes of a buffer of {self.nbytes}")
         memory = (ctypes.c_char * size).from_address(self.address + offset)

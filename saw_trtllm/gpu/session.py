@@ -29,9 +29,9 @@ class Session:
     """
 
     def __init__(self, tensorrt: TensorRT, engine: Any, logger: Any) -> None:
-        self._trt, self._engine, self._logger = tensorrt.trt, engine, logger
+        self._tensorrt, self._engine, self._logger = tensorrt, engine, logger
         self.num_profiles: int = engine.num_optimization_profiles
-        self.activation_bytes: int = engine.device_memory_size
+        self.activation_bytes: int = tensorrt.activation_bytes(engine)
         self._memory: DeviceBuffer | None = None
         self._contexts: list[Any] = []
 
@@ -39,17 +39,20 @@ class Session:
         """Allocate the activations and make the contexts."""
         self._memory = DeviceBuffer(self.activation_bytes)
         for profile in range(self.num_profiles):
-            context = self._engine.create_execution_context_without_device_memory()
+            context = self._tensorrt.create_context(self._engine, self._memory.address, self._memory.nbytes)
             if context is None:
                 raise self._error("gives no execution context")
             self._contexts.append(context)
-            context.device_memory = self._memory.address
             if not context.set_optimization_profile_async(profile, stream.handle):
                 raise self._error(f"does not take its optimization profile {profile}")
         stream.synchronize()
 
     def enqueue(
-        self, profile: int, tensors: Mapping[str, tuple[int, Sequence[int] | None]], stream: Stream, profiler: Any = None
+        self,
+        profile: int,
+        tensors: Mapping[str, tuple[int, Sequence[int] | None]],
+        stream: Stream,
+        profiler: Any = None,
     ) -> None:
         """Put a step on the stream.
 
@@ -86,4 +89,4 @@ class Session:
             self._memory.close()
 
     def _error(self, what: str) -> KernelError:
-        return KernelError(f"TensorRT {self._trt.__version__} {what}: {self._logger.reason}")
+        return KernelError(f"TensorRT {self._tensorrt.version} {what}: {self._logger.reason}")

@@ -6,6 +6,7 @@
 - Plugins are V3 from 10 on, V2 in 8.6.
 - cuBLAS and cuDNN, which 10 leaves out unless asked, are switched off in 8.6 too: they need not be installed.
 - 11 has no other than strongly typed networks, and no flag for them.
+- An execution context on the caller's memory is made in other words from 10 on.
 - A build tells of its progress from 10 on.
 
 ``tensorrt`` is imported when a :class:`TensorRT` is made, so that the package can be read without it.
@@ -224,3 +225,21 @@ class TensorRT:
         if plugins.has_v3(self.trt):
             return network.add_plugin_v3(inputs, [], plugin)
         return network.add_plugin_v2(inputs, plugin)
+
+    # -- running
+
+    def activation_bytes(self, engine: Any) -> int:
+        """Bytes of memory that an execution context needs, whichever its profile."""
+        return engine.device_memory_size_v2 if self.strongly_typed else engine.device_memory_size
+
+    def create_context(self, engine: Any, address: int, nbytes: int) -> Any:
+        """An execution context on memory that the caller has allocated; None if TensorRT gives none."""
+        if not self.strongly_typed:
+            context = engine.create_execution_context_without_device_memory()
+            if context is not None:
+                context.device_memory = address
+            return context
+        context = engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is not None:
+            context.set_device_memory(address, nbytes)
+        return context
