@@ -22,8 +22,8 @@ def open_async(open_llm, monkeypatch):
 
     def open_(kv="saw_int4", **options):
         with monkeypatch.context() as patched:
-            plain = llm_module._open_executor
-            patched.setattr(llm_module, "_open_executor", lambda *args: AsyncExecutor(plain(*args)))
+            plain = llm_module.open_executor
+            patched.setattr(llm_module, "open_executor", lambda *args: AsyncExecutor(plain(*args)))
             llm = open_llm(kv, **options)
         return llm, llm._core._executor
 
