@@ -108,9 +108,10 @@ class BlockManager:
 
     def grow(self, table: BlockTable, num_tokens: int) -> bool:
         """Make room for ``num_tokens`` in all. False, with nothing changed, when the free blocks do not suffice."""
-        missing = self.blocks_for(num_tokens) - len(table.blocks)
-        if missing <= 0:
+        held = len(table.blocks)
+        if num_tokens <= held * self.tokens_per_block:  # mostly so: a decode needs a block now and then
             return True
+        missing = self.blocks_for(num_tokens) - held
         if missing > len(self._free):
             return False
         for _ in range(missing):

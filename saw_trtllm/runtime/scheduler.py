@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import chain
 
 from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.block_manager import BlockManager, BlockTable
@@ -85,6 +85,7 @@ class Scheduled:
     ----------
     sequence : Sequence
     inputs : StepSequence
+        Its block table is the sequence's own, and grows with it.
     end : int
         Tokens of the sequence that are computed by then.
     samples : bool
@@ -101,16 +102,6 @@ class Scheduled:
     samples: bool
     num_drawn: int
     index: int = 0
-
-
-class _Part(NamedTuple):
-    """What a sequence computes next: tokens ``start .. end - 1`` of ``total``, among them the one not known yet."""
-
-    sequence: Sequence
-    kind: int
-    start: int
-    end: int
-    total: int
 
 
 class Scheduler:
@@ -175,29 +166,30 @@ class Scheduler:
         budget = self._max_num_tokens
         preemptions = self.num_preemptions
         parts = [self._next(s) for s in self.running if not s.draws_its_last]
+        begun = {kind: [p for p in parts if p.inputs.kind == kind] for kind in (DECODE, PREFILL)}
         step: dict[int, list[Scheduled]] = {PREFILL: [], DECODE: []}
-        for part in [p for kind in (DECODE, PREFILL) for p in parts if p.kind == kind]:
-            sequence = part.sequence
+        for part in chain.from_iterable(begun.values()):
+            sequence, inputs = part.sequence, part.inputs
             if not sequence.table.blocks:  # preempted for an earlier one
                 continue
             if sequence.in_flight is not None and sequence.params.penalizes:
                 return []  # its next choice depends on a token that nobody knows yet
-            if part.end - part.start > budget:
+            if len(inputs.token_ids) > budget:
                 continue
             if not self.blocks.grow(sequence.table, part.end):
                 if self._is_under_way():
                     return []
                 if not self._make_room(part):
                     continue
-            budget -= part.end - part.start
-            step[part.kind].append(_take(part))
+            budget -= len(inputs.token_ids)
+            step[inputs.kind].append(part)
         while self.waiting and len(self.running) < self._max_batch_size and preemptions == self.num_preemptions:
             part = self._admit(self.waiting[0], budget)
             if part is None:
                 break
             self.waiting.popleft()
-            budget -= part.end - part.start
-            step[part.kind].append(_take(part))
+            budget -= len(part.inputs.token_ids)
+            step[part.inputs.kind].append(part)
         return step[PREFILL] + step[DECODE]
 
     def launched(self, step: list[Scheduled]) -> None:
@@ -238,17 +230,24 @@ class Scheduler:
     def _is_under_way(self) -> bool:
         return self._num_leaving > 0 or any(s.in_flight is not None for s in self.running)
 
-    def _next(self, s: Sequence) -> _Part:
-        start, total, prompt = s.num_computed, s.num_tokens, len(s.prompt)
-        if s.in_flight is not None:
-            start = s.in_flight.end
-            total += s.in_flight.samples
+    def _next(self, s: Sequence) -> Scheduled:
+        """What the sequence computes next."""
+        prompt, last = len(s.prompt), s.in_flight
+        start, total, unknown = s.num_computed, prompt + len(s.generated), []
+        if last is not None:
+            start = last.end
+            if last.samples:
+                total, unknown = total + 1, [-1 - last.index]
         if start >= prompt and (total - start == 1 or not self._exact_cache):
-            return _Part(s, DECODE, start, start + 1, total)
-        chunk_end = (start // self._prefill_chunk + 1) * self._prefill_chunk
-        return _Part(s, PREFILL, start, min(total if self._exact_cache else prompt, chunk_end), total)
+            kind, end = DECODE, start + 1
+        else:
+            kind, chunk_end = PREFILL, (start // self._prefill_chunk + 1) * self._prefill_chunk
+            end = min(total if self._exact_cache else prompt, chunk_end)
+        samples = end == total
+        tokens = unknown if unknown and start + 1 == total else s.tokens(start, end)
+        return Scheduled(s, StepSequence(tokens, start, prompt, kind, s.table.blocks), end, samples, total - prompt)
 
-    def _make_room(self, part: _Part) -> bool:
+    def _make_room(self, part: Scheduled) -> bool:
         """Blocks for the sequence's next tokens, from the last-arrived others if need be."""
         while not self.blocks.grow(part.sequence.table, part.end):
             victim = max(self.running, key=lambda s: s.request_id)
@@ -264,7 +263,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
-    def _admit(self, sequence: Sequence, budget: int) -> _Part | None:
+    def _admit(self, sequence: Sequence, budget: int) -> Scheduled | None:
         reuse = not sequence.params.return_context_logits
         table, reused = sequence.table, self.blocks.open(sequence.table, sequence.prompt, reuse)
         sequence.num_computed, sequence.num_reused = reused, reused
@@ -272,18 +271,9 @@ class Scheduler:
         missing = self.blocks.blocks_for(sequence.num_tokens) - len(table.blocks)
         # One free block for each running sequence, so that its next tokens do not preempt the newcomer at once.
         headroom = len(self.running)
-        if part.end - part.start > budget or missing + headroom > self.blocks.num_free:
+        if len(part.inputs.token_ids) > budget or missing + headroom > self.blocks.num_free:
             self.blocks.close(table)
             return None
         self.blocks.grow(table, sequence.num_tokens)
         self.running.append(sequence)
         return part
-
-
-def _take(part: _Part) -> Scheduled:
-    s, kind, start, end, total = part
-    unknown = [-1 - s.in_flight.index] if end > s.num_tokens else []
-    tokens = s.tokens(start, end - len(unknown)) + unknown
-    num_prompt = len(s.prompt)
-    inputs = StepSequence(tokens, start, num_prompt, kind, s.table.blocks)
-    return Scheduled(s, inputs, end, end == total, total - num_prompt)

@@ -75,7 +75,7 @@ class StepInputs:
 
 
 class StepPacker:
-    """Packs step after step. Of a block table that has grown only what is new is converted.
+    """Packs step after step. Of a block table that is in its old row only what is new is converted.
 
     Parameters
     ----------
@@ -85,7 +85,9 @@ class StepPacker:
 
     def __init__(self, num_layers: Sequence[int]) -> None:
         self._per_block = 2 * np.array(num_layers, dtype=np.int32)[:, None, None, None]
-        self._tables: dict[int, _Table] = {}
+        self._blocks = np.zeros((0, 1, 0), dtype=np.int32)
+        self._tables: list[Sequence[int]] = []
+        self._known: list[int] = []  # how many entries of each are in its row
 
     def pack(self, sequences: Sequence[StepSequence]) -> StepInputs:
         """Pack a step's sequences, prefills first."""
@@ -96,7 +98,7 @@ class StepPacker:
         ends = np.cumsum(counts, dtype=np.int32)
         first = starts - (ends - counts)  # position of a sequence's token less its place in the step
         return StepInputs(
-            input_ids=np.array(list(chain.from_iterable(s.token_ids for s in sequences)), dtype=np.int32),
+            input_ids=np.array(list(chain.from_iterable([s.token_ids for s in sequences])), dtype=np.int32),
             position_ids=np.arange(ends[-1], dtype=np.int32) + np.repeat(first, counts),
             last_token_ids=ends,
             sequence_length=starts + counts,
@@ -105,33 +107,19 @@ class StepPacker:
             kv_cache_block_offsets=self._offsets([s.block_table for s in sequences]),
         )
 
-    def _offsets(self, tables: Sequence[Sequence[int]]) -> np.ndarray:
-        blocks = np.zeros((len(tables), 1, max(map(len, tables))), dtype=np.int32)
-        kept = {}
-        for row, blocks_of_sequence in zip(blocks, tables, strict=True):
-            key = id(blocks_of_sequence)  # which the table keeps from being another's
-            table = kept[key] = self._tables.get(key) or _Table(blocks_of_sequence)
-            row[0, : len(blocks_of_sequence)] = table.array()
-        self._tables = kept
-        offsets = np.empty((len(self._per_block), len(tables), 2, blocks.shape[-1]), dtype=np.int32)
-        np.multiply(blocks, self._per_block, out=offsets)
+    def _offsets(self, tables: list[Sequence[int]]) -> np.ndarray:
+        count, widest = len(tables), max(map(len, tables))
+        if count > len(self._blocks) or widest > self._blocks.shape[-1]:
+            rows, width = max(count, len(self._blocks)), max(widest + 16, self._blocks.shape[-1])
+            self._blocks = np.zeros((rows, 1, width), dtype=np.int32)
+            self._tables, self._known = [()] * rows, [0] * rows
+        for i, table in enumerate(tables):
+            if table is not self._tables[i]:
+                self._tables[i], self._known[i] = table, 0
+            if self._known[i] != len(table):
+                self._blocks[i, 0, self._known[i] : len(table)] = table[self._known[i] :]
+                self._known[i] = len(table)
+        offsets = np.empty((len(self._per_block), count, 2, widest), dtype=np.int32)
+        np.multiply(self._blocks[:count, :, :widest], self._per_block, out=offsets)
         offsets[:, :, 1] += 1
         return offsets
-
-
-class _Table:
-    """A block table that grows, as an array."""
-
-    def __init__(self, blocks: Sequence[int]) -> None:
-        self._blocks = blocks
-        self._array = np.empty(0, dtype=np.int32)
-        self._known = 0
-
-    def array(self) -> np.ndarray:
-        count = len(self._blocks)
-        if count > len(self._array):
-            self._array = np.concatenate([self._array[: self._known], np.empty(count + 16, dtype=np.int32)])
-        if count > self._known:
-            self._array[self._known : count] = self._blocks[self._known :]
-            self._known = count
-        return self._array[:count]

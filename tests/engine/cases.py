@@ -13,6 +13,7 @@ import numpy as np
 from models import FAMILIES, VOCAB, make_model
 
 from saw_trtllm.builder import BuildOptions, BuildPlan, build, plan_build
+from saw_trtllm.calibration import Calibration
 from saw_trtllm.network.options import NetworkOptions
 from saw_trtllm.runtime.step import DECODE, PREFILL, StepInputs, StepSequence
 
@@ -26,7 +27,8 @@ _LIMITS = {"max_batch_size": 16, "max_num_tokens": 512, "max_seq_len": 512, "tok
 class Case:
     """An engine: a random model of a family and head_dim, or the example's.
 
-    TensorRT builds it at its lowest level, which takes the first kernels that it finds.
+    TensorRT builds it at its lowest level, which takes the first kernels that it finds. The option ``centred`` gives
+    it centers of keys.
     """
 
     family: str
@@ -36,7 +38,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return "-".join([self.family, str(self.head_dim), self.kv, *(str(v) for _, v in self.options)])
+        return "-".join(map(str, (self.family, self.head_dim, self.kv, *(v for _, v in self.options))))
 
     def plan(self, folder: Path, backend: str) -> BuildPlan:
         """The plan of its engine in ``folder / name / backend``."""
@@ -46,7 +48,9 @@ class Case:
             else make_model(folder / self.name / "model", self.family, self.head_dim)
         )
         options = {**_LIMITS, "model_dir": model, "dtype": "float16", **dict(self.options)}
+        centred = options.pop("centred", False)
         plan = plan_build(BuildOptions(**options, output_dir=folder / self.name / backend, kv=self.kv, backend=backend))
+        plan = _centred(plan) if centred else plan
         cache = folder / "timing.cache"
         network = NetworkOptions(optimization_level=0, input_timing_cache=cache if cache.is_file() else None)
         return dataclasses.replace(plan, network=network)
@@ -57,6 +61,17 @@ class Case:
         if not (made / "config.json").is_file():
             build(self.plan(folder, backend))
         return made
+
+
+def _centred(plan: BuildPlan) -> BuildPlan:
+    """A plan with random centers, as saw-calibrate makes them."""
+    model = plan.config.pretrained_config
+    shape = (model.num_hidden_layers, model.num_key_value_heads, model.head_size)
+    centers = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
+    smoothing = np.ones((*shape[:2], shape[2] // 2), np.float32)
+    section = plan.config.saw_int4.model_copy(update={"k_center": True})
+    config = plan.config.model_copy(update={"saw_int4": section})
+    return dataclasses.replace(plan, config=config, calibration=Calibration(centers, smoothing, {}, {}, 0))
 
 
 def _each_once() -> list[Case]:
@@ -70,7 +85,7 @@ def _each_once() -> list[Case]:
 STEP_CASES = [
     *_each_once(),
     Case("mistral", 128, "saw_int4", (("gather_context_logits", True),)),
-    Case("llama", 128, "saw_int4", (("kv_skip_layers", "last"),)),
+    Case("llama", 128, "saw_int4", (("kv_skip_layers", "last"), ("centred", True))),
 ]
 _SERVED = (("max_batch_size", 64), ("max_num_tokens", 4096), ("max_seq_len", 1024), ("gather_all_token_logits", True))
 SERVED_CASES = {kv: Case("example", 128, kv, _SERVED) for kv in ("fp16", "int4", "saw_int4")}

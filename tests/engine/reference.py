@@ -42,7 +42,8 @@ def steps(case: Case, folder: Path) -> dict[str, np.ndarray]:
     """Logits of each step, and the pools behind it."""
     plan = case.plan(folder, "reference")
     config = plan.config
-    model = ReferenceModel(config.pretrained_config, plan.load, config.build_config.max_seq_len)
+    center = None if plan.calibration is None else torch.from_numpy(plan.calibration.k_center)
+    model = ReferenceModel(config.pretrained_config, plan.load, config.build_config.max_seq_len, center)
     cache = PagedCache(config.pools, NUM_BLOCKS, config.pretrained_config.num_key_value_heads, TOKENS_PER_BLOCK)
     for pool in cache.pools:
         pool.data.zero_()
