@@ -21,7 +21,8 @@ def choose_backend(asked: str) -> tuple[BackendName, str]:
     Parameters
     ----------
     asked : str
-        A backend's name, or ``auto``: TensorRT where it, a GPU and the plugins are, else the reference.
+        A backend's name, or ``auto``: TensorRT where it, a GPU and the plugins are, for TensorRT-LLM if that is
+        installed beside it; else the reference.
 
     Returns
     -------
@@ -41,7 +42,11 @@ def choose_backend(asked: str) -> tuple[BackendName, str]:
     why = "asked for"
     if asked == "auto":
         try:
-            return "tensorrt", f"the best here; {_require_tensorrt()}"
+            found = _require_tensorrt()
+            version = _tensorrt_llm_version()
+            if version is not None:
+                return "tensorrt_llm", f"the best here; {found}, for TensorRT-LLM {version}"
+            return "tensorrt", f"the best here; {found}"
         except BackendUnavailableError as e:
             # What is the matter, without what to do about it.
             why = f"the default; {str(e).rpartition(': ')[0]}"
@@ -76,3 +81,11 @@ def _require_tensorrt() -> str:
     library_path()
     device.compute_capability()
     return f"TensorRT {tensorrt.version} on {device.gpu_name()}"
+
+
+def _tensorrt_llm_version() -> str | None:
+    """That of a TensorRT-LLM which serves engines, if one is installed."""
+    try:
+        return require_engine_backend()
+    except BackendUnavailableError:
+        return None

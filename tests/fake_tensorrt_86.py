@@ -70,10 +70,19 @@ class _Registry:
         return _Creator(type, "saw") if known else None
 
 
+class _ShapeLayer(fake.IShapeLayer):
+    def infer(self, index):
+        shape, _, value = super().infer(index)
+        return shape, fake.int32, value
+
+
 class _Network(fake.INetworkDefinition):
     """Layers may be told their types; an output is fp32 until it is told another."""
 
     add_plugin_v3 = property()
+
+    def add_shape(self, input):
+        return self._add(_ShapeLayer(self, [input]))
 
     def mark_output(self, tensor):
         super().mark_output(tensor)

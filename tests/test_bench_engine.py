@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import fake_tensorrt
 import numpy as np
 import pytest
 from fake_gpu import pretend_gpu
@@ -21,6 +20,7 @@ from saw_trtllm.bench.engine.record import (
     EngineResults,
     Loop,
     Profile,
+    Shape,
     StartUp,
     Step,
 )
@@ -30,6 +30,7 @@ from saw_trtllm.bench.engine.tables import fill_in, plain
 from saw_trtllm.cli import bench as saw_bench
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.errors import ConfigError, EngineError
+from saw_trtllm.network.options import NetworkOptions
 from saw_trtllm.runtime.llm import KvCacheConfig
 from saw_trtllm.runtime.step import DECODE
 
@@ -98,31 +99,85 @@ def test_random_weights_have_the_models_shapes_and_scale():
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small():
     """A shape that is quickly built."""
     fields = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 64, "num_hidden_layers": 1}
     return cases.llama_config(1).model_copy(update=fields)
 
 
-def test_an_engine_is_built_once(small, tmp_path, monkeypatch):
+def test_an_engine_of_random_weights_is_built(small, tmp_path, monkeypatch):
     pretend_gpu(monkeypatch)
-    folder, limits, options = tmp_path / "int4", cases.build_limits(), random_engine.NetworkOptions()
-    assert random_engine.open_or_build(folder, "int4", small, limits, options) > 0
-    config = EngineConfig.load(folder)
-    assert (config.saw_int4.kv, config.saw_int4.backend) == ("int4", "tensorrt")
-    monkeypatch.setattr(fake_tensorrt.Builder, "build_serialized_network", lambda *args: pytest.fail("built again"))
-    assert random_engine.open_or_build(folder, "int4", small, limits, options) is None
-    with pytest.raises(ConfigError, match="holds another engine than this run measures: give another --engine_dir"):
-        random_engine.open_or_build(folder, "saw_int4", small, limits, options)
+    config = random_engine.engine_config("int4", small, cases.build_limits())
+    random_engine.build_random(tmp_path / "int4", config, NetworkOptions())
+    found = EngineConfig.load(tmp_path / "int4")
+    assert (found.saw_int4.kv, found.saw_int4.backend, found.pretrained_config) == ("int4", "tensorrt", small)
+    assert (tmp_path / "int4" / "rank0.engine").stat().st_size > 0
+
+
+def test_a_build_in_a_child_that_fails(small, tmp_path):
+    config = random_engine.engine_config("int4", small, cases.build_limits())
+    options = NetworkOptions(input_timing_cache=tmp_path / "model.cache", optimization_level=1)
+    with pytest.raises(EngineError, match=r"int4 could not be built: see above$"):  # there is no TensorRT
+        random_engine.build_in_child(tmp_path / "int4", config, options, None)
+
+
+def test_a_child_is_told_all_and_ended_in_time(small, tmp_path, monkeypatch):
+    script, python = tmp_path / "child.py", sys.executable
+    script.write_text("import sys, time; open(sys.argv[1], 'w').write(sys.argv[4]); time.sleep(60)")
+    monkeypatch.setattr(random_engine.sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec "{python}" "{script}" "{tmp_path / "job"}" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    config = random_engine.engine_config("int4", small, cases.build_limits())
+    options = NetworkOptions(input_timing_cache=tmp_path / "model.cache", optimization_level=1)
+    with pytest.raises(EngineError, match=r"int4 was not built within 3 s: give a lower --builder_optimization_level"):
+        random_engine.build_in_child(tmp_path / "int4", config, options, 3)
+    built = []
+    monkeypatch.setattr(random_engine, "build_random", lambda *args: built.append(args))
+    monkeypatch.setattr(random_engine.sys, "argv", ["", (tmp_path / "job").read_text()])
+    assert random_engine.main() == 0
+    assert built == [(tmp_path / "int4", config, options)]
+
+
+# -- plans
+
+
+def write_config(folder, kv, model, limits=None):
+    (folder / kv).mkdir()
+    config = random_engine.engine_config(kv, model, limits or cases.build_limits())
+    config.save(folder / kv)
+    return config
 
 
 def test_engines_share_a_timing_cache(tmp_path):
-    plan = Plan(tmp_path, optimization_level=2, decode_profile=False)
+    plan = Plan.of(tmp_path, KVS, cases.llama_config(4), optimization_level=2, decode_profile=False)
     first = plan.network_options()
     assert (first.input_timing_cache, first.output_timing_cache) == (None, tmp_path / "model.cache")
     assert (first.optimization_level, first.decode_profile) == (2, False)
     first.output_timing_cache.touch()
     assert plan.network_options().input_timing_cache == first.output_timing_cache
+
+
+def test_engines_that_are_there_set_the_shape(small, tmp_path):
+    fields = {"max_batch_size": 16, "max_seq_len": 1024, "max_input_len": 1000}
+    limits = cases.build_limits().model_copy(update=fields)
+    write_config(tmp_path, "int4", small, limits)
+    plan = Plan.of(tmp_path, KVS, cases.llama_config(4))
+    assert (plan.model, plan.limits) == (small, limits)
+    assert plan.existing("int4").saw_int4.kv == "int4"
+    assert plan.existing("fp16") is None
+    assert plan.steps() == [(batch, 1024) for batch in (1, 2, 4, 8, 16)]
+    assert plan.profiled() == [(1, 1024)]
+    assert plan.loop() == (16, 832, 192)
+    whole = Plan.of(tmp_path / "none", KVS, cases.llama_config(4))
+    assert len(whole.steps()) == len(BATCHES) * len(CONTEXTS)
+    assert whole.loop() == (64, 1024, 192)
+
+
+def test_engines_that_differ_in_more_than_their_format(small, tmp_path):
+    write_config(tmp_path, "int4", small)
+    write_config(tmp_path, "saw_int4", cases.llama_config(2))
+    with pytest.raises(ConfigError, match=r"holds another engine than this run measures: give another --engine_dir$"):
+        Plan.of(tmp_path, KVS, cases.llama_config(4))
 
 
 # -- steps
@@ -296,7 +351,7 @@ def results():
     )
     made = EngineResults(
         environment=environment,
-        num_layers=8,
+        shape=Shape.of(cases.llama_config(8)),
         optimization_level=None,
         decode_profile=True,
         tokens_per_block=64,
@@ -364,13 +419,14 @@ def test_a_record_comes_back_from_its_file(results, tmp_path):
 def test_tables_show_what_was_measured(results):
     text = plain(results)
     rows = {line.split("  ")[0]: line for line in text.splitlines()}
-    assert "8 of 32" in rows["layers"]
+    assert rows["model"].endswith("Llama 3 8B's shape, 8 of 32 layers")
     assert "3.76" not in rows["64x8192"]
     assert f"{results.speedup:.3f}x" in rows["64x8192"]
     assert "256x32768" not in rows
     assert "worked out" in rows["sequences x context"]
-    whole = results.model_copy(update={"num_layers": 32})
-    assert "worked out" not in plain(whole)
+    for model in (cases.llama_config(32), cases.llama_config(8, 1000)):
+        assert "worked out" not in plain(results.model_copy(update={"shape": Shape.of(model)}))
+    assert "8 layers of 4096, heads 32/8/128, vocabulary 1000" in str(Shape.of(model))
 
 
 def test_the_documents_markers_take_the_tables(results, tmp_path):
@@ -416,6 +472,7 @@ def refused(capsys, *argv):
         ("--batch 512", "--batch names '512'"),
         ("--context x", "--context names 'x'"),
         ("--num_layers 0", "--num_layers is 0"),
+        ("--vocab_size -1", "--vocab_size is -1"),
         ("", "TensorRT cannot be imported here"),
     ],
 )

@@ -22,8 +22,7 @@ _STYLES = {
     "official": ("#CC79A7", "v"),
 }
 _ROOFLINE = "#555555"
-# Text as text keeps the files small; a fixed salt keeps them the same for the same record.
-_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "saw-bench", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+_SETTINGS = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -48,9 +47,11 @@ def draw_plots(folder: Path, plots: dict[str, Callable[[Any], None]]) -> list[Pa
     try:
         import matplotlib
         from matplotlib.figure import Figure
+
+        from saw_trtllm.svg import save_svg
     except ModuleNotFoundError as e:
         raise BackendUnavailableError(
-            "saw-bench plot needs matplotlib, which is not installed: pip install 'saw-trtllm[bench]'"
+            f"saw-bench plot needs {e.name}, which is not installed: pip install 'saw-trtllm[bench]'"
         ) from e
     written = []
     for name, plot in plots.items():
@@ -62,7 +63,7 @@ def draw_plots(folder: Path, plots: dict[str, Callable[[Any], None]]) -> list[Pa
             path = folder / f"{name}.svg"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path, metadata={"Date": None})
+                save_svg(figure, path)
             except OSError as e:
                 raise ConfigError(f"{path} cannot be written ({e.strerror}): give a folder of yours") from e
         written.append(path)

@@ -83,13 +83,24 @@ def _add_engine(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="of the engines; fewer are built sooner, and the record says how many (default: %(default)s)",
     )
+    engine.add_argument(
+        "--vocab_size",
+        type=int,
+        default=engine_cases.LLAMA_VOCAB,
+        metavar="N",
+        help="of the engines (default: %(default)s)",
+    )
     for name, known in (("batch", engine_cases.BATCHES), ("context", engine_cases.CONTEXTS)):
         default = ",".join(map(str, known))
         engine.add_argument(f"--{name}", metavar="NUMBERS", help=f"comma-separated (default: {default})")
     engine.add_argument("--quick", action="store_true", help="a few batches and contexts")
     engine.add_argument(
-        "--engine_dir", type=Path, metavar="DIR", help="keep the engines there, and take those that are there already"
+        "--engine_dir",
+        type=Path,
+        metavar="DIR",
+        help="keep the engines there, in a folder for each format, and take those that are there already, of any shape",
     )
+    engine.add_argument("--build_timeout", type=float, metavar="S", help="end the run if a build takes longer")
     engine.add_argument(
         "--builder_optimization_level", type=int, choices=range(6), metavar="N", help="as saw-build's, for all engines"
     )
@@ -155,8 +166,9 @@ def _engine(args: argparse.Namespace, command: str) -> None:
         given = getattr(args, name)
         chosen = few if args.quick else all_of
         numbers[name] = chosen if given is None else engine_cases.parse_numbers(given, all_of, f"--{name}")
-    if args.num_layers < 1:
-        raise ConfigError(f"--num_layers is {args.num_layers}: it must be at least 1")
+    for name in ("num_layers", "vocab_size"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least 1")
     if args.output is not None:
         check_writable(args.output)
     choose_backend("tensorrt")
@@ -164,14 +176,15 @@ def _engine(args: argparse.Namespace, command: str) -> None:
     from saw_trtllm.bench.engine.tables import plain
 
     with tempfile.TemporaryDirectory(prefix="saw-bench-") as temporary:
-        plan = Plan(
+        plan = Plan.of(
             args.engine_dir or Path(temporary),
             kvs,
-            args.num_layers,
-            numbers["batch"],
-            numbers["context"],
-            args.builder_optimization_level,
-            args.multiple_profiles == "enable",
+            engine_cases.llama_config(args.num_layers, args.vocab_size),
+            batches=numbers["batch"],
+            contexts=numbers["context"],
+            optimization_level=args.builder_optimization_level,
+            decode_profile=args.multiple_profiles == "enable",
+            build_timeout_s=args.build_timeout,
         )
         results = run_engines(plan, command, args.commit, args.output)
     print(plain(results))

@@ -39,6 +39,13 @@ class RowSampler {
         uint32_t low, high;
     };
 
+    // What a histogram is of: all logits in bins of equal width, or a range of their bits in bins of 1 << shift.
+    struct AllBins {};
+    struct NarrowBins {
+        Range range;
+        int shift;
+    };
+
     // A token in the order of likelihood: number `rank` of the equal ones in a range, and the mass up to its end.
     struct Place {
         Range range;
@@ -172,8 +179,7 @@ class RowSampler {
         bin_scale_ = Config::kBins / fmaxf(range, 1e-30f);
         Weight const weight(top_, want_.temperature, shared_.powers);
         uint64_t total = 0;
-        auto const any = [&](float logit) { return logit == logit ? bin_of(logit) : -1; };
-        Bins const bins = histogram(weight, any, total);
+        Bins const bins = histogram(weight, AllBins{}, total);
         if (want_.top_k > 0 && want_.top_k < params_.vocab_size)
             total = find(weight, bins, By::kCount, uint64_t(want_.top_k)).mass;
         if (want_.top_p < 1) {
@@ -220,12 +226,8 @@ class RowSampler {
             constexpr int kBits = 11;
             static_assert(Config::kBins == 1 << kBits);
             int const shift = max(0, 32 - __clz(int(range.high - range.low)) - kBits);
-            float const least = from_ordered_bits(range.low), most = from_ordered_bits(range.high);
-            auto const narrower = [&](float logit) {
-                return least <= logit && logit <= most ? int((range.high - ordered_bits(logit)) >> shift) : -1;
-            };
             uint64_t total;
-            picked = pick(histogram(weight, narrower, total), picked.before, by, amount);
+            picked = pick(histogram(weight, NarrowBins{range, shift}, total), picked.before, by, amount);
             uint32_t const high = range.high - (uint32_t(picked.bin) << shift);
             range = {high - min(high - range.low, (uint32_t(1) << shift) - 1), high};
         }
@@ -235,18 +237,37 @@ class RowSampler {
         return {range, rank, picked.before.mass + (rank + 1) * each};
     }
 
-    // Counts and masses of the logits by bin; those of bin -1 are left out. All threads of the cluster get the total.
-    template <typename BinOf>
-    __device__ Bins histogram(Weight const& weight, BinOf const& bin_of, uint64_t& total_mass) {
+    // All logits by bin_of.
+    __device__ void fill(Weight const& weight, AllBins) {
+        run_.each_group([&](float const(&logits)[4], int) {
+            uint64_t masses[4];  // together, since one by one each would wait for the last
+#pragma unroll
+            for (int i = 0; i < 4; ++i) masses[i] = weight(logits[i]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (logits[i] == logits[i]) add(bin_of(logits[i]), masses[i]);
+            }
+        });
+    }
+
+    // The logits of a range, mostly few.
+    __device__ void fill(Weight const& weight, NarrowBins const& bins) {
+        float const low = from_ordered_bits(bins.range.low), high = from_ordered_bits(bins.range.high);
+        run_.each([&](float logit, int) {
+            if (low <= logit && logit <= high)
+                add(int((bins.range.high - ordered_bits(logit)) >> bins.shift), weight(logit));
+        });
+    }
+
+    // Counts and masses by bin. All threads of the cluster get the total.
+    template <typename Filling>
+    __device__ Bins histogram(Weight const& weight, Filling const& bins_of, uint64_t& total_mass) {
         int const t = threadIdx.x;
         uint4* const arrays[] = {reinterpret_cast<uint4*>(shared_.count), reinterpret_cast<uint4*>(shared_.low),
                                  reinterpret_cast<uint4*>(shared_.high)};
         for (uint4* const array : arrays) array[t] = make_uint4(0, 0, 0, 0);
         __syncthreads();
-        run_.each([&](float logit, int) {
-            int const bin = bin_of(logit);
-            if (bin >= 0) add(bin, weight(logit));
-        });
+        fill(weight, bins_of);
         cluster_.sync();
         Bins bins{};
         for (int rank = 0; rank < cluster_.size(); ++rank) {
@@ -268,8 +289,8 @@ class RowSampler {
     __device__ void add(int bin, uint64_t mass) {
         atomicAdd(&shared_.count[bin], 1u);
         uint32_t const low = uint32_t(mass);
-        uint32_t high = uint32_t(mass >> 32);
-        if (low != 0) high += atomicAdd(&shared_.low[bin], low) > ~low;  // the carry
+        uint32_t const carry = atomicAdd(&shared_.low[bin], low) > ~low;
+        uint32_t const high = uint32_t(mass >> 32) + carry;
         if (high != 0) atomicAdd(&shared_.high[bin], high);
     }
 

@@ -120,6 +120,12 @@ class SampleRun {
         for (int base = begin_; base < end_; base += SampleConfig::kSpan) each_of_span(base, f);
     }
 
+    // f(logits, token) for four of the lane's tokens at once, in ascending order.
+    template <typename F>
+    __device__ void each_group(F const& f) const {
+        for (int base = begin_; base < end_; base += SampleConfig::kSpan) span(base, f);
+    }
+
     template <typename F>
     __device__ void each_of_span(int base, F const& f) const {
         span(base, [&](float const(&logits)[4], int token) {
@@ -128,7 +134,6 @@ class SampleRun {
         });
     }
 
-    // f(logits, token) for four of the lane's tokens at once, in ascending order.
     template <typename F>
     __device__ void span(int base, F const& f) const {
         constexpr int kLoads = SampleConfig::kLoads, kStride = SampleConfig::kStride;

@@ -26,8 +26,8 @@ LOOP_BATCH, LOOP_PROMPT, LOOP_TEXT = 64, 1024, 192
 
 _LAYER = "transformer.layers."
 
-#: Layers of the model whose shape the engines have.
-LLAMA_LAYERS = 32
+#: Layers and words of the model whose shape the engines have.
+LLAMA_LAYERS, LLAMA_VOCAB = 32, 128256
 
 #: Parts of a step. ``ends`` are the nodes with the embedding and with the logits: TensorRT joins GEMMs of the first and
 #: of the last layer to them.
@@ -41,8 +41,8 @@ PARTS: dict[Part, str] = {
 }
 
 
-def llama_config(num_layers: int) -> ModelConfig:
-    """The shape of Llama 3 8B with so many layers."""
+def llama_config(num_layers: int, vocab_size: int = LLAMA_VOCAB) -> ModelConfig:
+    """The shape of Llama 3 8B with so many layers and words."""
     return ModelConfig(
         architecture="LlamaForCausalLM",
         dtype="float16",
@@ -52,7 +52,7 @@ def llama_config(num_layers: int) -> ModelConfig:
         num_key_value_heads=8,
         head_size=128,
         intermediate_size=14336,
-        vocab_size=128256,
+        vocab_size=vocab_size,
         max_position_embeddings=131072,
         rotary_base=500000.0,
     )

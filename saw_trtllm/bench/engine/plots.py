@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from saw_trtllm.bench.engine.cases import KVS, LLAMA_LAYERS, PARTS
+from saw_trtllm.bench.engine.cases import KVS, PARTS
 from saw_trtllm.bench.engine.record import EngineResults
 from saw_trtllm.bench.plots import draw_plots
 
@@ -37,8 +37,7 @@ def draw(results: EngineResults, folder: Path) -> list[Path]:
 
 
 def _title(axes: Any, results: EngineResults, text: str) -> None:
-    shape = f"Llama 3 8B's shape, {results.num_layers} of {LLAMA_LAYERS} layers"
-    axes.set_title(f"{text}\n{results.environment.gpu}, {shape}", fontsize=9)
+    axes.set_title(f"{text}\n{results.environment.gpu}, {results.shape}", fontsize=9)
 
 
 def _decode(axes: Any, results: EngineResults) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import subprocess
+import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +16,8 @@ import numpy as np
 from saw_trtllm import __version__
 from saw_trtllm.checkpoint import expected_shapes
 from saw_trtllm.config import ModelConfig
-from saw_trtllm.engine import CONFIG_FILE, BuildConfig, EngineConfig, SawSection, engine_file
-from saw_trtllm.errors import ConfigError
+from saw_trtllm.engine import BuildConfig, EngineConfig, SawSection, engine_file
+from saw_trtllm.errors import ConfigError, EngineError, SawError
 from saw_trtllm.format import KVFormat
 from saw_trtllm.network.build import built_for, serialize_engine
 from saw_trtllm.network.options import NetworkOptions
@@ -23,6 +28,8 @@ logger = logging.getLogger(__name__)
 #: Random numbers that are drawn, and repeated: billions of them would take longer than the rest of the run. A prime, so
 #: that no two rows of a matrix are alike.
 _BLOCK = 1_048_583
+#: Between two reports of a build that goes on.
+_REPORT_S = 15.0
 
 
 class RandomWeights:
@@ -47,15 +54,16 @@ def engine_config(kv: str, model: ModelConfig, limits: BuildConfig) -> EngineCon
     return EngineConfig(version=__version__, pretrained_config=model, build_config=limits, saw_int4=section)
 
 
-def build_random(folder: Path, config: EngineConfig, options: NetworkOptions) -> float:
+def build_random(folder: Path, config: EngineConfig, options: NetworkOptions) -> None:
     """Write an engine folder.
 
-    Returns
-    -------
-    float
-        Seconds that it took, with the making of the weights.
+    Raises
+    ------
+    ConfigError
+        If it cannot be written.
+    SawError
+        If TensorRT does not build the engine.
     """
-    start = time.monotonic()
     tensorrt = TensorRT.load()
     config = built_for(config, tensorrt)
     engine = serialize_engine(tensorrt, config, RandomWeights(config.pretrained_config).load, options)
@@ -65,29 +73,56 @@ def build_random(folder: Path, config: EngineConfig, options: NetworkOptions) ->
         config.save(folder)
     except OSError as e:
         raise ConfigError(f"{folder} cannot be written ({e.strerror}): give another --engine_dir") from e
-    return time.monotonic() - start
 
 
-def open_or_build(
-    folder: Path, kv: str, model: ModelConfig, limits: BuildConfig, options: NetworkOptions
-) -> float | None:
-    """See that a folder holds an engine of this shape, and build it if there is none.
+def build_in_child(folder: Path, config: EngineConfig, options: NetworkOptions, timeout_s: float | None) -> float:
+    """Build in a process of its own, which can be ended, and whose memory is free again behind it.
 
     Returns
     -------
-    float or None
-        Seconds of the build; None if it was there.
+    float
+        Seconds that it took, with the making of the weights.
 
     Raises
     ------
-    ConfigError
-        If the folder holds another engine.
+    EngineError
+        If it fails, or takes longer than ``timeout_s``.
     """
-    if not (folder / CONFIG_FILE).exists():
-        seconds = build_random(folder, engine_config(kv, model, limits), options)
-        logger.info("%s: built in %.1f s", folder, seconds)
-        return seconds
-    found = EngineConfig.load(folder)
-    if (found.saw_int4.kv, found.pretrained_config, found.build_config) != (kv, model, limits):
-        raise ConfigError(f"{folder} holds another engine than this run measures: give another --engine_dir")
-    return None
+    start = time.monotonic()
+    job = {"folder": str(folder), "config": config.model_dump(mode="json"), "options": asdict(options)}
+    command = [sys.executable, "-m", "saw_trtllm.bench.engine.random_engine", json.dumps(job, default=str)]
+    with subprocess.Popen(command) as child:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = child.wait(_REPORT_S if timeout_s is None else min(_REPORT_S, timeout_s))
+                break
+            seconds = time.monotonic() - start
+            logger.info("%s: building for %.0f s", folder, seconds)
+            if timeout_s is not None and seconds >= timeout_s:
+                child.kill()
+                raise EngineError(
+                    f"{folder} was not built within {timeout_s:g} s: give a lower --builder_optimization_level, fewer "
+                    "--num_layers, or more time"
+                )
+    if code:
+        raise EngineError(f"{folder} could not be built: see above")
+    return time.monotonic() - start
+
+
+def main() -> int:
+    """The child's side of :func:`build_in_child`."""
+    job = json.loads(sys.argv[1])
+    options = job["options"]
+    for name in ("input_timing_cache", "output_timing_cache"):
+        options[name] = options[name] and Path(options[name])
+    logging.basicConfig(level=logging.WARNING, format="[%(levelname)s] %(message)s")
+    try:
+        build_random(Path(job["folder"]), EngineConfig.model_validate(job["config"]), NetworkOptions(**options))
+    except SawError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from saw_trtllm.bench.engine.cases import LLAMA_LAYERS, Part
+from saw_trtllm.bench.engine.cases import LLAMA_LAYERS, LOOP_BATCH, Part, llama_config
 from saw_trtllm.bench.record import write_record
-from saw_trtllm.config import first_error, read_json
+from saw_trtllm.config import ModelConfig, first_error, read_json
 from saw_trtllm.errors import ConfigError
 
 SCHEMA_VERSION = 1
@@ -33,6 +33,42 @@ class EngineEnvironment(_Record):
     dirty: bool | None
     command: str
     date: str
+
+
+class Shape(_Record):
+    """Of the model whose engines are measured."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Shape:
+        """That of a model."""
+        return cls(
+            num_layers=model.num_hidden_layers,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            num_heads=model.num_attention_heads,
+            num_kv_heads=model.num_key_value_heads,
+            head_dim=model.head_size,
+            vocab_size=model.vocab_size,
+        )
+
+    @property
+    def is_llama(self) -> bool:
+        """Whether it is Llama 3 8B's, but for the number of layers."""
+        return self == Shape.of(llama_config(self.num_layers))
+
+    def __str__(self) -> str:
+        if self.is_llama:
+            return f"Llama 3 8B's shape, {self.num_layers} of {LLAMA_LAYERS} layers"
+        heads = f"{self.num_heads}/{self.num_kv_heads}/{self.head_dim}"
+        return f"{self.num_layers} layers of {self.hidden_size}, heads {heads}, vocabulary {self.vocab_size}"
 
 
 class Step(_Record):
@@ -145,9 +181,9 @@ class EngineResults(_Record):
     kind: Literal["engine"] = "engine"
     schema_version: Literal[1] = SCHEMA_VERSION
     environment: EngineEnvironment
-    num_layers: int
+    shape: Shape
     optimization_level: int | None
-    """TensorRT's, of the engines built; None is its default."""
+    """TensorRT's, of the engines that were built; None is its default."""
     decode_profile: bool
     tokens_per_block: int
     engines: list[Engine]
@@ -195,7 +231,7 @@ class EngineResults(_Record):
     def busy(self) -> float | None:
         """The GPU's share of the time at batch 64 through the whole runtime, with ``saw_int4``."""
         ours = self.engine("saw_int4")
-        return None if ours is None or ours.loop is None else ours.loop.busy
+        return None if ours is None or ours.loop is None or ours.loop.batch != LOOP_BATCH else ours.loop.busy
 
     @property
     def startup(self) -> float | None:

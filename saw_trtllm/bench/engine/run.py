@@ -7,7 +7,8 @@ import gc
 import logging
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,22 @@ import saw_trtllm
 from saw_trtllm.bench.engine import cases
 from saw_trtllm.bench.engine.clock import StreamClock
 from saw_trtllm.bench.engine.loop import time_loop, time_start
-from saw_trtllm.bench.engine.random_engine import open_or_build
-from saw_trtllm.bench.engine.record import Engine, EngineEnvironment, EngineResults, Loop, Profile, Step, TargetResult
+from saw_trtllm.bench.engine.random_engine import build_in_child, engine_config
+from saw_trtllm.bench.engine.record import (
+    Engine,
+    EngineEnvironment,
+    EngineResults,
+    Loop,
+    Profile,
+    Shape,
+    Step,
+    TargetResult,
+)
 from saw_trtllm.bench.engine.steps import StepBench
 from saw_trtllm.bench.environment import driver_version, git_state, today
 from saw_trtllm.config import ModelConfig
-from saw_trtllm.engine import BuildConfig, EngineConfig, engine_file
-from saw_trtllm.errors import SawError
+from saw_trtllm.engine import CONFIG_FILE, BuildConfig, EngineConfig, engine_file
+from saw_trtllm.errors import ConfigError, SawError
 from saw_trtllm.network import device
 from saw_trtllm.network.options import NetworkOptions
 from saw_trtllm.network.versions import TensorRT
@@ -42,30 +52,55 @@ class Plan:
     ----------
     folder : Path
         An engine folder for each format lies in it, or is made, and the timing cache that they share.
+    model : ModelConfig
+        Of all engines.
+    limits : BuildConfig
+        Of all engines: cases beyond them are left out.
     kvs : sequence of str
-    num_layers : int
     batches, contexts : sequence of int
     optimization_level : int or None
     decode_profile : bool
+    build_timeout_s : float or None
+        Seconds that each build may take.
     """
 
     folder: Path
+    model: ModelConfig
+    limits: BuildConfig
     kvs: Sequence[str] = cases.KVS
-    num_layers: int = cases.LLAMA_LAYERS
     batches: Sequence[int] = cases.BATCHES
     contexts: Sequence[int] = cases.CONTEXTS
     optimization_level: int | None = None
     decode_profile: bool = True
+    build_timeout_s: float | None = None
 
-    @property
-    def model(self) -> ModelConfig:
-        """The engines' shape."""
-        return cases.llama_config(self.num_layers)
+    def __post_init__(self) -> None:
+        for kv in self.kvs:
+            if (found := self.existing(kv)) is None:
+                continue
+            if (found.saw_int4.kv, found.pretrained_config, found.build_config) != (kv, self.model, self.limits):
+                raise ConfigError(
+                    f"{self.folder / kv} holds another engine than this run measures: give another --engine_dir"
+                )
 
-    @property
-    def limits(self) -> BuildConfig:
-        """The engines' limits."""
-        return cases.build_limits()
+    @classmethod
+    def of(cls, folder: Path, kvs: Sequence[str], model: ModelConfig, **fields: Any) -> Plan:
+        """A plan of the engines that a folder holds, or else of ``model`` with limits that hold all cases.
+
+        Raises
+        ------
+        ConfigError
+            If the folder holds engines that differ in more than their formats.
+        """
+        plans = cls(folder, model, cases.build_limits(), (), **fields)
+        found = next((config for kv in kvs if (config := plans.existing(kv)) is not None), None)
+        if found is not None:
+            plans = replace(plans, model=found.pretrained_config, limits=found.build_config)
+        return replace(plans, kvs=kvs)
+
+    def existing(self, kv: str) -> EngineConfig | None:
+        """The config of a format's engine that is there already."""
+        return EngineConfig.load(self.folder / kv) if (self.folder / kv / CONFIG_FILE).exists() else None
 
     def network_options(self) -> NetworkOptions:
         """How an engine is built, with the times of the one before."""
@@ -76,6 +111,24 @@ class Plan:
             output_timing_cache=cache,
             optimization_level=self.optimization_level,
         )
+
+    def steps(self) -> list[tuple[int, int]]:
+        """Batches and contexts of the decode steps."""
+        return [case for case in product(self.batches, self.contexts) if self._within(*case)]
+
+    def profiled(self) -> list[tuple[int, int]]:
+        """Those whose layers are timed."""
+        every = [(batch, context) for batch, contexts in cases.PROFILED.items() for context in contexts]
+        return [case for case in every if self._within(*case)]
+
+    def loop(self) -> tuple[int, int, int]:
+        """Requests of the run through the whole runtime, tokens of their prompts and texts."""
+        text = min(cases.LOOP_TEXT, self.limits.max_seq_len // 4)
+        prompt = min(cases.LOOP_PROMPT, self.limits.max_seq_len - text, self.limits.max_input_len)
+        return min(cases.LOOP_BATCH, self.limits.max_batch_size), prompt, text
+
+    def _within(self, batch: int, context: int) -> bool:
+        return batch <= self.limits.max_batch_size and context <= self.limits.max_seq_len
 
 
 def run_engines(plan: Plan, command: str, commit: str | None = None, output: Path | None = None) -> EngineResults:
@@ -98,7 +151,7 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
     """
     results = EngineResults(
         environment=describe(command, commit),
-        num_layers=plan.num_layers,
+        shape=Shape.of(plan.model),
         optimization_level=plan.optimization_level,
         decode_profile=plan.decode_profile,
         tokens_per_block=plan.limits.tokens_per_block,
@@ -149,8 +202,10 @@ def describe(command: str, commit: str | None) -> EngineEnvironment:
 
 def _run_engine(plan: Plan, kv: str) -> tuple[Engine, str | None]:
     """What was measured of a format, and what ended it early."""
-    folder = plan.folder / kv
-    build_s = open_or_build(folder, kv, plan.model, plan.limits, plan.network_options())
+    folder, build_s = plan.folder / kv, None
+    if plan.existing(kv) is None:
+        config = engine_config(kv, plan.model, plan.limits)
+        build_s = build_in_child(folder, config, plan.network_options(), plan.build_timeout_s)
     config = EngineConfig.load(folder)
     found: dict[str, Any] = {"start_up": None, "loop": None, "tokens": 0, "memory": {}}
     found |= {"steps": [], "too_large": [], "profiles": []}
@@ -158,8 +213,7 @@ def _run_engine(plan: Plan, kv: str) -> tuple[Engine, str | None]:
     try:
         if kv == "saw_int4":
             found["start_up"] = time_start(folder)
-        loop = _loop(folder)
-        _measure(plan, folder, config, found, loop)
+        _measure(plan, folder, config, found, _loop(plan, folder))
     except (SawError, RuntimeError) as e:
         logger.exception("%s", kv)
         aborted = f"{kv} ended the run: {e}"
@@ -175,9 +229,9 @@ def _run_engine(plan: Plan, kv: str) -> tuple[Engine, str | None]:
     return engine, aborted
 
 
-def _loop(folder: Path) -> tuple[float, int]:
+def _loop(plan: Plan, folder: Path) -> tuple[float, int]:
     """µs of a step of the whole runtime, and the context that it is of."""
-    batch, prompt, text = cases.LOOP_BATCH, cases.LOOP_PROMPT, cases.LOOP_TEXT
+    batch, prompt, text = plan.loop()
     with LLM(folder, kv_cache_config=KvCacheConfig(max_tokens=2 * batch * (prompt + text))) as llm:
         measured = time_loop(llm, batch, prompt, text)
     del llm
@@ -194,20 +248,17 @@ def _measure(plan: Plan, folder: Path, config: EngineConfig, found: dict[str, An
         found["tokens"] = executor.num_blocks * config.build_config.tokens_per_block
         found["memory"] = {name: int(value) for name, value in dataclasses.asdict(executor.memory).items()}
         step_us, context = loop
-        gpu_us = bench.gpu_time_of(cases.LOOP_BATCH, context)
-        found["loop"] = Loop(
-            batch=cases.LOOP_BATCH, context=context, step_us=round(step_us, 2), gpu_us=round(gpu_us, 2)
-        )
+        batch, *_ = plan.loop()
+        gpu_us = bench.gpu_time_of(batch, context)
+        found["loop"] = Loop(batch=batch, context=context, step_us=round(step_us, 2), gpu_us=round(gpu_us, 2))
         steps: list[Step] = found["steps"]
         profiles: list[Profile] = found["profiles"]
-        all_cases = [(batch, context) for batch in plan.batches for context in plan.contexts]
-        for batch, context in tqdm(all_cases, desc=f"steps, {config.saw_int4.kv}", unit="case", disable=None):
+        for batch, context in tqdm(plan.steps(), desc=f"steps, {config.saw_int4.kv}", unit="case", disable=None):
             if bench.fits(batch, context):
                 steps.append(bench.measure(batch, context))
             else:
                 found["too_large"].append((batch, context))
-        for batch, contexts in cases.PROFILED.items():
-            profiles += [bench.profile(batch, n) for n in contexts if bench.fits(batch, n)]
+        profiles += [bench.profile(*case) for case in plan.profiled() if bench.fits(*case)]
     finally:
         clock.close()
         executor.shutdown()

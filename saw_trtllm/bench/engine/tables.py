@@ -20,7 +20,7 @@ def environment_table(results: EngineResults) -> Table:
         ["driver, CUDA", f"{e.driver or 'unknown'}, {e.cuda}"],
         ["TensorRT, Python", f"{e.tensorrt}, {e.python}"],
         ["saw_trtllm", f"{e.saw_trtllm}, commit {e.commit or 'unknown'}{', with changes' if e.dirty else ''}"],
-        ["layers", f"{results.num_layers} of {LLAMA_LAYERS}"],
+        ["model", str(results.shape)],
         ["build", f"optimization level {level}, {profiles}, {results.tokens_per_block} tokens a block"],
         ["date", e.date],
         ["command", f"`{e.command}`"],
@@ -59,7 +59,7 @@ def loop_table(results: EngineResults) -> Table:
 def step_table(results: EngineResults) -> Table:
     """Decode steps by batch and context."""
     kvs = [kv for kv in KVS if results.engine(kv)]
-    fewer = results.num_layers != LLAMA_LAYERS
+    fewer = results.shape.is_llama and results.shape.num_layers != LLAMA_LAYERS
     header = ["sequences x context", *(f"{kv} µs" for kv in kvs), "saw_int4 p10 to p90", "saw_int4 tokens/s"]
     header += ["over fp16", "over int4", *([f"over fp16 with {LLAMA_LAYERS} layers, worked out"] if fewer else [])]
     rows = [header]
@@ -81,7 +81,7 @@ def _whole(results: EngineResults, ours: Step | None, theirs: Step | None) -> st
     if ours is None or theirs is None:
         return "-"
     engines: list[tuple[Engine | None, Step]] = [(results.engine("saw_int4"), ours), (results.engine("fp16"), theirs)]
-    times = [engine and engine.whole_model_us(step, results.num_layers) for engine, step in engines]
+    times = [engine and engine.whole_model_us(step, results.shape.num_layers) for engine, step in engines]
     return f"{times[1] / times[0]:.3f}x" if times[0] and times[1] else "-"
 
 
