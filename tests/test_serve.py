@@ -13,7 +13,7 @@ from saw_trtllm.errors import EngineError, RequestError
 from saw_trtllm.runtime.detokenizer import Detokenizer
 from saw_trtllm.runtime.engine_core import Stats
 from saw_trtllm.runtime.tokenizer import Tokenizer
-from saw_trtllm.serve import metrics, names
+from saw_trtllm.serve import metrics, names, tensorrt_llm
 from saw_trtllm.serve.parameters import Parameters
 from saw_trtllm.serve.postprocessing import PostprocessingModel
 from saw_trtllm.serve.preprocessing import PreprocessingModel
@@ -350,6 +350,21 @@ def test_text_is_that_of_the_runtime(model, llm, postprocessing, tokenizer, prom
     assert [t for r in streamed for t in r.tensors["output_ids"][0, 0]] == expected.token_ids
     assert with_prompt[0].tensors["output_ids"][0, 0].tolist() == ids + expected.token_ids
     assert len(whole) == len(with_prompt) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stop_words": strings(["e", "zz"])}, {"temperature": np.float32(5), "seed": 1}]
+)
+def test_pieces_that_have_piled_up_go_out_as_one(model, llm, postprocessing, tokenizer, options, monkeypatch):
+    monkeypatch.setattr(tensorrt_llm, "_RESPONSES_PER_S", 4)
+    ids, options = tokenizer.encode(UNICODE), {**options, "end_id": -1, "return_log_probs": True}
+    params = parse(llm_inputs(ids, 60, **options))[0].params
+    expected = llm.generate(ids, params).outputs[0]
+    streamed, *_ = run(model, Request(llm_inputs(ids, 60, streaming=True, **options)))
+    assert text_of(postprocessing, streamed) == expected.text
+    assert [t for r in streamed for t in r.tensors["output_ids"][0, 0]] == expected.token_ids
+    assert [x for r in streamed for x in r.tensors["output_log_probs"][0, 0]] == pytest.approx(expected.logprobs)
+    assert len(streamed) < max(2, len(expected.token_ids) // 2)
 
 
 def test_results_that_were_asked_for(model, llm, tokenizer):

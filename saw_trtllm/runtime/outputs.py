@@ -7,7 +7,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -112,6 +112,23 @@ class GenerationResult:
             for loop, event in self._wakers:
                 with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits there
                     loop.call_soon_threadsafe(event.set)
+
+    def join(self, output: RequestOutput) -> RequestOutput:
+        """A piece just read and those that have come since, as one."""
+        pieces = [output]
+        with self._changed:
+            while self._pieces and not self._done and not isinstance(self._pieces[0], Exception):
+                pieces.append(self._pop())
+        if len(pieces) == 1:
+            return output
+        parts = [piece.outputs[0] for piece in pieces]
+        joined = replace(
+            parts[-1],
+            text_diff="".join(part.text_diff for part in parts),
+            token_ids_diff=[token for part in parts for token in part.token_ids_diff],
+            context_ids=parts[0].context_ids,
+        )
+        return replace(pieces[-1], outputs=[joined])
 
     def result(self, timeout: float | None = None) -> RequestOutput:
         """Wait for the last piece.

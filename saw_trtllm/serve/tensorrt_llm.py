@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 #: Share of the loop's time that asking Triton about cancellation may take. A question takes about 0.1 ms.
 _WATCH_SHARE = 0.1
 
+#: Responses of all streams in a second. Triton takes postprocessing's requests one by one, about 2000 in a second on a
+#: fast host: beyond that each new stream's first piece would wait behind all that the others have piled up.
+_RESPONSES_PER_S = 1000
 
 #: Seconds between a piece and an error that follows it. Triton 2.51 never finishes an ensemble that fails while a step,
 #: here postprocessing, is at work.
@@ -110,6 +113,7 @@ class TensorrtLlmModel:
         self._llm = LLM(parameters.gpt_model_path, tokenizer=parameters.tokenizer_dir, kv_cache_config=kv_cache)
         self._metrics = MetricsReporter(pb_utils, names.TENSORRT_LLM, names.VERSION)
         self._jobs: dict[int, Job] = {}
+        self._streams = 0
         self._closing = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="saw-serve", daemon=True)
@@ -175,8 +179,17 @@ class TensorrtLlmModel:
             del self._jobs[job.key]
 
     async def _serve_part(self, job: Job, index: int) -> None:
-        _, result = job.parts[index]
+        generation, result = job.parts[index]
+        self._streams += generation.streaming
+        try:
+            await self._serve_pieces(job, index, generation.streaming, result)
+        finally:
+            self._streams -= generation.streaming
+
+    async def _serve_pieces(self, job: Job, index: int, streaming: bool, result: GenerationResult) -> None:
         async for output in result:
+            if streaming:
+                output = result.join(output)
             if job.closed:  # another prompt of the request has failed
                 return
             if output.outputs[0].finish_reason == "cancelled":
@@ -187,6 +200,8 @@ class TensorrtLlmModel:
                 self._send(job.sender, response)
             else:
                 self._close(job, response)
+            if not output.finished:
+                await asyncio.sleep(self._streams / _RESPONSES_PER_S)
 
     def _check_cancelled(self, job: Job) -> None:
         """Say why a text ended early. One that another request has stopped is an answer as it is."""
