@@ -360,11 +360,11 @@ def test_pieces_that_have_piled_up_go_out_as_one(model, llm, postprocessing, tok
     ids, options = tokenizer.encode(UNICODE), {**options, "end_id": -1, "return_log_probs": True}
     params = parse(llm_inputs(ids, 60, **options))[0].params
     expected = llm.generate(ids, params).outputs[0]
-    streamed, *_ = run(model, Request(llm_inputs(ids, 60, streaming=True, **options)))
-    assert text_of(postprocessing, streamed) == expected.text
-    assert [t for r in streamed for t in r.tensors["output_ids"][0, 0]] == expected.token_ids
-    assert [x for r in streamed for x in r.tensors["output_log_probs"][0, 0]] == pytest.approx(expected.logprobs)
-    assert len(streamed) < max(2, len(expected.token_ids) // 2)
+    for streamed in run(model, *(Request(llm_inputs(ids, 60, streaming=True, **options)) for _ in range(2))):
+        assert text_of(postprocessing, streamed) == expected.text
+        assert [t for r in streamed for t in r.tensors["output_ids"][0, 0]] == expected.token_ids
+        assert [x for r in streamed for x in r.tensors["output_log_probs"][0, 0]] == pytest.approx(expected.logprobs)
+        assert len(streamed) < max(3, len(expected.token_ids) // 2)
 
 
 def test_results_that_were_asked_for(model, llm, tokenizer):

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 #: Share of the loop's time that asking Triton about cancellation may take. A question takes about 0.1 ms.
 _WATCH_SHARE = 0.1
 
-#: Responses of all streams in a second. Triton takes postprocessing's requests one by one, about 2000 in a second on a
+#: Responses in a second of all streams where there are several. Triton takes postprocessing's requests one by one, about 2000 in a second on a
 #: fast host: beyond that each new stream's first piece would wait behind all that the others have piled up.
 _RESPONSES_PER_S = 1000
 
@@ -200,8 +200,8 @@ class TensorrtLlmModel:
                 self._send(job.sender, response)
             else:
                 self._close(job, response)
-            if not output.finished:
-                await asyncio.sleep(self._streams / _RESPONSES_PER_S)
+            if self._streams > 1 and not output.finished:
+                await asyncio.sleep((self._streams - 1) / _RESPONSES_PER_S)
 
     def _check_cancelled(self, job: Job) -> None:
         """Say why a text ended early. One that another request has stopped is an answer as it is."""
