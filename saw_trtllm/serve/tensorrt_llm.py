@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 #: Share of the loop's time that asking Triton about cancellation may take. A question takes about 0.1 ms.
 _WATCH_SHARE = 0.1
 
-#: Responses in a second of all streams where there are several. Triton takes postprocessing's requests one by one, about 2000 in a second on a
-#: fast host: beyond that each new stream's first piece would wait behind all that the others have piled up.
+#: Responses in a second of all streams where there are several. Triton takes postprocessing's requests one by one, 2000
+#: in a second on a fast host: beyond that a new stream's first piece would wait behind all that others have piled up.
 _RESPONSES_PER_S = 1000
 
 #: Seconds between a piece and an error that follows it. Triton 2.51 never finishes an ensemble that fails while a step,
