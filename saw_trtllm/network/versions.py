@@ -133,7 +133,7 @@ class TensorRT:
                 level = _LEVELS[int(severity)]
                 if level >= self._worst:
                     # What follows an internal error is an error, and says less or more.
-                    self.reason, self._worst = message, min(level, logging.ERROR)
+                    self.reason, self._worst = " ".join(message.split()), min(level, logging.ERROR)
                 log.log(level, "TensorRT: %s", message)
 
         return Logger()
