@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib as mpl
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
+
+from saw_trtllm.svg import save_svg
 
 TEMPLATE = Path(__file__).with_name("accuracy.md.j2")
 TITLES = {"example": "example", "outliers": "planted outliers", "key bias": "planted key bias"}
@@ -200,15 +201,10 @@ def _position_table(levers: dict) -> str:
 
 def _plots(data: dict, models: list[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _save(_order_plot(data, models), folder / "orders.svg")
-    _save(_memory_plot(data, models), folder / "memory.svg")
-    _save(_error_plot(data, models), folder / "errors.svg")
-    _save(_key_plot(data, models), folder / "keys.svg")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with mpl.rc_context({"svg.hashsalt": "saw", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None})
+    save_svg(_order_plot(data, models), folder / "orders.svg")
+    save_svg(_memory_plot(data, models), folder / "memory.svg")
+    save_svg(_error_plot(data, models), folder / "errors.svg")
+    save_svg(_key_plot(data, models), folder / "keys.svg")
 
 
 def _columns(models: list[str], height: float = 3.4) -> tuple[Figure, list]:

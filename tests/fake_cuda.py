@@ -144,6 +144,12 @@ class Cuda:
         ctypes.memset(address, value, size)
         return (cudaError_t.cudaSuccess,)
 
+    def cudaMemcpy(self, target, source, size, kind):
+        up = kind == cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.on_device(target if up else source, size)
+        ctypes.memmove(target, source, size)
+        return (cudaError_t.cudaSuccess,)
+
     def cudaStreamCreateWithFlags(self, flags):
         return cudaError_t.cudaSuccess, self._new(self.streams, _Stream())
 

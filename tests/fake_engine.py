@@ -17,7 +17,7 @@ import safetensors.numpy
 import torch
 from fake_cuda import Cuda
 
-from saw_trtllm.engine import EngineConfig, engine_file, k_center_name
+from saw_trtllm.engine import EngineConfig, k_center_name
 from saw_trtllm.network.tensors import LOGITS, profiles, shapes, step_inputs
 from saw_trtllm.network.versions import TensorRT
 from saw_trtllm.plugins import VERSION
@@ -47,9 +47,6 @@ class Module(fake_tensorrt_86.Module):
         self.refusing: set[int] = set()  # profiles whose steps fail
         self.IProfiler = type("IProfiler", (), {"__init__": lambda self: None})
         self.Runtime = lambda logger: _Runtime(self, logger)
-
-    def nptype(self, dtype: Any) -> type:
-        return {fake.int32: np.int32, fake.float32: np.float32}[dtype]
 
 
 def as_tensorrt(folder) -> EngineConfig:
@@ -241,7 +238,3 @@ class Sampler:
     def close(self) -> None:
         for address in (self.tokens_ptr, self.logprobs_ptr):
             self._cuda.cudaFree(address)
-
-
-def engine_bytes(folder) -> int:
-    return (folder / engine_file()).stat().st_size

@@ -110,3 +110,7 @@ def describe(plan: BuildPlan) -> dict[str, str]:
             f", {tokens_that_fit(plan, 'fp16'):,} in {model.dtype}" if ours != fp16 else ""
         )
     return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

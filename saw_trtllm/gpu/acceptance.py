@@ -6,8 +6,6 @@ import mmap
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from saw_trtllm import plugins
 from saw_trtllm.engine import CONFIG_FILE, EngineConfig, engine_file
 from saw_trtllm.errors import EngineError
@@ -99,23 +97,19 @@ def gib(nbytes: int) -> str:
 def _check_tensors(path: Path, config: EngineConfig, tensorrt: TensorRT, engine: Any) -> None:
     """Compare what the engine has with what its config says: a folder's two files may come from two builds."""
     due = {
-        x.name: (x.dtype, tuple(-1 if isinstance(d, str) else d for d in x.shape))
+        x.name: (tensorrt.dtype(x.dtype), tuple(-1 if isinstance(d, str) else d for d in x.shape))
         for x in step_inputs(config, tensorrt)
     }
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-    found = {name: (_dtype(tensorrt, engine, name), tuple(engine.get_tensor_shape(name))) for name in names}
+    found = {name: (engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))) for name in names}
     logits = found.pop(LOGITS, None)
     if found != due or logits is None or logits[1] != (-1, config.pretrained_config.vocab_size):
         different = sorted(n for n in found.keys() | due.keys() if found.get(n) != due.get(n)) or [LOGITS]
         raise EngineError(
             f"{path} is not of its {CONFIG_FILE}, which says otherwise of {', '.join(different)}: {_AGAIN}"
         )
-    if logits[0] != "float32":
+    if logits[0] != tensorrt.dtype("float32"):
         raise EngineError(
-            f"{path} gives logits in {logits[0]}, and this runtime samples from float32: build it from a checkpoint "
+            f"{path} gives logits that are not float32, from which this runtime samples: build it from a checkpoint "
             "whose config.json has no other logits_dtype"
         )
-
-
-def _dtype(tensorrt: TensorRT, engine: Any, name: str) -> str:
-    return np.dtype(tensorrt.trt.nptype(engine.get_tensor_dtype(name))).name

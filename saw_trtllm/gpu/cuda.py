@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -213,7 +214,7 @@ class PinnedBuffer:
     def array(self, dtype: Any, shape: Sequence[int], offset: int = 0) -> np.ndarray:
         """A view as an array. It must not be used once the buffer is closed."""
         dtype = np.dtype(dtype)
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         if offset + size > self.nbytes:
             raise ValueError(f"{offset} + {size} bytes of a buffer of {self.nbytes}")
         memory = (ctypes.c_char * size).from_address(self.address + offset)

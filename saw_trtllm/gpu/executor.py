@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from saw_trtllm.engine import EngineConfig
-from saw_trtllm.errors import KernelError
+from saw_trtllm.errors import EngineError, KernelError
 from saw_trtllm.gpu.acceptance import check_versions, read_engine
 from saw_trtllm.gpu.cuda import DeviceBuffer, Stream, call, memory_info, runtime
 from saw_trtllm.gpu.graphs import DecodeGraphs, buckets
@@ -54,6 +54,8 @@ class TensorRTExecutor:
     memory : MemoryPlan
     buckets : list of int
         Batch sizes of decodes that have a CUDA graph.
+    pools, logits : list of DeviceBuffer, DeviceBuffer
+        The KV cache, and the logits of the last step: fp32 ``[B, vocab_size]``, or of all its tokens.
 
     Raises
     ------
@@ -105,9 +107,9 @@ class TensorRTExecutor:
         else:
             self._graphs.launch(size, self._stream)
         rows = addresses["last_token_ids"] if self._every_token else 0
-        self._sampler.enqueue(self._logits.address, rows, num_sequences, self._stream.handle)
+        self._sampler.enqueue(self.logits.address, rows, num_sequences, self._stream.handle)
         spans = self._wanted(step, sampling, context_logits)
-        return slot.take(self._stream, self._sampler, self._logits.address, spans)
+        return slot.take(self._stream, self._sampler, self.logits.address, spans)
 
     def profile(self, step: StepInputs) -> list[tuple[str, float]]:
         """Run a step of known tokens under TensorRT's profiler, without a graph and without sampling.
@@ -151,7 +153,10 @@ class TensorRTExecutor:
         self._stream = self._hold(Stream())
         self.stream = self._stream.handle
         self._session = self._hold(Session(self._tensorrt, engine, logger))
-        self._session.open(self._stream)
+        try:
+            self._session.open(self._stream)
+        except KernelError as e:
+            raise EngineError(f"the engine in {folder} does not start ({e}): build it anew with saw-build") from e
 
         pools = config.pools
         self._every_token = build.gather_context_logits
@@ -159,7 +164,7 @@ class TensorRTExecutor:
         largest = StepShape(build.max_num_tokens, build.max_batch_size, len(pools), self._max_blocks)
         self._staging = self._hold(Staging(largest))
         rows = build.max_num_tokens if self._every_token else build.max_batch_size
-        self._logits = self._hold(DeviceBuffer(rows * model.vocab_size * np.dtype(np.float32).itemsize))
+        self.logits = self._hold(DeviceBuffer(rows * model.vocab_size * np.dtype(np.float32).itemsize))
         self._sampler = self._hold(GpuSampler(build.max_batch_size, model.vocab_size))
         self._slots = [self._hold(ResultSlot(build.max_batch_size, model.vocab_size)) for _ in range(2)]
 
@@ -167,13 +172,13 @@ class TensorRTExecutor:
         self.num_blocks = plan_blocks(config, free, max_tokens, memory_fraction)
         tokens, heads = self.num_blocks * build.tokens_per_block, model.num_key_value_heads
         sizes = [tokens * pool.format.bytes_per_token(len(pool.layers), heads) for pool in pools]
-        self._pools = [self._hold(DeviceBuffer(size)) for size in sizes]
+        self.pools = [self._hold(DeviceBuffer(size)) for size in sizes]
         self._host = HostTensors(self._host_arrays(), build.max_batch_size)
         self.memory = MemoryPlan(
             total=total,
             weights=weights,
             activations=self._session.activation_bytes,
-            io=self._staging.nbytes + self._logits.nbytes + self._sampler.nbytes,
+            io=self._staging.nbytes + self.logits.nbytes + self._sampler.nbytes,
             pool=sum(sizes),
             free=free - sum(sizes),
             num_blocks=self.num_blocks,
@@ -184,7 +189,7 @@ class TensorRTExecutor:
         config, pools = self._config, self._config.pools
         layers = config.pretrained_config.num_hidden_layers
         dtype, shape = self._tensorrt.pool_pointers(len(pools))
-        addresses = np.array([[pool.address, 0] for pool in self._pools], np.int64)
+        addresses = np.array([[pool.address, 0] for pool in self.pools], np.int64)
         places = {layer: (p, i) for p, pool in enumerate(pools) for i, layer in enumerate(pool.layers)}
         return {
             "host_kv_cache_pool_pointers": addresses.view(dtype).reshape(shape),
@@ -209,7 +214,7 @@ class TensorRTExecutor:
 
             self._graphs.record(buckets(self._config.build_config.max_batch_size), self._stream, prepare, enqueue)
         # Nobody reads a row that was not written; zeros are for who measures steps over a cache that nobody filled.
-        for pool in self._pools:
+        for pool in self.pools:
             pool.fill(0)
         self._stream.synchronize()
 
@@ -224,12 +229,12 @@ class TensorRTExecutor:
         return self._decode_profile if _decodes_alone(step) else 0
 
     def _padded(self, size: int) -> StepShape:
-        return StepShape(size, size, len(self._pools), self._max_blocks)
+        return StepShape(size, size, len(self.pools), self._max_blocks)
 
     def _tensors(self, step: StepInputs | None, shape: StepShape) -> dict[str, tuple[int, Sequence[int] | None]]:
         addresses, shapes = self._staging.addresses(shape), shape.tensors
         on_gpu = {name: (addresses[name], shapes[name]) for name in shapes}
-        return on_gpu | self._host.tensors(step, shape.num_sequences) | {LOGITS: (self._logits.address, None)}
+        return on_gpu | self._host.tensors(step, shape.num_sequences) | {LOGITS: (self.logits.address, None)}
 
     def _wanted(
         self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]

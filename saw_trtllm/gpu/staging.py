@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -40,23 +42,28 @@ class StepShape(NamedTuple):
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shapes by name, in the order in which they lie."""
-        tokens = dict.fromkeys(_PER_TOKEN, (self.num_tokens,))
-        sequences = dict.fromkeys(_PER_SEQUENCE, (self.num_sequences,))
-        return tokens | sequences | {TABLE: (self.num_pools, self.num_sequences, 2, self.max_blocks)}
+        return _layout(self)[0]
 
     @property
     def offsets(self) -> dict[str, int]:
-        """Byte at which each tensor begins; the last of them is behind the block table."""
-        found, end = {}, 0
-        for name, shape in self.tensors.items():
-            found[name] = end
-            end = align(end + int(np.prod(shape, dtype=np.int64)) * _WORD)
-        return found | {"": end}
+        """Byte at which each tensor begins."""
+        return _layout(self)[1]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all."""
-        return self.offsets[""]
+        return _layout(self)[2]
+
+
+@lru_cache(maxsize=1024)  # a decode's extents come again and again
+def _layout(shape: StepShape) -> tuple[dict[str, tuple[int, ...]], dict[str, int], int]:
+    tensors = dict.fromkeys(_PER_TOKEN, (shape.num_tokens,)) | dict.fromkeys(_PER_SEQUENCE, (shape.num_sequences,))
+    tensors[TABLE] = (shape.num_pools, shape.num_sequences, 2, shape.max_blocks)
+    offsets, end = {}, 0
+    for name, extents in tensors.items():
+        offsets[name] = end
+        end = align(end + math.prod(extents) * _WORD)
+    return tensors, offsets, end
 
 
 class Staging:
@@ -84,7 +91,7 @@ class Staging:
 
     def addresses(self, shape: StepShape) -> dict[str, int]:
         """Where the tensors of a step of this shape lie on the GPU."""
-        return {name: self._device.address + at for name, at in shape.offsets.items() if name}
+        return {name: self._device.address + at for name, at in shape.offsets.items()}
 
     def upload(self, step: StepInputs, stream: Stream, padded: StepShape | None = None) -> StepShape:
         """Copy a step's tensors to the GPU.

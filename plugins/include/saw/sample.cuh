@@ -34,10 +34,16 @@ class RowSampler {
         Amount before, inside;
     };
 
-    // Those logits of a bin of the first histogram whose ordered bits lie in a range.
+    // Logits, by their ordered bits, ends included.
     struct Range {
-        int bin;
         uint32_t low, high;
+    };
+
+    // What a histogram is of: all logits in bins of equal width, or a range of their bits in bins of 1 << shift.
+    struct AllBins {};
+    struct NarrowBins {
+        Range range;
+        int shift;
     };
 
     // A token in the order of likelihood: number `rank` of the equal ones in a range, and the mass up to its end.
@@ -60,10 +66,13 @@ class RowSampler {
             if (is_first()) params_.tokens[row_] = -1;
             return;
         }
-        fill_powers(shared_.powers);
-        if (threadIdx.x == Config::kThreads - 1) shared_.uniform = philox_uniform(want_.seed, want_.index);
-        change_listed();
-        cluster_.sync();
+        if (want_.draw != Draw::kGreedy || want_.wants_logprob) fill_powers(shared_.powers);
+        if (want_.draw != Draw::kGreedy && threadIdx.x == Config::kThreads - 1)
+            shared_.uniform = philox_uniform(want_.seed, want_.index);
+        if (want_.num_listed > 0) {
+            change_listed();
+            cluster_.sync();
+        }
         find_top();
         int token = top_token_;
         // Without a finite top there are no probabilities, and any token must do.
@@ -71,7 +80,11 @@ class RowSampler {
             token = want_.draw == Draw::kByToken ? draw_by_token() : draw_by_likelihood();
         if (is_first()) params_.tokens[row_] = token;
         cluster_.sync();
-        restore_listed();
+        if (want_.num_listed > 0) {
+            restore_listed();
+            cluster_.sync();
+            if (want_.wants_logprob) find_top();
+        }
         if (want_.wants_logprob) write_logprob(token);
     }
 
@@ -109,20 +122,27 @@ class RowSampler {
         each_listed([&](ListedToken const& listed) { logits_[listed.token] = listed.logit; });
     }
 
-    // All threads of the cluster get what all their values combine to. 0 must not change what it is combined with.
+    // All threads of the cluster get what the values of all combine to. 0 must not change what it is combined with.
     template <typename Combine>
-    __device__ uint64_t over_row(uint64_t value, Combine const& combine) {
-        value = reduce_warp(value, combine);
-        if (lane() == 0) shared_.warp_sums[0][warp()] = value;
+    __device__ void over_row(uint64_t& first, uint64_t& second, Combine const& combine) {
+        uint64_t* const values[] = {&first, &second};
+        turn_ ^= 1;
+        for (int k = 0; k < 2; ++k) {
+            uint64_t const value = reduce_warp(*values[k], combine);
+            if (lane() == 0) shared_.of_warps[turn_][k][warp()] = value;
+        }
         cluster_.sync();
-        value = 0;
-        for (int i = lane(); i < warps_of_row(); i += 32) value = combine(value, warp_sum(i));
-        cluster_.sync();
-        return reduce_warp(value, combine);
+        for (int k = 0; k < 2; ++k) {
+            uint64_t value = 0;
+            for (int i = lane(); i < warps_of_row(); i += 32) value = combine(value, of_warp(k, i));
+            *values[k] = reduce_warp(value, combine);
+        }
     }
 
-    __device__ uint64_t warp_sum(int warp_of_row) const {
-        return *cluster_.of(warp_of_row / Config::kWarps, &shared_.warp_sums[0][warp_of_row % Config::kWarps]);
+    // Nobody writes there again before all have come to the next turn's barrier.
+    __device__ uint64_t of_warp(int k, int warp_of_row) const {
+        uint64_t* const own = &shared_.of_warps[turn_][k][warp_of_row % Config::kWarps];
+        return *cluster_.of(warp_of_row / Config::kWarps, own);
     }
 
     // The largest logit, the first token that has it, and the least finite logit.
@@ -136,10 +156,11 @@ class RowSampler {
             }
             if (logit > -INFINITY) least = fminf(least, logit);
         });
-        uint64_t const best = over_row(uint64_t(ordered_bits(top)) << 32 | uint32_t(~token), Larger{});
+        uint64_t best = uint64_t(ordered_bits(top)) << 32 | uint32_t(~token), worst = uint32_t(~ordered_bits(least));
+        over_row(best, worst, Larger{});
         top_ = from_ordered_bits(uint32_t(best >> 32));
         top_token_ = int(~uint32_t(best));
-        least_ = from_ordered_bits(~uint32_t(over_row(uint32_t(~ordered_bits(least)), Larger{})));
+        least_ = from_ordered_bits(~uint32_t(worst));
     }
 
     // The mass that a random number from 0 to below 1 points to: the first place where so much is reached is the choice.
@@ -158,7 +179,7 @@ class RowSampler {
         bin_scale_ = Config::kBins / fmaxf(range, 1e-30f);
         Weight const weight(top_, want_.temperature, shared_.powers);
         uint64_t total = 0;
-        Bins const bins = histogram(weight, [&](float logit) { return bin_of(logit); }, total);
+        Bins const bins = histogram(weight, AllBins{}, total);
         if (want_.top_k > 0 && want_.top_k < params_.vocab_size)
             total = find(weight, bins, By::kCount, uint64_t(want_.top_k)).mass;
         if (want_.top_p < 1) {
@@ -166,7 +187,8 @@ class RowSampler {
             total = find(weight, bins, By::kMass, min(max(uint64_t(share), uint64_t(1)), total)).mass;
         }
         Place const place = find(weight, bins, By::kMass, target(total));
-        auto const is_in = [&](float logit) { return uint64_t(contains(place.range, logit)); };
+        float const low = from_ordered_bits(place.range.low), high = from_ordered_bits(place.range.high);
+        auto const is_in = [&](float logit) { return uint64_t(low <= logit && logit <= high); };
         return nth(is_in, [&](uint64_t) { return place.rank + 1; });
     }
 
@@ -175,18 +197,25 @@ class RowSampler {
         return min(__float2int_rz((top_ - logit) * bin_scale_), Config::kBins - 1);
     }
 
-    __device__ bool contains(Range const& range, float logit) const {
-        uint32_t const bits = ordered_bits(logit);
-        return bin_of(logit) == range.bin && range.low <= bits && bits <= range.high;
+    // The least logit, by its bits, that is not below the bin. bin_of rounds by less than the margin.
+    __device__ uint32_t least_of(int bin) const {
+        constexpr double kMargin = 1e-6;
+        double const distance = (bin + 1) / double(bin_scale_);
+        uint32_t outside = ordered_bits(__double2float_rd(double(top_) - distance * (1 + kMargin)));
+        uint32_t inside = ordered_bits(fminf(__double2float_ru(double(top_) - distance * (1 - kMargin)), top_));
+        while (inside - outside > 1) {
+            uint32_t const middle = outside + (inside - outside) / 2;
+            if (bin_of(from_ordered_bits(middle)) <= bin)
+                inside = middle;
+            else
+                outside = middle;
+        }
+        return inside;
     }
 
-    // Bits that no logit of a bin lies outside of; bin_of rounds by less than the margin.
     __device__ Range range_of(int bin) const {
-        constexpr double kMargin = 1e-6;
-        double const width = 1 / double(bin_scale_);
-        float const high = __double2float_ru(double(top_) - bin * width * (1 - kMargin));
-        float const low = __double2float_rd(double(top_) - (bin + 1) * width * (1 + kMargin));
-        return {bin, ordered_bits(bin == Config::kBins - 1 ? -INFINITY : low), ordered_bits(high)};
+        uint32_t const low = bin == Config::kBins - 1 ? ordered_bits(-INFINITY) : least_of(bin);
+        return {low, bin == 0 ? ordered_bits(top_) : least_of(bin - 1) - 1};
     }
 
     // The first token in the order of likelihood with which so much is reached.
@@ -197,13 +226,10 @@ class RowSampler {
             constexpr int kBits = 11;
             static_assert(Config::kBins == 1 << kBits);
             int const shift = max(0, 32 - __clz(int(range.high - range.low)) - kBits);
-            auto const narrower = [&](float logit) {
-                return contains(range, logit) ? int((range.high - ordered_bits(logit)) >> shift) : -1;
-            };
             uint64_t total;
-            picked = pick(histogram(weight, narrower, total), picked.before, by, amount);
+            picked = pick(histogram(weight, NarrowBins{range, shift}, total), picked.before, by, amount);
             uint32_t const high = range.high - (uint32_t(picked.bin) << shift);
-            range = {range.bin, high - min(high - range.low, (uint32_t(1) << shift) - 1), high};
+            range = {high - min(high - range.low, (uint32_t(1) << shift) - 1), high};
         }
         uint64_t const each = picked.inside.mass / picked.inside.count;
         uint64_t const past = amount - picked.before.get(by) - 1;
@@ -211,18 +237,37 @@ class RowSampler {
         return {range, rank, picked.before.mass + (rank + 1) * each};
     }
 
-    // Counts and masses of the logits by bin; those of bin -1 are left out. All threads of the cluster get the total.
-    template <typename BinOf>
-    __device__ Bins histogram(Weight const& weight, BinOf const& bin_of, uint64_t& total_mass) {
+    // All logits by bin_of.
+    __device__ void fill(Weight const& weight, AllBins) {
+        run_.each_group([&](float const(&logits)[4], int) {
+            uint64_t masses[4];  // together, since one by one each would wait for the last
+#pragma unroll
+            for (int i = 0; i < 4; ++i) masses[i] = weight(logits[i]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (logits[i] == logits[i]) add(bin_of(logits[i]), masses[i]);
+            }
+        });
+    }
+
+    // The logits of a range, mostly few.
+    __device__ void fill(Weight const& weight, NarrowBins const& bins) {
+        float const low = from_ordered_bits(bins.range.low), high = from_ordered_bits(bins.range.high);
+        run_.each([&](float logit, int) {
+            if (low <= logit && logit <= high)
+                add(int((bins.range.high - ordered_bits(logit)) >> bins.shift), weight(logit));
+        });
+    }
+
+    // Counts and masses by bin. All threads of the cluster get the total.
+    template <typename Filling>
+    __device__ Bins histogram(Weight const& weight, Filling const& bins_of, uint64_t& total_mass) {
         int const t = threadIdx.x;
         uint4* const arrays[] = {reinterpret_cast<uint4*>(shared_.count), reinterpret_cast<uint4*>(shared_.low),
                                  reinterpret_cast<uint4*>(shared_.high)};
         for (uint4* const array : arrays) array[t] = make_uint4(0, 0, 0, 0);
         __syncthreads();
-        run_.each([&](float logit, int) {
-            int const bin = bin_of(logit);
-            if (bin >= 0) add(bin, weight(logit));
-        });
+        fill(weight, bins_of);
         cluster_.sync();
         Bins bins{};
         for (int rank = 0; rank < cluster_.size(); ++rank) {
@@ -244,8 +289,8 @@ class RowSampler {
     __device__ void add(int bin, uint64_t mass) {
         atomicAdd(&shared_.count[bin], 1u);
         uint32_t const low = uint32_t(mass);
-        uint32_t high = uint32_t(mass >> 32);
-        if (low != 0) high += atomicAdd(&shared_.low[bin], low) > ~low;  // the carry
+        uint32_t const carry = atomicAdd(&shared_.low[bin], low) > ~low;
+        uint32_t const high = uint32_t(mass >> 32) + carry;
         if (high != 0) atomicAdd(&shared_.high[bin], high);
     }
 
@@ -257,17 +302,17 @@ class RowSampler {
         }
         uint64_t const count = scan_warp(own.count), mass = scan_warp(own.mass);
         if (lane() == 31) {
-            shared_.warp_sums[0][warp()] = count;
-            shared_.warp_sums[1][warp()] = mass;
+            shared_.scanned[0][warp()] = count;
+            shared_.scanned[1][warp()] = mass;
         }
         __syncthreads();
         bins.before = {count - own.count, mass - own.mass};
         total_mass = 0;
         for (int i = 0; i < Config::kWarps; ++i) {
-            total_mass += shared_.warp_sums[1][i];
+            total_mass += shared_.scanned[1][i];
             if (i < warp()) {
-                bins.before.count += shared_.warp_sums[0][i];
-                bins.before.mass += shared_.warp_sums[1][i];
+                bins.before.count += shared_.scanned[0][i];
+                bins.before.mass += shared_.scanned[1][i];
             }
         }
         __syncthreads();
@@ -299,13 +344,19 @@ class RowSampler {
     template <typename Weigh, typename Target>
     __device__ int nth(Weigh const& weigh, Target const& target) {
         uint64_t sum = 0;
-        run_.each([&](float logit, int) { sum += weigh(logit); });
-        sum = reduce_warp(sum, Plus{});
-        if (lane() == 0) shared_.warp_sums[0][warp()] = sum;
+        for (int base = run_.begin(), i = 0; base < run_.end(); base += Config::kSpan, ++i) {
+            uint64_t of_span = 0;
+            run_.each_of_span(base, [&](float logit, int) { of_span += weigh(logit); });
+            of_span = reduce_warp(of_span, Plus{});
+            if (lane() == 0) shared_.spans[warp()][i] = of_span;
+            sum += of_span;
+        }
+        turn_ ^= 1;
+        if (lane() == 0) shared_.of_warps[turn_][0][warp()] = sum;
         cluster_.sync();
         uint64_t before = 0, total = 0;
         for (int i = lane(); i < warps_of_row(); i += 32) {
-            uint64_t const other = warp_sum(i);
+            uint64_t const other = of_warp(0, i);
             total += other;
             if (i < warp_of_row()) before += other;
         }
@@ -319,33 +370,34 @@ class RowSampler {
     // By the warp in whose run the token lies.
     template <typename Weigh>
     __device__ void write_nth(Weigh const& weigh, uint64_t before, uint64_t amount) {
-        run_.groups([&](float const(&logits)[4], int token) {
-            uint64_t own[4], sum = 0;
+        int const base = run_.begin() + lane() * Config::kSpan;
+        uint64_t const own = base < run_.end() ? shared_.spans[warp()][lane()] : 0;
+        uint64_t const upto = before + scan_warp(own);
+        int const there = __ffs(__ballot_sync(~0u, upto >= amount)) - 1;
+        uint64_t reached = __shfl_sync(~0u, upto - own, there);
+        run_.span(__shfl_sync(~0u, base, there), [&](float const(&logits)[4], int token) {
+            uint64_t weights[4], sum = 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum += weights[i] = weigh(logits[i]);
+            uint64_t const scanned = scan_warp(sum);
+            uint64_t start = reached + scanned - sum;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                own[i] = token + i < run_.end() ? weigh(logits[i]) : 0;
-                sum += own[i];
+                if (start < amount && amount <= start + weights[i]) *cluster_.of(0, &shared_.token) = token + i;
+                start += weights[i];
             }
-            uint64_t const upto = scan_warp(sum);
-            uint64_t reached = before + upto - sum;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if (reached < amount && amount <= reached + own[i]) *cluster_.of(0, &shared_.token) = token + i;
-                reached += own[i];
-            }
-            before += __shfl_sync(~0u, upto, 31);
-            return before >= amount;
+            reached += __shfl_sync(~0u, scanned, 31);
         });
     }
 
     // Of the logits as they came.
     __device__ void write_logprob(int token) {
-        cluster_.sync();
-        if (want_.num_listed > 0) find_top();
         Weight const weight(top_, 1.0, shared_.powers);
-        uint64_t sum = 0;
+        uint64_t sum = 0, none = 0;
         run_.each([&](float logit, int) { sum += weight(logit); });
-        double const total = double(over_row(sum, Plus{})) * exp2(-double(Config::kMassBits));
+        over_row(sum, none, Plus{});
+        cluster_.sync();  // nobody leaves while it may be read
+        double const total = double(sum) * exp2(-double(Config::kMassBits));
         if (is_first()) params_.logprobs[row_] = (double(__ldcg(logits_ + token)) - double(top_)) - log(total);
     }
 
@@ -358,6 +410,7 @@ class RowSampler {
     SampleRun<Vector> const run_;
     float top_, least_, bin_scale_;
     int top_token_;
+    int turn_ = 0;
 };
 
 template <bool Vector>

@@ -13,11 +13,14 @@ struct SampleConfig {
     static constexpr int kMaxCluster = 8;
     static constexpr int kBins = 2048;
     static constexpr int kBinsPerThread = kBins / kThreads;
-    static constexpr int kLoads = 4;         // that a thread has under way, of four logits each
-    static constexpr int kStride = 4 * 32;   // logits of a warp's load
+    static constexpr int kLoads = 6;                 // that a thread has under way, of four logits each
+    static constexpr int kStride = 4 * 32;           // logits of a warp's load
+    static constexpr int kSpan = kLoads * kStride;   // logits of a warp's loads
     static constexpr int kMassBits = 45;     // the mass of the likeliest token is 1 << kMassBits
     static constexpr float kNats = 32;       // whatever is less likely by exp(-32) has no mass
     static constexpr int kPowers = 64;       // of two, from 1 to below 2
+    static constexpr int kMaxSpans = (kMaxVocab / kWarps + kSpan - 1) / kSpan;  // of a warp's run
+    static_assert(kMaxSpans <= 32, "a warp looks at all spans of its run at once");
     static_assert(kBinsPerThread == 4, "a thread reads its bins at once");
     static_assert((uint64_t(kMaxVocab) << kMassBits) >> kMassBits == kMaxVocab, "the mass of a row must not overflow");
 };
@@ -27,7 +30,9 @@ struct SampleShared {
     uint32_t low[SampleConfig::kBins];  // masses in two words: shared memory adds no more than 32 bits at once
     uint32_t high[SampleConfig::kBins];
     double powers[SampleConfig::kPowers];
-    uint64_t warp_sums[2][SampleConfig::kWarps];
+    uint64_t of_warps[2][2][SampleConfig::kWarps];  // read by the cluster, in turn
+    uint64_t scanned[2][SampleConfig::kWarps];
+    uint64_t spans[SampleConfig::kWarps][SampleConfig::kMaxSpans];
     uint64_t picked[5];
     double uniform;
     int token;
@@ -54,16 +59,16 @@ struct Weight {
     double top, scale;
     double const* powers;
 
+    // A scale of infinity would make the top's own weight NaN.
     __device__ Weight(double top, double temperature, double const* powers)
-        : top(top), scale(SampleConfig::kPowers / kLn2 / temperature), powers(powers) {}
+        : top(top), scale(fmin(SampleConfig::kPowers / kLn2 / temperature, 1e300)), powers(powers) {}
 
+    // 0 for NaN.
     __device__ uint64_t operator()(float logit) const {
         constexpr double kWhole = 0x1.8p52, kUnit = 0x1p52;
         constexpr double kLeast = -double(SampleConfig::kMassBits + 2) * SampleConfig::kPowers;
-        double const distance = double(logit) - top;
-        if (distance == 0) return uint64_t(1) << SampleConfig::kMassBits;  // whatever scale is, infinity too
-        double const power = distance * scale;
-        if (!(power > kLeast)) return 0;
+        double power = (double(logit) - top) * scale;
+        power = power > kLeast ? power : kLeast;  // which is rounded to 0
         double const shifted = power + kWhole;
         int const whole = __double2loint(shifted);
         double const r = (power - (shifted - kWhole)) * (kLn2 / SampleConfig::kPowers);
@@ -109,34 +114,38 @@ class SampleRun {
         end_ = min(begin_ + length, vocab_size);
     }
 
-    // f(logit, token) for the lane's tokens, in ascending order.
+    // f(logit, token) for the lane's tokens, in ascending order; logits of no token are NaN, and no others.
     template <typename F>
     __device__ void each(F const& f) const {
-        groups([&](float const(&logits)[4], int token) {
+        for (int base = begin_; base < end_; base += SampleConfig::kSpan) each_of_span(base, f);
+    }
+
+    // f(logits, token) for four of the lane's tokens at once, in ascending order.
+    template <typename F>
+    __device__ void each_group(F const& f) const {
+        for (int base = begin_; base < end_; base += SampleConfig::kSpan) span(base, f);
+    }
+
+    template <typename F>
+    __device__ void each_of_span(int base, F const& f) const {
+        span(base, [&](float const(&logits)[4], int token) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if (token + i < end_) f(logits[i], token + i);
-            }
-            return false;
+            for (int i = 0; i < 4; ++i) f(logits[i], token + i);
         });
     }
 
-    // f(logits, token) for the lane's next four tokens, those from end() on being none; true from all lanes ends it.
     template <typename F>
-    __device__ void groups(F const& f) const {
+    __device__ void span(int base, F const& f) const {
         constexpr int kLoads = SampleConfig::kLoads, kStride = SampleConfig::kStride;
-        for (int base = begin_ + int(threadIdx.x % 32) * 4; base - int(threadIdx.x % 32) * 4 < end_;
-             base += kLoads * kStride) {
-            float logits[kLoads][4];
+        int const first = base + int(threadIdx.x % 32) * 4;
+        float logits[kLoads][4];
 #pragma unroll
-            for (int u = 0; u < kLoads; ++u) load(base + u * kStride, logits[u]);
+        for (int u = 0; u < kLoads; ++u) load(first + u * kStride, logits[u]);
 #pragma unroll
-            for (int u = 0; u < kLoads; ++u) {
-                if (f(logits[u], base + u * kStride)) return;
-            }
-        }
+        for (int u = 0; u < kLoads; ++u) f(logits[u], first + u * kStride);
     }
 
+    __device__ int begin() const { return begin_; }
     __device__ int end() const { return end_; }
 
   private:
@@ -146,15 +155,16 @@ class SampleRun {
     // Past the first-level cache, which does not see what other CTAs write.
     __device__ void load(int token, float (&logits)[4]) const {
         if constexpr (Vector) {
-            float4 x = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
-            if (token < end_) x = __ldcg(reinterpret_cast<float4 const*>(logits_ + token));
-            logits[0] = clean(x.x);
-            logits[1] = clean(x.y);
-            logits[2] = clean(x.z);
-            logits[3] = clean(x.w);
+            float4 x = make_float4(NAN, NAN, NAN, NAN);
+            bool const is = token < end_;
+            if (is) x = __ldcg(reinterpret_cast<float4 const*>(logits_ + token));
+            logits[0] = is ? clean(x.x) : NAN;
+            logits[1] = is ? clean(x.y) : NAN;
+            logits[2] = is ? clean(x.z) : NAN;
+            logits[3] = is ? clean(x.w) : NAN;
         } else {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) logits[i] = token + i < end_ ? clean(__ldcg(logits_ + token + i)) : -INFINITY;
+            for (int i = 0; i < 4; ++i) logits[i] = token + i < end_ ? clean(__ldcg(logits_ + token + i)) : NAN;
         }
     }
 
