@@ -16,7 +16,8 @@ import network_recording
 import numpy as np
 import pytest
 import recorded_run
-from executor_contract import GRAPH_ROUNDING, PRIMARY, SECONDARY, Copy
+from executor_blocks import PRIMARY, SECONDARY, Copy
+from executor_contract import GRAPH_ROUNDING
 
 from saw_trtllm.network.versions import TensorRT
 from saw_trtllm.plugins import PRELOAD_LIBRARY, library_path
