@@ -236,7 +236,7 @@ __device__ void DecodeKernel<Config>::combine_at_end(DecodeCursor const& c, int 
     float const* const head = base + (shared.pieces.begin(first_piece) < c.begin ? size : 0);
     int const count = last_piece - first_piece + 1;
     T* const rows = static_cast<T*>(p.out) + (size_t(c.sequence) * p.num_heads + kv_head * group) * Config::kHeadDim;
-    constexpr int kAtOnce = Config::kHeadDim > 128 ? 8 : 16;  // as registers allow
+    constexpr int kAtOnce = Config::kHeadDim > 128 ? 4 : Config::kCtasPerSm > 3 ? 8 : 16;  // as registers allow
     for (int x = threadIdx.x * 4; x < group * Config::kHeadDim; x += Config::kThreads * 4) {
         int const query = x / Config::kHeadDim, max_at = group * Config::kHeadDim + query;
         DecodeSum total;
