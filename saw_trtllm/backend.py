@@ -87,5 +87,5 @@ def _tensorrt_llm_version() -> str | None:
     """That of a TensorRT-LLM which serves engines, if one is installed."""
     try:
         return require_engine_backend()
-    except BackendUnavailableError:
+    except (BackendUnavailableError, ImportError):  # or what it needs is missing
         return None

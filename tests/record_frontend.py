@@ -22,7 +22,8 @@ import network_recording
 import numpy as np
 import recorded_run
 import torch
-from executor_contract import ALL, PRIMARY, SECONDARY, Executor
+from executor_blocks import PRIMARY, SECONDARY
+from executor_contract import ALL, Executor
 from hf_models import make_hf_model
 
 from saw_trtllm.builder import BuildOptions, BuildPlan, build, plan_build

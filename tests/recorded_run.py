@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from executor_contract import Copy
+from executor_blocks import Copy
 
 STEPS, TENSORS = "steps.json", "tensors.npz"
 

@@ -5,7 +5,8 @@ from collections import Counter
 import fake_tensorrt_frontend
 import numpy as np
 import pytest
-from executor_contract import GRAPH_ROUNDING, NUM_STEPS, PRIMARY, RUNS, SECONDARY, make_executor
+from executor_blocks import PRIMARY, SECONDARY
+from executor_contract import GRAPH_ROUNDING, NUM_STEPS, RUNS, make_executor
 
 from saw_trtllm.runtime.step import PREFILL, SECONDARY_POOL_BIT
 

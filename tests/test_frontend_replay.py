@@ -10,7 +10,7 @@ import network_recording
 import pytest
 import recorded_run
 import torch
-from executor_contract import PRIMARY, SECONDARY
+from executor_blocks import PRIMARY, SECONDARY
 from fake_tensorrt_execute import execute
 from record_frontend import CASES, NUM_LAYERS, NUM_STEPS, record
 

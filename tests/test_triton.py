@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import reference_texts
 from example_engine import build_example
+from free_ports import free_ports
 
 from saw_trtllm import LLM, SamplingParams
 from saw_trtllm.engine import EngineConfig
@@ -62,16 +63,6 @@ def engine_dir(tmp_path_factory):
 def llm(engine_dir):
     with LLM(engine_dir) as llm:
         yield llm
-
-
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 class Server:

@@ -16,7 +16,8 @@ import network_recording
 import numpy as np
 import pytest
 import recorded_run
-from executor_contract import GRAPH_ROUNDING, PRIMARY, SECONDARY, Copy
+from executor_blocks import PRIMARY, SECONDARY, Copy
+from executor_contract import GRAPH_ROUNDING
 
 from saw_trtllm.network.versions import TensorRT
 from saw_trtllm.plugins import PRELOAD_LIBRARY, library_path
@@ -29,17 +30,11 @@ CASES = ["llama", "llama-swapped", "mistral", "qwen2", "qwen3-calibrated"]
 ENOUGH = 1 << 20
 
 
-def missing() -> str | None:
-    """Why this cannot run here, if it cannot."""
-    for module in ("tensorrt", "cuda"):
-        if importlib.util.find_spec(module) is None:
-            return f"{module} is not installed"
-    if RECORDING not in os.environ and not (SOURCE in os.environ and importlib.util.find_spec("torch")):
-        return f"neither {RECORDING} names recordings, nor {SOURCE} the source of TensorRT-LLM beside PyTorch"
-    return None
-
-
-pytestmark = [pytest.mark.tensorrt, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+HAS_SOURCE = SOURCE in os.environ and importlib.util.find_spec("torch") is not None
+pytestmark = pytest.mark.skipif(
+    RECORDING not in os.environ and not HAS_SOURCE,
+    reason=f"neither {RECORDING} names recordings, nor {SOURCE} the source of TensorRT-LLM beside PyTorch",
+)
 
 
 class Engine:
@@ -84,11 +79,14 @@ class Engine:
 
     def step(self, step: recorded_run.RecordedStep) -> np.ndarray:
         """Logits of a step. From the second on, decodes alone run as the graph that was captured behind the first."""
+        from saw_trtllm.gpu.cuda import call, runtime
+
         for copy in step.copies:
             self.move(copy)
         fed = step.inputs | self._host  # host tensors lie where NumPy has them
         for name in set(self.inputs) & self._gpu.keys():
             self._gpu[name].write(fed[name])
+        call(runtime.cudaDeviceSynchronize)  # the stream does not wait for the copies of another
         key = self.graph_key(step)
         graph = self.graphs.get(key)
         if graph is not None:
@@ -181,7 +179,7 @@ def test_the_engine_serves_the_executors_run(follow, case, tensorrt):
     steps, pool_shapes = recorded_run.load(folder)
     engine = Engine(tensorrt, serialized, pool_shapes)
     assert set(engine.inputs) <= steps[0].inputs.keys() | {"host_kv_cache_pool_pointers"}
-    errors, same, other, replayed = [], [], [], 0
+    errors, same, other, furthest, replayed = [], [], [], 0, 0
     for step in steps:
         replayed += engine.graph_key(step) in engine.graphs
         found = engine.step(step)
@@ -189,20 +187,21 @@ def test_the_engine_serves_the_executors_run(follow, case, tensorrt):
         same.append(found.argmax(1) == step.logits.argmax(1))
         difference = np.abs(codes(engine.written(step)) - codes(step.rows))
         other.append((difference > 0).mean())
+        furthest = max(furthest, int(difference.max()))
         if follow:
-            assert difference.max() <= 1
             engine.write(step)
     errors, same = np.concatenate(errors), np.concatenate(same)
     print(
         f"{folder.name}: {len(steps)} steps, {replayed} of them graphs; {len(errors)} rows of logits: error at most "
         f"{errors.max():.4f}, median {np.median(errors):.4f} of their spread; same greedy token {same.mean():.4f}; "
-        f"codes that differ at most {max(other):.4f}"
+        f"codes that differ at most {max(other):.4f}, by at most {furthest}"
     )
     assert errors.max() < (0.03 if follow else 0.3)
     assert same.mean() > 0.97
     assert replayed > 20
     if follow:
         assert max(other) < 0.02
+        assert furthest <= 1
 
 
 @pytest.mark.parametrize("preload", [True, False])

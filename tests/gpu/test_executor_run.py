@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from executor_contract import ALL, NUM_STEPS, PRIMARY, SECONDARY, Copy, Executor, make_executor
+from executor_blocks import PRIMARY, SECONDARY, Copy
+from executor_contract import ALL, NUM_STEPS, Executor, make_executor
 from executor_contract import Step as ExecutorStep
 from steps import DTYPES, assert_near
 
