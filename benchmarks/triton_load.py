@@ -2,7 +2,7 @@
 
     python benchmarks/triton_load.py --engine_dir engine_fp16 engine_saw_int4 --output load.json
 
-Clients stream the ensemble's answers over gRPC. Each asks for texts of a fixed length, one after the other. The JSON
+Clients ask the ensemble over gRPC for texts of a fixed length, each for one after the other, and stream them. The JSON
 file has a row for each engine and concurrency; the same is printed as a table.
 """
 
@@ -41,6 +41,7 @@ def main() -> int:
         "--output_tokens", type=int, default=64, metavar="N", help="of each text (default: %(default)s)"
     )
     parser.add_argument("--requests", type=int, default=4, metavar="N", help="of each client (default: %(default)s)")
+    parser.add_argument("--whole", action="store_true", help="ask for texts in one piece instead of token by token")
     parser.add_argument("--perf_analyzer", type=Path, default=ROOT / "build" / "perf_analyzer", metavar="DIR")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for the rows")
     args = parser.parse_args()
@@ -53,7 +54,8 @@ def main() -> int:
                 print(json.dumps(row), file=sys.stderr, flush=True)
                 rows.append(row)
                 if args.output is not None:
-                    args.output.write_text(json.dumps({"output_tokens": args.output_tokens, "rows": rows}, indent=1))
+                    record = {"output_tokens": args.output_tokens, "stream": not args.whole, "rows": rows}
+                    args.output.write_text(json.dumps(record, indent=1) + "\n")
     table = [HEADER, *([str(value) for value in row.values()] for row in rows)]
     print(align({"load": table}), markdown(table), sep="\n\n")
     return 0
@@ -84,7 +86,12 @@ class _Server:
 
 def _load(args: argparse.Namespace, concurrency: int, folder: Path) -> dict[str, float]:
     """What so many clients at once see, in ms; without the first request of each, which finds the server idle."""
-    fixed = {"max_tokens": [args.output_tokens], "min_tokens": [args.output_tokens], "end_id": [-1], "stream": [True]}
+    fixed = {
+        "max_tokens": [args.output_tokens],
+        "min_tokens": [args.output_tokens],
+        "end_id": [-1],
+        "stream": [not args.whole],
+    }
     data, export = folder / "prompts.json", folder / "profile.json"
     data.write_text(json.dumps({"data": [{"text_input": [prompt], **fixed} for prompt in PROMPTS]}))
     export.unlink(missing_ok=True)

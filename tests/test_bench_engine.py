@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ from saw_trtllm.runtime.llm import KvCacheConfig
 from saw_trtllm.runtime.step import DECODE
 
 ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "benchmarks" / "results" / "h200_engine.json"
 DOCUMENT = ROOT / "docs" / "engine_benchmarks.md"
 LAYER = "transformer.layers.0."
 
@@ -427,6 +429,16 @@ def test_tables_show_what_was_measured(results):
     for model in (cases.llama_config(32), cases.llama_config(8, 1000)):
         assert "worked out" not in plain(results.model_copy(update={"shape": Shape.of(model)}))
     assert "8 layers of 4096, heads 32/8/128, vocabulary 1000" in str(Shape.of(model))
+
+
+def test_the_document_has_the_tables_of_its_record(tmp_path):
+    copy = tmp_path / "engine_benchmarks.md"
+    copy.write_text(DOCUMENT.read_text())
+    if RECORD.exists():
+        fill_in(copy, EngineResults.load(RECORD))
+        assert copy.read_text() == DOCUMENT.read_text(), f"saw-bench plot {RECORD.relative_to(ROOT)} --output docs"
+    else:
+        assert not re.search(r"begin \w+ -->\n(?!<!-- end)", copy.read_text())
 
 
 def test_the_documents_markers_take_the_tables(results, tmp_path):

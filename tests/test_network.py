@@ -522,6 +522,16 @@ def test_a_build_that_fails_says_why_and_leaves_the_folder(plan, tensorrt, machi
     assert {name: (made.output_dir / name).read_bytes() for name in files(made)} == before
 
 
+def test_there_is_one_logger_which_forgets(tensorrt_86):
+    logger = tensorrt_86.logger()
+    logger.log(1, "3: getPluginCreator could not find plugin: SawInt4PagedAttentionsaw version: 1")
+    assert logger.reason == "it gave no reason"
+    logger.log(1, "1: broken\n  in two\n")
+    assert logger.reason == "1: broken in two"
+    assert tensorrt_86.logger() is logger
+    assert logger.reason == "it gave no reason"
+
+
 def test_without_a_gpu_the_builder_does_not_start(tensorrt, monkeypatch):
     def fail(self, logger):
         logger.log(2, "CUDA initialization failure with error: 35")

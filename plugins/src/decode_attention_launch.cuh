@@ -17,31 +17,38 @@ struct DecodeChoice;
 // head_dim, query tiles, tile tokens, together, stages, CTAs per SM
 template <>
 struct DecodeChoice<64, 1> {
-    using Config = DecodeConfig<64, 1, 256, 2, 2, 4>;
+    template <bool Few>
+    using Config = DecodeConfig<64, 1, 256, 2, 2, 4, Few>;
 };
 template <>
 struct DecodeChoice<96, 1> {
-    using Config = DecodeConfig<96, 1, 256, 2, 2, 3>;
+    template <bool Few>
+    using Config = DecodeConfig<96, 1, 256, 2, 2, 3, Few>;
 };
 template <>
 struct DecodeChoice<128, 1> {
-    using Config = DecodeConfig<128, 1, 256, 2, 2, 3>;
+    template <bool Few>
+    using Config = DecodeConfig<128, 1, 256, 2, 2, 3, Few>;
 };
 template <>
 struct DecodeChoice<256, 1> {
-    using Config = DecodeConfig<256, 1, 128, 1, 2, 3>;
+    template <bool Few>
+    using Config = DecodeConfig<256, 1, 128, 1, 2, 3, Few>;
 };
 template <>
 struct DecodeChoice<64, 2> {
-    using Config = DecodeConfig<64, 2, 256, 1, 3, 3>;
+    template <bool Few>
+    using Config = DecodeConfig<64, 2, 256, 1, 3, 3, Few>;
 };
 template <>
 struct DecodeChoice<96, 2> {
-    using Config = DecodeConfig<96, 2, 256, 1, 3, 2>;
+    template <bool Few>
+    using Config = DecodeConfig<96, 2, 256, 1, 3, 2, Few>;
 };
 template <>
 struct DecodeChoice<128, 2> {
-    using Config = DecodeConfig<128, 2, 256, 1, 3, 2>;
+    template <bool Few>
+    using Config = DecodeConfig<128, 2, 256, 1, 3, 2, Few>;
 };
 
 // How an instance of decode_alone.cuh uses an SM. A CTA's shared memory, warps * stages * tile, stays below the 99 KiB
@@ -105,10 +112,29 @@ cudaError_t prepare_decode(Kernel* kernel, int threads, int shared_bytes, int& m
     return cudaSuccess;
 }
 
-// An instance of decode_attention.cuh.
-template <typename Config, typename T>
+// The instances of decode_attention.cuh for few sequences and for more.
+template <typename Choice, typename T>
 struct TogetherLaunch {
     static cudaError_t max_ctas(int& ctas) {
+        int few = 0;
+        if (auto e = max_ctas_of<typename Choice::template Config<false>>(ctas)) return e;
+        if (auto e = max_ctas_of<typename Choice::template Config<true>>(few)) return e;
+        ctas = std::min(ctas, few);
+        return cudaSuccess;
+    }
+
+    static cudaError_t launch(DecodeParams const& p, float* partials, int* counters, int ctas, cudaStream_t stream) {
+        int const heads = p.pool.num_kv_heads;
+        if (heads > ctas) return cudaErrorInvalidConfiguration;
+        // There is a piece for each.
+        if (p.num_sequences <= ctas / heads)
+            return launch<typename Choice::template Config<true>>(p, partials, counters, ctas, stream);
+        return launch<typename Choice::template Config<false>>(p, partials, counters, ctas, stream);
+    }
+
+  private:
+    template <typename Config>
+    static cudaError_t max_ctas_of(int& ctas) {
         static int known = 0;  // of the current device; they are alike in any machine that serves one engine
         if (known == 0)
             if (auto e =
@@ -118,10 +144,10 @@ struct TogetherLaunch {
         return cudaSuccess;
     }
 
+    template <typename Config>
     static cudaError_t launch(DecodeParams const& p, float* partials, int* counters, int ctas, cudaStream_t stream) {
-        int const heads = p.pool.num_kv_heads;
-        if (heads > ctas) return cudaErrorInvalidConfiguration;
         // No more CTAs than the longest sequences that the block table can name would fill.
+        int const heads = p.pool.num_kv_heads;
         long long const tokens = (long long)p.pool.max_blocks_per_seq * p.pool.tokens_per_block;
         long long const tiles = (tokens + Config::kTileTokens - 1) / Config::kTileTokens * p.num_sequences;
         int const grid = heads * int(std::max(1LL, std::min<long long>(ctas / heads, tiles)));
@@ -169,8 +195,8 @@ auto with_decode_instance(CacheType cache, int group, bool hopper, F&& f) {
         return group <= 8 ? f(AloneLaunch<typename AloneInstance<CacheType::kRaw, HeadDim, 1, T>::Config>{})
                           : f(AloneLaunch<typename AloneInstance<CacheType::kRaw, HeadDim, kMostTiles, T>::Config>{});
     if (hopper) {
-        if (group <= 8) return f(TogetherLaunch<typename DecodeChoice<HeadDim, 1>::Config, T>{});
-        if constexpr (kMostTiles == 2) return f(TogetherLaunch<typename DecodeChoice<HeadDim, 2>::Config, T>{});
+        if (group <= 8) return f(TogetherLaunch<DecodeChoice<HeadDim, 1>, T>{});
+        if constexpr (kMostTiles == 2) return f(TogetherLaunch<DecodeChoice<HeadDim, 2>, T>{});
     }
     return group <= 8 ? f(AloneLaunch<typename AloneInstance<CacheType::kInt4, HeadDim, 1, T>::Config>{})
                       : f(AloneLaunch<typename AloneInstance<CacheType::kInt4, HeadDim, kMostTiles, T>::Config>{});
@@ -182,7 +208,7 @@ cudaError_t has_hopper_code(bool& hopper) {
     static int version = 0;
     if (version == 0) {
         cudaFuncAttributes attributes{};
-        using Config = typename DecodeChoice<HeadDim, 1>::Config;
+        using Config = typename DecodeChoice<HeadDim, 1>::template Config<false>;
         if (auto e = cudaFuncGetAttributes(&attributes, decode_kernel<Config, __half>)) return e;
         version = attributes.ptxVersion;
     }

@@ -42,7 +42,7 @@ cudaError_t resolve_tokens(int32_t* input_ids, int num_tokens, int32_t const* to
     if (num_tokens == 0) return cudaSuccess;
     constexpr int kThreads = 256;
     resolve_tokens_kernel<<<(num_tokens + kThreads - 1) / kThreads, kThreads, 0, stream>>>(input_ids, num_tokens,
-                                                                                          tokens);
+                                                                                           tokens);
     return cudaGetLastError();
 }
 

@@ -16,7 +16,8 @@ try:
     from cuda.bindings import runtime
 except ImportError as e:
     raise BackendUnavailableError(
-        f"CUDA for Python cannot be imported here ({e}): pip install 'saw-trtllm[tensorrt]'"
+        f"CUDA for Python cannot be imported here ({e}): pip install 'saw-trtllm[tensorrt]' on a machine with a GPU; "
+        "an engine of saw-build --backend reference runs on any CPU"
     ) from e
 
 #: TensorRT wants the tensors of an engine at multiples of so many bytes.

@@ -80,7 +80,7 @@ class TensorRTExecutor:
             self._open(folder, max_tokens, memory_fraction)
             self._record(graphs)
         except BaseException:
-            self._resources.close()
+            self.shutdown()
             raise
 
     def launch(
@@ -113,6 +113,8 @@ class TensorRTExecutor:
 
     def profile(self, step: StepInputs) -> list[tuple[str, float]]:
         """Run a step of known tokens under TensorRT's profiler, without a graph and without sampling.
+
+        From then on TensorRT takes the time of all steps that run without a graph, which slows them down.
 
         Returns
         -------

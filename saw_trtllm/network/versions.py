@@ -19,6 +19,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -30,6 +31,11 @@ log = logging.getLogger(__name__)
 
 #: By TensorRT's severity: internal error, error, warning, info, verbose.
 _LEVELS = (logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)
+
+#: An error to 8.6, and a question to the plugin library: it registers what is not there yet.
+_ASKED_IN_VAIN = "getPluginCreator could not find plugin: Saw"
+
+_LOGGERS: WeakKeyDictionary[ModuleType, Any] = WeakKeyDictionary()
 
 
 class TensorRT:
@@ -122,21 +128,16 @@ class TensorRT:
     # -- building
 
     def logger(self) -> Any:
-        """A logger that hands TensorRT's messages to Python's logging; ``reason`` is the latest that was worst."""
+        """A logger that hands TensorRT's messages to Python's logging; ``reason`` is the latest that was worst.
 
-        class Logger(self.trt.ILogger):
-            def __init__(self) -> None:
-                super().__init__()
-                self.reason, self._worst = "it gave no reason", logging.WARNING
-
-            def log(self, severity: Any, message: str) -> None:
-                level = _LEVELS[int(severity)]
-                if level >= self._worst:
-                    # What follows an internal error is an error, and says less or more.
-                    self.reason, self._worst = message, min(level, logging.ERROR)
-                log.log(level, "TensorRT: %s", message)
-
-        return Logger()
+        There is one for each module, with its reason forgotten: TensorRT goes on with the first that it was given,
+        whatever others it is given later.
+        """
+        logger = _LOGGERS.get(self.trt)
+        if logger is None:
+            logger = _LOGGERS[self.trt] = _make_logger(self.trt)
+        logger.forget()
+        return logger
 
     def builder(self, logger: Any) -> Any:
         """A builder.
@@ -243,3 +244,24 @@ class TensorRT:
         if context is not None:
             context.set_device_memory(address, nbytes)
         return context
+
+
+def _make_logger(trt: ModuleType) -> Any:
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.forget()
+
+        def forget(self) -> None:
+            self.reason, self._worst = "it gave no reason", logging.WARNING
+
+        def log(self, severity: Any, message: str) -> None:
+            level = _LEVELS[int(severity)]
+            if _ASKED_IN_VAIN in message:
+                level = logging.DEBUG
+            if level >= self._worst:
+                # What follows an internal error is an error, and says less or more.
+                self.reason, self._worst = " ".join(message.split()), min(level, logging.ERROR)
+            log.log(level, "TensorRT: %s", message)
+
+    return Logger()

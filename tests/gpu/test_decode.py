@@ -156,6 +156,21 @@ def test_one_long_sequence(length, kv, rng):
     check(make_decode([length], rng, heads=(32, 8), kv=kv))
 
 
+@pytest.mark.parametrize(
+    ("heads", "head_dim"), [((32, 8), 128), ((16, 1), 128), ((8, 8), 64), ((8, 2), 96), ((8, 2), 256)]
+)
+@pytest.mark.parametrize(
+    "lengths", [[70000], [20000, 5, 9000], [4096] * 8, [1500] * 5 + [0], [0, 30000, 0], [300] * 3, [3000] * 17]
+)
+def test_few_sequences(lengths, heads, head_dim, rng):
+    """Sums of one cluster, of several, and of clusters beside single CTAs."""
+    step = make_decode(lengths, rng, heads=heads, head_dim=head_dim)
+    workspace = make_workspace(step)
+    out = run(step, workspace)
+    assert_accurate(step, out)
+    assert torch.equal(run(step, workspace), out)
+
+
 @pytest.mark.parametrize("kv", CACHES)
 def test_one_long_sequence_of_one_wide_head(kv, rng):
     """The most partial sums that a sequence can have: one of every CTA."""

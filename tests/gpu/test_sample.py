@@ -1,7 +1,7 @@
 """The sampling kernel against the CPU sampler: the same choice for the same logits, parameters and number of the draw.
 
 Both point with the same random number into cumulated probabilities, the CPU's summed in float64 and the kernel's in
-fixed point. They differ by up to 1e-10 of the sum, so about one draw in a million may fall to the neighbour in the
+fixed point. They differ by up to 1e-11 of the sum, so fewer than one draw in ten million fall to the neighbour in the
 order; none of the fixed draws here does.
 """
 

@@ -19,8 +19,11 @@
 
 namespace saw {
 
-template <int HeadDim, int QueryTiles, int TileTokens, int Together, int Stages, int CtasPerSm>
+// `Few` is for few sequences: the line is cut between them where it can be, and what ends a piece is quicker.
+template <int HeadDim, int QueryTiles, int TileTokens, int Together, int Stages, int CtasPerSm, bool Few>
 struct DecodeConfig {
+    using Pieces = std::conditional_t<Few, EvenDecodePieces, DecodePieces>;
+    static constexpr bool kFew = Few;
     static constexpr int kHeadDim = HeadDim;
     static constexpr int kQueryTiles = QueryTiles;  // tiles of 8 query heads that share a KV head
     static constexpr int kStages = Stages;
@@ -54,7 +57,7 @@ struct DecodeShared {
     uint64_t empty[Config::kStages];
     float max[Config::kWarps][Config::kMaxQueries];
     float sum[Config::kWarps][Config::kMaxQueries];
-    DecodePieces pieces;
+    typename Config::Pieces pieces;
     DecodeCursor cursors[2];  // of the sequence that the warps work on, and of the one before or after it
     DecodeCursor ahead;       // of the next tile to bring
     alignas(16) int warp_total[Config::kWarps];  // read as one vector: on its own, so that no neighbour is read with it
@@ -93,8 +96,8 @@ class DecodeKernel {
     // The reference that exponents are taken against follows the maximum only when it lags by more than this: P stays
     // within fp16, and the sums need no correction for most tiles.
     static constexpr float kMaxLag = 8.0f;
-    // Tiles that make a piece of their own worthwhile: each piece costs a partial sum.
-    static constexpr int kMinShare = 1;
+    // Tiles of a piece up to which the line is short: reading it takes less time than all that is done once.
+    static constexpr int kShortShare = 3;
 
     DecodeParams const& p;
     float* const partials;  // two for each CTA
@@ -137,6 +140,7 @@ class DecodeKernel {
     }
 
     __device__ bool find_work();
+    __device__ int count_pieces(int tiles) const;
     __device__ void enter_sequence(DecodeCursor& c, int sequence) const;
     __device__ void next_sequence(DecodeCursor& c) const;
     __device__ void begin_bringing();
@@ -144,8 +148,10 @@ class DecodeKernel {
     __device__ void bring(int slot);
     template <typename T>
     __device__ void begin_sequence();
+    template <typename T>
     __device__ void round(int position, uint8_t const* stage, int row);
     __device__ void score(uint32_t const* keys, float (&s)[Config::kQueryTiles][4]) const;
+    template <typename T>
     __device__ void weigh(int token, bool masked, __half2 const* key_tail, Scores& s);
     __device__ void cap(float (&s)[Config::kQueryTiles][4], float const (&log_scale)[2]) const;
     __device__ void follow_max(Scores const& s);
@@ -160,6 +166,8 @@ class DecodeKernel {
     __device__ void write_partial(float* partial);
     template <typename T>
     __device__ void combine(DecodeCursor const& c, int first_piece, int last_piece, int worker, int workers) const;
+    template <typename T>
+    __device__ void combine_at_end(DecodeCursor const& c, int first_piece, int last_piece) const;
     __device__ float normalizer(int query_head, float max, float sum) const;
 };
 
@@ -210,7 +218,7 @@ __device__ void DecodeKernel<Config>::run() {
             mbarrier_wait(&shared.full[slot], parity);
 #pragma unroll 1
             for (int row = 0; row < Config::kTileTokens; row += Config::kRoundTokens) {
-                round(position, shared.stages[slot], first_row + row);
+                round<T>(position, shared.stages[slot], first_row + row);
                 // By now all warps have most likely left the slot of the tile before.
                 if (warp == 0 && row == 0 && previous >= 0 && left > 0) {
                     mbarrier_wait(&shared.empty[previous], previous_parity);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "saw/ops.h"
+#include "saw/ptx.cuh"
 
 namespace saw {
 
@@ -24,6 +25,8 @@ struct DecodePieces {
     int count;
     int share, larger;
 
+    static __device__ DecodePieces cut(int tiles, int count) { return {count, tiles / count, tiles % count}; }
+
     __device__ int begin(int piece) const { return piece * share + min(piece, larger); }
 
     __device__ int of(int tile) const {
@@ -32,10 +35,39 @@ struct DecodePieces {
     }
 };
 
+// The same, as even as it goes all along the line: sequences of one length that get several pieces each get whole ones.
+struct EvenDecodePieces {
+    int count;
+    int tiles;
+
+    static __device__ EvenDecodePieces cut(int tiles, int count) { return {count, tiles}; }
+
+    __device__ int begin(int piece) const { return piece * tiles / count; }
+
+    __device__ int of(int tile) const { return ((tile + 1) * count - 1) / tiles; }
+};
+
 // A partial sum in the workspace: output [queries, head_dim], then per query the maximum and the sum of the softmax.
 __host__ __device__ constexpr size_t decode_partial_floats(int group, int head_dim) {
     return (size_t(group) * (head_dim + 2) + 3) & ~size_t(3);  // read 16 bytes at a time
 }
+
+// Four elements of partial sums, added up.
+struct DecodeSum {
+    float4 out = {0.0f, 0.0f, 0.0f, 0.0f};
+    float max = -1e30f, sum = 0.0f;  // of the softmax
+
+    __device__ void add(float4 const& other, float other_max, float other_sum) {
+        float const higher = fmaxf(max, other_max);
+        float const keep = exp2_fast(max - higher), weight = exp2_fast(other_max - higher);
+        max = higher;
+        sum = sum * keep + other_sum * weight;
+        out.x = out.x * keep + other.x * weight;
+        out.y = out.y * keep + other.y * weight;
+        out.z = out.z * keep + other.z * weight;
+        out.w = out.w * keep + other.w * weight;
+    }
+};
 
 // The workspace: two partial sums for each CTA, and behind them a counter for each sequence and KV head.
 constexpr size_t decode_partials_bytes(int ctas, int group, int head_dim) {

@@ -25,11 +25,9 @@ __device__ bool DecodeKernel<Config>::find_work() {
         if (w == warp) before += total - mine;
         total += shared.warp_total[w];
     }
-    DecodePieces pieces;
-    pieces.count = min(int(gridDim.x) / p.pool.num_kv_heads, (total + kMinShare - 1) / kMinShare);
-    if (piece >= pieces.count) return false;
-    pieces.share = total / pieces.count;
-    pieces.larger = total % pieces.count;
+    int const count = count_pieces(total);
+    if (piece >= count) return false;
+    auto const pieces = Config::Pieces::cut(total, count);
     int const begin = pieces.begin(piece);
     if (before <= begin && begin < before + mine) {
         DecodeCursor c;
@@ -47,6 +45,20 @@ __device__ bool DecodeKernel<Config>::find_work() {
     left = pieces.begin(piece + 1) - begin;
     __syncthreads();
     return true;
+}
+
+template <typename Config>
+__device__ int DecodeKernel<Config>::count_pieces(int tiles) const {
+    int const most = int(gridDim.x) / p.pool.num_kv_heads;
+    if constexpr (!Config::kFew) return min(most, tiles);
+    // As many pieces for each sequence, if that leaves few CTAs idle or the line is short: if the sequences are equally
+    // long no piece has parts of two.
+    int const sequences = p.num_sequences, idle = most % sequences;
+    int const groups = most >= sequences && (idle < most / 8 || tiles <= kShortShare * most) ? sequences : 1;
+    // No more of them than it takes for none to have more tiles: each costs a partial sum.
+    int const each = most / groups, group_tiles = (tiles + groups - 1) / groups;
+    int const share = (group_tiles + each - 1) / each;
+    return share == 0 ? 0 : min((group_tiles + share - 1) / share * groups, tiles);
 }
 
 template <typename Config>

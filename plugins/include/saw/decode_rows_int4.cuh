@@ -209,7 +209,9 @@ __device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::weigh(int token, 
         for (int n = 0; n < QueryTiles; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                float const weight = exp2_fast(s[u][n][i] - softmax.max[n][i % 2]);
+                float weight = exp2_fast(s[u][n][i] - softmax.max[n][i % 2]);
+                // As in decode_tile.cuh.
+                if constexpr (std::is_same_v<Type, __half>) weight = to_half_bits(weight);
                 softmax.sum[n][i % 2] = fmaf(weight, inverse[u][i / 2], softmax.sum[n][i % 2]);
                 lo[n][i % 2] = fmaf(weight, lo_over_scale[u][i / 2], lo[n][i % 2]);
                 s[u][n][i] = weight;

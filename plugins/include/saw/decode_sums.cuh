@@ -44,17 +44,22 @@ __device__ void DecodeKernel<Config>::leave_partial(DecodeCursor const& c, bool 
     if (warp == 0) {
         int others = 0;
         if (lane == 0) {
-            __threadfence();  // the barrier has brought the other warps' writes before this fence
+            if constexpr (!Config::kFew) __threadfence();  // the barrier has brought the other warps' writes before it
             int* const counter = counters + c.sequence * p.pool.num_kv_heads + kv_head;
-            others = atomicAdd(counter, 1);
+            others = Config::kFew ? count_in_order(counter) : atomicAdd(counter, 1);
             if (others == last - first) *counter = 0;  // for the next launch
-            __threadfence();
+            if constexpr (!Config::kFew) __threadfence();
             shared.is_last = others == last - first;
         }
         __syncwarp();
     }
     if (!more) __syncthreads();
-    if (shared.is_last) combine<T>(c, first, last, warp, more ? 1 : Config::kWarps);
+    if (!shared.is_last) return;
+    if (Config::kFew && !more) {
+        combine_at_end<T>(c, first, last);
+    } else {
+        combine<T>(c, first, last, warp, more ? 1 : Config::kWarps);
+    }
 }
 
 // Add the four warps' sums. Warp w then holds dims 2w and 2w + 1 of each word in out[.][.][0], and all hold max and
@@ -207,25 +212,52 @@ __device__ void DecodeKernel<Config>::combine(DecodeCursor const& c, int first_p
     T* const rows = static_cast<T*>(p.out) + (size_t(c.sequence) * p.num_heads + kv_head * group) * Config::kHeadDim;
     for (int x = (worker * 32 + lane) * 4; x < group * Config::kHeadDim; x += workers * 128) {
         int const query = x / Config::kHeadDim, max_at = group * Config::kHeadDim + query;
-        float top = kNoMax, sum = 0.0f;
-        float4 total = {0.0f, 0.0f, 0.0f, 0.0f};
+        DecodeSum total;
 #pragma unroll(Config::kHeadDim > 128 ? 8 : 16)  // as registers allow
         for (int i = 0; i < count; ++i) {
             float const* const partial = i == 0 ? head : base + i * stride;
-            float4 const o = __ldcg(reinterpret_cast<float4 const*>(partial + x));
-            float const max = __ldcg(partial + max_at), mass = __ldcg(partial + max_at + group);
-            float const higher = fmaxf(top, max);
-            float const keep = exp2_fast(top - higher), weight = exp2_fast(max - higher);
-            top = higher;
-            sum = sum * keep + mass * weight;
-            total.x = total.x * keep + o.x * weight;
-            total.y = total.y * keep + o.y * weight;
-            total.z = total.z * keep + o.z * weight;
-            total.w = total.w * keep + o.w * weight;
+            total.add(__ldcg(reinterpret_cast<float4 const*>(partial + x)), __ldcg(partial + max_at),
+                      __ldcg(partial + max_at + group));
         }
-        float const scale = normalizer(kv_head * group + query, top, sum);
-        T const four[4] = {from_float<T>(total.x * scale), from_float<T>(total.y * scale),
-                           from_float<T>(total.z * scale), from_float<T>(total.w * scale)};
+        float const scale = normalizer(kv_head * group + query, total.max, total.sum);
+        T const four[4] = {from_float<T>(total.out.x * scale), from_float<T>(total.out.y * scale),
+                           from_float<T>(total.out.z * scale), from_float<T>(total.out.w * scale)};
+        *reinterpret_cast<uint2*>(rows + x) = *reinterpret_cast<uint2 const*>(four);
+    }
+}
+
+// The same at the end of a piece, where all warps wait for it: all loads of a round are begun before the first is
+// needed.
+template <typename Config>
+template <typename T>
+__device__ void DecodeKernel<Config>::combine_at_end(DecodeCursor const& c, int first_piece, int last_piece) const {
+    size_t const size = decode_partial_floats(group, Config::kHeadDim);
+    float const* const base = partials + (size_t(first_piece) * p.pool.num_kv_heads + kv_head) * 2 * size;
+    float const* const head = base + (shared.pieces.begin(first_piece) < c.begin ? size : 0);
+    int const count = last_piece - first_piece + 1;
+    T* const rows = static_cast<T*>(p.out) + (size_t(c.sequence) * p.num_heads + kv_head * group) * Config::kHeadDim;
+    constexpr int kAtOnce = Config::kHeadDim > 128 ? 4 : Config::kCtasPerSm > 3 ? 8 : 16;  // as registers allow
+    for (int x = threadIdx.x * 4; x < group * Config::kHeadDim; x += Config::kThreads * 4) {
+        int const query = x / Config::kHeadDim, max_at = group * Config::kHeadDim + query;
+        DecodeSum total;
+        for (int first = 0; first < count; first += kAtOnce) {
+            float4 out[kAtOnce];
+            float max[kAtOnce], sum[kAtOnce];
+#pragma unroll
+            for (int u = 0; u < kAtOnce; ++u) {
+                int const i = first + u;
+                float const* const partial = i == 0 ? head : base + i * 2 * p.pool.num_kv_heads * size;
+                bool const exists = i < count;
+                out[u] = exists ? __ldcg(reinterpret_cast<float4 const*>(partial + x)) : float4{0.0f, 0.0f, 0.0f, 0.0f};
+                max[u] = exists ? __ldcg(partial + max_at) : kNoMax;
+                sum[u] = exists ? __ldcg(partial + max_at + group) : 0.0f;
+            }
+#pragma unroll
+            for (int u = 0; u < kAtOnce; ++u) total.add(out[u], max[u], sum[u]);
+        }
+        float const scale = normalizer(kv_head * group + query, total.max, total.sum);
+        T const four[4] = {from_float<T>(total.out.x * scale), from_float<T>(total.out.y * scale),
+                           from_float<T>(total.out.z * scale), from_float<T>(total.out.w * scale)};
         *reinterpret_cast<uint2*>(rows + x) = *reinterpret_cast<uint2 const*>(four);
     }
 }

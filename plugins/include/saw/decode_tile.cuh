@@ -80,6 +80,7 @@ __device__ void DecodeKernel<Config>::score(uint32_t const* keys, float (&s)[Con
 
 // Scores in, P times V's scale out, both in s; the softmax's sums are kept up on the way.
 template <typename Config>
+template <typename T>
 __device__ void DecodeKernel<Config>::weigh(int token, bool masked, __half2 const* key_tail, Scores& s) {
     constexpr int kStep = Config::kSubtileTokens * Config::kRowWords;
     float log_scale[Config::kTogether][2], inverse[Config::kTogether][2], lo_over_scale[Config::kTogether][2];  // of V
@@ -128,7 +129,10 @@ __device__ void DecodeKernel<Config>::weigh(int token, bool masked, __half2 cons
         for (int n = 0; n < Config::kQueryTiles; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                float const weight = exp2_fast(s[u][n][i] - query_max[n][i % 2]);
+                float weight = exp2_fast(s[u][n][i] - query_max[n][i % 2]);
+                // As it will be multiplied: an error of P is one of p v then, not of p times a code, which is larger.
+                // Of bf16 activations neither is seen.
+                if constexpr (std::is_same_v<T, __half>) weight = to_half_bits(weight);
                 query_sum[n][i % 2] = fmaf(weight, inverse[u][i / 2], query_sum[n][i % 2]);
                 query_lo[n][i % 2] = fmaf(weight, lo_over_scale[u][i / 2], query_lo[n][i % 2]);
                 s[u][n][i] = weight;
@@ -207,6 +211,7 @@ __device__ void DecodeKernel<Config>::accumulate(uint32_t const* values,
 
 // The tokens of rows row + 4 i + {0, 1}, and of those 64 behind them, of a stage whose first token is `position`.
 template <typename Config>
+template <typename T>
 __device__ void DecodeKernel<Config>::round(int position, uint8_t const* stage, int row) {
     constexpr int kStep = Config::kSubtileTokens * Config::kRowWords;
     uint32_t const* const keys = reinterpret_cast<uint32_t const*>(stage) + row * Config::kRowWords;
@@ -215,8 +220,8 @@ __device__ void DecodeKernel<Config>::round(int position, uint8_t const* stage, 
 #pragma unroll
     for (int u = 0; u < Config::kTogether; ++u) score(keys + u * kStep, s[u]);
     bool const masked = position + Config::kTileTokens > length || position < first_seen;
-    weigh(position + row + 4 * g, masked,
-          reinterpret_cast<__half2 const*>(keys + 4 * g * Config::kRowWords + Config::kWords), s);
+    weigh<T>(position + row + 4 * g, masked,
+             reinterpret_cast<__half2 const*>(keys + 4 * g * Config::kRowWords + Config::kWords), s);
 #pragma unroll
     for (int u = 0; u < Config::kTogether; ++u) {
         uint32_t prob[Config::kQueryTiles][2];

@@ -171,7 +171,7 @@ __device__ void PrefillKernel<Config>::run() {
         }
         for (int i = 0; i < Config::kStaged; ++i) {
             mbarrier_init(&shared.arrived[i], 1);
-            mbarrier_init(&shared.left[i], 4);
+            mbarrier_init(&shared.left[i], 128);
         }
         fence_bulk_copy();
     }

@@ -172,12 +172,15 @@ __device__ void PrefillKernel<Config>::attend(KeyTiles tiles, bool chunk, int wa
         if (p.softcap > 0.0f) cap_scores(s, p.softcap, score_scale);
         if (masked(index)) rows.mask(s, tile, index * Config::kTileTokens, chunk, p.window);
         rows.soften(s, score_scale, keep);
+        // The softmax belongs before the wait for P V, beside which it is computed, and the assembler does not move it
+        // across a loop: so wait here already for the tile that is wanted next.
         hold(s);
+        ring.template advance<Config>();
+        mbarrier_wait(&shared.full[ring.slot], ring.parity);
         wgmma_wait<0>();
         hold(out);
         hold(s);  // P stays what it is until its product is done
         release(value_slot);
-        ring.template advance<Config>();
         pack();
         rescale();
     }

@@ -158,11 +158,15 @@ struct QueryRows {
             keep[h] = exp2_fast(before - shift[h]);
             sum[h] *= keep[h];
         }
+        float mine[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             s[i] = exp2_fast(fmaf(s[i], score_scale, -shift[i / 2 % 2]));
-            sum[i / 2 % 2] += s[i];
+            mine[i / 2 % 2] += s[i];
         }
+        // A row's sum is that of its four lanes, whichever holds which part. Handing it on is what keeps the assembler
+        // from putting the exponentials off until they are wanted, behind the product that they are to run beside.
+        for (int h = 0; h < 2; ++h) sum[h] += __shfl_xor_sync(~0u, mine[h], 1);
     }
 
     // The output of the thread's rows, of which `row` is the first. Four lanes share a row. They swap pairs of channels

@@ -52,6 +52,13 @@ __device__ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
         : "memory");
 }
 
+// Count, in order with what this thread wrote or has seen written before, and will read behind it.
+__device__ inline int count_in_order(int* counter) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
 // Copy bytes, a multiple of 16 between 16-byte-aligned addresses, and count them on the barrier.
 __device__ inline void bulk_copy(void* shared, void const* global, uint32_t bytes, uint64_t* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -167,6 +174,9 @@ __device__ inline uint32_t transpose_8x8(uint32_t x) {
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
     return y;
 }
+
+// A positive number with no more bits than fp16 has.
+__device__ inline float to_half_bits(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
 
 __device__ inline float exp2_fast(float x) {
     float y;

@@ -1,9 +1,9 @@
 // The choice of each row's next token, without sorting the vocabulary.
 //
-// A cluster of CTAs works on one row. Probabilities are summed in fixed point, so that the order of the sums, and with it
-// the size of the cluster, changes nothing: a row's choice is the same alone and in any batch. A place in the order of
-// likelihood is found by histograms of counts and masses: the first over bins of equal width in the logit, the next over
-// ever narrower ranges of the floats' bits, until one value is left. Equals fall by token.
+// A cluster of CTAs works on one row. Probabilities are summed in fixed point, so that the order of the sums, and with
+// it the size of the cluster, changes nothing: a row's choice is the same alone and in any batch. A place in the order
+// of likelihood is found by histograms of counts and masses: the first over bins of equal width in the logit, the next
+// over ever narrower ranges of the floats' bits, until one value is left. Equals fall by token.
 #pragma once
 
 #include "saw/philox.h"
@@ -163,7 +163,8 @@ class RowSampler {
         least_ = from_ordered_bits(~uint32_t(worst));
     }
 
-    // The mass that a random number from 0 to below 1 points to: the first place where so much is reached is the choice.
+    // The mass that a random number from 0 to below 1 points to: the first place where so much is reached is the
+    // choice.
     __device__ uint64_t target(uint64_t mass) const {
         uint64_t const before = uint64_t(shared_.uniform * double(mass));
         return before < mass ? before + 1 : mass;

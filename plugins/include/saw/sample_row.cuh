@@ -13,12 +13,12 @@ struct SampleConfig {
     static constexpr int kMaxCluster = 8;
     static constexpr int kBins = 2048;
     static constexpr int kBinsPerThread = kBins / kThreads;
-    static constexpr int kLoads = 6;                 // that a thread has under way, of four logits each
-    static constexpr int kStride = 4 * 32;           // logits of a warp's load
-    static constexpr int kSpan = kLoads * kStride;   // logits of a warp's loads
-    static constexpr int kMassBits = 45;     // the mass of the likeliest token is 1 << kMassBits
-    static constexpr float kNats = 32;       // whatever is less likely by exp(-32) has no mass
-    static constexpr int kPowers = 64;       // of two, from 1 to below 2
+    static constexpr int kLoads = 6;                // that a thread has under way, of four logits each
+    static constexpr int kStride = 4 * 32;          // logits of a warp's load
+    static constexpr int kSpan = kLoads * kStride;  // logits of a warp's loads
+    static constexpr int kMassBits = 45;            // the mass of the likeliest token is 1 << kMassBits
+    static constexpr float kNats = 32;              // whatever is less likely by exp(-32) has no mass
+    static constexpr int kPowers = 64;              // of two, from 1 to below 2
     static constexpr int kMaxSpans = (kMaxVocab / kWarps + kSpan - 1) / kSpan;  // of a warp's run
     static_assert(kMaxSpans <= 32, "a warp looks at all spans of its run at once");
     static_assert(kBinsPerThread == 4, "a thread reads its bins at once");

@@ -90,6 +90,7 @@ def build_in_child(folder: Path, config: EngineConfig, options: NetworkOptions, 
     """
     start = time.monotonic()
     job = {"folder": str(folder), "config": config.model_dump(mode="json"), "options": asdict(options)}
+    job["log_level"] = logging.getLogger().getEffectiveLevel()
     command = [sys.executable, "-m", "saw_trtllm.bench.engine.random_engine", json.dumps(job, default=str)]
     with subprocess.Popen(command) as child:
         while True:
@@ -115,7 +116,8 @@ def main() -> int:
     options = job["options"]
     for name in ("input_timing_cache", "output_timing_cache"):
         options[name] = options[name] and Path(options[name])
-    logging.basicConfig(level=logging.WARNING, format="[%(levelname)s] %(message)s")
+    # With times: a build can be long, and TensorRT's messages tell of what.
+    logging.basicConfig(level=job["log_level"], format="%(asctime)s [%(levelname)s] %(message)s")
     try:
         build_random(Path(job["folder"]), EngineConfig.model_validate(job["config"]), NetworkOptions(**options))
     except SawError as e:

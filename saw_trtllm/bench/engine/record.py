@@ -139,9 +139,9 @@ class Engine(_Record):
     """None for an engine that was there."""
     engine_bytes: int
     tokens: int
-    """That fit into the cache."""
+    """That fit into the memory that the engine leaves to a cache, were there no limit to its sequences."""
     memory: dict[str, int]
-    """How the executor divided the GPU's, in bytes."""
+    """The executor's plan, by the names of :class:`saw_trtllm.gpu.memory.MemoryPlan`."""
     start_up: StartUp | None
     steps: list[Step]
     too_large: list[tuple[int, int]]

@@ -245,8 +245,10 @@ def _measure(plan: Plan, folder: Path, config: EngineConfig, found: dict[str, An
     clock = StreamClock(executor.stream)
     try:
         bench = StepBench(executor, config, clock)
-        found["tokens"] = executor.num_blocks * config.build_config.tokens_per_block
-        found["memory"] = {name: int(value) for name, value in dataclasses.asdict(executor.memory).items()}
+        memory = found["memory"] = dataclasses.asdict(executor.memory)
+        # What the pool could be: it is no larger than the engine's limits make use of.
+        pool = KvCacheConfig.free_gpu_memory_fraction * (memory["pool"] + memory["free"])
+        found["tokens"] = int(pool) // config.bytes_per_token
         step_us, context = loop
         batch, *_ = plan.loop()
         gpu_us = bench.gpu_time_of(batch, context)
