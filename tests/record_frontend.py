@@ -22,8 +22,9 @@ import network_recording
 import numpy as np
 import recorded_run
 import torch
+import torch.nn.functional as F
 from executor_blocks import PRIMARY, SECONDARY
-from executor_contract import ALL, Executor
+from executor_contract import ALL, Executor, Step
 from hf_models import make_hf_model
 
 from saw_trtllm.builder import BuildOptions, BuildPlan, build, plan_build
@@ -32,6 +33,7 @@ from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.engine import k_center_name
 from saw_trtllm.reference.cache import PagedCache, StepPlan
 from saw_trtllm.reference.model import ReferenceModel
+from saw_trtllm.runtime.step import StepInputs
 from saw_trtllm.trtllm.options import SwapOptions
 
 NUM_LAYERS = 2
@@ -104,33 +106,79 @@ class _Reference(ReferenceModel):
         return super()._attention(layer, w, x, self.plans[cache.pools.index(pool)], cache)
 
 
+def _half(x: torch.Tensor) -> torch.Tensor:
+    return x.half().float()
+
+
+class _HalfReference(_Reference):
+    """The same with each tensor rounded to 16 bits, as those of an engine are: how far off may that be?"""
+
+    def forward(self, step, cache):
+        x = F.embedding(torch.from_numpy(step.input_ids).long(), self._embedding)
+        for i, w in enumerate(self._layers):
+            x = _half(x + self._attention(i, w, self._norm(x, w["input_layernorm.weight"]), None, cache))
+            y = self._norm(x, w["post_layernorm.weight"])
+            gate, up = (_half(F.linear(y, w[f"mlp.{name}.weight"])) for name in ("fc", "gate"))
+            y = _half(_half(gate * _half(torch.sigmoid(gate))) * up)
+            x = _half(x + _half(F.linear(y, w["mlp.proj.weight"])))
+        x = self._norm(x[torch.from_numpy(step.last_token_ids).long() - 1], self._ln_f)
+        return _half(F.linear(x, self._lm_head))
+
+    def _norm(self, x, weight):
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.norm_epsilon)
+        return _half(_half(normed) * weight)
+
+    def _attention(self, layer, w, x, plan, cache):
+        return _half(super()._attention(layer, w, x, plan, cache)[: len(x)])
+
+
+class _Run:
+    """A model and its pools, through the steps of a run."""
+
+    def __init__(self, model: _Reference, plan: BuildPlan, executor: Executor) -> None:
+        self.model = model
+        pools = [(plan.config.kv_format, layers) for layers in executor.layers]
+        heads = plan.config.pretrained_config.num_key_value_heads
+        self.cache = PagedCache(pools, executor.num_blocks[PRIMARY], heads, executor.tokens_per_block)
+        self.memory = []
+        for pool in self.cache.pools:
+            pool.data.zero_()
+            secondary = np.zeros((executor.num_blocks[SECONDARY], *pool.data.shape[1:]), np.uint8)
+            self.memory.append({PRIMARY: pool.data.numpy(), SECONDARY: secondary})
+
+    def logits(self, step: Step, fed: Sequence[StepInputs]) -> np.ndarray:
+        for copy in step.copies:
+            copy.apply(self.memory[copy.pool])
+        self.model.plans = [StepPlan.make(x, pool) for x, pool in zip(fed, self.cache.pools, strict=True)]
+        with torch.inference_mode():
+            return self.model.forward(fed[0], self.cache).numpy()
+
+
 def _record_run(plan: BuildPlan, windows: Sequence[int], folder: Path) -> None:
     """Plan the executor's steps and compute what is due."""
-    config, model = plan.config, plan.config.pretrained_config
-    tokens = config.build_config.tokens_per_block
-    limits = {"num_primary": 22, "num_secondary": 14, "tokens_per_block": tokens, "max_seq_len": ALL}
-    executor = Executor(windows, vocab_size=model.vocab_size, seed=10, **limits)
-    reference = _Reference(plan, windows)
-    pools = [(config.kv_format, layers) for layers in executor.layers]
-    cache = PagedCache(pools, executor.num_blocks[PRIMARY], model.num_key_value_heads, tokens)
-    memory = []
-    for pool in cache.pools:
-        pool.data.zero_()
-        secondary = np.zeros((executor.num_blocks[SECONDARY], *pool.data.shape[1:]), np.uint8)
-        memory.append({PRIMARY: pool.data.numpy(), SECONDARY: secondary})
-    steps = []
+    limits = {"num_primary": 22, "num_secondary": 14, "max_seq_len": ALL}
+    limits["tokens_per_block"] = plan.config.build_config.tokens_per_block
+    executor = Executor(windows, vocab_size=plan.config.pretrained_config.vocab_size, seed=10, **limits)
+    exact = _Run(_Reference(plan, windows), plan, executor)
+    half = {name: _Run(_HalfReference(plan, windows), plan, executor) for name in recorded_run.MODES}
+    steps, rounded = [], {name: [] for name in half}
     for _ in range(NUM_STEPS):
         step = executor.step()
-        for copy in step.copies:
-            copy.apply(memory[copy.pool])
         fed = [step.for_reference(p, len(layers)) for p, layers in enumerate(executor.layers)]
-        reference.plans = [StepPlan.make(x, pool) for x, pool in zip(fed, cache.pools, strict=True)]
-        logits = reference.forward(fed[0], cache).numpy()
-        slots = np.stack([np.stack([x.write_blocks, x.write_offsets], 1) for x in reference.plans]).astype(np.int32)
-        rows = np.stack([memory[p][PRIMARY][slots[p, :, 0], i, :, :, slots[p, :, 1]] for p, i in executor.mapping], 1)
+        logits = exact.logits(step, fed)
+        slots = np.stack([np.stack([x.write_blocks, x.write_offsets], 1) for x in exact.model.plans]).astype(np.int32)
+        pools = [memory[PRIMARY] for memory in exact.memory]
+        rows = np.stack([pools[p][slots[p, :, 0], i, :, :, slots[p, :, 1]] for p, i in executor.mapping], 1)
+        for name, run in half.items():
+            rounded[name].append(run.logits(step, fed))
+        for mine, pool in zip(half[recorded_run.STEP_BY_STEP].cache.pools, exact.cache.pools, strict=True):
+            mine.data.copy_(pool.data)
         steps.append(recorded_run.RecordedStep(step.copies, step.inputs, logits, slots, rows))
-    recorded_run.save(steps, [{where: rows.shape for where, rows in m.items()} for m in memory], folder)
+    shapes = [{where: rows.shape for where, rows in memory.items()} for memory in exact.memory]
+    recorded_run.save(steps, shapes, rounded, folder)
 
 
 if __name__ == "__main__":
+    if fake_tensorrt_frontend.missing() is not None:
+        sys.exit(fake_tensorrt_frontend.missing())
     record(Path(sys.argv[1]))

@@ -11,6 +11,8 @@ import numpy as np
 from executor_blocks import Copy
 
 STEPS, TENSORS = "steps.json", "tensors.npz"
+#: Each step from the rows of the reference, or from those that were computed before.
+STEP_BY_STEP, ON_ITS_OWN = MODES = "step by step", "on its own"
 
 
 class RecordedStep(NamedTuple):
@@ -40,12 +42,39 @@ class RecordedStep(NamedTuple):
 _RESULTS = ("logits", "slots", "rows")
 
 
-def save(steps: Sequence[RecordedStep], pool_shapes: Sequence[dict[str, tuple[int, ...]]], folder: Path) -> None:
+class Accuracy(NamedTuple):
+    """How near a run's logits are: the error of each row over the row's spread, the largest and the median; and how
+    many of the rows have another largest logit."""
+
+    largest: float
+    median: float
+    other_tokens: int
+
+    @classmethod
+    def of(cls, steps: Sequence[RecordedStep], logits: Sequence[np.ndarray]) -> Accuracy:
+        found, due = np.concatenate(logits), np.concatenate([step.logits for step in steps])
+        errors = np.abs(found - due).max(axis=1) / due.std(axis=1)
+        return cls(float(errors.max()), float(np.median(errors)), int((found.argmax(1) != due.argmax(1)).sum()))
+
+
+def save(
+    steps: Sequence[RecordedStep],
+    pool_shapes: Sequence[dict[str, tuple[int, ...]]],
+    rounded: dict[str, Sequence[np.ndarray]],
+    folder: Path,
+) -> None:
+    """Write a run; ``rounded`` has the logits of the same in 16 bits."""
     arrays = {f"{i}.{name}": x for i, step in enumerate(steps) for name, x in step.inputs.items()}
     arrays |= {f"{i}.{name}": getattr(step, name) for i, step in enumerate(steps) for name in _RESULTS}
-    described = {"pool_shapes": list(pool_shapes), "copies": [step.copies for step in steps]}
+    accuracy = {name: Accuracy.of(steps, logits) for name, logits in rounded.items()}
+    described = {"pool_shapes": list(pool_shapes), "copies": [step.copies for step in steps], "accuracy": accuracy}
     (folder / STEPS).write_text(json.dumps(described), encoding="utf-8")
     np.savez_compressed(folder / TENSORS, **arrays)
+
+
+def accuracy(folder: Path, mode: str) -> Accuracy:
+    """That of the reference in 16 bits."""
+    return Accuracy(*json.loads((folder / STEPS).read_text(encoding="utf-8"))["accuracy"][mode])
 
 
 def load(folder: Path) -> tuple[list[RecordedStep], list[dict[str, tuple[int, ...]]]]:

@@ -171,35 +171,33 @@ def codes(rows: np.ndarray) -> np.ndarray:
     return np.concatenate([packed & 15, packed >> 4], axis=-1).astype(np.int16)
 
 
-@pytest.mark.parametrize("follow", [True, False], ids=["step by step", "on its own"])
-def test_the_engine_serves_the_executors_run(follow, case, tensorrt):
-    """Step by step, each begins with the reference's rows; on its own, the engine reads what it wrote itself, where a
-    code here and there is the next one: its activations are of 16 bits, the reference's of 32."""
+@pytest.mark.parametrize("mode", recorded_run.MODES)
+def test_the_engine_serves_the_executors_run(mode, case, tensorrt):
+    """As near to the reference as the reference in 16 bits is. Step by step, each begins with the reference's rows; on
+    its own, the engine reads what it wrote itself, where a code here and there is the next one."""
     folder, serialized = case
     steps, pool_shapes = recorded_run.load(folder)
     engine = Engine(tensorrt, serialized, pool_shapes)
     assert set(engine.inputs) <= steps[0].inputs.keys() | {"host_kv_cache_pool_pointers"}
-    errors, same, other, furthest, replayed = [], [], [], 0, 0
+    logits, other, furthest, replayed = [], [], 0, 0
     for step in steps:
         replayed += engine.graph_key(step) in engine.graphs
-        found = engine.step(step)
-        errors.append(np.abs(found - step.logits).max(axis=1) / step.logits.std(axis=1))
-        same.append(found.argmax(1) == step.logits.argmax(1))
+        logits.append(engine.step(step))
         difference = np.abs(codes(engine.written(step)) - codes(step.rows))
         other.append((difference > 0).mean())
         furthest = max(furthest, int(difference.max()))
-        if follow:
+        if mode == recorded_run.STEP_BY_STEP:
             engine.write(step)
-    errors, same = np.concatenate(errors), np.concatenate(same)
+    found, rounded = recorded_run.Accuracy.of(steps, logits), recorded_run.accuracy(folder, mode)
     print(
-        f"{folder.name}: {len(steps)} steps, {replayed} of them graphs; {len(errors)} rows of logits: error at most "
-        f"{errors.max():.4f}, median {np.median(errors):.4f} of their spread; same greedy token {same.mean():.4f}; "
-        f"codes that differ at most {max(other):.4f}, by at most {furthest}"
+        f"{folder.name}, {mode}: {len(steps)} steps, {replayed} of them graphs; {sum(map(len, logits))} rows: {found}, "
+        f"in 16 bits {rounded}; codes that differ at most {max(other):.4f}, by at most {furthest}"
     )
-    assert errors.max() < (0.03 if follow else 0.3)
-    assert same.mean() > 0.97
+    assert found.largest <= 2 * rounded.largest
+    assert found.median <= 2 * rounded.median
+    assert found.other_tokens <= 2 * rounded.other_tokens + 2
     assert replayed > 20
-    if follow:
+    if mode == recorded_run.STEP_BY_STEP:
         assert max(other) < 0.02
         assert furthest <= 1
 
