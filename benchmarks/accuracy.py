@@ -1,7 +1,7 @@
 """The accuracy ablation: every cache on the example model and its planted variants, as docs/accuracy.md shows it.
 
     build_scripts/accuracy                       # half an hour on two cores
-    python benchmarks/accuracy.py --render_only  # the page anew from docs/accuracy/results.json
+    python benchmarks/accuracy.py --render_only  # the page anew from docs/accuracy/results.json.gz
 
 Caches are judged on text that the example model has not read and calibrated on text that it has: files of the standard
 library of the Python that runs (``prepare`` in examples/tiny_llama/train.py chose the held-out ones by their names).
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gzip
 import html.parser
 import json
 import os
@@ -218,8 +219,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of accuracy.md")
     parser.add_argument("--render_only", action="store_true", help="measure nothing")
     args = parser.parse_args()
-    path = args.output / "accuracy" / "results.json"
-    data = json.loads(path.read_text()) if path.is_file() else {}
+    path = args.output / "accuracy" / "results.json.gz"
+    data = accuracy_page.read(path) if path.is_file() else {}
     if not args.render_only:
         tokenizer = Tokenizer.load(EXAMPLE)
         windows = _windows(HELD_OUT, tokenizer, args.max_tokens)
@@ -230,7 +231,7 @@ def main() -> None:
             data["about"] = _about(windows.numel())
             _save(data, path)
         _save(data, path)
-    accuracy_page.write(json.loads(path.read_text()), args.output)
+    accuracy_page.write(accuracy_page.read(path), args.output)
 
 
 def _factor_errors() -> list[str]:
@@ -242,7 +243,7 @@ def _factor_errors() -> list[str]:
 
 def _save(data: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(data)) + "\n")
+    path.write_bytes(gzip.compress(json.dumps(_rounded(data)).encode(), mtime=0))
 
 
 def _rounded(value):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
-import matplotlib as mpl
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
+
+from saw_trtllm.svg import save_svg
 
 TEMPLATE = Path(__file__).with_name("accuracy.md.j2")
 TITLES = {"example": "example", "outliers": "planted outliers", "key bias": "planted key bias"}
@@ -18,6 +21,11 @@ _RIVALS = {
     "codebook of 256": "256 centroids, residual in 4 bits",
     "hessian": "Hessian-aware rounding of keys",
 }
+
+
+def read(path: Path) -> dict:
+    """What benchmarks/accuracy.py measured: JSON, compressed to a fifth."""
+    return json.loads(gzip.decompress(path.read_bytes()))
 
 
 def write(data: dict, output: Path) -> None:
@@ -200,55 +208,16 @@ def _position_table(levers: dict) -> str:
 
 def _plots(data: dict, models: list[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _save(_order_plot(data, models), folder / "orders.svg")
-    _save(_memory_plot(data, models), folder / "memory.svg")
-    _save(_error_plot(data, models), folder / "errors.svg")
-    _save(_key_plot(data, models), folder / "keys.svg")
+    save_svg(_error_plot(data, models), folder / "errors.svg")
+    save_svg(_key_plot(data, models), folder / "keys.svg")
 
 
-def _save(figure: Figure, path: Path) -> None:
-    with mpl.rc_context({"svg.hashsalt": "saw", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None})
-
-
-def _columns(models: list[str], height: float = 3.4) -> tuple[Figure, list]:
-    figure = Figure(figsize=(3.6 * len(models) + 0.6, height), layout="constrained")
+def _columns(models: list[str]) -> tuple[Figure, list]:
+    figure = Figure(figsize=(3.6 * len(models) + 0.6, 3.4), layout="constrained")
     columns = list(figure.subplots(1, len(models), squeeze=False)[0])
     for axes, model in zip(columns, models, strict=True):
         axes.set_title(TITLES[model], fontsize=10)
     return figure, columns
-
-
-def _order_plot(data: dict, models: list[str]) -> Figure:
-    figure, columns = _columns(models)
-    orders = [16, 32, 64, 128]
-    for axes, m in zip(columns, models, strict=True):
-        for what, label in (("K", "K rotated"), ("KV", "K and V rotated")):
-            axes.plot(orders, [data[m]["orders"][f"{o} {what}"]["kl_mean"] for o in orders], "o-", label=label)
-        for what, label in (("-", "both, γ"), ("cs", "both, all levers")):
-            axes.plot(orders, [data[m]["order levers"][f"{o} {what}"]["kl_mean"] for o in orders], "o--", label=label)
-        axes.set(xlabel="Hadamard order", xscale="log", xticks=orders, xticklabels=orders, ylim=(0, None))
-        axes.minorticks_off()
-    columns[0].set_ylabel("KL from the exact cache, nats")
-    columns[0].legend(fontsize=8)
-    return figure
-
-
-def _memory_plot(data: dict, models: list[str]) -> Figure:
-    figure, columns = _columns(models, 4.2)
-    for axes, m in zip(columns, models, strict=True):
-        points = {
-            row: data[m]["levers"][row] for row in ("int4", "recipe", "γ", "all levers", "all levers, one layer kept")
-        }
-        points |= {
-            f"{n}, rotated": data[m]["rivals"][f"{n} 128"] for n in ("per channel", "codebook of 256", "hessian")
-        }
-        for name, q in points.items():
-            axes.plot(q["bytes_per_token"], q["kl_mean"], "o", label=name)
-        axes.set(xlabel="bytes per token (exact: 4,096)", yscale="log")
-    columns[0].set_ylabel("KL from the exact cache, nats")
-    figure.legend(*columns[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    return figure
 
 
 def _error_plot(data: dict, models: list[str]) -> Figure:

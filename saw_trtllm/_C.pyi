@@ -4,6 +4,9 @@ from types import CapsuleType
 from typing import ClassVar
 
 FORMAT_VERSION: int
+MAX_VOCAB: int
+SAMPLE_ROW_BYTES: int
+LISTED_TOKEN_BYTES: int
 
 class DType:
     float16: ClassVar[DType]
@@ -26,6 +29,7 @@ class PagedPool:
         row_bytes: int,
     ) -> None: ...
 
+def philox_uniform(seed: int, index: int) -> float: ...
 def row_bytes(cache: CacheType, head_dim: int) -> int: ...
 def error_string(code: int) -> str: ...
 def dlpack_view(
@@ -96,4 +100,16 @@ def prefill_attention(
     device: int,
     stream: int,
 ) -> int: ...
+def sample(
+    *,
+    logits: int,
+    row_ends: int,
+    rows: int,
+    tokens: int,
+    logprobs: int,
+    num_rows: int,
+    vocab_size: int,
+    stream: int,
+) -> int: ...
+def resolve_tokens(*, input_ids: int, num_tokens: int, tokens: int, stream: int) -> int: ...
 def decode_workspace_bytes(max_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int: ...

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saw_trtllm import __version__
+from saw_trtllm.backend import check_model, choose_backend, free_memory
 from saw_trtllm.calibration import Calibration
 from saw_trtllm.checkpoint import (
     TOKENIZER_FILES,
@@ -23,7 +22,7 @@ from saw_trtllm.checkpoint import (
     check_finite,
     copy_tokenizer_files,
 )
-from saw_trtllm.config import MODELS, DTypeName, ModelConfig, first_error, read_json
+from saw_trtllm.config import MODELS, DTypeName, first_error, read_json
 from saw_trtllm.engine import (
     CONFIG_FILE,
     BackendName,
@@ -33,12 +32,12 @@ from saw_trtllm.engine import (
     SawSection,
     engine_file,
 )
-from saw_trtllm.errors import BackendUnavailableError, ConfigError
+from saw_trtllm.errors import ConfigError
 from saw_trtllm.fold import fold_smoothing, fold_v_rotation, layer_of
 from saw_trtllm.format import RANGE_FACTORS, TOKENS_PER_BLOCK, KVFormat, KvName
+from saw_trtllm.network.options import NetworkOptions, Phases
 from saw_trtllm.runtime.llm import KvCacheConfig
 from saw_trtllm.runtime.tokenizer import Tokenizer
-from saw_trtllm.trtllm.release import require_engine_backend
 
 Switch = Literal["enable", "disable"]
 
@@ -94,6 +93,19 @@ class BuildOptions(BaseModel):
     gather_context_logits: bool = Field(False, description="keep the logits of all prompt tokens")
     gather_generation_logits: bool = Field(False, description="keep the logits of all generated tokens")
     gather_all_token_logits: bool = Field(False, description="both of the above")
+    input_timing_cache: Path | None = Field(
+        None, description="file of kernels' times from an earlier build, which makes this one shorter (tensorrt)"
+    )
+    output_timing_cache: Path | None = Field(None, description="file to write this build's to (tensorrt)")
+    multiple_profiles: Switch | None = Field(
+        None,
+        description="give steps of decodes alone kernels of their own; the build takes about twice as long (tensorrt; "
+        "by default enable)",
+    )
+    builder_optimization_level: int | None = Field(
+        None, ge=0, le=5, description="0 to 5: how long TensorRT looks for fast kernels; by default its own (tensorrt)"
+    )
+    workers: int = Field(1, ge=1, description="threads that read the weights and fold into them (tensorrt)")
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,8 @@ class BuildPlan:
         Why this backend.
     calibration : Calibration or None
         What is folded into the weights and centres the keys.
+    network : NetworkOptions
+        How TensorRT builds the engine, for the backend ``tensorrt``.
     """
 
     checkpoint: Checkpoint
@@ -116,6 +130,7 @@ class BuildPlan:
     config: EngineConfig
     backend_reason: str
     calibration: Calibration | None = None
+    network: NetworkOptions = field(default_factory=NetworkOptions)
 
     @property
     def num_steps(self) -> int:
@@ -155,36 +170,6 @@ class BuildPlan:
         return fmt.bytes_per_token(model.num_hidden_layers, model.num_key_value_heads)
 
 
-def choose_backend(asked: str) -> tuple[BackendName, str]:
-    """Settle on a backend.
-
-    Returns
-    -------
-    tuple of (str, str)
-        The backend, and why.
-
-    Raises
-    ------
-    BackendUnavailableError
-        If the one asked for is not to be had.
-    """
-    if asked == "tensorrt_llm":
-        version = require_engine_backend()
-        return "tensorrt_llm", f"asked for; TensorRT-LLM {version}"
-    if asked == "tensorrt":
-        raise BackendUnavailableError(
-            f"the backend {asked} is not part of saw_trtllm {__version__}: use --backend reference, which runs on any "
-            "CPU"
-        )
-    if importlib.util.find_spec("torch") is None:
-        raise BackendUnavailableError(
-            "the reference backend needs PyTorch, which is not installed: pip install 'saw-trtllm[reference]'"
-        )
-    if asked == "reference":
-        return "reference", "asked for"
-    return "reference", "the default, which runs on any CPU"
-
-
 def plan_build(options: BuildOptions) -> BuildPlan:
     """Check the flags against the checkpoint, without reading weights or writing.
 
@@ -212,8 +197,13 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     if options.calibration is not None:
         calibration = Calibration.load(options.calibration)
         calibration.check(checkpoint)
+    check_model(backend, model)
+    network = _network_options(options, backend)
     if backend == "tensorrt_llm":
-        _check_tensorrt_llm(options, model)
+        if options.kv_skip_layers is not None:
+            raise ConfigError(
+                "kv_skip_layers was given, and TensorRT-LLM's executor has rows of one size in all layers: leave it out"
+            )
     else:
         # The engine is whole again, whatever ranks the checkpoint was split over.
         model.mapping = type(model.mapping)()
@@ -229,17 +219,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         ),
     )
     _check_tokenizer(checkpoint)
-    return BuildPlan(checkpoint, options.output_dir, config, reason, calibration)
-
-
-def _check_tensorrt_llm(options: BuildOptions, model: ModelConfig) -> None:
-    """What TensorRT-LLM's executor cannot have; the rest is refused when its network is defined."""
-    if options.kv_skip_layers is not None:
-        raise ConfigError(
-            "kv_skip_layers was given, and TensorRT-LLM's executor has rows of one size in all layers: leave it out"
-        )
-    if model.dtype == "float32":
-        raise ConfigError("the model is in float32, and the plugins compute in 16 bits: give --dtype float16")
+    return BuildPlan(checkpoint, options.output_dir, config, reason, calibration, network)
 
 
 def parse_layers(text: str | None, num_layers: int) -> list[int]:
@@ -266,7 +246,7 @@ def parse_layers(text: str | None, num_layers: int) -> list[int]:
     return sorted(layers)
 
 
-def build(plan: BuildPlan, progress: Callable[[str], None] | None = None) -> int:
+def build(plan: BuildPlan, progress: Callable[[str], None] | None = None, phases: Phases | None = None) -> int:
     """Write the engine folder of a plan.
 
     The config comes last, so that an interrupted build does not pass for an engine.
@@ -275,7 +255,9 @@ def build(plan: BuildPlan, progress: Callable[[str], None] | None = None) -> int
     ----------
     plan : BuildPlan
     progress : callable, optional
-        Called with the name of each tensor that has been written.
+        Called with the name of each tensor that has been written, or read for a compiler.
+    phases : Phases, optional
+        Told of the phases of TensorRT's build.
 
     Returns
     -------
@@ -288,6 +270,8 @@ def build(plan: BuildPlan, progress: Callable[[str], None] | None = None) -> int
         If the folder cannot be written.
     CheckpointError
         If a weight cannot be read, is not finite, or is too large for the engine's dtype.
+    EngineError
+        If TensorRT does not build the engine.
     """
     folder = plan.output_dir
     try:
@@ -297,6 +281,10 @@ def build(plan: BuildPlan, progress: Callable[[str], None] | None = None) -> int
             from saw_trtllm.trtllm.build import build_engines
 
             return build_engines(plan, progress)
+        if plan.config.saw_int4.backend == "tensorrt":
+            from saw_trtllm.network.build import build_engine
+
+            return build_engine(plan, progress, phases)
         with replacing_engine(plan, plan.config) as part:
             centers = () if plan.calibration is None else plan.calibration.centers
             with SafetensorsWriter(part, plan.engine_shapes, plan.config.pretrained_config.dtype, centers) as writer:
@@ -333,10 +321,11 @@ def replace_tokenizer(plan: BuildPlan) -> None:
 
 
 def tokens_that_fit(plan: BuildPlan, kv: str | None = None) -> int:
-    """Tokens of KV cache that the memory at hand holds beside the weights, as the runtime will have it."""
+    """Tokens of KV cache that the free memory holds beside the weights, as the runtime will have it, about."""
+    backend = plan.config.saw_int4.backend
     # The reference keeps its weights in fp32.
-    weights = plan.checkpoint.nbytes("float32")
-    free = max(0, psutil.virtual_memory().available - weights)
+    weights = plan.checkpoint.nbytes("float32" if backend == "reference" else plan.config.pretrained_config.dtype)
+    free = max(0, free_memory(backend) - weights)
     return int(KvCacheConfig.free_gpu_memory_fraction * free) // plan.bytes_per_token(kv)
 
 
@@ -385,6 +374,32 @@ def _build_config(options: BuildOptions, max_positions: int) -> BuildConfig:
         )
     except ValidationError as e:
         raise ConfigError(first_error(e)) from e
+
+
+def _network_options(options: BuildOptions, backend: BackendName) -> NetworkOptions:
+    """The flags for TensorRT's builder, which no other backend has."""
+    if backend != "tensorrt":
+        flags = ("input_timing_cache", "output_timing_cache", "multiple_profiles", "builder_optimization_level")
+        given = [name for name in flags if getattr(options, name) is not None]
+        given += ["workers"] if options.workers != 1 else []
+        if given:
+            raise ConfigError(
+                f"{given[0]} was given, and it is for the backend tensorrt, not {backend}: leave it out, or give "
+                "--backend tensorrt"
+            )
+    source = options.input_timing_cache
+    if source is not None and not source.is_file():
+        raise ConfigError(f"--input_timing_cache {source} is not a file: give what --output_timing_cache wrote")
+    target = options.output_timing_cache
+    if target is not None and (target.is_dir() or not target.absolute().parent.is_dir()):
+        raise ConfigError(f"--output_timing_cache {target} cannot be written: give a file in a folder that is there")
+    return NetworkOptions(
+        decode_profile=options.multiple_profiles != "disable",
+        input_timing_cache=source,
+        output_timing_cache=target,
+        optimization_level=options.builder_optimization_level,
+        workers=options.workers,
+    )
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:

@@ -70,7 +70,12 @@ def load_plugins(trt: ModuleType | None = None) -> None:
 
 
 def _registered(trt: ModuleType) -> bool:
-    return all(find_creator(trt, name) is not None for name in (WRITE, ATTENTION))
+    if has_v3(trt):
+        return all(find_creator(trt, name) is not None for name in (WRITE, ATTENTION))
+    # Looked for in the list, since 8.6 logs an error for each that it is asked for in vain.
+    creators = trt.get_plugin_registry().plugin_creator_list
+    found = {(creator.name, creator.plugin_version, creator.plugin_namespace) for creator in creators}
+    return found >= {(name, VERSION, NAMESPACE) for name in (WRITE, ATTENTION)}
 
 
 def has_v3(trt: ModuleType) -> bool:

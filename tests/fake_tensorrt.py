@@ -167,6 +167,10 @@ class ITimingCache:
         return memoryview(b"")
 
 
+class IProgressMonitor:
+    pass
+
+
 class IBuilderConfig:
     def __init__(self):
         self.profiles, self.flags = [], set()
@@ -217,6 +221,7 @@ class Builder:
         return IOptimizationProfile()
 
     def build_serialized_network(self, network, config):
+        network.builder_config = config
         inputs = {t.name: t for t in network._inputs}
         for profile in config.profiles:
             assert set(profile.shapes) == set(inputs), "inputs without a range, or ranges without an input"

@@ -17,7 +17,8 @@ from saw_trtllm.plugins import ATTENTION, WRITE
 #: Whose calls are recorded.
 _SOURCES = (str(Path(saw_trtllm.network.__file__).parent), saw_trtllm.plugins.__file__)
 #: What 8.6 does not have of the stand-in's names.
-_LATER = {"int64", "bfloat16", "uint8", "int4", "fp4", "TensorRTPhase", "IPluginV3", "IPluginCreatorV3One"}
+_LATER = {"int64", "bfloat16", "uint8", "int4", "fp4"}
+_LATER |= {"TensorRTPhase", "IPluginV3", "IPluginCreatorV3One", "IProgressMonitor"}
 
 
 class NetworkDefinitionCreationFlag(enum.IntEnum):
@@ -60,15 +61,28 @@ class _Creator(fake.IPluginCreator):
 
 
 class _Registry:
+    @property
+    def plugin_creator_list(self):
+        return [self.get_plugin_creator(name, "1", "saw") for name in (WRITE, ATTENTION)]
+
     def get_plugin_creator(self, type, version, plugin_namespace=""):
         known = plugin_namespace == "saw" and type in (WRITE, ATTENTION) and version == "1"
         return _Creator(type, "saw") if known else None
+
+
+class _ShapeLayer(fake.IShapeLayer):
+    def infer(self, index):
+        shape, _, value = super().infer(index)
+        return shape, fake.int32, value
 
 
 class _Network(fake.INetworkDefinition):
     """Layers may be told their types; an output is fp32 until it is told another."""
 
     add_plugin_v3 = property()
+
+    def add_shape(self, input):
+        return self._add(_ShapeLayer(self, [input]))
 
     def mark_output(self, tensor):
         super().mark_output(tensor)

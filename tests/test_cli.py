@@ -4,19 +4,26 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 from example_engine import EXAMPLE
+from fake_gpu import FREE, pretend_gpu
+from fake_gpu import NAME as GPU_NAME
 from hf_models import make_hf_model
 from safetensors.numpy import load_file, save_file
 
 from saw_trtllm import LLM, SamplingParams
-from saw_trtllm.builder import BuildOptions
+from saw_trtllm.builder import BuildOptions, plan_build
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.cli import build as saw_build
 from saw_trtllm.cli import run as saw_run
+from saw_trtllm.cli.common import parse_fields
 from saw_trtllm.engine import EngineConfig
+from saw_trtllm.errors import BackendUnavailableError
+from saw_trtllm.network.options import NetworkOptions
+from saw_trtllm.plugins import library_path
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +299,92 @@ def test_folders_that_cannot_or_must_not_be_written(model, engine, tmp_path, cap
     assert "holds an engine" in refused(
         capsys, saw_build.main, "--model_dir", engine("saw_int4"), "--output_dir", tmp_path / "out"
     )
+
+
+# -- saw-build --backend tensorrt
+
+
+def test_build_compiles_an_engine_where_tensorrt_is(tmp_path, monkeypatch, capsys):
+    pretend_gpu(monkeypatch)
+    out, cache = tmp_path / "engine", tmp_path / "model.cache"
+    argv = ["--model_dir", str(EXAMPLE), "--output_dir", str(out), "--output_timing_cache", str(cache)]
+    assert saw_build.main(argv) == 0
+    rows = {line[:17].strip(): line[17:].strip() for line in capsys.readouterr().out.splitlines()}
+    assert rows["backend"] == f"tensorrt (the best here; TensorRT 10.14.1 on {GPU_NAME})"
+    fit, fit_fp16 = (int(t.split()[0].replace(",", "")) for t in rows["tokens that fit"].split(", "))
+    weights = Checkpoint.open(EXAMPLE).nbytes("float16")
+    assert fit == int(0.9 * (FREE - weights)) // 1088
+    assert fit_fp16 == int(0.9 * (FREE - weights)) // 4096
+    section = EngineConfig.load(out).saw_int4
+    assert (section.backend, section.compute_capability, section.plugin_version) == ("tensorrt", "9.0", "1")
+    assert cache.is_file()
+
+
+def test_flags_reach_tensorrts_builder(small, tmp_path, monkeypatch):
+    pretend_gpu(monkeypatch)
+    flags = "--multiple_profiles disable --builder_optimization_level 2 --workers 4 --dtype float16"
+    options = saw_build.make_parser().parse_args(["--model_dir", str(small), *flags.split()])
+    plan = plan_build(parse_fields(options, BuildOptions))
+    assert plan.network == NetworkOptions(decode_profile=False, optimization_level=2, workers=4)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "why"),
+    [
+        ("tensorrt", "TensorRT cannot be imported here"),
+        ("library", "libsaw_trtllm_plugins.so is missing"),
+        ("gpu", "CUDA finds no GPU (cudaErrorNoDevice)"),
+    ],
+)
+def test_what_tensorrt_lacks_is_said_and_the_reference_taken(lacking, why, small, tmp_path, monkeypatch, capsys):
+    pretend_gpu(monkeypatch)
+    if lacking == "tensorrt":
+        monkeypatch.setitem(sys.modules, "tensorrt", None)
+    elif lacking == "library":
+        monkeypatch.setattr("saw_trtllm.backend.library_path", partial(library_path, "libsaw_trtllm_plugins.so"))
+        monkeypatch.setattr("saw_trtllm.plugins.saw_trtllm.__file__", str(tmp_path / "__init__.py"))
+    else:
+
+        def fail():
+            raise BackendUnavailableError("CUDA finds no GPU (cudaErrorNoDevice): use --backend reference")
+
+        monkeypatch.setattr("saw_trtllm.network.device.compute_capability", fail)
+    argv = ["--model_dir", str(small), "--output_dir", str(tmp_path / "out")]
+    assert why in refused(capsys, saw_build.main, *argv, "--backend", "tensorrt")
+    assert saw_build.main([*argv, "--dry_run"]) == 0
+    assert "(the default; " in (said := capsys.readouterr().out)
+    assert why in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("", "the model is in float32, and the plugins compute in 16 bits: give --dtype float16"),
+        ("--dtype float16 --input_timing_cache none", "--input_timing_cache none is not a file"),
+        ("--dtype float16 --output_timing_cache none/here", "--output_timing_cache none/here cannot be written"),
+        ("--dtype float16 --builder_optimization_level 6", "builder_optimization_level"),
+        ("--dtype float16 --workers 0", "workers"),
+        ("--backend reference --workers 2", "workers was given, and it is for the backend tensorrt, not reference"),
+        ("--backend reference --multiple_profiles enable", "multiple_profiles was given"),
+    ],
+)
+def test_bad_flags_for_tensorrt_are_refused(flags, said, small, tmp_path, monkeypatch, capsys):
+    pretend_gpu(monkeypatch)
+    argv = ["--model_dir", small, "--output_dir", tmp_path / "out", *flags.split()]
+    assert said in refused(capsys, saw_build.main, *argv)
+    assert no_engine(tmp_path / "out")
+
+
+def test_phases_have_bars_of_their_own(monkeypatch, capsys):
+    monkeypatch.setattr(saw_build, "tqdm", partial(saw_build.tqdm, mininterval=0))
+    bars = saw_build.PhaseBars()
+    bars.start("Building Engine", None, 2)
+    bars.start("Timing", "Building Engine", 5)
+    bars.step("Timing")
+    bars.step("a phase that nobody began")
+    bars.finish("Timing")
+    bars.finish("Building Engine")
+    assert "Timing:  20%" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,18 @@ import fake_tensorrt_execute
 import numpy as np
 import pytest
 import torch
+from fake_gpu import pretend_gpu
 from hf_models import make_hf_model
 
 from saw_trtllm.builder import BuildOptions, plan_build
 from saw_trtllm.calibration import calibrate
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.engine import EngineConfig, k_center_name
-from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError
-from saw_trtllm.network.build import NetworkOptions, build_engine, serialize_engine
+from saw_trtllm.errors import BackendUnavailableError, CheckpointError, ConfigError, EngineError
+from saw_trtllm.network.build import build_engine, serialize_engine
 from saw_trtllm.network.decoder import define_decoder
 from saw_trtllm.network.graph import Graph
+from saw_trtllm.network.options import NetworkOptions
 from saw_trtllm.network.tensors import profiles, shapes, step_inputs
 from saw_trtllm.network.versions import TensorRT
 from saw_trtllm.reference.attention import paged_attention, rotate_quantize_kv
@@ -380,29 +382,101 @@ def test_a_tied_head_is_the_embedding(plan, tensorrt):
 
 
 @pytest.fixture
-def capability(monkeypatch):
-    monkeypatch.setattr("saw_trtllm.network.build.compute_capability", lambda: "9.0")
+def machine(monkeypatch):
+    """One with a GPU, TensorRT and the plugins."""
+    pretend_gpu(monkeypatch)
 
 
 def files(plan):
     return sorted(path.name for path in plan.output_dir.iterdir())
 
 
-def test_the_folder_holds_an_engine(plan, tensorrt, tensorrt_86, capability, tmp_path):
-    made, read = plan("qwen3", calibrated=True), []
+def test_the_folder_holds_an_engine(plan, tensorrt, tensorrt_86, machine, tmp_path):
+    cache = tmp_path / "model.cache"
+    made, read = plan("qwen3", calibrated=True, backend="tensorrt", output_timing_cache=cache, workers=3), []
     made.output_dir.mkdir()
-    options = NetworkOptions(timing_cache=tmp_path / "model.cache")
-    size = build_engine(made, read.append, options, tensorrt)
+    size = build_engine(made, read.append, None, tensorrt)
     assert files(made) == ["config.json", "generation_config.json", "rank0.engine"]
     assert size == (made.output_dir / "rank0.engine").stat().st_size > 0
     assert sorted(read) == sorted(made.engine_shapes)
     assert len(read) == made.num_steps
-    assert options.timing_cache.read_bytes() == b""
+    assert cache.read_bytes() == b""
     section = EngineConfig.load(made.output_dir).saw_int4
     assert (section.backend, section.plugin_version) == ("tensorrt", "1")
     assert (section.tensorrt_version, section.compute_capability) == ("10.14.1", "9.0")
-    build_engine(made, None, options, tensorrt_86)
+    build_engine(made, None, None, tensorrt_86)
     assert EngineConfig.load(made.output_dir).saw_int4.tensorrt_version == "8.6.0"
+
+
+def test_timing_caches_are_read_and_written(plan, tensorrt, monkeypatch, tmp_path):
+    made, old, new, taken = plan(), tmp_path / "old", tmp_path / "new", []
+    old.write_bytes(b"times")
+    config = fake_tensorrt.IBuilderConfig
+    monkeypatch.setattr(config, "create_timing_cache", lambda self, blob: blob)
+    monkeypatch.setattr(config, "set_timing_cache", lambda self, cache, _: taken.append(cache) or True)
+    monkeypatch.setattr(fake_tensorrt.ITimingCache, "serialize", lambda self: b"more times")
+    for source, target in ((None, None), (None, new), (old, new), (new, None)):
+        options = NetworkOptions(input_timing_cache=source, output_timing_cache=target)
+        serialize_engine(tensorrt, made.config, made.load, options)
+    assert taken == [b"", b"times", b"more times"]
+    assert (old.read_bytes(), new.read_bytes()) == (b"times", b"more times")
+
+
+def test_the_optimization_level_is_tensorrts_own_unless_given(plan, tensorrt, monkeypatch):
+    made, given = plan(), []
+    monkeypatch.setattr(
+        fake_tensorrt.Builder, "build_serialized_network", lambda self, _, config: given.append(config) or b""
+    )
+    for level in (None, 0):
+        serialize_engine(tensorrt, made.config, made.load, NetworkOptions(optimization_level=level))
+    assert [getattr(config, "builder_optimization_level", None) for config in given] == [None, 0]
+
+
+class PhaseLog(list):
+    def start(self, *args):
+        self.append(("start", *args))
+
+    def step(self, *args):
+        self.append(("step", *args))
+
+    def finish(self, *args):
+        self.append(("finish", *args))
+
+
+def test_a_build_tells_of_its_phases_where_tensorrt_does(plan, tensorrt, tensorrt_86, monkeypatch):
+    def report(self, network, config):
+        monitor = config.progress_monitor
+        monitor.phase_start("Building Engine", None, 2)
+        monitor.phase_start("Timing", "Building Engine", 7)
+        assert monitor.step_complete("Timing", 0)
+        monitor.phase_finish("Timing")
+        return b""
+
+    made, told = plan(), PhaseLog()
+    serialize_engine(tensorrt_86, made.config, made.load, NetworkOptions(), told)
+    assert told == []
+    monkeypatch.setattr(fake_tensorrt.Builder, "build_serialized_network", report)
+    serialize_engine(tensorrt, made.config, made.load, NetworkOptions(), told)
+    assert told == [
+        ("start", "Building Engine", None, 2),
+        ("start", "Timing", "Building Engine", 7),
+        ("step", "Timing"),
+        ("finish", "Timing"),
+    ]
+
+
+def test_a_weight_that_cannot_be_read_ends_the_build(plan, tensorrt, machine, monkeypatch):
+    made, asked = plan(backend="tensorrt", workers=2), []
+    made.output_dir.mkdir()
+
+    def load(self, name):
+        asked.append(name)
+        raise CheckpointError("the file is gone: copy it again")
+
+    monkeypatch.setattr(type(made), "load", load)
+    with pytest.raises(CheckpointError, match="the file is gone"):
+        build_engine(made, None, None, tensorrt)
+    assert files(made) == []
 
 
 @pytest.mark.parametrize("decode_profile", [False, True])
@@ -424,12 +498,13 @@ def test_a_timing_cache_that_does_not_fit_is_started_anew(plan, tensorrt, monkey
     config = fake_tensorrt.IBuilderConfig
     monkeypatch.setattr(config, "create_timing_cache", lambda self, blob: blob)
     monkeypatch.setattr(config, "set_timing_cache", lambda self, cache, _: taken.append(cache) or not cache)
-    serialize_engine(tensorrt, made.config, made.load, NetworkOptions(timing_cache=path))
+    serialize_engine(tensorrt, made.config, made.load, NetworkOptions(input_timing_cache=path))
     assert taken == [b"of another GPU", b""]
+    assert path.read_bytes() == b"of another GPU"
     assert "model.cache is of another TensorRT or GPU, or damaged: the build starts a new one" in caplog.text
 
 
-def test_a_build_that_fails_says_why_and_leaves_the_folder(plan, tensorrt, capability, monkeypatch):
+def test_a_build_that_fails_says_why_and_leaves_the_folder(plan, tensorrt, machine, monkeypatch):
     made = plan()
     made.output_dir.mkdir()
     build_engine(made, None, None, tensorrt)
@@ -445,6 +520,16 @@ def test_a_build_that_fails_says_why_and_leaves_the_folder(plan, tensorrt, capab
     with pytest.raises(EngineError, match=r"did not build the engine: Could not find any implementation for node gath"):
         build_engine(made, None, None, tensorrt)
     assert {name: (made.output_dir / name).read_bytes() for name in files(made)} == before
+
+
+def test_there_is_one_logger_which_forgets(tensorrt_86):
+    logger = tensorrt_86.logger()
+    logger.log(1, "3: getPluginCreator could not find plugin: SawInt4PagedAttentionsaw version: 1")
+    assert logger.reason == "it gave no reason"
+    logger.log(1, "1: broken\n  in two\n")
+    assert logger.reason == "1: broken in two"
+    assert tensorrt_86.logger() is logger
+    assert logger.reason == "it gave no reason"
 
 
 def test_without_a_gpu_the_builder_does_not_start(tensorrt, monkeypatch):

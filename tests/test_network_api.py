@@ -12,7 +12,8 @@ from saw_trtllm.checkpoint import NUMPY_DTYPES, expected_shapes
 from saw_trtllm.config import ModelConfig
 from saw_trtllm.engine import BuildConfig, EngineConfig, SawSection
 from saw_trtllm.format import KVFormat
-from saw_trtllm.network.build import NetworkOptions, serialize_engine
+from saw_trtllm.network.build import serialize_engine
+from saw_trtllm.network.options import NetworkOptions
 from saw_trtllm.network.versions import TensorRT
 from saw_trtllm.plugins import find_creator
 
@@ -49,7 +50,7 @@ def used(monkeypatch, tmp_path):
     module, methods = Module(), set()
     with monkeypatch.context() as patch:
         record_methods(patch, methods)
-        options = NetworkOptions(timing_cache=tmp_path / "model.cache")
+        options = NetworkOptions(output_timing_cache=tmp_path / "model.cache", optimization_level=3)
         serialize_engine(TensorRT(module), config, load, options)
     return {"module": module.used, "methods": methods}
 

@@ -336,3 +336,160 @@ def test_everything_ends_as_it_would_alone(
     for request_id, tokens in finished.items():
         assert tokens == alone(*requests[request_id], prefill_chunk=chunk, exact=exact)
     assert runtime.blocks.num_free == runtime.blocks.num_blocks
+
+
+# -- a step ahead
+
+
+class AheadRuntime(Runtime):
+    """Schedules a step while the one before it is under way. A text ends at its stop token, too."""
+
+    def __init__(self, stop, **options):
+        super().__init__(**options)
+        self.stop = stop
+        self.under_way = []
+        self.num_ahead = self.num_thrown_away = 0
+
+    def step(self):
+        step, ahead, preemptions = [], bool(self.under_way), self.scheduler.num_preemptions
+        if self.scheduler.has_work:
+            step = self.scheduler.schedule()
+        assert step or ahead or not self.scheduler.has_work, "nothing is computed though there is work"
+        assert not ahead or self.scheduler.num_preemptions == preemptions
+        if step:
+            self.launch(step)
+            self.num_ahead += ahead
+        while len(self.under_way) > bool(step):
+            self.finish(*self.under_way.pop(0))
+        self.blocks.check()
+        return step
+
+    def launch(self, step):
+        """Compute at once: later steps see what earlier ones wrote, as in one stream of a GPU."""
+        last, last_tokens = self.under_way[0] if self.under_way else ([], [])
+        written = [(p, self.written(p)) for p in last]
+        for scheduled in step:
+            for part, blocks in written:
+                other = part.sequence is not scheduled.sequence
+                assert not (other and blocks & set(scheduled.inputs.block_table)), "a block is given away too early"
+        self.scheduler.launched(step)
+        tokens = []
+        for scheduled in step:
+            known = [last_tokens[-1 - t] if t < 0 else t for t in scheduled.inputs.token_ids]
+            tokens.append(self.model.compute(scheduled.inputs._replace(token_ids=known)))
+        self.under_way.append((step, tokens))
+
+    def written(self, part):
+        size = self.blocks.tokens_per_block
+        return set(part.inputs.block_table[part.inputs.start // size : (part.end - 1) // size + 1])
+
+    def finish(self, step, tokens):
+        for scheduled, token in zip(step, tokens, strict=True):
+            sequence = scheduled.sequence
+            if sequence not in self.scheduler.running:
+                self.num_thrown_away += 1
+                self.scheduler.done(scheduled)
+                continue
+            assert len(sequence.generated) == scheduled.num_drawn
+            self.scheduler.advance(scheduled)
+            if scheduled.samples:
+                sequence.generated.append(token)
+                if token == self.stop or len(sequence.generated) == sequence.params.max_tokens:
+                    self.scheduler.remove(sequence)
+                    self.finished[sequence.request_id] = sequence.generated
+
+    def run(self, limit=100_000):
+        finished = super().run(limit)
+        self.step()
+        return finished
+
+
+def cut(tokens, stop):
+    return tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_step_ahead_of_decodes(exact):
+    runtime = AheadRuntime(stop=None, exact=exact)
+    prompts = [[i] * (3 + 7 * i) for i in range(4)]
+    for prompt in prompts:
+        runtime.add(prompt, 12)
+    assert runtime.run() == {i: alone(p, 12, exact=exact) for i, p in enumerate(prompts)}
+    assert runtime.num_ahead > 12
+    assert runtime.num_thrown_away == 0, "something is computed past max_tokens"
+
+
+def test_what_a_removed_sequence_holds_is_freed_behind_its_step():
+    runtime = AheadRuntime(stop=None, num_blocks=4)
+    first, second = runtime.add([1] * 6, 8), runtime.add([2] * 3, 4)
+    runtime.step()
+    runtime.step()
+    held = runtime.blocks.num_blocks - runtime.blocks.num_free
+    runtime.scheduler.remove(first)
+    assert runtime.blocks.num_blocks - runtime.blocks.num_free == held
+    assert runtime.run() == {1: alone([2] * 3, 4)}
+    assert runtime.num_thrown_away > 0
+    assert (first.table.blocks, second.table.blocks) == ([], [])
+
+
+def test_penalties_and_preemptions_wait_for_the_step_under_way():
+    for params, blocks in (({"repetition_penalty": 1.5}, 100), ({}, 6)):
+        runtime = AheadRuntime(stop=None, num_blocks=blocks, reuse=False)
+        for i in range(3):
+            runtime.add([i] * 4, 12, **params)
+        waited = []
+        while runtime.scheduler.has_work:
+            under_way = bool(runtime.under_way)
+            waited.append(not runtime.step() and under_way and bool(runtime.scheduler.running))
+        assert any(waited)
+        assert runtime.run() == {i: alone([i] * 4, 12) for i in range(3)}
+    assert runtime.scheduler.num_preemptions > 0
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    exact=st.booleans(),
+    reuse=st.booleans(),
+    tokens_per_block=st.sampled_from([1, 2, 4, 8]),
+    chunk_blocks=st.integers(1, 4),
+    max_batch_size=st.integers(1, 9),
+    spare=st.integers(0, 30),
+    spare_blocks=st.integers(0, 20),
+    stop=st.sampled_from([None, 0]),
+)
+def test_a_step_ahead_everything_ends_as_it_would_alone(
+    seed, exact, reuse, tokens_per_block, chunk_blocks, max_batch_size, spare, spare_blocks, stop
+):
+    rng = random.Random(seed)
+    chunk, longest = chunk_blocks * tokens_per_block, 40
+    runtime = AheadRuntime(
+        stop,
+        num_blocks=-(-longest // tokens_per_block) + spare_blocks,
+        tokens_per_block=tokens_per_block,
+        max_batch_size=max_batch_size,
+        max_num_tokens=max_batch_size + chunk + spare,
+        prefill_chunk=chunk,
+        exact=exact,
+        reuse=reuse,
+    )
+    stem = [rng.randrange(VOCAB) for _ in range(30)]
+    requests, cancelled = {}, set()
+    for _ in range(rng.randint(1, 25)):
+        prompt = stem[: rng.randint(0, 25)] + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 5))]
+        max_tokens = rng.randint(1, longest - len(prompt))
+        penalty = {"presence_penalty": 0.1} if rng.random() < 0.1 else {}
+        sequence = runtime.add(prompt, max_tokens, **penalty)
+        requests[sequence.request_id] = (prompt, max_tokens)
+        for _ in range(rng.choice([0, 0, 1, 3, 10])):
+            runtime.step()
+        if rng.random() < 0.2:
+            victim = rng.choice([*runtime.scheduler.running, *runtime.scheduler.waiting, sequence])
+            if victim.request_id not in runtime.finished:
+                runtime.scheduler.remove(victim)
+                cancelled.add(victim.request_id)
+    finished = runtime.run()
+    assert set(finished) == set(requests) - cancelled
+    for request_id, tokens in finished.items():
+        assert tokens == cut(alone(*requests[request_id], prefill_chunk=chunk, exact=exact), stop)
+    assert runtime.blocks.num_free == runtime.blocks.num_blocks

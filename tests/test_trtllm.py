@@ -9,9 +9,12 @@ import fake_tensorrt
 import fake_tensorrt_llm
 import numpy as np
 import pytest
+from fake_gpu import NAME as GPU_NAME
+from fake_gpu import pretend_gpu
 from hf_models import make_hf_model
 from plugin_library import SOURCES
 
+from saw_trtllm.backend import choose_backend
 from saw_trtllm.builder import BuildOptions, build, plan_build
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint, shard
 from saw_trtllm.engine import EngineConfig
@@ -393,6 +396,16 @@ def test_releases_without_the_engine_backend(frontend, models, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt_llm", None)
     with pytest.raises(BackendUnavailableError, match=r"needs TensorRT-LLM 1.2.1, .* or use --backend reference"):
         plan_build(options)
+
+
+def test_auto_builds_for_it_where_it_is(frontend, monkeypatch):
+    pretend_gpu(monkeypatch)
+    assert choose_backend("auto") == (
+        "tensorrt_llm",
+        f"the best here; TensorRT 10.14.1 on {GPU_NAME}, for TensorRT-LLM 1.2.1",
+    )
+    monkeypatch.delitem(sys.modules, "tensorrt_llm.graph_rewriting")
+    assert choose_backend("auto")[0] == "tensorrt"
 
 
 # Configs

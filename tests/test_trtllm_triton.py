@@ -3,17 +3,23 @@
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import types
+import urllib.request
 from pathlib import Path
 
 import pytest
+from free_ports import free_ports
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from saw_trtllm.cli import triton as cli
 from saw_trtllm.engine import EngineConfig
-from saw_trtllm.errors import ConfigError, EngineError
+from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError
+from saw_trtllm.serve.installation import find_server
+from saw_trtllm.serve.ports import Ports
+from saw_trtllm.serve.server import Server
 from saw_trtllm.trtllm import for_executor, repository
 
 SOURCE = os.environ.get("SAW_TENSORRT_LLM_SOURCE")
@@ -155,6 +161,51 @@ def test_the_repository_is_filled_in(capsys, template, engine_dir, preload, tmp_
     if backend == "tensorrtllm":
         assert f'LD_PRELOAD="{preload}' in said.out
     assert (repo / "tensorrt_llm" / "1" / "tensorrt_llm_model.py").exists() == (backend == "tensorrtllm_python")
+
+
+ECHO = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        for request in requests:
+            ids, count = (
+                pb_utils.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)
+                for name in ("input_ids", "request_output_len")
+            )
+            ids = ids[: int(count[0])].astype(np.int32)
+            outputs = {"output_ids": ids[None, None], "sequence_length": np.array([[len(ids)]], np.int32)}
+            response = pb_utils.InferenceResponse([pb_utils.Tensor(*item) for item in outputs.items()])
+            request.get_response_sender().send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not REAL_TEMPLATE.is_dir(), reason="SAW_TENSORRT_LLM_SOURCE names no TensorRT-LLM's Triton models")
+def test_a_real_server_takes_the_filled_models(capsys, engine_dir, tmp_path):
+    """TensorRT-LLM's pre- and postprocessing and its ensemble; in the engine's place one that repeats the prompt."""
+    repo = tmp_path / "repo"
+    flags = ["--engine_dir", engine_dir, "--model_repo", repo, "--template_repo", REAL_TEMPLATE]
+    assert run(capsys, *flags, "--backend", "tensorrtllm_python")[0] == 0
+    (repo / "tensorrt_llm" / "1" / "model.py").write_text(ECHO)
+    shutil.rmtree(repo / "tensorrt_llm_bls")  # it wants more of TensorRT-LLM's packages
+    if importlib.util.find_spec("requests") is None:  # for images alone
+        (repo / "preprocessing" / "1" / "requests.py").touch()
+    try:
+        installation = find_server(None, tmp_path / "backends")
+    except BackendUnavailableError as e:
+        pytest.skip(str(e))
+    grpc, http, metrics = free_ports(3)
+    with Server(installation, repo, Ports(grpc=grpc, http=http, metrics=metrics)) as server:
+        assert server.wait_ready()
+        body = json.dumps({"text_input": "The KV cache holds", "max_tokens": 5}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{http}/v2/models/ensemble/generate", body)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            text = json.loads(answer.read())["text_output"]
+    assert text
+    assert "The KV cache holds".startswith(text)
 
 
 def test_the_tokens_of_the_cache_are_handed_on(capsys, template, engine_dir, preload, tmp_path):

@@ -209,7 +209,7 @@ def prepare(args):
     args.model_dir.mkdir(parents=True, exist_ok=True)
     args.data_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(text for _, text in train_docs)
-    tokenizer.save(str(args.model_dir / "tokenizer.json"))
+    tokenizer.save(str(args.model_dir / "tokenizer.json"), pretty=False)
     write_configs(args.model_dir)
 
     packed, info = {}, {}

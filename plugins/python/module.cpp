@@ -5,6 +5,7 @@
 #include <string>
 
 #include "saw/ops.h"
+#include "saw/philox.h"
 
 namespace py = pybind11;
 
@@ -118,6 +119,23 @@ int prefill_attention(Address q, Address k, Address v, Address out, Address last
     return saw::prefill_attention(params, at<CUstream_st>(stream));
 }
 
+int sample(Address logits, Address row_ends, Address rows, Address tokens, Address logprobs, int num_rows,
+           int vocab_size, Address stream) {
+    saw::SampleParams params{};
+    params.logits = at<float>(logits);
+    params.row_ends = at<int32_t const>(row_ends);
+    params.rows = at<saw::SampleRow const>(rows);
+    params.tokens = at<int32_t>(tokens);
+    params.logprobs = at<double>(logprobs);
+    params.num_rows = num_rows;
+    params.vocab_size = vocab_size;
+    return saw::sample(params, at<CUstream_st>(stream));
+}
+
+int resolve_tokens(Address input_ids, int num_tokens, Address tokens, Address stream) {
+    return saw::resolve_tokens(at<int32_t>(input_ids), num_tokens, at<int32_t const>(tokens), at<CUstream_st>(stream));
+}
+
 // The few fields of a DLPack 0.8 capsule (github.com/dmlc/dlpack) that say where an array lies and what it is.
 struct DLTensor {
     void* data;
@@ -157,6 +175,10 @@ py::tuple dlpack_view(py::capsule const& capsule) {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The kernels of saw_trtllm on addresses; use saw_trtllm.ops, which checks what it is given.";
     m.attr("FORMAT_VERSION") = saw::kFormatVersion;
+    m.attr("MAX_VOCAB") = saw::kMaxVocab;
+    m.attr("SAMPLE_ROW_BYTES") = sizeof(saw::SampleRow);
+    m.attr("LISTED_TOKEN_BYTES") = sizeof(saw::ListedToken);
+    m.def("philox_uniform", &saw::philox_uniform, py::arg("seed"), py::arg("index"));
     m.def("row_bytes", &saw::row_bytes, py::arg("cache"), py::arg("head_dim"));
     m.def("dlpack_view", &dlpack_view, py::arg("capsule"));
     m.def(
@@ -190,6 +212,10 @@ PYBIND11_MODULE(_C, m) {
           py::arg("pool"), py::arg("num_tokens"), py::arg("num_sequences"), py::arg("num_heads"), py::arg("head_dim"),
           py::arg("window"), py::arg("softmax_scale"), py::arg("softcap"), py::arg("dtype"), py::arg("cache"),
           py::arg("device"), py::arg("stream"));
+    m.def("sample", &sample, ReleaseGil(), py::kw_only(), py::arg("logits"), py::arg("row_ends"), py::arg("rows"),
+          py::arg("tokens"), py::arg("logprobs"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("stream"));
+    m.def("resolve_tokens", &resolve_tokens, ReleaseGil(), py::kw_only(), py::arg("input_ids"), py::arg("num_tokens"),
+          py::arg("tokens"), py::arg("stream"));
     m.def("decode_workspace_bytes", &saw::decode_workspace_bytes, py::arg("max_sequences"), py::arg("num_heads"),
           py::arg("num_kv_heads"), py::arg("head_dim"));
 }

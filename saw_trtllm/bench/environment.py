@@ -8,8 +8,6 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 import saw_trtllm
 from saw_trtllm.bench.record import Environment
 
@@ -28,10 +26,12 @@ def describe(command: str, commit: str | None, flashinfer: bool, official: str |
     official : str, optional
         Digest of the official kernels, where they take part.
     """
-    head, dirty = (commit, None) if commit else _git()
+    import torch
+
+    head, dirty = (commit, None) if commit else git_state()
     return Environment(
         gpu=torch.cuda.get_device_name(),
-        driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        driver=driver_version(),
         cuda=torch.version.cuda,
         python=platform.python_version(),
         torch=torch.__version__,
@@ -42,8 +42,18 @@ def describe(command: str, commit: str | None, flashinfer: bool, official: str |
         commit=head,
         dirty=dirty,
         command=command,
-        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        date=today(),
     )
+
+
+def today() -> str:
+    """The date and time of a record."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def driver_version() -> str | None:
+    """NVIDIA's driver; None where there is none."""
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
 
 
 def _version(package: str) -> str | None:
@@ -53,7 +63,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git() -> tuple[str | None, bool | None]:
+def git_state() -> tuple[str | None, bool | None]:
+    """The commit, and whether there are changes beside it; None where there is no repository."""
     root = str(Path(saw_trtllm.__file__).parents[1])
     head = _output("git", "-C", root, "rev-parse", "--short=12", "HEAD")
     changes = _output("git", "-C", root, "status", "--porcelain", "--untracked-files=no")

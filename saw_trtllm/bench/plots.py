@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ _STYLES = {
     "official": ("#CC79A7", "v"),
 }
 _ROOFLINE = "#555555"
-# Text as text keeps the files small; a fixed salt keeps them the same for the same record.
-_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "saw-bench", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+_SETTINGS = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -35,27 +35,35 @@ def draw(results: Results, folder: Path) -> list[Path]:
     ConfigError
         If the folder cannot be written.
     """
+    plots: dict[str, Callable[[Any, Results], None]] = {"decode": _decode, "write": _write, "prefill": _prefill}
+    there = {suite for suite in plots if any(case.measurements for case in results.suite(suite))}
+    return draw_plots(
+        folder, {suite: partial(plot, results=results) for suite, plot in plots.items() if suite in there}
+    )
+
+
+def draw_plots(folder: Path, plots: dict[str, Callable[[Any], None]]) -> list[Path]:
+    """Draw ``NAME.svg`` for each of some functions that draw on a figure's axes; raises as :func:`draw`."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
+
+        from saw_trtllm.svg import save_svg
     except ModuleNotFoundError as e:
         raise BackendUnavailableError(
-            "saw-bench plot needs matplotlib, which is not installed: pip install 'saw-trtllm[bench]'"
+            f"saw-bench plot needs {e.name}, which is not installed: pip install 'saw-trtllm[bench]'"
         ) from e
     written = []
-    plots: dict[str, Callable[[Any, Results], None]] = {"decode": _decode, "write": _write, "prefill": _prefill}
-    for suite, plot in plots.items():
-        if not any(case.measurements for case in results.suite(suite)):
-            continue
+    for name, plot in plots.items():
         with matplotlib.rc_context(_SETTINGS):
             figure = Figure(figsize=(7.2, 4.0), layout="constrained")
             axes = figure.add_subplot()
-            plot(axes, results)
+            plot(axes)
             axes.legend(fontsize=8, framealpha=0.9)
-            path = folder / f"{suite}.svg"
+            path = folder / f"{name}.svg"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path, metadata={"Date": None})
+                save_svg(figure, path)
             except OSError as e:
                 raise ConfigError(f"{path} cannot be written ({e.strerror}): give a folder of yours") from e
         written.append(path)

@@ -28,6 +28,22 @@ def check_writable(path: Path) -> None:
         raise ConfigError(f"{path} cannot be written: give a file in a folder of yours")
 
 
+def write_record(path: Path, record: BaseModel) -> None:
+    """Write JSON.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be written.
+    """
+    check_writable(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be written ({e.strerror}): give a file in a folder of yours") from e
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -132,19 +148,8 @@ class Results(_Record):
         return [case for case in self.cases if case.suite == name]
 
     def save(self, path: Path) -> None:
-        """Write JSON.
-
-        Raises
-        ------
-        ConfigError
-            If the file cannot be written.
-        """
-        check_writable(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        except OSError as e:
-            raise ConfigError(f"{path} cannot be written ({e.strerror}): give a file in a folder of yours") from e
+        """Write JSON; raises :class:`ConfigError` if the file cannot be written."""
+        write_record(path, self)
 
     @classmethod
     def load(cls, path: Path) -> Results:

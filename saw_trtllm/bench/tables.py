@@ -131,18 +131,24 @@ def markdown(table: Table) -> str:
     return "\n".join(lines)
 
 
-def plain(results: Results) -> str:
-    """All tables with aligned columns."""
+def align(sections: dict[str, Table]) -> str:
+    """Tables with their names above them and aligned columns, without those that have no row."""
     parts = []
-    for name, table in _sections(results).items():
-        if name == "targets" and len(table) == 1:
+    for name, table in sections.items():
+        if len(table) == 1:
             continue
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
         parts.append("\n".join([name, *lines]))
-    if missing := missing_lines(results):
-        parts.append("\n".join(["not measured", *missing]))
     return "\n\n".join(parts)
+
+
+def plain(results: Results) -> str:
+    """All tables with aligned columns."""
+    text = align(_sections(results))
+    if missing := missing_lines(results):
+        text = "\n".join([text, "", "not measured", *missing])
+    return text
 
 
 def fill_in(document: Path, results: Results) -> None:
@@ -159,8 +165,13 @@ def fill_in(document: Path, results: Results) -> None:
     ConfigError
         If the document lacks the marker of a table.
     """
+    fill_sections(document, _sections(results))
+
+
+def fill_sections(document: Path, sections: dict[str, Table]) -> None:
+    """As :func:`fill_in`, for tables by the names of their markers."""
     text = document.read_text(encoding="utf-8")
-    for name, table in _sections(results).items():
+    for name, table in sections.items():
         pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         body = markdown(table)
         text, count = pattern.subn(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text)

@@ -1,21 +1,27 @@
-"""``saw-bench``: how fast the kernels are, beside their peers."""
+"""``saw-bench``: how fast the kernels are beside their peers, and engines with them by the format of their cache."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
+from saw_trtllm.backend import choose_backend
 from saw_trtllm.bench.cases import PEERS, SUITES
+from saw_trtllm.bench.engine import cases as engine_cases
+from saw_trtllm.bench.engine.record import EngineResults
 from saw_trtllm.bench.record import Results, check_writable
 from saw_trtllm.cli.common import add_log_level, run, set_log_level
-from saw_trtllm.errors import BackendUnavailableError, ConfigError, KernelError
+from saw_trtllm.config import read_json
+from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError, KernelError
 
 _EXAMPLES = """\
 examples:
   saw-bench kernels --official sglang-fork --output benchmarks/results/h200.json
   saw-bench kernels --suite decode --peers none --quick
+  saw-bench engine --num_layers 8 --output benchmarks/results/h200_engine.json
   saw-bench plot benchmarks/results/h200.json --output docs
 """
 
@@ -50,14 +56,58 @@ def make_parser() -> argparse.ArgumentParser:
         "--commit", metavar="HASH", help="what is measured, where there is no git repository to say it"
     )
     add_log_level(kernels)
+    _add_engine(commands)
     plot = commands.add_parser(
         "plot",
         help="draw plots and tables from a record",
-        description="Draw plots/*.svg from a record and fill in the tables of benchmarks.md, in the output folder.",
+        description="Draw plots/*.svg from a record and fill in its tables, in the output folder: those of "
+        "benchmarks.md, or of engine_benchmarks.md.",
     )
-    plot.add_argument("results", type=Path, metavar="FILE", help="what kernels --output wrote")
+    plot.add_argument("results", type=Path, metavar="FILE", help="what kernels --output or engine --output wrote")
     plot.add_argument("--output", type=Path, default=Path("docs"), metavar="DIR", help="folder (default: %(default)s)")
     return parser
+
+
+def _add_engine(commands: argparse._SubParsersAction) -> None:
+    engine = commands.add_parser(
+        "engine",
+        help="time whole decode steps of TensorRT engines by the format of their cache",
+        description="Build TensorRT engines of Llama 3 8B's shape with random weights, one for each format of the "
+        "cache, and time their decode steps, their parts, the whole runtime and the start.",
+    )
+    engine.add_argument("--kv", default=",".join(engine_cases.KVS), metavar="NAMES", help="default: %(default)s")
+    engine.add_argument(
+        "--num_layers",
+        type=int,
+        default=engine_cases.LLAMA_LAYERS,
+        metavar="N",
+        help="of the engines; fewer are built sooner, and the record says how many (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--vocab_size",
+        type=int,
+        default=engine_cases.LLAMA_VOCAB,
+        metavar="N",
+        help="of the engines (default: %(default)s)",
+    )
+    for name, known in (("batch", engine_cases.BATCHES), ("context", engine_cases.CONTEXTS)):
+        default = ",".join(map(str, known))
+        engine.add_argument(f"--{name}", metavar="NUMBERS", help=f"comma-separated (default: {default})")
+    engine.add_argument("--quick", action="store_true", help="a few batches and contexts")
+    engine.add_argument(
+        "--engine_dir",
+        type=Path,
+        metavar="DIR",
+        help="keep the engines there, in a folder for each format, and take those that are there already, of any shape",
+    )
+    engine.add_argument("--build_timeout", type=float, metavar="S", help="end the run if a build takes longer")
+    engine.add_argument(
+        "--builder_optimization_level", type=int, choices=range(6), metavar="N", help="as saw-build's, for all engines"
+    )
+    engine.add_argument("--multiple_profiles", choices=("enable", "disable"), default="enable", help="as saw-build's")
+    engine.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write the record to")
+    engine.add_argument("--commit", metavar="HASH", help="what is measured, where there is no git repository to say it")
+    add_log_level(engine)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,7 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "plot":
         return run(lambda: _plot(args))
     set_log_level(args.log_level)
-    return run(lambda: _kernels(args, shlex.join(["saw-bench", *argv])))
+    measure = _engine if args.command == "engine" else _kernels
+    return run(lambda: measure(args, shlex.join(["saw-bench", *argv])))
 
 
 def _kernels(args: argparse.Namespace, command: str) -> None:
@@ -102,18 +153,61 @@ def _peers(given: str | None, official: Path | None) -> list[str]:
     return names
 
 
-def _plot(args: argparse.Namespace) -> None:
-    results = Results.load(args.results)
-    from saw_trtllm.bench.plots import draw
-    from saw_trtllm.bench.tables import fill_in
+def _engine(args: argparse.Namespace, command: str) -> None:
+    kvs = args.kv.split(",")
+    for kv in kvs:
+        if kv not in engine_cases.KVS:
+            raise ConfigError(f"--kv names {kv!r}: choose among {', '.join(engine_cases.KVS)}")
+    numbers = {}
+    for name, all_of, few in (
+        ("batch", engine_cases.BATCHES, engine_cases.QUICK_BATCHES),
+        ("context", engine_cases.CONTEXTS, engine_cases.QUICK_CONTEXTS),
+    ):
+        given = getattr(args, name)
+        chosen = few if args.quick else all_of
+        numbers[name] = chosen if given is None else engine_cases.parse_numbers(given, all_of, f"--{name}")
+    for name in ("num_layers", "vocab_size"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least 1")
+    if args.output is not None:
+        check_writable(args.output)
+    choose_backend("tensorrt")
+    from saw_trtllm.bench.engine.run import Plan, run_engines
+    from saw_trtllm.bench.engine.tables import plain
 
+    with tempfile.TemporaryDirectory(prefix="saw-bench-") as temporary:
+        plan = Plan.of(
+            args.engine_dir or Path(temporary),
+            kvs,
+            engine_cases.llama_config(args.num_layers, args.vocab_size),
+            batches=numbers["batch"],
+            contexts=numbers["context"],
+            optimization_level=args.builder_optimization_level,
+            decode_profile=args.multiple_profiles == "enable",
+            build_timeout_s=args.build_timeout,
+        )
+        results = run_engines(plan, command, args.commit, args.output)
+    print(plain(results))
+    if results.aborted:
+        raise EngineError(results.aborted)
+
+
+def _plot(args: argparse.Namespace) -> None:
     if not args.output.is_dir():
         raise ConfigError(f"--output {args.output} is not a folder: give the docs folder, or make one")
-    for path in draw(results, args.output / "plots"):
+    raw = read_json(args.results)
+    if raw.get("kind") == "engine":
+        from saw_trtllm.bench.engine import plots, tables
+
+        results, document = EngineResults.parse(raw, args.results), args.output / "engine_benchmarks.md"
+    else:
+        from saw_trtllm.bench import plots, tables
+
+        results, document = Results.load(args.results), args.output / "benchmarks.md"
+    for path in plots.draw(results, args.output / "plots"):
         print(path)
-    document = args.output / "benchmarks.md"
     if document.exists():
-        fill_in(document, results)
+        tables.fill_in(document, results)
         print(document)
 
 

@@ -16,6 +16,7 @@ _EXAMPLES = """\
 examples:
   saw-build --model llama --kv saw_int4 --checkpoint_dir ckpt --output_dir engine
   saw-build --model_dir Llama-3.1-8B-Instruct --kv saw_int4 --max_seq_len 16384 --dry_run
+  saw-build --model_dir Llama-3.1-8B-Instruct --backend tensorrt --dtype float16 --output_timing_cache llama.cache
 """
 
 
@@ -44,8 +45,9 @@ def _build(options: BuildOptions, dry_run: bool) -> None:
         print_table(describe(plan))
         print(f"dry run: nothing was written to {plan.output_dir}")
         return
-    with tqdm(total=plan.num_steps, desc="saw-build", unit="tensor", disable=not sys.stderr.isatty()) as bar:
-        engine_bytes = build(plan, lambda _: bar.update())
+    terminal = sys.stderr.isatty()
+    with tqdm(total=plan.num_steps, desc="saw-build", unit="tensor", disable=not terminal) as bar:
+        engine_bytes = build(plan, lambda _: bar.update(), PhaseBars() if terminal else None)
     rows = describe(plan)
     rows["engine"] = f"{format_bytes(engine_bytes)} in {plan.output_dir}"
     rows["wall time"] = f"{time.monotonic() - start:.1f} s"
@@ -55,6 +57,27 @@ def _build(options: BuildOptions, dry_run: bool) -> None:
         following = ["saw-run", "--engine_dir", str(plan.output_dir), "--input_text", "Hello", "--max_output_len", "64"]
     rows["next"] = shlex.join(following)
     print_table(rows)
+
+
+class PhaseBars:
+    """A bar for each phase of TensorRT's build, below that of the phase it is in."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, tqdm] = {}
+
+    def start(self, name: str, parent: str | None, num_steps: int) -> None:
+        """Add a bar."""
+        self._bars[name] = tqdm(total=num_steps, desc=name, unit="step", position=len(self._bars) + 1, leave=False)
+
+    def step(self, name: str) -> None:
+        """Move it on."""
+        if name in self._bars:
+            self._bars[name].update()
+
+    def finish(self, name: str) -> None:
+        """Take it away."""
+        if name in self._bars:
+            self._bars.pop(name).close()
 
 
 def describe(plan: BuildPlan) -> dict[str, str]:
@@ -87,3 +110,7 @@ def describe(plan: BuildPlan) -> dict[str, str]:
             f", {tokens_that_fit(plan, 'fp16'):,} in {model.dtype}" if ours != fp16 else ""
         )
     return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

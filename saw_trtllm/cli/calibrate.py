@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
-from saw_trtllm.builder import choose_backend
+from saw_trtllm.backend import choose_backend
 from saw_trtllm.calibration import calibrate
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.cli.common import add_fields, add_log_level, parse_fields, print_table, run, set_log_level

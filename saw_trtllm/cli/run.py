@@ -124,3 +124,7 @@ def _as_json(output: RequestOutput, seconds: float) -> str:
         },
         ensure_ascii=False,
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

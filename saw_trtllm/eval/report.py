@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from saw_trtllm.eval.session import Evaluation
 from saw_trtllm.eval.tables import layer_table, quality_table, suggestion_table
 
 try:
-    import matplotlib as mpl
+    import matplotlib.figure
     from jinja2 import Environment
-    from matplotlib.figure import Figure
+
+    from saw_trtllm.svg import to_svg
 except ImportError as e:
     raise BackendUnavailableError(
         f"--report needs {e.name}, which is not installed: pip install 'saw-trtllm[eval]'"
@@ -97,17 +97,9 @@ def _plots(evaluation: Evaluation) -> list[tuple[str, str]]:
     return [plot for plot in [*plots, _channel_plot(evaluation), _histogram_plot(evaluation)] if plot is not None]
 
 
-def _figure(width: float = 8, height: float = 4, columns: int = 1) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _figure(width: float = 8, height: float = 4, columns: int = 1) -> tuple[matplotlib.figure.Figure, Any]:
+    figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    # Text as text, and the same bytes for the same numbers.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "saw"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
 def _memory_plot(evaluation: Evaluation) -> tuple[str, str]:
@@ -119,7 +111,7 @@ def _memory_plot(evaluation: Evaluation) -> tuple[str, str]:
     if max(perplexities) > 3 * min(perplexities):
         axes.set_yscale("log")
     axes.legend(fontsize=8)
-    return "Memory against quality: down and to the left is better.", _svg(figure)
+    return "Memory against quality: down and to the left is better.", to_svg(figure)
 
 
 def _position_plot(evaluation: Evaluation) -> tuple[str, str] | None:
@@ -136,7 +128,7 @@ def _position_plot(evaluation: Evaluation) -> tuple[str, str] | None:
         ylim=(0, None),
     )
     axes.legend(fontsize=8)
-    return "Divergence by length of the context.", _svg(figure)
+    return "Divergence by length of the context.", to_svg(figure)
 
 
 def _order_plot(evaluation: Evaluation) -> tuple[str, str] | None:
@@ -158,7 +150,7 @@ def _order_plot(evaluation: Evaluation) -> tuple[str, str] | None:
     axes.set(xlabel="Hadamard order", ylabel="perplexity", xscale="log", xticks=orders, xticklabels=orders)
     axes.minorticks_off()
     axes.legend(fontsize=8)
-    return "Perplexity by order of the rotation.", _svg(figure)
+    return "Perplexity by order of the rotation.", to_svg(figure)
 
 
 def _error_plots(evaluation: Evaluation, what: str) -> list[tuple[str, str]]:
@@ -180,7 +172,7 @@ def _error_plots(evaluation: Evaluation, what: str) -> list[tuple[str, str]]:
             axes.set_title(name, fontsize=8)
             axes.set(xlabel="head", ylabel="layer")
         figure.colorbar(image, ax=list(columns))
-        plots.append((f"{text}, each layer's input being exact.", _svg(figure)))
+        plots.append((f"{text}, each layer's input being exact.", to_svg(figure)))
     return plots
 
 
@@ -196,9 +188,8 @@ def _channel_plot(evaluation: Evaluation) -> tuple[str, str]:
     right.xaxis.get_major_locator().set_params(integer=True)
     right.set(xlabel="layer", ylabel="largest channel over median", yscale="log", title="worst head of each layer")
     right.legend(fontsize=8)
-    return "Where the outliers sit: rms of the channels of keys after RoPE, and how far the largest stands out.", _svg(
-        figure
-    )
+    caption = "Where the outliers sit: rms of the channels of keys after RoPE, and how far the largest stands out."
+    return caption, to_svg(figure)
 
 
 def _histogram_plot(evaluation: Evaluation) -> tuple[str, str]:
@@ -212,4 +203,4 @@ def _histogram_plot(evaluation: Evaluation) -> tuple[str, str]:
         axes.plot(centers, [value or float("nan") for value in density], label=label)
     axes.set(xlabel="component of a key over the rms of its row", ylabel="density", yscale="log")
     axes.legend(fontsize=8)
-    return "Distribution of the keys of all layers before and after rotation by the largest order.", _svg(figure)
+    return "Distribution of the keys of all layers before and after rotation by the largest order.", to_svg(figure)

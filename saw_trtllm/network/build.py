@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import numpy as np
 
 from saw_trtllm.builder import BuildPlan, replacing_engine
 from saw_trtllm.engine import EngineConfig, engine_file
-from saw_trtllm.errors import BackendUnavailableError, EngineError
+from saw_trtllm.errors import EngineError
 from saw_trtllm.network.decoder import Load, define_decoder
+from saw_trtllm.network.device import compute_capability
 from saw_trtllm.network.graph import Graph
+from saw_trtllm.network.options import NetworkOptions, Phases
 from saw_trtllm.network.tensors import profiles, shapes, step_inputs
 from saw_trtllm.network.versions import TensorRT
 from saw_trtllm.plugins import VERSION
@@ -22,27 +24,10 @@ from saw_trtllm.plugins import VERSION
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class NetworkOptions:
-    """What a build may do one way or the other.
-
-    Attributes
-    ----------
-    decode_profile : bool
-        Give steps of decodes alone kernels of their own. It makes the build about twice as long. TensorRT-LLM's
-        executor does not know such a profile (with more than one it expects its own six), this project's runtime does.
-    timing_cache : Path or None
-        A file of kernels' times: read if it is there, and written behind the build, which a second time is shorter.
-    """
-
-    decode_profile: bool = True
-    timing_cache: Path | None = None
-
-
 def build_engine(
     plan: BuildPlan,
     progress: Callable[[str], None] | None = None,
-    options: NetworkOptions | None = None,
+    phases: Phases | None = None,
     tensorrt: TensorRT | None = None,
 ) -> int:
     """Write the engine folder of a plan, its config last.
@@ -53,7 +38,8 @@ def build_engine(
         Its folder is there.
     progress : callable, optional
         Called with the name of each tensor that has been read.
-    options : NetworkOptions, optional
+    phases : Phases, optional
+        Told of the phases of TensorRT's build, where it has them: from 10 on.
     tensorrt : TensorRT, optional
         By default the one that is installed.
 
@@ -71,20 +57,37 @@ def build_engine(
     """
     tensorrt = TensorRT.load() if tensorrt is None else tensorrt
     config = built_for(plan.config, tensorrt)
-
-    def load(name: str) -> np.ndarray:
-        array = plan.load(name)
-        if progress is not None:
-            progress(name)
-        return array
-
-    engine = serialize_engine(tensorrt, config, load, options or NetworkOptions())
+    with ThreadPoolExecutor(plan.network.workers) as pool:
+        load = _Reader(plan, pool, progress or (lambda name: None)).load
+        engine = serialize_engine(tensorrt, config, load, plan.network, phases)
     with replacing_engine(plan, config) as part, part.open("wb") as file:
         file.write(engine)
     return (plan.output_dir / engine_file()).stat().st_size
 
 
-def serialize_engine(tensorrt: TensorRT, config: EngineConfig, load: Load, options: NetworkOptions) -> Any:
+class _Reader:
+    """Reads a plan's tensors in a pool's threads, ahead of who asks for them. It begins when the first is asked for."""
+
+    def __init__(self, plan: BuildPlan, pool: ThreadPoolExecutor, progress: Callable[[str], None]) -> None:
+        self._plan, self._pool, self._progress = plan, pool, progress
+        self._reading: dict[str, Future[np.ndarray]] | None = None
+
+    def load(self, name: str) -> np.ndarray:
+        """A tensor, once. All are in memory together anyway: TensorRT takes them when it builds."""
+        if self._reading is None:
+            self._reading = {name: self._pool.submit(self._plan.load, name) for name in self._plan.engine_shapes}
+        try:
+            array = self._reading.pop(name).result()
+        except BaseException:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        self._progress(name)
+        return array
+
+
+def serialize_engine(
+    tensorrt: TensorRT, config: EngineConfig, load: Load, options: NetworkOptions, phases: Phases | None = None
+) -> Any:
     """Define the network and have TensorRT build it.
 
     Returns
@@ -97,13 +100,15 @@ def serialize_engine(tensorrt: TensorRT, config: EngineConfig, load: Load, optio
     tensorrt.load_plugins()
     graph = Graph(tensorrt, tensorrt.create_network(builder))
     define_decoder(graph, config, load)
-    builder_config = tensorrt.create_config(builder)
+    builder_config = tensorrt.create_config(builder, options.optimization_level)
+    if phases is not None:
+        tensorrt.report_phases(builder_config, phases)
     add_profiles(tensorrt, builder, builder_config, config, options.decode_profile)
-    _read_timing_cache(builder_config, options.timing_cache)
+    _use_timing_cache(builder_config, options)
     engine = builder.build_serialized_network(graph.network, builder_config)
     if engine is None:
         raise EngineError(f"TensorRT {tensorrt.version} did not build the engine: {logger.reason}")
-    _write_timing_cache(builder_config, options.timing_cache)
+    _write_timing_cache(builder_config, options.output_timing_cache)
     return engine
 
 
@@ -131,38 +136,12 @@ def built_for(config: EngineConfig, tensorrt: TensorRT) -> EngineConfig:
     return config.model_copy(update={"saw_int4": section})
 
 
-def compute_capability() -> str:
-    """That of the GPU in use, as in 9.0.
-
-    Raises
-    ------
-    BackendUnavailableError
-        If CUDA for Python is not installed, or there is no GPU.
-    """
-    try:
-        from cuda.bindings import runtime
-    except ImportError as e:
-        raise BackendUnavailableError(
-            f"CUDA for Python cannot be imported here ({e}): pip install 'saw-trtllm[tensorrt]'"
-        ) from e
-    error, device = runtime.cudaGetDevice()
-    parts = []
-    for name in ("Major", "Minor"):
-        if error == runtime.cudaError_t.cudaSuccess:
-            attribute = getattr(runtime.cudaDeviceAttr, f"cudaDevAttrComputeCapability{name}")
-            error, value = runtime.cudaDeviceGetAttribute(attribute, device)
-            parts.append(str(value))
-    if error != runtime.cudaError_t.cudaSuccess:
-        raise BackendUnavailableError(
-            f"CUDA finds no GPU ({error.name}): use --backend reference, which runs on any CPU"
-        )
-    return ".".join(parts)
-
-
-def _read_timing_cache(builder_config: Any, path: Path | None) -> None:
-    if path is None:
+def _use_timing_cache(builder_config: Any, options: NetworkOptions) -> None:
+    """Build with the times of the input cache; an empty one makes TensorRT keep those of this build."""
+    path = options.input_timing_cache
+    if path is None and options.output_timing_cache is None:
         return
-    cache = builder_config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    cache = builder_config.create_timing_cache(b"" if path is None else path.read_bytes())
     if cache is None or not builder_config.set_timing_cache(cache, False):
         log.warning("%s is of another TensorRT or GPU, or damaged: the build starts a new one", path)
         builder_config.set_timing_cache(builder_config.create_timing_cache(b""), False)

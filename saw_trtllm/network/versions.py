@@ -6,6 +6,8 @@
 - Plugins are V3 from 10 on, V2 in 8.6.
 - cuBLAS and cuDNN, which 10 leaves out unless asked, are switched off in 8.6 too: they need not be installed.
 - 11 has no other than strongly typed networks, and no flag for them.
+- An execution context on the caller's memory is made in other words from 10 on.
+- A build tells of its progress from 10 on.
 
 ``tensorrt`` is imported when a :class:`TensorRT` is made, so that the package can be read without it.
 """
@@ -17,16 +19,23 @@ import logging
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from saw_trtllm import plugins
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
+from saw_trtllm.network.options import Phases
 
 log = logging.getLogger(__name__)
 
 #: By TensorRT's severity: internal error, error, warning, info, verbose.
 _LEVELS = (logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)
+
+#: An error to 8.6, and a question to the plugin library: it registers what is not there yet.
+_ASKED_IN_VAIN = "getPluginCreator could not find plugin: Saw"
+
+_LOGGERS: WeakKeyDictionary[ModuleType, Any] = WeakKeyDictionary()
 
 
 class TensorRT:
@@ -119,21 +128,16 @@ class TensorRT:
     # -- building
 
     def logger(self) -> Any:
-        """A logger that hands TensorRT's messages to Python's logging; ``reason`` is the latest that was worst."""
+        """A logger that hands TensorRT's messages to Python's logging; ``reason`` is the latest that was worst.
 
-        class Logger(self.trt.ILogger):
-            def __init__(self) -> None:
-                super().__init__()
-                self.reason, self._worst = "it gave no reason", logging.WARNING
-
-            def log(self, severity: Any, message: str) -> None:
-                level = _LEVELS[int(severity)]
-                if level >= self._worst:
-                    # What follows an internal error is an error, and says less or more.
-                    self.reason, self._worst = message, min(level, logging.ERROR)
-                log.log(level, "TensorRT: %s", message)
-
-        return Logger()
+        There is one for each module, with its reason forgotten: TensorRT goes on with the first that it was given,
+        whatever others it is given later.
+        """
+        logger = _LOGGERS.get(self.trt)
+        if logger is None:
+            logger = _LOGGERS[self.trt] = _make_logger(self.trt)
+        logger.forget()
+        return logger
 
     def builder(self, logger: Any) -> Any:
         """A builder.
@@ -159,15 +163,35 @@ class TensorRT:
         flag = flags.STRONGLY_TYPED if self.strongly_typed else flags.EXPLICIT_BATCH
         return builder.create_network(1 << int(flag))
 
-    def create_config(self, builder: Any) -> Any:
+    def create_config(self, builder: Any, optimization_level: int | None = None) -> Any:
         """A builder's configuration under which the network's types are what :class:`Graph` says."""
         config = builder.create_builder_config()
+        if optimization_level is not None:
+            config.builder_optimization_level = optimization_level
         if not self.strongly_typed:
             config.set_flag(self.trt.BuilderFlag.FP16)
             config.set_flag(self.trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
             own = (self.trt.TacticSource.JIT_CONVOLUTIONS, self.trt.TacticSource.EDGE_MASK_CONVOLUTIONS)
             config.set_tactic_sources(sum(1 << int(source) for source in own))
         return config
+
+    def report_phases(self, config: Any, phases: Phases) -> None:
+        """Have a build tell of its phases, where TensorRT does."""
+        if not hasattr(self.trt, "IProgressMonitor"):
+            return
+
+        class Monitor(self.trt.IProgressMonitor):
+            def phase_start(self, name: str, parent: str | None, num_steps: int) -> None:
+                phases.start(name, parent, num_steps)
+
+            def step_complete(self, name: str, step: int) -> bool:
+                phases.step(name)
+                return True  # go on
+
+            def phase_finish(self, name: str) -> None:
+                phases.finish(name)
+
+        config.progress_monitor = Monitor()
 
     # -- plugins
 
@@ -202,3 +226,42 @@ class TensorRT:
         if plugins.has_v3(self.trt):
             return network.add_plugin_v3(inputs, [], plugin)
         return network.add_plugin_v2(inputs, plugin)
+
+    # -- running
+
+    def activation_bytes(self, engine: Any) -> int:
+        """Bytes of memory that an execution context needs, whichever its profile."""
+        return engine.device_memory_size_v2 if self.strongly_typed else engine.device_memory_size
+
+    def create_context(self, engine: Any, address: int, nbytes: int) -> Any:
+        """An execution context on memory that the caller has allocated; None if TensorRT gives none."""
+        if not self.strongly_typed:
+            context = engine.create_execution_context_without_device_memory()
+            if context is not None:
+                context.device_memory = address
+            return context
+        context = engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is not None:
+            context.set_device_memory(address, nbytes)
+        return context
+
+
+def _make_logger(trt: ModuleType) -> Any:
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.forget()
+
+        def forget(self) -> None:
+            self.reason, self._worst = "it gave no reason", logging.WARNING
+
+        def log(self, severity: Any, message: str) -> None:
+            level = _LEVELS[int(severity)]
+            if _ASKED_IN_VAIN in message:
+                level = logging.DEBUG
+            if level >= self._worst:
+                # What follows an internal error is an error, and says less or more.
+                self.reason, self._worst = " ".join(message.split()), min(level, logging.ERROR)
+            log.log(level, "TensorRT: %s", message)
+
+    return Logger()

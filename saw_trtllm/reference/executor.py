@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from saw_trtllm.engine import CONFIG_FILE, EngineConfig, engine_file, k_center_name
 from saw_trtllm.errors import BackendUnavailableError, EngineError
-from saw_trtllm.runtime.executor import StepOutput
+from saw_trtllm.runtime.executor import FinishedStep, StepOutput
 from saw_trtllm.runtime.sampling import SamplingState, sample
 from saw_trtllm.runtime.step import StepInputs
 
@@ -46,6 +46,8 @@ class ReferenceExecutor:
         If the engine file is damaged, or the pool could not hold one sequence.
     """
 
+    asynchronous = False
+
     def __init__(self, folder: Path, config: EngineConfig, max_tokens: int | None, memory_fraction: float) -> None:
         model, build = config.pretrained_config, config.build_config
         path = folder / engine_file()
@@ -77,10 +79,16 @@ class ReferenceExecutor:
                 f"a KV cache of {max_tokens} tokens does not fit into this machine's memory: give it fewer tokens"
             ) from e
 
+    def launch(
+        self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
+    ) -> FinishedStep:
+        """Compute a step; see :class:`saw_trtllm.runtime.executor.Executor`."""
+        return FinishedStep(self.execute(step, sampling, context_logits))
+
     def execute(
         self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
     ) -> StepOutput:
-        """Compute a step; see :class:`saw_trtllm.runtime.executor.Executor`."""
+        """Like :meth:`launch`, and give what was computed."""
         every = any(context_logits)
         logits = self._model.forward(step, self.cache, all_logits=every).numpy()
         ends = step.last_token_ids if every else np.arange(1, len(sampling) + 1)

@@ -108,7 +108,10 @@ class BlockManager:
 
     def grow(self, table: BlockTable, num_tokens: int) -> bool:
         """Make room for ``num_tokens`` in all. False, with nothing changed, when the free blocks do not suffice."""
-        missing = self.blocks_for(num_tokens) - len(table.blocks)
+        held = len(table.blocks)
+        if num_tokens <= held * self.tokens_per_block:  # mostly so: a decode needs a block now and then
+            return True
+        missing = self.blocks_for(num_tokens) - held
         if missing > len(self._free):
             return False
         for _ in range(missing):
@@ -141,7 +144,7 @@ class BlockManager:
                 # What nobody can find again is the first to be used.
                 if block.key is None:
                     self._free.move_to_end(index, last=False)
-        table.blocks.clear()
+        table.blocks = []  # a new list: whoever keeps the old one's content must not take it for this
         table.num_registered = 0
 
     def check(self) -> None:

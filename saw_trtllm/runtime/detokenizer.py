@@ -59,6 +59,9 @@ class Detokenizer:
         self._include_stop = include_stop
         # The last pieces. Whole ones, since a context that began within a character would spoil what follows.
         self._sent: list[list[int]] = []
+        self._context: list[int] = []  # their tokens
+        self._context_chars = 0
+        self._chars = 0  # with the held tokens
         self._held: list[int] = []
 
     def push(self, token: int, may_stop: bool = True) -> tuple[Piece | None, str | None]:
@@ -95,17 +98,19 @@ class Detokenizer:
         return self._send(self._held_text() if self._tokenizer else "")
 
     def _held_text(self) -> str:
-        return decode_piece(self._tokenizer, self._context(), self._held)
-
-    def _context(self) -> list[int]:
-        return [token for piece in self._sent for token in piece]
+        text = self._tokenizer.decode([*self._context, *self._held])
+        self._chars = len(text)
+        return text[self._context_chars :]
 
     def _send(self, text: str) -> Piece:
-        piece = Piece(self._context(), self._held, text)
+        piece = Piece(self._context, self._held, text)
         self._sent.append(self._held)
-        while sum(map(len, self._sent[1:])) >= self._CONTEXT:
-            del self._sent[0]
-        self._held = []
+        self._context = [*self._context, *self._held]
+        self._context_chars, self._held = self._chars, []
+        if len(self._context) >= 2 * self._CONTEXT:  # seldom, since what is left must be decoded anew
+            while len(self._context) - len(self._sent[0]) >= self._CONTEXT:
+                self._context = self._context[len(self._sent.pop(0)) :]
+            self._context_chars = len(self._tokenizer.decode(self._context)) if self._tokenizer else 0
         return piece
 
 

@@ -1,7 +1,12 @@
-"""The loop that drives an executor: schedule, execute, hand out tokens."""
+"""The loop that drives an executor: schedule, launch, hand out tokens.
+
+An asynchronous executor always has the next step before the result of the last one is taken: what the host does between
+two steps, it does while one of them runs.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -14,11 +19,11 @@ import numpy as np
 
 from saw_trtllm.errors import EngineError, ShutdownError
 from saw_trtllm.runtime.detokenizer import Detokenizer, Piece
-from saw_trtllm.runtime.executor import Executor, StepOutput
+from saw_trtllm.runtime.executor import Executor, PendingStep, StepOutput
 from saw_trtllm.runtime.outputs import CompletionOutput, FinishReason, GenerationResult, RequestOutput
 from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.scheduler import Scheduled, Scheduler, Sequence
-from saw_trtllm.runtime.step import StepInputs
+from saw_trtllm.runtime.step import PREFILL, StepPacker
 
 logger = logging.getLogger(__name__)
 
@@ -95,11 +100,9 @@ class Request:
         self._generation_logits: list[np.ndarray] = []
         self._shown = 0
 
-    @property
-    def banned(self) -> tuple[int, ...]:
-        """Tokens that may not come next."""
-        early = len(self.sequence.generated) < self.sequence.params.min_tokens
-        return tuple(self.end_ids) if early else ()
+    def banned(self, num_drawn: int) -> tuple[int, ...]:
+        """Tokens that may not come behind so many of the text."""
+        return tuple(self.end_ids) if num_drawn < self.sequence.params.min_tokens else ()
 
     def keep_logits(self, logits: np.ndarray, start: int, samples: bool) -> None:
         """Collect what the request asked for from a step's logits ``[n, vocab_size]``, the first of token ``start``."""
@@ -182,6 +185,14 @@ class Request:
         )
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A step under way, and whose it is."""
+
+    parts: list[Scheduled]
+    pending: PendingStep
+
+
 class EngineCore:
     """A thread that runs the steps. All state of the scheduler lives in that thread.
 
@@ -196,7 +207,8 @@ class EngineCore:
     def __init__(self, executor: Executor, scheduler: Scheduler, num_layers: list[int]) -> None:
         self._executor = executor
         self._scheduler = scheduler
-        self._num_layers = num_layers
+        self._packer = StepPacker(num_layers)
+        self._under_way: deque[_Step] = deque()
         self._requests: dict[int, Request] = {}
         self._inbox: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
@@ -249,6 +261,7 @@ class EngineCore:
                 pass
             for request_id in list(self._requests):
                 self._cancel(request_id)
+            self._finish(steps_left=0)
         except Exception as e:
             logger.exception("the runtime failed")
             with self._changed:
@@ -257,17 +270,25 @@ class EngineCore:
             self._take_in()
             for request in self._requests.values():
                 request.result.put(EngineError(f"the runtime failed ({e}): make a new LLM"))
+            for step in self._under_way:
+                with contextlib.suppress(Exception):  # it may be what failed
+                    step.pending.result()
         self._executor.shutdown()
 
     def _turn(self) -> bool:
-        """Take in what has come and do a step; false when it is time to close."""
+        """Take in what has come, begin a step and end one; false when it is time to close."""
         with self._changed:
-            self._changed.wait_for(lambda: self._inbox or self._closing or self._scheduler.has_work)
+            self._changed.wait_for(lambda: self._inbox or self._closing or self._has_work)
             closing = self._closing
         self._take_in()
-        if not closing and self._scheduler.has_work:
-            self._step()
+        if not closing and self._has_work:
+            begun = self._begin()
+            self._finish(steps_left=1 if begun and self._executor.asynchronous else 0)
         return not closing
+
+    @property
+    def _has_work(self) -> bool:
+        return self._scheduler.has_work or bool(self._under_way)
 
     def _take_in(self) -> None:
         while self._inbox:
@@ -288,38 +309,65 @@ class EngineCore:
         self._scheduler.remove(request.sequence)
         return request
 
-    def _step(self) -> None:
-        step = self._scheduler.schedule()
+    def _begin(self) -> bool:
+        """Launch the next step; false if no sequence can go on before the one under way is done."""
+        parts = self._scheduler.schedule()
+        if not parts:
+            return False
+        sampling = [self._sampling(s) if s.samples else None for s in parts]
+        context = [self._wants_context(s) for s in parts]
         try:
-            output = self._execute(step)
+            pending = self._executor.launch(self._packer.pack([s.inputs for s in parts]), sampling, context)
         except Exception as e:
-            # One bad step must not take the server down: its requests end with the error, the others go on.
-            logger.exception("a step of %d sequences failed", len(step))
-            for s in step:
+            self._fail(parts, e)
+            return False
+        self._scheduler.launched(parts)
+        self._under_way.append(_Step(parts, pending))
+        return True
+
+    def _sampling(self, s: Scheduled) -> SamplingState:
+        sequence = s.sequence
+        banned = self._requests[sequence.request_id].banned(s.num_drawn) if sequence.params.min_tokens else ()
+        return SamplingState(sequence.params, sequence.prompt, sequence.generated, banned, s.num_drawn)
+
+    def _wants_context(self, s: Scheduled) -> bool:
+        wants = s.sequence.params.return_context_logits
+        return wants and not s.sequence.generated and s.inputs.kind == PREFILL
+
+    def _finish(self, steps_left: int) -> None:
+        """Wait for the steps under way but for so many, and hand out what they gave."""
+        while len(self._under_way) > steps_left:
+            step = self._under_way.popleft()
+            try:
+                output = step.pending.result()
+            except Exception as e:
+                for s in step.parts:
+                    self._scheduler.done(s)
+                self._fail(step.parts, e)
+                continue
+            for i, s in enumerate(step.parts):
+                self._advance(s, output, i)
+
+    def _fail(self, parts: list[Scheduled], e: Exception) -> None:
+        """One bad step must not take the server down: its requests end with the error, the others go on."""
+        logger.error("a step of %d sequences failed", len(parts), exc_info=e)
+        for s in parts:
+            if s.sequence.request_id in self._requests:
                 error = EngineError(f"the engine failed while it computed this request: {e}")
                 self._drop(s.sequence.request_id).result.put(error)
-            return
-        for i, s in enumerate(step):
-            self._advance(s, output, i)
-
-    def _execute(self, step: list[Scheduled]) -> StepOutput:
-        sampling: list[SamplingState | None] = []
-        for s in step:
-            request = self._requests[s.sequence.request_id]
-            state = SamplingState(s.sequence.params, s.sequence.prompt, s.sequence.generated, request.banned)
-            sampling.append(state if s.samples else None)
-        context = [s.sequence.params.return_context_logits and not s.sequence.generated for s in step]
-        return self._executor.execute(StepInputs.pack([s.inputs for s in step], *self._num_layers), sampling, context)
 
     def _advance(self, s: Scheduled, output: StepOutput, i: int) -> None:
-        request, samples = self._requests[s.sequence.request_id], s.samples
+        request = self._requests.get(s.sequence.request_id)
+        if request is None:  # it ended while this was under way
+            self._scheduler.done(s)
+            return
         first_chunk = s.inputs.start == s.sequence.num_reused
         self._scheduler.advance(s)
         if first_chunk and not s.sequence.generated:
             self._stats.reused_tokens_total += s.sequence.num_reused
         if output.logits[i] is not None:
-            request.keep_logits(output.logits[i], s.inputs.start, samples)
-        if not samples:
+            request.keep_logits(output.logits[i], s.inputs.start, s.samples)
+        if not s.samples:
             return
         if not s.sequence.generated:
             self._stats.ttft_seconds_sum += time.monotonic() - request.arrival

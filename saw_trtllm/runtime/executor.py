@@ -32,27 +32,58 @@ class StepOutput:
     logits: list[np.ndarray | None]
 
 
+class PendingStep(Protocol):
+    """A step that has been launched."""
+
+    def result(self) -> StepOutput:
+        """Wait for the step, and give what it computed or raise what it failed with. Called once."""
+        ...
+
+
+@dataclass(frozen=True)
+class FinishedStep:
+    """A step that was computed when it was launched."""
+
+    output: StepOutput
+
+    def result(self) -> StepOutput:
+        """Give what was computed."""
+        return self.output
+
+
 class Executor(Protocol):
-    """Runs steps of an engine over a pool of ``num_blocks`` blocks. One thread calls it."""
+    """Runs steps of an engine over a pool of ``num_blocks`` blocks. One thread calls it.
+
+    Steps take effect in the order of their launches, and their results are taken in that order. Where ``asynchronous``,
+    the next step may be launched before the result of the last one is taken, never two: at most two are under way.
+    """
 
     num_blocks: int
+    asynchronous: bool
 
-    def execute(
+    def launch(
         self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
-    ) -> StepOutput:
-        """Compute a step.
+    ) -> PendingStep:
+        """Begin to compute a step.
 
         Parameters
         ----------
         step : StepInputs
-            B sequences.
+            B sequences. Its arrays are the caller's again once the result has been taken. Where the executor is
+            asynchronous, an input id of ``-1 - j`` is the token that sequence j of the step launched just before draws.
         sampling : sequence of SamplingState or None
-            How to choose each sequence's next token; None for one that only fills the cache.
+            How to choose each sequence's next token; None for one that only fills the cache. To be read now: its tokens
+            grow once earlier steps are done. A sequence with penalties has no token that the caller does not know.
         context_logits : sequence of bool
             Which sequences want the logits of all their tokens.
+
+        Raises
+        ------
+        Exception
+            If the step cannot begin; then it has not taken place, and the one under way is not harmed.
         """
         ...
 
     def shutdown(self) -> None:
-        """Release what the executor holds."""
+        """Release what the executor holds. No step is under way."""
         ...

@@ -100,7 +100,7 @@ class LLM:
         kv_cache_config = kv_cache_config or KvCacheConfig()
         chunk = _prefill_chunk(self.config, prefill_chunk)
         exact = not self.config.kv_format.quantized
-        executor = _open_executor(folder, self.config, kv_cache_config)
+        executor = open_executor(folder, self.config, kv_cache_config)
         blocks = BlockManager(
             executor.num_blocks,
             build.tokens_per_block,
@@ -286,17 +286,28 @@ def _prefill_chunk(config: EngineConfig, asked: int | None) -> int:
     return chunk
 
 
-def _open_executor(folder: Path, config: EngineConfig, kv_cache: KvCacheConfig) -> Executor:
+def open_executor(folder: Path, config: EngineConfig, kv_cache: KvCacheConfig) -> Executor:
+    """The executor of an engine's backend.
+
+    Raises
+    ------
+    EngineError, BackendUnavailableError
+        If this machine cannot run the engine.
+    """
     backend = config.saw_int4.backend
+    options = (kv_cache.max_tokens, kv_cache.free_gpu_memory_fraction)
     if backend == "reference":
         from saw_trtllm.reference.executor import ReferenceExecutor
 
         # In a thread that ends. OpenMP keeps workers for each living thread that has computed, and once they outnumber
         # the cores they sleep between products: the engine's thread, which runs the steps, would take twice as long.
         with ThreadPoolExecutor(1) as thread:
-            options = (kv_cache.max_tokens, kv_cache.free_gpu_memory_fraction)
             return thread.submit(ReferenceExecutor, folder, config, *options).result()
+    if backend == "tensorrt":
+        from saw_trtllm.gpu.executor import TensorRTExecutor
+
+        return TensorRTExecutor(folder, config, *options)
     raise EngineError(
-        f"the engine in {folder} was built for the backend {backend}, which this version cannot run: build it with "
-        f"--backend reference"
+        f"the engine in {folder} was built for the backend {backend}, which TensorRT-LLM's own runtime runs: build it "
+        "with --backend tensorrt or reference"
     )

@@ -17,15 +17,23 @@ class SamplingState(NamedTuple):
     ----------
     params : SamplingParams
     prompt, generated : sequence of int
-        Tokens so far. ``len(generated)`` is the number of the draw.
+        Tokens so far, but for those not known yet.
     banned : sequence of int
         Tokens that may not come now: the ends, before ``min_tokens``.
+    index : int, optional
+        Number of the draw: how many tokens of the text come before this one, known or not. By default all are known.
     """
 
     params: SamplingParams
     prompt: Sequence[int]
     generated: Sequence[int]
     banned: Sequence[int] = ()
+    index: int | None = None
+
+    @property
+    def draw(self) -> int:
+        """The number of the draw."""
+        return len(self.generated) if self.index is None else self.index
 
 
 def sample(logits: np.ndarray, state: SamplingState) -> tuple[int, float]:
@@ -47,11 +55,12 @@ def sample(logits: np.ndarray, state: SamplingState) -> tuple[int, float]:
     """
     params = state.params
     adjusted = _penalize(logits.astype(np.float64), state)
-    token = int(adjusted.argmax()) if params.greedy else _draw(adjusted, params, len(state.generated))
+    token = int(adjusted.argmax()) if params.greedy else _draw(adjusted, params, state.draw)
     return token, _logprob(logits.astype(np.float64), token) if params.logprobs else 0.0
 
 
 def _penalize(logits: np.ndarray, state: SamplingState) -> np.ndarray:
+    """The logits to choose by, rounded to the fp32 that they came in: equals are then equal on every backend."""
     params = state.params
     if params.repetition_penalty != 1.0:
         seen = np.unique(np.concatenate([state.prompt, state.generated]).astype(np.int64))
@@ -61,7 +70,8 @@ def _penalize(logits: np.ndarray, state: SamplingState) -> np.ndarray:
         tokens, counts = np.unique(np.asarray(state.generated, dtype=np.int64), return_counts=True)
         logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
     logits[list(state.banned)] = -np.inf
-    return logits
+    with np.errstate(over="ignore"):
+        return logits.astype(np.float32).astype(np.float64)
 
 
 def _draw(logits: np.ndarray, params: SamplingParams, index: int) -> int:

@@ -123,6 +123,11 @@ class SamplingParams:
         unset = self.temperature is None and self.top_k is None and self.top_p is None
         return unset or self.temperature == 0 or self.top_k == 1 or self.top_p == 0
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether the choice of a token depends on the tokens before it beyond the logits."""
+        return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
+
 
 def _are(values: Any, test: Callable[[Any], bool]) -> bool:
     return isinstance(values, Iterable) and all(map(test, values))

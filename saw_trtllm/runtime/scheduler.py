@@ -8,12 +8,17 @@ computes never depends on the others, so neither does its result:
 - In a 4-bit cache a token that attends to a neighbour of its own chunk sees it unquantized, and one of an earlier chunk
   in 4 bits. Reused prefixes are therefore cut to whole chunks (``BlockManager``'s ``reuse_multiple``), and a preempted
   sequence replays its generated tokens one by one, as it decoded them. A cache that is exact needs neither.
+
+A step may be scheduled while the one before it is under way. Then some sequences' last tokens are not known yet: they
+are scheduled as if none of them ended the text. Nothing is preempted meanwhile, and what a sequence that is removed
+meanwhile holds is freed when its part is done.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import chain
 
 from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.block_manager import BlockManager, BlockTable
@@ -37,6 +42,10 @@ class Sequence:
         Leading tokens whose rows are in the cache.
     num_reused : int
         Leading tokens that were found in the cache when the sequence was last admitted.
+    in_flight : Scheduled or None
+        Its part of the step under way.
+    removed : bool
+        Whether its blocks are to be freed once that is done.
     """
 
     request_id: int
@@ -46,11 +55,19 @@ class Sequence:
     table: BlockTable = field(default_factory=BlockTable)
     num_computed: int = 0
     num_reused: int = 0
+    in_flight: Scheduled | None = None
+    removed: bool = False
 
     @property
     def num_tokens(self) -> int:
         """Tokens known so far."""
         return len(self.prompt) + len(self.generated)
+
+    @property
+    def draws_its_last(self) -> bool:
+        """Whether the step under way draws the last token that it may have."""
+        last = self.in_flight
+        return last is not None and last.samples and last.num_drawn + 1 == self.params.max_tokens
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Known tokens ``start .. end - 1``."""
@@ -60,17 +77,31 @@ class Sequence:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Scheduled:
-    """A sequence's part of a step, and whether its last token's logits choose the next token."""
+    """A sequence's part of a step.
+
+    Attributes
+    ----------
+    sequence : Sequence
+    inputs : StepSequence
+        Its block table is the sequence's own, and grows with it.
+    end : int
+        Tokens of the sequence that are computed by then.
+    samples : bool
+        Whether its last token's logits choose the next token: whether these are all tokens so far.
+    num_drawn : int
+        Tokens of the text so far, known or not.
+    index : int
+        Its place in the step.
+    """
 
     sequence: Sequence
     inputs: StepSequence
-
-    @property
-    def samples(self) -> bool:
-        """Whether all known tokens are computed by this step."""
-        return self.inputs.start + len(self.inputs.token_ids) == self.sequence.num_tokens
+    end: int
+    samples: bool
+    num_drawn: int
+    index: int = 0
 
 
 class Scheduler:
@@ -100,6 +131,7 @@ class Scheduler:
         self._max_num_tokens = max_num_tokens
         self._prefill_chunk = prefill_chunk
         self._exact_cache = exact_cache
+        self._num_leaving = 0  # removed ones whose parts are under way
 
     @property
     def has_work(self) -> bool:
@@ -127,59 +159,100 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Scheduled]:
-        """Choose the next step's sequences, prefills first. Empty when there is nothing to do."""
-        step: list[Scheduled] = []
+        """Choose the next step's sequences, prefills first.
+
+        Empty when there is nothing to do, or nothing before the step under way is done.
+        """
         budget = self._max_num_tokens
         preemptions = self.num_preemptions
-        for sequence in sorted(self.running, key=lambda s: (self._kind(s) == PREFILL, s.request_id)):
+        parts = [self._next(s) for s in self.running if not s.draws_its_last]
+        begun = {kind: [p for p in parts if p.inputs.kind == kind] for kind in (DECODE, PREFILL)}
+        step: dict[int, list[Scheduled]] = {PREFILL: [], DECODE: []}
+        for part in chain.from_iterable(begun.values()):
+            sequence, inputs = part.sequence, part.inputs
             if not sequence.table.blocks:  # preempted for an earlier one
                 continue
-            if self._chunk(sequence) <= budget and self._make_room(sequence):
-                budget -= self._take(sequence, step)
+            if sequence.in_flight is not None and sequence.params.penalizes:
+                return []  # its next choice depends on a token that nobody knows yet
+            if len(inputs.token_ids) > budget:
+                continue
+            if not self.blocks.grow(sequence.table, part.end):
+                if self._is_under_way():
+                    return []
+                if not self._make_room(part):
+                    continue
+            budget -= len(inputs.token_ids)
+            step[inputs.kind].append(part)
         while self.waiting and len(self.running) < self._max_batch_size and preemptions == self.num_preemptions:
-            if not self._admit(self.waiting[0], budget):
+            part = self._admit(self.waiting[0], budget)
+            if part is None:
                 break
-            budget -= self._take(self.waiting.popleft(), step)
-        return sorted(step, key=lambda s: s.inputs.kind)
+            self.waiting.popleft()
+            budget -= len(part.inputs.token_ids)
+            step[part.inputs.kind].append(part)
+        return step[PREFILL] + step[DECODE]
+
+    def launched(self, step: list[Scheduled]) -> None:
+        """Note that a step is under way: the next one may be scheduled now."""
+        for i, scheduled in enumerate(step):
+            scheduled.index = i
+            scheduled.sequence.in_flight = scheduled
 
     def advance(self, scheduled: Scheduled) -> None:
         """Note that a sequence's part of a step has been computed."""
         sequence = scheduled.sequence
-        sequence.num_computed += len(scheduled.inputs.token_ids)
-        self.blocks.register(sequence.table, min(sequence.num_computed, len(sequence.prompt)))
+        sequence.num_computed = scheduled.end
+        if scheduled.inputs.kind == PREFILL:
+            self.blocks.register(sequence.table, min(sequence.num_computed, len(sequence.prompt)))
+        self.done(scheduled)
+
+    def done(self, scheduled: Scheduled) -> None:
+        """Note that a sequence's part of a step is over, whatever became of it."""
+        sequence = scheduled.sequence
+        if sequence.in_flight is scheduled:
+            sequence.in_flight = None
+            if sequence.removed:
+                self._num_leaving -= 1
+                self.blocks.close(sequence.table)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, finished or not, and free its blocks."""
+        """Forget a sequence, finished or not, and free its blocks as soon as nothing writes to them."""
         if sequence in self.running:
             self.running.remove(sequence)
-            self.blocks.close(sequence.table)
+            if sequence.in_flight is None:
+                self.blocks.close(sequence.table)
+            else:
+                sequence.removed = True
+                self._num_leaving += 1
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def _kind(self, s: Sequence) -> int:
-        replay = self._exact_cache and s.num_tokens - s.num_computed > 1
-        return PREFILL if s.num_computed < len(s.prompt) or replay else DECODE
+    def _is_under_way(self) -> bool:
+        return self._num_leaving > 0 or any(s.in_flight is not None for s in self.running)
 
-    def _chunk(self, s: Sequence) -> int:
-        """How many tokens the sequence computes next."""
-        if self._kind(s) == DECODE:
-            return 1
-        end = s.num_tokens if self._exact_cache else len(s.prompt)
-        return min(end, (s.num_computed // self._prefill_chunk + 1) * self._prefill_chunk) - s.num_computed
+    def _next(self, s: Sequence) -> Scheduled:
+        """What the sequence computes next."""
+        prompt, last = len(s.prompt), s.in_flight
+        start, total, unknown = s.num_computed, prompt + len(s.generated), []
+        if last is not None:
+            start = last.end
+            if last.samples:
+                total, unknown = total + 1, [-1 - last.index]
+        if start >= prompt and (total - start == 1 or not self._exact_cache):
+            kind, end = DECODE, start + 1
+        else:
+            kind, chunk_end = PREFILL, (start // self._prefill_chunk + 1) * self._prefill_chunk
+            end = min(total if self._exact_cache else prompt, chunk_end)
+        samples = end == total
+        tokens = unknown if unknown and start + 1 == total else s.tokens(start, end)
+        return Scheduled(s, StepSequence(tokens, start, prompt, kind, s.table.blocks), end, samples, total - prompt)
 
-    def _take(self, s: Sequence, step: list[Scheduled]) -> int:
-        count = self._chunk(s)
-        tokens = s.tokens(s.num_computed, s.num_computed + count)
-        inputs = StepSequence(tokens, s.num_computed, len(s.prompt), self._kind(s), s.table.blocks)
-        step.append(Scheduled(s, inputs))
-        return count
-
-    def _make_room(self, sequence: Sequence) -> bool:
+    def _make_room(self, part: Scheduled) -> bool:
         """Blocks for the sequence's next tokens, from the last-arrived others if need be."""
-        while not self.blocks.grow(sequence.table, sequence.num_computed + self._chunk(sequence)):
+        while not self.blocks.grow(part.sequence.table, part.end):
             victim = max(self.running, key=lambda s: s.request_id)
             self._preempt(victim)
-            if victim is sequence:
+            if victim is part.sequence:
                 return False
         return True
 
@@ -190,16 +263,17 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
-    def _admit(self, sequence: Sequence, budget: int) -> bool:
+    def _admit(self, sequence: Sequence, budget: int) -> Scheduled | None:
         reuse = not sequence.params.return_context_logits
         table, reused = sequence.table, self.blocks.open(sequence.table, sequence.prompt, reuse)
         sequence.num_computed, sequence.num_reused = reused, reused
+        part = self._next(sequence)
         missing = self.blocks.blocks_for(sequence.num_tokens) - len(table.blocks)
         # One free block for each running sequence, so that its next tokens do not preempt the newcomer at once.
         headroom = len(self.running)
-        if self._chunk(sequence) > budget or missing + headroom > self.blocks.num_free:
+        if len(part.inputs.token_ids) > budget or missing + headroom > self.blocks.num_free:
             self.blocks.close(table)
-            return False
+            return None
         self.blocks.grow(table, sequence.num_tokens)
         self.running.append(sequence)
-        return True
+        return part

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,8 @@ class StepSequence(NamedTuple):
     kind : int
         :data:`PREFILL` or :data:`DECODE`.
     block_table : sequence of int
-        Blocks that hold the sequence, at least up to its last token of this step.
+        Blocks that hold the sequence, at least up to its last token of this step. One and the same object from step to
+        step has only grown.
     """
 
     token_ids: Sequence[int]
@@ -44,6 +46,7 @@ class StepInputs:
     Attributes
     ----------
     input_ids, position_ids : ``[num_tokens]``
+        A negative id stands for a token that is not known yet; see :class:`saw_trtllm.runtime.executor.Executor`.
     last_token_ids : ``[B]``
         Inclusive prefix sum of the tokens per sequence.
     sequence_length : ``[B]``
@@ -68,25 +71,55 @@ class StepInputs:
     @classmethod
     def pack(cls, sequences: Sequence[StepSequence], *num_layers: int) -> StepInputs:
         """Pack a step's sequences, prefills first, for pools of so many layers each."""
+        return StepPacker(num_layers).pack(sequences)
+
+
+class StepPacker:
+    """Packs step after step. Of a block table that is in its old row only what is new is converted.
+
+    Parameters
+    ----------
+    num_layers : sequence of int
+        Layers of each pool.
+    """
+
+    def __init__(self, num_layers: Sequence[int]) -> None:
+        self._per_block = 2 * np.array(num_layers, dtype=np.int32)[:, None, None, None]
+        self._blocks = np.zeros((0, 1, 0), dtype=np.int32)
+        self._tables: list[Sequence[int]] = []
+        self._known: list[int] = []  # how many entries of each are in its row
+
+    def pack(self, sequences: Sequence[StepSequence]) -> StepInputs:
+        """Pack a step's sequences, prefills first."""
         counts = np.array([len(s.token_ids) for s in sequences], dtype=np.int32)
         starts = np.array([s.start for s in sequences], dtype=np.int32)
         kinds = np.array([s.kind for s in sequences], dtype=np.int32)
         prompts = np.array([s.prompt_len for s in sequences], dtype=np.int32)
-        widest = max(len(s.block_table) for s in sequences)
-        offsets = np.zeros((len(num_layers), len(sequences), 2, widest), dtype=np.int32)
-        per_block = 2 * np.array(num_layers, dtype=np.int32)[:, None]
-        for i, s in enumerate(sequences):
-            first = np.asarray(s.block_table, dtype=np.int32) * per_block
-            offsets[:, i, 0, : len(s.block_table)] = first
-            offsets[:, i, 1, : len(s.block_table)] = first + 1
-        return cls(
-            input_ids=np.concatenate([np.asarray(s.token_ids, dtype=np.int32) for s in sequences]),
-            position_ids=np.concatenate(
-                [np.arange(s.start, s.start + len(s.token_ids), dtype=np.int32) for s in sequences]
-            ),
-            last_token_ids=np.cumsum(counts, dtype=np.int32),
+        ends = np.cumsum(counts, dtype=np.int32)
+        first = starts - (ends - counts)  # position of a sequence's token less its place in the step
+        return StepInputs(
+            input_ids=np.array(list(chain.from_iterable([s.token_ids for s in sequences])), dtype=np.int32),
+            position_ids=np.arange(ends[-1], dtype=np.int32) + np.repeat(first, counts),
+            last_token_ids=ends,
             sequence_length=starts + counts,
-            context_lengths=np.where(kinds == PREFILL, counts, prompts).astype(np.int32),
+            context_lengths=np.where(kinds == PREFILL, counts, prompts),
             host_request_types=kinds,
-            kv_cache_block_offsets=offsets,
+            kv_cache_block_offsets=self._offsets([s.block_table for s in sequences]),
         )
+
+    def _offsets(self, tables: list[Sequence[int]]) -> np.ndarray:
+        count, widest = len(tables), max(map(len, tables))
+        if count > len(self._blocks) or widest > self._blocks.shape[-1]:
+            rows, width = max(count, len(self._blocks)), max(widest + 16, self._blocks.shape[-1])
+            self._blocks = np.zeros((rows, 1, width), dtype=np.int32)
+            self._tables, self._known = [()] * rows, [0] * rows
+        for i, table in enumerate(tables):
+            if table is not self._tables[i]:
+                self._tables[i], self._known[i] = table, 0
+            if self._known[i] != len(table):
+                self._blocks[i, 0, self._known[i] : len(table)] = table[self._known[i] :]
+                self._known[i] = len(table)
+        offsets = np.empty((len(self._per_block), count, 2, widest), dtype=np.int32)
+        np.multiply(self._blocks[:count, :, :widest], self._per_block, out=offsets)
+        offsets[:, :, 1] += 1
+        return offsets

@@ -1,133 +1,13 @@
-"""The TensorRT plugins on the GPU, through TensorRT's interfaces but without TensorRT: steps against the CPU reference.
-
-``SAW_TENSORRT_INCLUDE_DIR`` names the headers that the library was built with; ``SAW_PLUGIN_LIBRARY`` the library, by
-default the one that ``build_scripts/kernels -DTENSORRT_INCLUDE_DIR=...`` leaves in the package.
-"""
+"""The TensorRT plugins on the GPU, through TensorRT's interfaces but without TensorRT: against the CPU reference."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
-import plugin_library as lib
 import pytest
 import torch
-from plugin_library import ATTENTION, WRITE
-from steps import CASES, DECODES, LAYER_IDX, POOL, PREFILLS, Step, assert_matches, run_kernels
+from plugin_layer import Layer
+from steps import CASES, DECODES, POOL, PREFILLS, Step, assert_matches, run_kernels
 
 from saw_trtllm.format import KVFormat
-
-LIBRARY = Path(os.environ.get("SAW_PLUGIN_LIBRARY", lib.ROOT / "saw_trtllm" / "libsaw_trtllm_plugins.so"))
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    if reason := lib.missing() or (None if LIBRARY.exists() else f"{LIBRARY.name} is not built"):
-        pytest.skip(reason)
-    return lib.build_driver(lib.include_dirs()[0], tmp_path_factory.mktemp("driver"))
-
-
-@pytest.fixture(scope="module", params=["V2", "V3"])
-def creators(request, driver):
-    if not getattr(driver, f"HAS_{request.param}"):
-        pytest.skip(f"TensorRT {driver.TENSORRT[0]} has no {request.param} plugins")
-    found = lib.creators(driver, LIBRARY)
-    return {name: found[request.param, name] for name in (WRITE, ATTENTION)}
-
-
-def fields(step: Step, name: str) -> dict[str, int | float | str]:
-    common = {
-        "layer_idx": LAYER_IDX,
-        "num_heads": step.heads[0],
-        "num_kv_heads": step.heads[1],
-        "head_dim": step.kv_format.head_dim,
-        "tokens_per_block": step.tokens_per_block,
-        "dtype": step.kv_format.dtype,
-        "kv": step.kv_format.kv,
-    }
-    if name == ATTENTION:
-        return common | {"softcap": float(step.softcap or 0.0)}
-    return common | {
-        "hadamard_order": step.kv_format.hadamard_order,
-        "rotate_v": int(step.kv_format.rotate_v),
-        "range_factor": float(step.kv_format.range_factor),
-        "use_k_center": int(step.k_center is not None),
-    }
-
-
-class Layer:
-    """The two plugins of a layer, wired as a network does it."""
-
-    def __init__(self, creators, step: Step, run: bool = True) -> None:
-        self.plugins = {}
-        for name, creator in creators.items():
-            plugin = creator.create(lib.to_fields(fields(step, name)))
-            # As an engine does: serialized, read again, one clone for each context.
-            self.plugins[name] = creator.deserialize(plugin.serialized()).attach_to_context() if run else plugin
-
-    def tensors(self, step: Step) -> dict[str, torch.Tensor]:
-        """Outputs and workspace, full of what nobody may rely on."""
-        tokens, (heads, kv_heads), head_dim = len(step.gpu["qkv"]), step.heads, step.kv_format.head_dim
-        dtype = step.qkv.dtype
-        shapes = {"q": heads, "k": kv_heads, "v": kv_heads, "context": heads}
-        out = {name: torch.full((tokens, n, head_dim), torch.nan, dtype=dtype).cuda() for name, n in shapes.items()}
-        sequences = len(step.gpu["sequence_length"])
-        out["decode_counters"] = torch.full((sequences, kv_heads), 0x5A5A5A5A, dtype=torch.int32).cuda()
-        bytes_ = self.plugins[ATTENTION].workspace_bytes()
-        assert bytes_ > 0
-        out["workspace"] = torch.randint(256, (bytes_,), dtype=torch.uint8).cuda()
-        return out
-
-    def enqueue(self, step: Step, out: dict[str, torch.Tensor]) -> None:
-        stream = torch.cuda.current_stream().cuda_stream
-
-        def gpu(*names: str) -> list[tuple[int, list[int]]]:
-            tensors = [step.gpu[n] if n in step.gpu else out[n] for n in names]
-            flat = {"q", "k", "v"}
-            return [
-                (x.data_ptr(), [len(x), x[0].numel()] if n in flat else list(x.shape))
-                for n, x in zip(names, tensors, strict=True)
-            ]
-
-        def host(name: str) -> tuple[int, list[int]]:
-            array = step.host[name]
-            shape = list(array.shape)
-            if name == "host_kv_cache_pool_pointers" and self.words:
-                shape.append(2)
-            return array.ctypes.data, shape
-
-        pool = [
-            *gpu("kv_cache_block_offsets"),
-            host("host_kv_cache_pool_pointers"),
-            host("host_kv_cache_pool_mapping"),
-        ]
-        inputs = [*gpu("qkv", "position_ids", "last_token_ids", "sequence_length"), *pool, *gpu("rotary_cos_sin")]
-        if "k_center" in step.gpu:
-            inputs += gpu("k_center")
-        outputs = [out[n].data_ptr() for n in ("q", "k", "v", "decode_counters")]
-        self.code = self.plugins[WRITE].enqueue(inputs, outputs, 0, stream)
-        inputs = [
-            *gpu("q", "k", "v", "decode_counters"),
-            host("host_request_types"),
-            *gpu("last_token_ids", "sequence_length"),
-            *pool,
-            host("host_max_attention_window_sizes"),
-        ]
-        workspace = out["workspace"].data_ptr()
-        self.code |= self.plugins[ATTENTION].enqueue(inputs, [out["context"].data_ptr()], workspace, stream)
-
-    words = False  # whether addresses travel as two INT32s
-
-
-@pytest.fixture
-def layer_of(creators, driver):
-    def make(step: Step, run: bool = True) -> Layer:
-        driver.take_messages()
-        layer = Layer(creators, step, run)
-        layer.words = driver.TENSORRT[0] < 10
-        return layer
-
-    return make
 
 
 def run(layer: Layer, step: Step, out: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:

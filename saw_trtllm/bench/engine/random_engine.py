@@ -1,0 +1,130 @@
+"""Engines of a model's shape whose weights are random: for the time of a step it does not matter which they are."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from saw_trtllm import __version__
+from saw_trtllm.checkpoint import expected_shapes
+from saw_trtllm.config import ModelConfig
+from saw_trtllm.engine import BuildConfig, EngineConfig, SawSection, engine_file
+from saw_trtllm.errors import ConfigError, EngineError, SawError
+from saw_trtllm.format import KVFormat
+from saw_trtllm.network.build import built_for, serialize_engine
+from saw_trtllm.network.options import NetworkOptions
+from saw_trtllm.network.versions import TensorRT
+
+logger = logging.getLogger(__name__)
+
+#: Random numbers that are drawn, and repeated: billions of them would take longer than the rest of the run. A prime, so
+#: that no two rows of a matrix are alike.
+_BLOCK = 1_048_583
+#: Between two reports of a build that goes on.
+_REPORT_S = 15.0
+
+
+class RandomWeights:
+    """Weights of a model by name: normal, small enough that activations stay of order 1."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self._shapes = expected_shapes(model)
+        self._block = np.random.default_rng(0).standard_normal(_BLOCK, np.float32).astype(np.float16)
+
+    def load(self, name: str) -> np.ndarray:
+        """A tensor in float16."""
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return np.ones(shape, np.float16)
+        return np.resize(self._block * np.float16(shape[-1] ** -0.5), shape)
+
+
+def engine_config(kv: str, model: ModelConfig, limits: BuildConfig) -> EngineConfig:
+    """The config of an engine with a cache of a format."""
+    fmt = KVFormat(kv, model.head_size, model.dtype)
+    section = SawSection.of(fmt, "tensorrt", __version__)
+    return EngineConfig(version=__version__, pretrained_config=model, build_config=limits, saw_int4=section)
+
+
+def build_random(folder: Path, config: EngineConfig, options: NetworkOptions) -> None:
+    """Write an engine folder.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be written.
+    SawError
+        If TensorRT does not build the engine.
+    """
+    tensorrt = TensorRT.load()
+    config = built_for(config, tensorrt)
+    engine = serialize_engine(tensorrt, config, RandomWeights(config.pretrained_config).load, options)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / engine_file()).write_bytes(engine)
+        config.save(folder)
+    except OSError as e:
+        raise ConfigError(f"{folder} cannot be written ({e.strerror}): give another --engine_dir") from e
+
+
+def build_in_child(folder: Path, config: EngineConfig, options: NetworkOptions, timeout_s: float | None) -> float:
+    """Build in a process of its own, which can be ended, and whose memory is free again behind it.
+
+    Returns
+    -------
+    float
+        Seconds that it took, with the making of the weights.
+
+    Raises
+    ------
+    EngineError
+        If it fails, or takes longer than ``timeout_s``.
+    """
+    start = time.monotonic()
+    job = {"folder": str(folder), "config": config.model_dump(mode="json"), "options": asdict(options)}
+    job["log_level"] = logging.getLogger().getEffectiveLevel()
+    command = [sys.executable, "-m", "saw_trtllm.bench.engine.random_engine", json.dumps(job, default=str)]
+    with subprocess.Popen(command) as child:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = child.wait(_REPORT_S if timeout_s is None else min(_REPORT_S, timeout_s))
+                break
+            seconds = time.monotonic() - start
+            logger.info("%s: building for %.0f s", folder, seconds)
+            if timeout_s is not None and seconds >= timeout_s:
+                child.kill()
+                raise EngineError(
+                    f"{folder} was not built within {timeout_s:g} s: give a lower --builder_optimization_level, fewer "
+                    "--num_layers, or more time"
+                )
+    if code:
+        raise EngineError(f"{folder} could not be built: see above")
+    return time.monotonic() - start
+
+
+def main() -> int:
+    """The child's side of :func:`build_in_child`."""
+    job = json.loads(sys.argv[1])
+    options = job["options"]
+    for name in ("input_timing_cache", "output_timing_cache"):
+        options[name] = options[name] and Path(options[name])
+    # With times: a build can be long, and TensorRT's messages tell of what.
+    logging.basicConfig(level=job["log_level"], format="%(asctime)s [%(levelname)s] %(message)s")
+    try:
+        build_random(Path(job["folder"]), EngineConfig.model_validate(job["config"]), NetworkOptions(**options))
+    except SawError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

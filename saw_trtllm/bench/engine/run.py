@@ -1,0 +1,266 @@
+"""``saw-bench engine``: engines that differ in nothing but their cache's format, on one GPU in one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import saw_trtllm
+from saw_trtllm.bench.engine import cases
+from saw_trtllm.bench.engine.clock import StreamClock
+from saw_trtllm.bench.engine.loop import time_loop, time_start
+from saw_trtllm.bench.engine.random_engine import build_in_child, engine_config
+from saw_trtllm.bench.engine.record import (
+    Engine,
+    EngineEnvironment,
+    EngineResults,
+    Loop,
+    Profile,
+    Shape,
+    Step,
+    TargetResult,
+)
+from saw_trtllm.bench.engine.steps import StepBench
+from saw_trtllm.bench.environment import driver_version, git_state, today
+from saw_trtllm.config import ModelConfig
+from saw_trtllm.engine import CONFIG_FILE, BuildConfig, EngineConfig, engine_file
+from saw_trtllm.errors import ConfigError, SawError
+from saw_trtllm.network import device
+from saw_trtllm.network.options import NetworkOptions
+from saw_trtllm.network.versions import TensorRT
+from saw_trtllm.runtime.llm import LLM, KvCacheConfig, open_executor
+
+logger = logging.getLogger(__name__)
+
+TIMING_CACHE = "model.cache"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run measures.
+
+    Attributes
+    ----------
+    folder : Path
+        An engine folder for each format lies in it, or is made, and the timing cache that they share.
+    model : ModelConfig
+        Of all engines.
+    limits : BuildConfig
+        Of all engines: cases beyond them are left out.
+    kvs : sequence of str
+    batches, contexts : sequence of int
+    optimization_level : int or None
+    decode_profile : bool
+    build_timeout_s : float or None
+        Seconds that each build may take.
+    """
+
+    folder: Path
+    model: ModelConfig
+    limits: BuildConfig
+    kvs: Sequence[str] = cases.KVS
+    batches: Sequence[int] = cases.BATCHES
+    contexts: Sequence[int] = cases.CONTEXTS
+    optimization_level: int | None = None
+    decode_profile: bool = True
+    build_timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for kv in self.kvs:
+            if (found := self.existing(kv)) is None:
+                continue
+            if (found.saw_int4.kv, found.pretrained_config, found.build_config) != (kv, self.model, self.limits):
+                raise ConfigError(
+                    f"{self.folder / kv} holds another engine than this run measures: give another --engine_dir"
+                )
+
+    @classmethod
+    def of(cls, folder: Path, kvs: Sequence[str], model: ModelConfig, **fields: Any) -> Plan:
+        """A plan of the engines that a folder holds, or else of ``model`` with limits that hold all cases.
+
+        Raises
+        ------
+        ConfigError
+            If the folder holds engines that differ in more than their formats.
+        """
+        plans = cls(folder, model, cases.build_limits(), (), **fields)
+        found = next((config for kv in kvs if (config := plans.existing(kv)) is not None), None)
+        if found is not None:
+            plans = replace(plans, model=found.pretrained_config, limits=found.build_config)
+        return replace(plans, kvs=kvs)
+
+    def existing(self, kv: str) -> EngineConfig | None:
+        """The config of a format's engine that is there already."""
+        return EngineConfig.load(self.folder / kv) if (self.folder / kv / CONFIG_FILE).exists() else None
+
+    def network_options(self) -> NetworkOptions:
+        """How an engine is built, with the times of the one before."""
+        cache = self.folder / TIMING_CACHE
+        return NetworkOptions(
+            decode_profile=self.decode_profile,
+            input_timing_cache=cache if cache.is_file() else None,
+            output_timing_cache=cache,
+            optimization_level=self.optimization_level,
+        )
+
+    def steps(self) -> list[tuple[int, int]]:
+        """Batches and contexts of the decode steps."""
+        return [case for case in product(self.batches, self.contexts) if self._within(*case)]
+
+    def profiled(self) -> list[tuple[int, int]]:
+        """Those whose layers are timed."""
+        every = [(batch, context) for batch, contexts in cases.PROFILED.items() for context in contexts]
+        return [case for case in every if self._within(*case)]
+
+    def loop(self) -> tuple[int, int, int]:
+        """Requests of the run through the whole runtime, tokens of their prompts and texts."""
+        text = min(cases.LOOP_TEXT, self.limits.max_seq_len // 4)
+        prompt = min(cases.LOOP_PROMPT, self.limits.max_seq_len - text, self.limits.max_input_len)
+        return min(cases.LOOP_BATCH, self.limits.max_batch_size), prompt, text
+
+    def _within(self, batch: int, context: int) -> bool:
+        return batch <= self.limits.max_batch_size and context <= self.limits.max_seq_len
+
+
+def run_engines(plan: Plan, command: str, commit: str | None = None, output: Path | None = None) -> EngineResults:
+    """Build what is missing, and measure.
+
+    Parameters
+    ----------
+    plan : Plan
+    command : str
+        As it was typed, for the record.
+    commit : str, optional
+        For a tree without its git repository.
+    output : Path, optional
+        Where the record is written after each engine, so that an interrupted run is not lost.
+
+    Raises
+    ------
+    SawError
+        If there is no GPU or no TensorRT, or an engine cannot be built.
+    """
+    results = EngineResults(
+        environment=describe(command, commit),
+        shape=Shape.of(plan.model),
+        optimization_level=plan.optimization_level,
+        decode_profile=plan.decode_profile,
+        tokens_per_block=plan.limits.tokens_per_block,
+        engines=[],
+    )
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    for kv in plan.kvs:
+        engine, aborted = _run_engine(plan, kv)
+        results = results.model_copy(update={"engines": [*results.engines, engine], "aborted": aborted})
+        results = results.model_copy(update={"targets": judge(results)})
+        if output is not None:
+            results.save(output)
+        if aborted:
+            break
+    return results
+
+
+def judge(results: EngineResults) -> list[TargetResult]:
+    """Hold the targets against a record."""
+    found = []
+    for target in cases.TARGETS:
+        value = getattr(results, target.value)
+        met = None if value is None else target.met(value)
+        name = target.name.format(f"{target.limit:g}")
+        found.append(TargetResult(name=name, value=None if value is None else round(value, 4), met=met))
+    return found
+
+
+def describe(command: str, commit: str | None) -> EngineEnvironment:
+    """The current GPU and software."""
+    from saw_trtllm.gpu import cuda
+
+    head, dirty = (commit, None) if commit else git_state()
+    number = cuda.call(cuda.runtime.cudaRuntimeGetVersion)
+    return EngineEnvironment(
+        gpu=device.gpu_name(),
+        driver=driver_version(),
+        cuda=f"{number // 1000}.{number % 1000 // 10}",
+        tensorrt=TensorRT.load().version,
+        python=platform.python_version(),
+        saw_trtllm=saw_trtllm.__version__,
+        commit=head,
+        dirty=dirty,
+        command=command,
+        date=today(),
+    )
+
+
+def _run_engine(plan: Plan, kv: str) -> tuple[Engine, str | None]:
+    """What was measured of a format, and what ended it early."""
+    folder, build_s = plan.folder / kv, None
+    if plan.existing(kv) is None:
+        config = engine_config(kv, plan.model, plan.limits)
+        build_s = build_in_child(folder, config, plan.network_options(), plan.build_timeout_s)
+    config = EngineConfig.load(folder)
+    found: dict[str, Any] = {"start_up": None, "loop": None, "tokens": 0, "memory": {}}
+    found |= {"steps": [], "too_large": [], "profiles": []}
+    aborted = None
+    try:
+        if kv == "saw_int4":
+            found["start_up"] = time_start(folder)
+        _measure(plan, folder, config, found, _loop(plan, folder))
+    except (SawError, RuntimeError) as e:
+        logger.exception("%s", kv)
+        aborted = f"{kv} ended the run: {e}"
+    except KeyboardInterrupt:
+        aborted = f"{kv} was interrupted"
+    engine = Engine(
+        kv=kv,
+        bytes_per_token=config.bytes_per_token,
+        build_s=None if build_s is None else round(build_s, 1),
+        engine_bytes=(folder / engine_file()).stat().st_size,
+        **found,
+    )
+    return engine, aborted
+
+
+def _loop(plan: Plan, folder: Path) -> tuple[float, int]:
+    """µs of a step of the whole runtime, and the context that it is of."""
+    batch, prompt, text = plan.loop()
+    with LLM(folder, kv_cache_config=KvCacheConfig(max_tokens=2 * batch * (prompt + text))) as llm:
+        measured = time_loop(llm, batch, prompt, text)
+    del llm
+    gc.collect()  # the memory must be free for the next
+    return measured
+
+
+def _measure(plan: Plan, folder: Path, config: EngineConfig, found: dict[str, Any], loop: tuple[float, int]) -> None:
+    """Fill in what an executor of its own measures, case by case."""
+    executor = open_executor(folder, config, KvCacheConfig(enable_block_reuse=False))
+    clock = StreamClock(executor.stream)
+    try:
+        bench = StepBench(executor, config, clock)
+        memory = found["memory"] = dataclasses.asdict(executor.memory)
+        # What the pool could be: it is no larger than the engine's limits make use of.
+        pool = KvCacheConfig.free_gpu_memory_fraction * (memory["pool"] + memory["free"])
+        found["tokens"] = int(pool) // config.bytes_per_token
+        step_us, context = loop
+        batch, *_ = plan.loop()
+        gpu_us = bench.gpu_time_of(batch, context)
+        found["loop"] = Loop(batch=batch, context=context, step_us=round(step_us, 2), gpu_us=round(gpu_us, 2))
+        steps: list[Step] = found["steps"]
+        profiles: list[Profile] = found["profiles"]
+        for batch, context in tqdm(plan.steps(), desc=f"steps, {config.saw_int4.kv}", unit="case", disable=None):
+            if bench.fits(batch, context):
+                steps.append(bench.measure(batch, context))
+            else:
+                found["too_large"].append((batch, context))
+        profiles += [bench.profile(*case) for case in plan.profiled() if bench.fits(*case)]
+    finally:
+        clock.close()
+        executor.shutdown()

@@ -1,0 +1,151 @@
+"""Decode steps given to an executor directly, on a cache that nobody filled: only lengths are needed."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from statistics import median, quantiles
+from typing import Any, Protocol
+
+import numpy as np
+
+from saw_trtllm.bench.engine.cases import Part, classify, decoder_layer
+from saw_trtllm.bench.engine.record import Profile, Step
+from saw_trtllm.engine import EngineConfig
+from saw_trtllm.runtime.sampling import SamplingState
+from saw_trtllm.runtime.sampling_params import SamplingParams
+from saw_trtllm.runtime.step import DECODE, StepInputs, StepSequence
+
+#: Steps of a case: as many as fit a time, between so few and so many.
+BUDGET_S, MIN_STEPS, MAX_STEPS = 0.05, 12, 60
+#: Before them: a graph is captured, clocks rise.
+WARM_UP = 3
+#: Steps timed one by one, and profiles of each layer.
+SINGLES, PROFILES = 10, 5
+
+
+class Clock(Protocol):
+    """Marks on the executor's stream: :class:`~saw_trtllm.bench.engine.clock.StreamClock`, or a test's."""
+
+    def mark(self) -> Any:
+        """The point that the stream has come to."""
+
+    def delay(self) -> None:
+        """Keep the stream busy, so that what comes next does not wait for the host."""
+
+    def intervals(self, marks: list[Any]) -> list[float]:
+        """µs from each mark to the next."""
+
+
+class StepBench:
+    """Times an executor's decode steps.
+
+    Parameters
+    ----------
+    executor : Executor
+        TensorRT's, which also has ``profile``.
+    config : EngineConfig
+    clock : Clock
+    """
+
+    def __init__(self, executor: Any, config: EngineConfig, clock: Clock) -> None:
+        self._executor, self._config, self._clock = executor, config, clock
+        self._block = config.build_config.tokens_per_block
+        self._num_layers = [len(pool.layers) for pool in config.pools]
+        self._order = np.random.default_rng(1).permutation(executor.num_blocks)
+
+    def fits(self, batch: int, context: int) -> bool:
+        """Whether the cache holds so many sequences of so many tokens."""
+        return batch * -(-context // self._block) <= self._executor.num_blocks
+
+    def measure(self, batch: int, context: int) -> Step:
+        """Time the steps of a batch."""
+        launch = self._launcher(self.inputs(batch, context))
+        alone = self._alone(launch, WARM_UP)
+        steps = min(MAX_STEPS, max(MIN_STEPS, int(BUDGET_S / alone)))
+        tenths = quantiles(self._overlapped(launch, steps), n=10, method="inclusive")
+        return Step(
+            batch=batch,
+            context=context,
+            repetitions=steps,
+            p10_us=round(tenths[0], 2),
+            median_us=round(tenths[4], 2),
+            p90_us=round(tenths[8], 2),
+            gpu_us=round(self.gpu_us(launch), 2),
+            alone_us=round(self._alone(launch, SINGLES) * 1e6, 2),
+        )
+
+    def gpu_us(self, launch: Callable[[], Any]) -> float:
+        """Median of the GPU's time for a step that is launched while the GPU is busy with something else."""
+        times = []
+        for _ in range(SINGLES):
+            self._clock.delay()
+            marks = [self._clock.mark()]
+            pending = launch()
+            marks.append(self._clock.mark())
+            pending.result()
+            times += self._clock.intervals(marks)
+        return median(times)
+
+    def gpu_time_of(self, batch: int, context: int) -> float:
+        """µs of the GPU for a decode of a batch."""
+        launch = self._launcher(self.inputs(batch, context))
+        self._alone(launch, WARM_UP)
+        return self.gpu_us(launch)
+
+    def profile(self, batch: int, context: int) -> Profile:
+        """Time each layer of a step: medians over a few."""
+        step = self.inputs(batch, context)
+        self._executor.profile(step)
+        runs = [self._executor.profile(step) for _ in range(PROFILES)]
+        # Names need not be unique: layers are told apart by their place.
+        names = [name.partition(" [profile")[0] for name, _ in runs[0]]
+        times = [1e3 * median(ms for _, ms in layers) for layers in zip(*runs, strict=True)]
+        parts: dict[Part, float] = defaultdict(float)
+        layers: dict[int | None, float] = defaultdict(float)
+        for name, us in zip(names, times, strict=True):
+            parts[classify(name)] += us
+            layers[decoder_layer(name)] += us
+        inner = [layers[i] for i in range(1, self._config.pretrained_config.num_hidden_layers - 1)]
+        return Profile(
+            batch=batch,
+            context=context,
+            parts={part: round(us, 2) for part, us in parts.items()},
+            layer_us=round(median(inner), 2) if inner else None,
+            layers={n: round(us, 2) for n, us in zip(names, times, strict=True) if decoder_layer(n) in (None, 1)},
+        )
+
+    def inputs(self, batch: int, context: int) -> StepInputs:
+        """A decode of each sequence's last token, its blocks anywhere in the pool."""
+        each = -(-context // self._block)
+        tables = self._order[: batch * each].reshape(batch, each)
+        sequences = [StepSequence([5 + i], context - 1, context - 1, DECODE, table) for i, table in enumerate(tables)]
+        return StepInputs.pack(sequences, *self._num_layers)
+
+    def _launcher(self, step: StepInputs) -> Callable[[], Any]:
+        batch = len(step.sequence_length)
+        sampling = [SamplingState(SamplingParams(), [5], [5]) for _ in range(batch)]
+        return lambda: self._executor.launch(step, sampling, [False] * batch)
+
+    def _overlapped(self, launch: Callable[[], Any], steps: int) -> list[float]:
+        """µs from step to step, each launched before the result of the last is taken."""
+        pending = launch()
+        marks = [self._clock.mark()]
+        for _ in range(steps):
+            following = launch()
+            marks.append(self._clock.mark())
+            pending.result()
+            pending = following
+        pending.result()
+        return self._clock.intervals(marks)
+
+    @staticmethod
+    def _alone(launch: Callable[[], Any], steps: int) -> float:
+        """Median of the seconds from a launch to its result."""
+        times = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            launch().result()
+            times.append(time.perf_counter() - start)
+        return median(times)

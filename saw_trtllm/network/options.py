@@ -1,0 +1,45 @@
+"""What a build of the project's own definitions may do one way or the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """How TensorRT builds an engine.
+
+    Attributes
+    ----------
+    decode_profile : bool
+        Give steps of decodes alone kernels of their own. It makes the build about twice as long. TensorRT-LLM's
+        executor does not know such a profile (with more than one it expects its own six), this project's runtime does.
+    input_timing_cache, output_timing_cache : Path or None
+        Files of kernels' times: one that is read, with which a build is shorter, and one that is written behind it.
+        They may be the same.
+    optimization_level : int or None
+        TensorRT's, from 0 to 5: how long it looks for fast kernels. None is its default.
+    workers : int
+        Threads that read the weights and fold into them.
+    """
+
+    decode_profile: bool = True
+    input_timing_cache: Path | None = None
+    output_timing_cache: Path | None = None
+    optimization_level: int | None = None
+    workers: int = 1
+
+
+class Phases(Protocol):
+    """Who is told of a build's phases, from TensorRT 10 on; phases may lie in others."""
+
+    def start(self, name: str, parent: str | None, num_steps: int) -> None:
+        """A phase begins."""
+
+    def step(self, name: str) -> None:
+        """One of its steps is done."""
+
+    def finish(self, name: str) -> None:
+        """It has ended, with all its steps or without."""

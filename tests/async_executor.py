@@ -1,0 +1,100 @@
+"""An executor that runs the reference's steps in a thread of its own, beside the engine's, as a GPU does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+
+from saw_trtllm.reference.executor import ReferenceExecutor
+from saw_trtllm.runtime.executor import StepOutput
+from saw_trtllm.runtime.sampling import SamplingState
+from saw_trtllm.runtime.step import StepInputs
+
+
+class AsyncExecutor:
+    """Checks what it is asked for against the protocol.
+
+    Attributes
+    ----------
+    gate : threading.Event
+        Steps wait for it.
+    num_ahead, num_unknown, num_rows : int
+        Steps launched while another was under way, tokens that were not known then, and sequences computed.
+    fail_in : str
+        ``launch`` or ``result``: where a step with token ``fail_on`` among its known ones fails.
+    """
+
+    asynchronous = True
+
+    def __init__(self, inner: ReferenceExecutor) -> None:
+        self.num_blocks = inner.num_blocks
+        self.gate = threading.Event()
+        self.gate.set()
+        self.num_ahead = self.num_unknown = self.num_rows = 0
+        self.fail_in, self.fail_on = "", 0
+        self.is_shut_down = False
+        self._inner = inner
+        self._thread = ThreadPoolExecutor(1)
+        self._under_way: list[Pending] = []
+        self._tokens = np.empty(0, dtype=np.int32)
+        self._last_size = 0
+
+    def launch(
+        self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
+    ) -> Pending:
+        assert len(self._under_way) < 2, "a third step is launched before the first one's result is taken"
+        fails = bool(self.fail_in) and self.fail_on in step.input_ids
+        if fails and self.fail_in == "launch":
+            raise RuntimeError("it would not start")
+        unknown = step.input_ids < 0
+        assert self._under_way or not unknown.any(), "a token is not known though no step is under way"
+        assert (step.input_ids >= -self._last_size).all(), "a token of no sequence of the last step"
+        for state in sampling:
+            known = state is None or state.draw == len(state.generated)
+            assert known or not state.params.penalizes, "penalties for a text that is not known"
+        self.num_ahead += len(self._under_way) > 0
+        self.num_unknown += int(unknown.sum())
+        self.num_rows += len(sampling)
+        self._last_size = len(sampling)
+        frozen = [s and s._replace(generated=list(s.generated), index=s.draw) for s in sampling]
+        future = self._thread.submit(self._run, step, frozen, list(context_logits), fails)
+        self._under_way.append(Pending(self, future))
+        return self._under_way[-1]
+
+    def shutdown(self) -> None:
+        assert not self._under_way, "shut down while a step is under way"
+        self.is_shut_down = True
+        self._thread.shutdown()
+        self._inner.shutdown()
+
+    def _run(
+        self, step: StepInputs, sampling: list[SamplingState | None], context_logits: list[bool], fails: bool
+    ) -> StepOutput:
+        assert self.gate.wait(60)
+        ids, unknown = step.input_ids.copy(), step.input_ids < 0
+        ids[unknown] = self._tokens[-1 - ids[unknown]]
+        if fails:
+            self._tokens = np.zeros(len(sampling), dtype=np.int32)
+            raise RuntimeError("a bit fell over")
+        output = self._inner.execute(replace(step, input_ids=ids), sampling, context_logits)
+        self._tokens = np.array(output.token_ids, dtype=np.int32)
+        return output
+
+    def taken(self, step: Pending) -> None:
+        assert self._under_way.pop(0) is step, "results are taken out of order"
+
+
+class Pending:
+    def __init__(self, executor: AsyncExecutor, future: Future[StepOutput]) -> None:
+        self._executor = executor
+        self._future = future
+
+    def result(self) -> StepOutput:
+        try:
+            return self._future.result(60)
+        finally:
+            self._executor.taken(self)

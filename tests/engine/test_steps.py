@@ -1,0 +1,88 @@
+"""Steps by hand on the GPU: the logits and the pool's bytes against the reference's.
+
+Each step begins with the reference's rows, so that a code which another order of sums rounds the other way is seen in
+the step that wrote it and in no other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cases import NUM_BLOCKS, STEP_CASES, STEPS, TOKENS_PER_BLOCK, pack
+
+from saw_trtllm.engine import EngineConfig
+from saw_trtllm.format import ROW_TAIL_BYTES
+from saw_trtllm.runtime.step import DECODE
+
+#: Of the largest logit. Two layers of some ten roundings to 11 bits each, one upon the other, come to a third of it.
+FP16 = 0.005
+#: The same where a query reads its own row in 4 bits: there a rounding may have moved a code by one.
+OWN_ROW_4BIT = 0.025
+
+
+@pytest.fixture(scope="module", params=STEP_CASES, ids=lambda case: case.name)
+def run(request, work, reference):
+    """Runs a case's steps, each with and without a graph, and gives name, logits and pools: found and expected."""
+    from saw_trtllm.gpu.executor import TensorRTExecutor
+
+    case = request.param
+    expected = reference(case)
+    config = EngineConfig.load(case.engine(work))
+    executors = [
+        TensorRTExecutor(case.engine(work), config, NUM_BLOCKS * TOKENS_PER_BLOCK, 0.5, graphs=g) for g in (0, 1)
+    ]
+    layers = [len(pool.layers) for pool in config.pools]
+
+    def step(name, executor):
+        before = list(STEPS)[list(STEPS).index(name) - 1] if name != next(iter(STEPS)) else None
+        for i, pool in enumerate(executor.pools):
+            data = expected[f"{name}.pool{i}"]
+            pool.write(np.zeros_like(data) if before is None else expected[f"{before}.pool{i}"])
+        rows = len(expected[f"{name}.logits"])
+        count = len(STEPS[name])
+        executor.launch(pack(name, layers), [None] * count, [False] * count).result()
+        logits = executor.logits.read(np.float32, (rows, config.pretrained_config.vocab_size))
+        pools = [pool.read(np.uint8, expected[f"{name}.pool{i}"].shape) for i, pool in enumerate(executor.pools)]
+        return logits, pools
+
+    yield config, expected, lambda name: [step(name, executor) for executor in executors]
+    for executor in executors:
+        executor.shutdown()
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_is_the_references(name, run):
+    config, expected, execute = run
+    decodes = sum(kind == DECODE for *_, kind in STEPS[name])
+    want = expected[f"{name}.logits"]
+    largest = np.abs(want).max()
+    assert largest > 1
+    for logits, pools in execute(name):
+        assert np.isfinite(logits).all()
+        error = np.abs(logits - want).max(axis=1) / largest
+        own_4bit = OWN_ROW_4BIT if config.kv_format.quantized else FP16
+        assert (error[: len(error) - decodes] <= FP16).all()
+        assert (error[len(error) - decodes :] <= own_4bit).all()
+        for i, (pool, found) in enumerate(zip(config.pools, pools, strict=True)):
+            (assert_codes if pool.format.quantized else assert_rows)(found, expected[f"{name}.pool{i}"])
+
+
+def assert_codes(found, want):
+    """Codes of a row that a rounding of its values moved: by one, and few; scale and lo by their last bits."""
+    codes = [x[..., :-ROW_TAIL_BYTES] for x in (found, want)]
+    for shift in (0, 4):
+        nibbles = [((x >> shift) & 15).astype(np.int8) for x in codes]
+        off = np.abs(nibbles[0] - nibbles[1])
+        assert off.max() <= 1
+        written = (want != 0).any(axis=-1)
+        assert off[written].mean() < 0.01
+        assert not off[~written].any()
+    tails = [np.ascontiguousarray(x[..., -ROW_TAIL_BYTES:]).view(np.float16).astype(np.float64) for x in (found, want)]
+    assert np.abs(tails[0] - tails[1]).max() <= FP16 * np.abs(tails[1]).max()
+
+
+def assert_rows(found, want):
+    """Rows of the engine's dtype."""
+    rows = [x.view(np.float16).astype(np.float64) for x in (found, want)]
+    assert np.abs(rows[0] - rows[1]).max() <= FP16 * np.abs(rows[1]).max()
+    assert not found[(want == 0).all(axis=-1)].any()
