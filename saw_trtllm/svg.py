@@ -9,7 +9,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from scour import scour
 
-# Each text names its fonts, of which matplotlib lists a dozen.
+# Each text would name its fonts, of which matplotlib lists a dozen; here the root does.
+_FONT = " font-family=\"'DejaVu Sans', 'Arial', sans-serif\""
 _SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "saw", "font.sans-serif": ["DejaVu Sans", "Arial"]}
 _OPTIONS = scour.sanitizeOptions()
 _OPTIONS.digits = 4
@@ -23,7 +24,8 @@ def to_svg(figure: Figure) -> str:
     with mpl.rc_context(_SETTINGS):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = scour.scourString(buffer.getvalue(), _OPTIONS)
-    return text[text.index("<svg") :].strip() + "\n"
+    text = text[text.index("<svg") :].strip().replace(_FONT, "")
+    return text.replace("<svg", "<svg" + _FONT, 1) + "\n"
 
 
 def save_svg(figure: Figure, path: Path) -> None:

@@ -91,10 +91,10 @@ class Measurement(_Record):
     bytes: int
     """That must move, at least."""
     gbps: float
-    share: float | None
+    share: float | None = None
     """Of the bandwidth that bounds the suite; None where arithmetic does."""
-    tflops: float | None
-    cosine: float | None
+    tflops: float | None = None
+    cosine: float | None = None
     """Between a sample of the output and fp32 attention on the unquantized keys and values."""
 
 
@@ -104,7 +104,7 @@ class TargetResult(_Record):
     contender: str
     quantity: Literal["time", "share", "ratio", "speedup"]
     limit: float
-    against: str | None
+    against: str | None = None
     value: float | None
     met: bool | None
 
@@ -122,7 +122,7 @@ class CaseResult(_Record):
     head_dim: int
     tokens_per_block: int
     measurements: list[Measurement]
-    missing: dict[str, str]
+    missing: dict[str, str] = {}
     """Contenders that were not measured, and why."""
     targets: list[TargetResult]
 
