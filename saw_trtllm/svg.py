@@ -13,7 +13,7 @@ from scour import scour
 _FONT = " font-family=\"'DejaVu Sans', 'Arial', sans-serif\""
 _SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "saw", "font.sans-serif": ["DejaVu Sans", "Arial"]}
 _OPTIONS = scour.sanitizeOptions()
-_OPTIONS.digits = 4
+_OPTIONS.digits = 3
 _OPTIONS.strip_xml_prolog = _OPTIONS.strip_ids = _OPTIONS.strip_comments = _OPTIONS.remove_metadata = True
 _OPTIONS.indent_type, _OPTIONS.newlines = "none", False
 
