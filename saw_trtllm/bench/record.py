@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -13,6 +14,8 @@ from saw_trtllm.config import first_error, read_json
 from saw_trtllm.errors import ConfigError
 
 SCHEMA_VERSION = 1
+
+R = TypeVar("R", bound="Record")
 
 
 def check_writable(path: Path) -> None:
@@ -28,24 +31,60 @@ def check_writable(path: Path) -> None:
         raise ConfigError(f"{path} cannot be written: give a file in a folder of yours")
 
 
-def write_record(path: Path, record: BaseModel) -> None:
-    """Write JSON.
-
-    Raises
-    ------
-    ConfigError
-        If the file cannot be written.
-    """
-    check_writable(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    except OSError as e:
-        raise ConfigError(f"{path} cannot be written ({e.strerror}): give a file in a folder of yours") from e
-
-
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Record(_Record):
+    """A run, as it is kept: JSON on one line, without what is empty."""
+
+    #: The command that writes it.
+    command_name: ClassVar[str]
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+
+    def save(self, path: Path) -> None:
+        """Write JSON.
+
+        Raises
+        ------
+        ConfigError
+            If the file cannot be written.
+        """
+        check_writable(path)
+        # What tells a record's kind is a default, too.
+        kind = {name: getattr(self, name) for name in ("kind", "schema_version") if name in type(self).model_fields}
+        filled = kind | self.model_dump(mode="json", exclude_defaults=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(filled, separators=(",", ":"), ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as e:
+            raise ConfigError(f"{path} cannot be written ({e.strerror}): give a file in a folder of yours") from e
+
+    @classmethod
+    def parse(cls: type[R], raw: dict, path: Path) -> R:
+        """Check what :func:`~saw_trtllm.config.read_json` read from ``path``.
+
+        Raises
+        ------
+        ConfigError
+            If it is not a run's record.
+        """
+        writer = f"saw-bench {cls.command_name} --output writes"
+        if raw.get("schema_version") != SCHEMA_VERSION:
+            raise ConfigError(
+                f"{path} has schema_version {raw.get('schema_version')}: this version reads {SCHEMA_VERSION}, as "
+                f"{writer} it"
+            )
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as e:
+            raise ConfigError(f"{path} is not what {writer}: {first_error(e)}") from e
+
+    @classmethod
+    def load(cls: type[R], path: Path) -> R:
+        """Read JSON; raises as :meth:`parse`."""
+        return cls.parse(read_json(path), path)
 
 
 class Environment(_Record):
@@ -131,10 +170,11 @@ class CaseResult(_Record):
         return next((m for m in self.measurements if m.contender == contender), None)
 
 
-class Results(_Record):
-    """A run."""
+class Results(Record):
+    """A run of the kernels' benchmark."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    command_name: ClassVar[str] = "kernels"
+
     environment: Environment
     flush: str
     """What emptied the L2 before each run."""
@@ -146,27 +186,3 @@ class Results(_Record):
     def suite(self, name: str) -> list[CaseResult]:
         """The cases of a suite."""
         return [case for case in self.cases if case.suite == name]
-
-    def save(self, path: Path) -> None:
-        """Write JSON; raises :class:`ConfigError` if the file cannot be written."""
-        write_record(path, self)
-
-    @classmethod
-    def load(cls, path: Path) -> Results:
-        """Read JSON.
-
-        Raises
-        ------
-        ConfigError
-            If the file is not a run's record.
-        """
-        raw = read_json(path)
-        if raw.get("schema_version") != SCHEMA_VERSION:
-            raise ConfigError(
-                f"{path} has schema_version {raw.get('schema_version')}: this version reads {SCHEMA_VERSION}, as "
-                f"saw-bench kernels --output writes it"
-            )
-        try:
-            return cls.model_validate(raw)
-        except ValidationError as e:
-            raise ConfigError(f"{path} is not what saw-bench kernels --output writes: {first_error(e)}") from e

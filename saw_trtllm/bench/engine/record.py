@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from saw_trtllm.bench.engine.cases import LLAMA_LAYERS, LOOP_BATCH, Part, llama_config
-from saw_trtllm.bench.record import write_record
-from saw_trtllm.config import ModelConfig, first_error, read_json
-from saw_trtllm.errors import ConfigError
-
-SCHEMA_VERSION = 1
+from saw_trtllm.bench.record import Record
+from saw_trtllm.config import ModelConfig
 
 
 class _Record(BaseModel):
@@ -175,11 +171,12 @@ class TargetResult(_Record):
     met: bool | None
 
 
-class EngineResults(_Record):
+class EngineResults(Record):
     """A run."""
 
     kind: Literal["engine"] = "engine"
-    schema_version: Literal[1] = SCHEMA_VERSION
+    command_name: ClassVar[str] = "engine"
+
     environment: EngineEnvironment
     shape: Shape
     optimization_level: int | None
@@ -187,7 +184,7 @@ class EngineResults(_Record):
     decode_profile: bool
     tokens_per_block: int
     engines: list[Engine]
-    targets: list[TargetResult] = []
+    targets: list[TargetResult] = Field(default_factory=list)
     aborted: str | None = None
     """What ended the run before its end."""
 
@@ -238,31 +235,3 @@ class EngineResults(_Record):
         """Seconds of a start beyond reading the engine's file, with ``saw_int4``."""
         ours = self.engine("saw_int4")
         return None if ours is None or ours.start_up is None else ours.start_up.open_s - ours.start_up.read_s
-
-    def save(self, path: Path) -> None:
-        """Write JSON; raises :class:`ConfigError` if the file cannot be written."""
-        write_record(path, self)
-
-    @classmethod
-    def parse(cls, raw: dict, path: Path) -> EngineResults:
-        """Check what :func:`~saw_trtllm.config.read_json` read from ``path``.
-
-        Raises
-        ------
-        ConfigError
-            If it is not a run's record.
-        """
-        if raw.get("schema_version") != SCHEMA_VERSION:
-            raise ConfigError(
-                f"{path} has schema_version {raw.get('schema_version')}: this version reads {SCHEMA_VERSION}, as "
-                f"saw-bench engine --output writes it"
-            )
-        try:
-            return cls.model_validate(raw)
-        except ValidationError as e:
-            raise ConfigError(f"{path} is not what saw-bench engine --output writes: {first_error(e)}") from e
-
-    @classmethod
-    def load(cls, path: Path) -> EngineResults:
-        """Read JSON; raises as :meth:`parse`."""
-        return cls.parse(read_json(path), path)
