@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,10 @@ class Runtime:
         self.scheduler.add(sequence)
         self.num_ids += 1
         return sequence
+
+    @property
+    def has_work(self):
+        return self.scheduler.has_work
 
     def step(self):
         running, preemptions = list(self.scheduler.running), self.scheduler.num_preemptions
@@ -290,43 +295,45 @@ def test_sequences_of_one_step_may_end_and_share():
 # -- random loads
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    exact=st.booleans(),
-    reuse=st.booleans(),
-    tokens_per_block=st.sampled_from([1, 2, 4, 8]),
-    chunk_blocks=st.integers(1, 4),
-    max_batch_size=st.integers(1, 9),
-    spare=st.integers(0, 30),
-    spare_blocks=st.integers(0, 20),
-)
-def test_everything_ends_as_it_would_alone(
-    seed, exact, reuse, tokens_per_block, chunk_blocks, max_batch_size, spare, spare_blocks
-):
-    rng = random.Random(seed)
-    chunk = chunk_blocks * tokens_per_block
-    longest = 40
-    runtime = Runtime(
-        num_blocks=-(-longest // tokens_per_block) + spare_blocks,
+LOADS = {
+    "seed": st.integers(0, 2**32 - 1),
+    "exact": st.booleans(),
+    "reuse": st.booleans(),
+    "tokens_per_block": st.sampled_from([1, 2, 4, 8]),
+    "chunk_blocks": st.integers(1, 4),
+    "max_batch_size": st.integers(1, 9),
+    "spare": st.integers(0, 30),
+    "spare_blocks": st.integers(0, 20),
+}
+many_loads = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def check_random_load(make_runtime, load, cancelled_share, penalized_share=0.0, expected=lambda tokens: tokens):
+    """Requests come and go at random; each that stays gives what it gives alone, as ``expected`` has it."""
+    rng, longest = random.Random(load["seed"]), 40
+    tokens_per_block, max_batch_size, exact = load["tokens_per_block"], load["max_batch_size"], load["exact"]
+    chunk = load["chunk_blocks"] * tokens_per_block
+    runtime = make_runtime(
+        num_blocks=-(-longest // tokens_per_block) + load["spare_blocks"],
         tokens_per_block=tokens_per_block,
         max_batch_size=max_batch_size,
-        max_num_tokens=max_batch_size + chunk + spare,
+        max_num_tokens=max_batch_size + chunk + load["spare"],
         prefill_chunk=chunk,
         exact=exact,
-        reuse=reuse,
+        reuse=load["reuse"],
     )
     stem = [rng.randrange(VOCAB) for _ in range(30)]
     requests, cancelled = {}, set()
     for _ in range(rng.randint(1, 25)):
         prompt = stem[: rng.randint(0, 25)] + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 5))]
         max_tokens = rng.randint(1, longest - len(prompt))
-        sequence = runtime.add(prompt, max_tokens)
+        penalty = {"presence_penalty": 0.1} if rng.random() < penalized_share else {}
+        sequence = runtime.add(prompt, max_tokens, **penalty)
         requests[sequence.request_id] = (prompt, max_tokens)
         for _ in range(rng.choice([0, 0, 1, 3, 10])):
-            if runtime.scheduler.has_work:
+            if runtime.has_work:
                 runtime.step()
-        if rng.random() < 0.1:
+        if rng.random() < cancelled_share:
             victim = rng.choice([*runtime.scheduler.running, *runtime.scheduler.waiting, sequence])
             if victim.request_id not in runtime.finished:
                 runtime.scheduler.remove(victim)
@@ -334,8 +341,14 @@ def test_everything_ends_as_it_would_alone(
     finished = runtime.run()
     assert set(finished) == set(requests) - cancelled
     for request_id, tokens in finished.items():
-        assert tokens == alone(*requests[request_id], prefill_chunk=chunk, exact=exact)
+        assert tokens == expected(alone(*requests[request_id], prefill_chunk=chunk, exact=exact))
     assert runtime.blocks.num_free == runtime.blocks.num_blocks
+
+
+@many_loads
+@given(**LOADS)
+def test_everything_ends_as_it_would_alone(**load):
+    check_random_load(Runtime, load, cancelled_share=0.1)
 
 
 # -- a step ahead
@@ -349,6 +362,10 @@ class AheadRuntime(Runtime):
         self.stop = stop
         self.under_way = []
         self.num_ahead = self.num_thrown_away = 0
+
+    @property
+    def has_work(self):
+        return super().has_work or bool(self.under_way)
 
     def step(self):
         step, ahead, preemptions = [], bool(self.under_way), self.scheduler.num_preemptions
@@ -446,50 +463,9 @@ def test_penalties_and_preemptions_wait_for_the_step_under_way():
     assert runtime.scheduler.num_preemptions > 0
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    exact=st.booleans(),
-    reuse=st.booleans(),
-    tokens_per_block=st.sampled_from([1, 2, 4, 8]),
-    chunk_blocks=st.integers(1, 4),
-    max_batch_size=st.integers(1, 9),
-    spare=st.integers(0, 30),
-    spare_blocks=st.integers(0, 20),
-    stop=st.sampled_from([None, 0]),
-)
-def test_a_step_ahead_everything_ends_as_it_would_alone(
-    seed, exact, reuse, tokens_per_block, chunk_blocks, max_batch_size, spare, spare_blocks, stop
-):
-    rng = random.Random(seed)
-    chunk, longest = chunk_blocks * tokens_per_block, 40
-    runtime = AheadRuntime(
-        stop,
-        num_blocks=-(-longest // tokens_per_block) + spare_blocks,
-        tokens_per_block=tokens_per_block,
-        max_batch_size=max_batch_size,
-        max_num_tokens=max_batch_size + chunk + spare,
-        prefill_chunk=chunk,
-        exact=exact,
-        reuse=reuse,
+@many_loads
+@given(stop=st.sampled_from([None, 0]), **LOADS)
+def test_a_step_ahead_everything_ends_as_it_would_alone(stop, **load):
+    check_random_load(
+        partial(AheadRuntime, stop), load, cancelled_share=0.2, penalized_share=0.1, expected=partial(cut, stop=stop)
     )
-    stem = [rng.randrange(VOCAB) for _ in range(30)]
-    requests, cancelled = {}, set()
-    for _ in range(rng.randint(1, 25)):
-        prompt = stem[: rng.randint(0, 25)] + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 5))]
-        max_tokens = rng.randint(1, longest - len(prompt))
-        penalty = {"presence_penalty": 0.1} if rng.random() < 0.1 else {}
-        sequence = runtime.add(prompt, max_tokens, **penalty)
-        requests[sequence.request_id] = (prompt, max_tokens)
-        for _ in range(rng.choice([0, 0, 1, 3, 10])):
-            runtime.step()
-        if rng.random() < 0.2:
-            victim = rng.choice([*runtime.scheduler.running, *runtime.scheduler.waiting, sequence])
-            if victim.request_id not in runtime.finished:
-                runtime.scheduler.remove(victim)
-                cancelled.add(victim.request_id)
-    finished = runtime.run()
-    assert set(finished) == set(requests) - cancelled
-    for request_id, tokens in finished.items():
-        assert tokens == cut(alone(*requests[request_id], prefill_chunk=chunk, exact=exact), stop)
-    assert runtime.blocks.num_free == runtime.blocks.num_blocks

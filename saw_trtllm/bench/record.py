@@ -31,11 +31,13 @@ def check_writable(path: Path) -> None:
         raise ConfigError(f"{path} cannot be written: give a file in a folder of yours")
 
 
-class _Record(BaseModel):
+class RecordPart(BaseModel):
+    """What a record is made of."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Record(_Record):
+class Record(RecordPart):
     """A run, as it is kept: JSON on one line, without what is empty."""
 
     #: The command that writes it.
@@ -87,7 +89,7 @@ class Record(_Record):
         return cls.parse(read_json(path), path)
 
 
-class Environment(_Record):
+class Environment(RecordPart):
     """Where and how a run was made; None for what is unknown or was not used."""
 
     gpu: str
@@ -106,7 +108,7 @@ class Environment(_Record):
     date: str
 
 
-class Bandwidth(_Record):
+class Bandwidth(RecordPart):
     """What the card's memory gives, measured in the same run, in GB/s."""
 
     read_gbps: float
@@ -114,7 +116,7 @@ class Bandwidth(_Record):
     """Read and written bytes together."""
 
 
-class Measurement(_Record):
+class Measurement(RecordPart):
     """A contender's times in a case."""
 
     contender: str
@@ -137,7 +139,7 @@ class Measurement(_Record):
     """Between a sample of the output and fp32 attention on the unquantized keys and values."""
 
 
-class TargetResult(_Record):
+class TargetResult(RecordPart):
     """A target and whether it was met; None where a contender is missing."""
 
     contender: str
@@ -148,7 +150,7 @@ class TargetResult(_Record):
     met: bool | None
 
 
-class CaseResult(_Record):
+class CaseResult(RecordPart):
     """A case's measurements."""
 
     suite: Suite

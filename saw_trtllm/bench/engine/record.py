@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from saw_trtllm.bench.engine.cases import LLAMA_LAYERS, LOOP_BATCH, Part, llama_config
-from saw_trtllm.bench.record import Record
+from saw_trtllm.bench.record import Record, RecordPart
 from saw_trtllm.config import ModelConfig
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class EngineEnvironment(_Record):
+class EngineEnvironment(RecordPart):
     """Where and how a run was made; None for what is unknown."""
 
     gpu: str
@@ -31,7 +27,7 @@ class EngineEnvironment(_Record):
     date: str
 
 
-class Shape(_Record):
+class Shape(RecordPart):
     """Of the model whose engines are measured."""
 
     num_layers: int
@@ -67,7 +63,7 @@ class Shape(_Record):
         return f"{self.num_layers} layers of {self.hidden_size}, heads {heads}, vocabulary {self.vocab_size}"
 
 
-class Step(_Record):
+class Step(RecordPart):
     """A decode step of a batch, each sequence with so many tokens in the cache."""
 
     batch: int
@@ -88,7 +84,7 @@ class Step(_Record):
         return self.batch / self.median_us * 1e6
 
 
-class Profile(_Record):
+class Profile(RecordPart):
     """µs of each part of a step, its layers timed one by one by TensorRT: their sum is more than ``gpu_us``."""
 
     batch: int
@@ -100,7 +96,7 @@ class Profile(_Record):
     """The layers of such a one, and those that are there once, as TensorRT names them."""
 
 
-class Loop(_Record):
+class Loop(RecordPart):
     """Requests that all run at once through the whole runtime."""
 
     batch: int
@@ -117,7 +113,7 @@ class Loop(_Record):
         return self.gpu_us / self.step_us
 
 
-class StartUp(_Record):
+class StartUp(RecordPart):
     """A process of its own that opens the engine, in s."""
 
     open_s: float
@@ -126,7 +122,7 @@ class StartUp(_Record):
     """Of reading the engine's file and nothing else."""
 
 
-class Engine(_Record):
+class Engine(RecordPart):
     """What was measured of an engine."""
 
     kv: str
@@ -163,7 +159,7 @@ class Engine(_Record):
         return None
 
 
-class TargetResult(_Record):
+class TargetResult(RecordPart):
     """A target and whether it was met; None where what it needs was not measured."""
 
     name: str
