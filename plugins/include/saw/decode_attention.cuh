@@ -19,7 +19,7 @@
 
 namespace saw {
 
-// `Few` is for few sequences: the line is cut between them where it can be, and what ends a piece is quicker.
+// `Few` is for few and short sequences: the line is cut between them where it can be, and what ends a piece is quicker.
 template <int HeadDim, int QueryTiles, int TileTokens, int Together, int Stages, int CtasPerSm, bool Few>
 struct DecodeConfig {
     using Pieces = std::conditional_t<Few, EvenDecodePieces, DecodePieces>;
@@ -96,8 +96,6 @@ class DecodeKernel {
     // The reference that exponents are taken against follows the maximum only when it lags by more than this: P stays
     // within fp16, and the sums need no correction for most tiles.
     static constexpr float kMaxLag = 8.0f;
-    // Tiles of a piece up to which the line is short: reading it takes less time than all that is done once.
-    static constexpr int kShortShare = 3;
 
     DecodeParams const& p;
     float* const partials;  // two for each CTA

@@ -216,8 +216,10 @@ __device__ void DecodeKernel<Config>::combine(DecodeCursor const& c, int first_p
 #pragma unroll(Config::kHeadDim > 128 ? 8 : 16)  // as registers allow
         for (int i = 0; i < count; ++i) {
             float const* const partial = i == 0 ? head : base + i * stride;
-            total.add(__ldcg(reinterpret_cast<float4 const*>(partial + x)), __ldcg(partial + max_at),
-                      __ldcg(partial + max_at + group));
+            float4 const o = __ldcg(reinterpret_cast<float4 const*>(partial + x));
+            float const max = __ldcg(partial + max_at), mass = __ldcg(partial + max_at + group);
+            total.raise(fmaxf(total.max, max));
+            total.add(o, max, mass);
         }
         float const scale = normalizer(kv_head * group + query, total.max, total.sum);
         T const four[4] = {from_float<T>(total.out.x * scale), from_float<T>(total.out.y * scale),
@@ -252,6 +254,10 @@ __device__ void DecodeKernel<Config>::combine_at_end(DecodeCursor const& c, int 
                 max[u] = exists ? __ldcg(partial + max_at) : kNoMax;
                 sum[u] = exists ? __ldcg(partial + max_at + group) : 0.0f;
             }
+            float higher = total.max;
+#pragma unroll
+            for (int u = 0; u < kAtOnce; ++u) higher = fmaxf(higher, max[u]);
+            total.raise(higher);
 #pragma unroll
             for (int u = 0; u < kAtOnce; ++u) total.add(out[u], max[u], sum[u]);
         }
