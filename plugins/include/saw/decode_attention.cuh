@@ -183,7 +183,7 @@ __device__ void DecodeKernel<Config>::run() {
     if (threadIdx.x == 0) {
         for (int i = 0; i < Config::kStages; ++i) {
             mbarrier_init(&shared.full[i], 1);
-            mbarrier_init(&shared.empty[i], Config::kWarps);
+            mbarrier_init(&shared.empty[i], Config::kThreads);
         }
         fence_bulk_copy();
     }
@@ -223,8 +223,7 @@ __device__ void DecodeKernel<Config>::run() {
                     bring(previous);
                 }
             }
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(&shared.empty[slot]);
+            mbarrier_arrive(&shared.empty[slot]);  // each thread for itself: racecheck follows no other order
             position += Config::kTileTokens;
             if (--tiles == 0) break;
             step(slot, parity, previous, previous_parity);
