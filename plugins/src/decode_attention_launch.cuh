@@ -133,8 +133,10 @@ struct TogetherLaunch {
         int const pieces = ctas / heads;
         // No more CTAs than they would fill.
         int const grid = heads * int(std::max(1LL, std::min<long long>(pieces, tiles)));
-        if (p.num_sequences <= pieces && tiles <= kShortShare * pieces)
-            return launch<typename Choice::template Config<true>>(p, partials, counters, grid, stream);
+        // As many pieces for each sequence leave some CTAs idle, of which a long line wants all.
+        bool const few = p.num_sequences <= pieces &&
+                         (pieces % p.num_sequences < pieces / 8 || tiles <= (long long)kShortShare * pieces);
+        if (few) return launch<typename Choice::template Config<true>>(p, partials, counters, grid, stream);
         return launch<typename Choice::template Config<false>>(p, partials, counters, grid, stream);
     }
 
