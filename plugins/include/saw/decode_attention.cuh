@@ -61,7 +61,7 @@ struct DecodeShared {
     DecodeCursor cursors[2];  // of the sequence that the warps work on, and of the one before or after it
     DecodeCursor ahead;       // of the next tile to bring
     alignas(16) int warp_total[Config::kWarps];  // read as one vector: on its own, so that no neighbour is read with it
-    int partials;  // to be added up at the end of the piece
+    int partials;                                // to be added up at the end of the piece
 };
 
 template <typename Config>
@@ -126,8 +126,8 @@ class DecodeKernel {
     // Where the partial sums of a piece lie: those of one KV head behind one another, and then second ones.
     __device__ float* partial_of(int piece, bool second) const {
         int const heads = p.pool.num_kv_heads, pieces = int(gridDim.x) / heads;
-        return partials + size_t((second * heads + kv_head) * pieces + piece) *
-                              decode_partial_floats(group, Config::kHeadDim);
+        return partials +
+               size_t((second * heads + kv_head) * pieces + piece) * decode_partial_floats(group, Config::kHeadDim);
     }
 
     __device__ int visible_tiles(int length, int& first_tile) const {

@@ -177,8 +177,8 @@ __device__ void DecodeKernel<Config>::write_partial(float* partial) {
         }
 }
 
-// Within the line: one warp counts the partial sum of the sequence that ended, and adds them up if it was the last, in an
-// order that does not depend on who was last. The others go on.
+// Within the line: one warp counts the partial sum of the sequence that ended, and adds them up if it was the last, in
+// an order that does not depend on who was last. The others go on.
 template <typename Config>
 template <typename T>
 __device__ void DecodeKernel<Config>::combine_on_the_way() const {
@@ -219,8 +219,8 @@ __device__ void DecodeKernel<Config>::combine_on_the_way() const {
     }
 }
 
-// At the end of a piece: the same by all warps. The copy engine brings the partial sums to the stages, which are empty: a
-// piece's lie behind one another, so that it takes one copy a stage, and little code that no one has fetched before.
+// At the end of a piece: the same by all warps. The copy engine brings the partial sums to the stages, which are empty:
+// a piece's lie behind one another, so that it takes one copy a stage, and little code that no one has fetched before.
 template <typename Config>
 template <typename T>
 __device__ void DecodeKernel<Config>::combine_at_end(int slot, uint32_t parity) {
@@ -255,7 +255,8 @@ __device__ void DecodeKernel<Config>::combine_at_end(int slot, uint32_t parity) 
     __syncthreads();
     count = shared.partials;
     if (count == 0) return;
-    constexpr int kElements = (Config::kMaxQueries * Config::kHeadDim + 4 * Config::kThreads - 1) / (4 * Config::kThreads);
+    constexpr int kElements =
+        (Config::kMaxQueries * Config::kHeadDim + 4 * Config::kThreads - 1) / (4 * Config::kThreads);
     DecodeSum total[kElements];
     for (int first = 0; first < count; first += at_once) {
         mbarrier_wait(&shared.full[slot], parity);
