@@ -33,7 +33,7 @@ struct DecodeChoice<128, 1> {
 template <>
 struct DecodeChoice<256, 1> {
     template <bool Few>
-    using Config = DecodeConfig<256, 1, 128, 1, 2, 3, Few>;
+    using Config = DecodeConfig<256, 1, 128, 2, 3, 2, Few>;
 };
 template <>
 struct DecodeChoice<64, 2> {
@@ -133,9 +133,10 @@ struct TogetherLaunch {
         int const pieces = ctas / heads;
         // No more CTAs than they would fill.
         int const grid = heads * int(std::max(1LL, std::min<long long>(pieces, tiles)));
-        // As many pieces for each sequence leave some CTAs idle, of which a long line wants all.
-        bool const few = p.num_sequences <= pieces &&
-                         (pieces % p.num_sequences < pieces / 8 || tiles <= (long long)kShortShare * pieces);
+        // As many pieces for each sequence leave some CTAs idle, and a long line wants all.
+        bool const even = p.num_sequences > 1 && pieces % p.num_sequences < pieces / 8;
+        bool const few =
+            p.num_sequences <= pieces && tiles > pieces && (even || tiles <= (long long)kShortShare * pieces);
         if (few) return launch<typename Choice::template Config<true>>(p, partials, counters, grid, stream);
         return launch<typename Choice::template Config<false>>(p, partials, counters, grid, stream);
     }

@@ -61,7 +61,7 @@ struct DecodeShared {
     DecodeCursor cursors[2];  // of the sequence that the warps work on, and of the one before or after it
     DecodeCursor ahead;       // of the next tile to bring
     alignas(16) int warp_total[Config::kWarps];  // read as one vector: on its own, so that no neighbour is read with it
-    int partials;                                // to be added up at the end of the piece
+    int first_partial, partials;  // to be added up at the end of the piece: of which piece on, and how many
 };
 
 template <typename Config>
@@ -168,6 +168,8 @@ class DecodeKernel {
     template <typename T>
     __device__ void write_output();
     __device__ void write_partial(float* partial);
+    template <typename T, int AtOnce>
+    __device__ void combine(DecodeCursor const& c, int first_piece, int count, int worker, int workers) const;
     template <typename T>
     __device__ void combine_on_the_way() const;
     template <typename T>

@@ -177,8 +177,43 @@ __device__ void DecodeKernel<Config>::write_partial(float* partial) {
         }
 }
 
-// Within the line: one warp counts the partial sum of the sequence that ended, and adds them up if it was the last, in
-// an order that does not depend on who was last. The others go on.
+// Add up the partial sums of a sequence's pieces, in an order that does not depend on who was last. One of `workers`
+// warps, which begins the loads of AtOnce before it waits for one.
+template <typename Config>
+template <typename T, int AtOnce>
+__device__ void DecodeKernel<Config>::combine(DecodeCursor const& c, int first_piece, int count, int worker,
+                                              int workers) const {
+    size_t const size = decode_partial_floats(group, Config::kHeadDim);
+    float const* const base = partial_of(first_piece, false);
+    // The first may have begun in an earlier sequence; then this one's is its second.
+    float const* const head = partial_of(first_piece, shared.pieces.begin(first_piece) < c.begin);
+    for (int x = (worker * 32 + lane) * 4; x < group * Config::kHeadDim; x += workers * 128) {
+        int const query = x / Config::kHeadDim, max_at = group * Config::kHeadDim + query;
+        DecodeSum total;
+        for (int first = 0; first < count; first += AtOnce) {
+            float4 sums[AtOnce];
+            float max[AtOnce], mass[AtOnce];
+#pragma unroll
+            for (int u = 0; u < AtOnce; ++u) {
+                int const i = min(first + u, count - 1);
+                float const* const partial = i == 0 ? head : base + i * size;
+                sums[u] = __ldcg(reinterpret_cast<float4 const*>(partial + x));
+                max[u] = first + u < count ? __ldcg(partial + max_at) : kNoMax;
+                mass[u] = __ldcg(partial + max_at + group);
+            }
+            float higher = total.max;
+#pragma unroll
+            for (int u = 0; u < AtOnce; ++u) higher = fmaxf(higher, max[u]);
+            total.raise(higher);
+#pragma unroll
+            for (int u = 0; u < AtOnce; ++u) total.add(sums[u], max[u], mass[u]);
+        }
+        write_sum<T>(c.sequence, x, query, total);
+    }
+}
+
+// Within the line: one warp counts the partial sum of the sequence that ended, and adds them up if it was the last. The
+// others go on.
 template <typename Config>
 template <typename T>
 __device__ void DecodeKernel<Config>::combine_on_the_way() const {
@@ -189,34 +224,7 @@ __device__ void DecodeKernel<Config>::combine_on_the_way() const {
     if (!__shfl_sync(~0u, is_last, 0)) return;
     first_piece = __shfl_sync(~0u, first_piece, 0);
     last_piece = __shfl_sync(~0u, last_piece, 0);
-    size_t const size = decode_partial_floats(group, Config::kHeadDim);
-    float const* const base = partial_of(first_piece, false);
-    float const* const head = partial_of(first_piece, shared.pieces.begin(first_piece) < c.begin);
-    int const count = last_piece - first_piece + 1;
-    constexpr int kAtOnce = 4;  // their loads are begun before the first is needed
-    for (int x = lane * 4; x < group * Config::kHeadDim; x += 128) {
-        int const query = x / Config::kHeadDim, max_at = group * Config::kHeadDim + query;
-        DecodeSum total;
-        for (int first = 0; first < count; first += kAtOnce) {
-            float4 sums[kAtOnce];
-            float max[kAtOnce], mass[kAtOnce];
-#pragma unroll
-            for (int u = 0; u < kAtOnce; ++u) {
-                int const i = min(first + u, count - 1);
-                float const* const partial = i == 0 ? head : base + i * size;
-                sums[u] = __ldcg(reinterpret_cast<float4 const*>(partial + x));
-                max[u] = first + u < count ? __ldcg(partial + max_at) : kNoMax;
-                mass[u] = __ldcg(partial + max_at + group);
-            }
-            float higher = total.max;
-#pragma unroll
-            for (int u = 0; u < kAtOnce; ++u) higher = fmaxf(higher, max[u]);
-            total.raise(higher);
-#pragma unroll
-            for (int u = 0; u < kAtOnce; ++u) total.add(sums[u], max[u], mass[u]);
-        }
-        write_sum<T>(c.sequence, x, query, total);
-    }
+    combine<T, 4>(c, first_piece, last_piece - first_piece + 1, 0, 1);
 }
 
 // At the end of a piece: the same by all warps. The copy engine brings the partial sums to the stages, which are empty:
@@ -226,9 +234,11 @@ template <typename T>
 __device__ void DecodeKernel<Config>::combine_at_end(int slot, uint32_t parity) {
     DecodeCursor const& c = shared.cursors[which];
     int const size = decode_partial_floats(group, Config::kHeadDim), bytes = size * sizeof(float);
-    static_assert(decode_partial_floats(Config::kMaxQueries, Config::kHeadDim) * sizeof(float) <= Config::kStageBytes);
+    // Where a stage holds few, they come by ordinary loads.
+    constexpr int kLargest = decode_partial_floats(Config::kMaxQueries, Config::kHeadDim) * sizeof(float);
+    constexpr bool kBulk = Config::kStageBytes / kLargest >= 8;
     int const at_once = Config::kStageBytes / bytes;
-    int first_piece, count = 0;
+    int first_piece = 0, count = 0;
     auto const bring = [&](int first, int slot) {
         int const copies = min(at_once, count - first);
         mbarrier_arrive_expect(&shared.full[slot], copies * bytes);
@@ -243,18 +253,23 @@ __device__ void DecodeKernel<Config>::combine_at_end(int slot, uint32_t parity) 
         int last_piece;
         if (count_partial(c, first_piece, last_piece)) {
             count = last_piece - first_piece + 1;
-            fence_bulk_copy_global();
+            if constexpr (kBulk) fence_bulk_copy_global();
 #pragma unroll 1
-            for (int i = 0, at = slot; i < Config::kStages && i * at_once < count; ++i) {
+            for (int i = 0, at = slot; kBulk && i < Config::kStages && i * at_once < count; ++i) {
                 bring(i * at_once, at);
                 at = at + 1 == Config::kStages ? 0 : at + 1;
             }
         }
+        shared.first_partial = first_piece;
         shared.partials = count;
     }
     __syncthreads();
     count = shared.partials;
     if (count == 0) return;
+    if constexpr (!kBulk) {
+        combine<T, 8>(c, shared.first_partial, count, warp, Config::kWarps);
+        return;
+    }
     constexpr int kElements =
         (Config::kMaxQueries * Config::kHeadDim + 4 * Config::kThreads - 1) / (4 * Config::kThreads);
     DecodeSum total[kElements];
