@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from saw_trtllm.svg import save_svg
 
@@ -217,6 +218,9 @@ def _columns(models: list[str]) -> tuple[Figure, list]:
     columns = list(figure.subplots(1, len(models), squeeze=False)[0])
     for axes, model in zip(columns, models, strict=True):
         axes.set_title(TITLES[model], fontsize=10)
+        axes.set_yscale("log")
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)), major_formatter="{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     return figure, columns
 
 
@@ -227,7 +231,7 @@ def _error_plot(data: dict, models: list[str]) -> Figure:
             scores = errors["scores"]
             rms = [(sum(x * x for x in heads) / len(heads)) ** 0.5 for heads in scores]
             axes.plot(range(len(rms)), rms, "o-", label=row)
-        axes.set(xlabel="layer", yscale="log", xticks=range(len(rms)))
+        axes.set(xlabel="layer", xticks=range(len(rms)))
     columns[0].set_ylabel("error of the softmax's logits, nats")
     columns[0].legend(fontsize=8)
     return figure
@@ -239,7 +243,7 @@ def _key_plot(data: dict, models: list[str]) -> Figure:
         outliers = data[m]["outliers"]
         axes.plot(outliers["k_channels"], label="as they are")
         axes.plot(outliers["k_channels_rotated"], label="rotated, order 128")
-        axes.set(xlabel=f"channel (layer {outliers['worst'][0]}, KV head {outliers['worst'][1]})", yscale="log")
+        axes.set(xlabel=f"channel (layer {outliers['worst'][0]}, KV head {outliers['worst'][1]})")
     columns[0].set_ylabel("rms of keys")
     columns[0].legend(fontsize=8)
     return figure
