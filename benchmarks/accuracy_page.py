@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from saw_trtllm.config import read_json
 from saw_trtllm.svg import save_svg
 
 TEMPLATE = Path(__file__).with_name("accuracy.md.j2")
@@ -26,7 +25,7 @@ _RIVALS = {
 
 def read(path: Path) -> dict:
     """What benchmarks/accuracy.py measured: JSON, compressed to a fifth."""
-    return json.loads(gzip.decompress(path.read_bytes()))
+    return read_json(path)
 
 
 def write(data: dict, output: Path) -> None:

@@ -1,5 +1,6 @@
 """saw-bench without a GPU: cases, targets, the run with a fake timer, the record, tables, plots, bad input."""
 
+import gzip
 import json
 import re
 import subprocess
@@ -22,7 +23,7 @@ from saw_trtllm.cli import bench as saw_bench
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, OpError
 
 ROOT = Path(__file__).parents[1]
-RECORD = ROOT / "benchmarks/results/h200.json"
+RECORD = ROOT / "benchmarks/results/h200.json.gz"
 DOCUMENT = ROOT / "docs/benchmarks.md"
 BANDWIDTH = Bandwidth(read_gbps=4000.0, copy_gbps=3500.0)
 #: µs per byte over the bytes' floor, by contender.
@@ -307,6 +308,14 @@ def test_record_round_trip(results, tmp_path):
     results.save(path)
     assert Results.load(path) == results
     assert json.loads(path.read_text())["environment"]["gpu"] == "NVIDIA H200"
+    compressed = path.with_name("x.json.gz")
+    results.save(compressed)
+    assert Results.load(compressed) == results
+    assert gzip.decompress(compressed.read_bytes()) == path.read_bytes()
+    for broken in (compressed.read_bytes()[:-9], b"{}"):
+        compressed.write_bytes(broken)
+        with pytest.raises(ConfigError, match="cannot be read as JSON"):
+            Results.load(compressed)
 
 
 @pytest.mark.parametrize(

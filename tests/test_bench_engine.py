@@ -36,7 +36,7 @@ from saw_trtllm.runtime.llm import KvCacheConfig
 from saw_trtllm.runtime.step import DECODE
 
 ROOT = Path(__file__).parents[1]
-RECORD = ROOT / "benchmarks" / "results" / "h200_engine.json"
+RECORD = ROOT / "benchmarks" / "results" / "h200_engine.json.gz"
 DOCUMENT = ROOT / "docs" / "engine_benchmarks.md"
 LAYER = "transformer.layers.0."
 

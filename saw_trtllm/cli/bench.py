@@ -19,10 +19,10 @@ from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError,
 
 _EXAMPLES = """\
 examples:
-  saw-bench kernels --official sglang-fork --output benchmarks/results/h200.json
+  saw-bench kernels --official sglang-fork --output benchmarks/results/h200.json.gz
   saw-bench kernels --suite decode --peers none --quick
-  saw-bench engine --num_layers 8 --output benchmarks/results/h200_engine.json
-  saw-bench plot benchmarks/results/h200.json --output docs
+  saw-bench engine --num_layers 8 --output benchmarks/results/h200_engine.json.gz
+  saw-bench plot benchmarks/results/h200.json.gz --output docs
 """
 
 
