@@ -1,13 +1,17 @@
 """saw-bench engine without a GPU: cases, steps given to a fake executor, the record, targets, tables, plots, flags."""
 
+import importlib
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
+import fake_cuda
+import fake_engine
 import numpy as np
 import pytest
 from fake_gpu import pretend_gpu
@@ -25,12 +29,12 @@ from saw_trtllm.bench.engine.record import (
     StartUp,
     Step,
 )
-from saw_trtllm.bench.engine.run import Plan, judge
-from saw_trtllm.bench.engine.steps import StepBench
+from saw_trtllm.bench.engine.run import Plan, judge, run_engines
+from saw_trtllm.bench.engine.steps import ROUNDS, StepBench, measure
 from saw_trtllm.bench.engine.tables import fill_in, plain
 from saw_trtllm.cli import bench as saw_bench
 from saw_trtllm.engine import EngineConfig
-from saw_trtllm.errors import ConfigError, EngineError
+from saw_trtllm.errors import ConfigError, EngineError, KernelError
 from saw_trtllm.network.options import NetworkOptions
 from saw_trtllm.runtime.llm import KvCacheConfig
 from saw_trtllm.runtime.step import DECODE
@@ -98,6 +102,9 @@ def test_random_weights_have_the_models_shapes_and_scale():
         if len(shape) == 2:
             assert array.astype(np.float32).std() * shape[1] ** 0.5 == pytest.approx(1, rel=0.01)
             assert not np.array_equal(array[0], array[1])
+    parts = [weights.load(f"transformer.layers.0.mlp.{name}.weight") for name in ("fc", "gate")]
+    assert not np.array_equal(*parts)
+    assert np.shares_memory(*parts)
 
 
 @pytest.fixture
@@ -239,20 +246,34 @@ def seconds(monkeypatch):
 
 
 def test_a_step_is_timed_overlapped_by_the_gpu_and_alone(seconds, config):
-    step = StepBench(seconds, config, seconds).measure(4, 1000)
+    (step,) = measure([StepBench(seconds, config, seconds)], 4, 1000)
     assert (step.p10_us, step.median_us, step.p90_us) == (100, 100, 100)  # the host's 30 µs are hidden
     assert step.gpu_us == 100
     assert step.alone_us == pytest.approx(130)
-    assert step.repetitions == 60
+    assert step.repetitions == 80
     assert step.tokens_per_second == 40_000
     assert (seconds.under_way, seconds.most_under_way) == (0, 2)
 
 
 def test_a_host_that_is_slower_than_the_gpu_shows(seconds, config):
     seconds.us = 10.0
-    step = StepBench(seconds, config, seconds).measure(1, 64)
+    (step,) = measure([StepBench(seconds, config, seconds)], 1, 64)
     assert step.median_us == pytest.approx(30)  # the GPU waits for each launch
     assert step.gpu_us == 10
+
+
+def test_executors_take_turns(monkeypatch, config):
+    gpus = [FakeGpu(us=5000.0), FakeGpu(us=8000.0)]
+    monkeypatch.setattr("saw_trtllm.bench.engine.steps.time.perf_counter", lambda: sum(gpu.now for gpu in gpus) * 1e-6)
+    order = []
+    for i, gpu in enumerate(gpus):
+        launch = gpu.launch
+        monkeypatch.setattr(gpu, "launch", lambda *args, i=i, launch=launch: order.append(i) or launch(*args))
+    steps = measure([StepBench(gpu, config, gpu) for gpu in gpus], 4, 1000)
+    assert [step.median_us for step in steps] == [5000, 8000]
+    assert [step.repetitions for step in steps] == [20, 16]
+    # Warm-ups, rounds, and what is timed step by step.
+    assert [i for i, _ in itertools.groupby(order)] == [0, 1] * (1 + ROUNDS + 1)
 
 
 def test_sequences_have_blocks_of_their_own(seconds, config):
@@ -265,7 +286,7 @@ def test_sequences_have_blocks_of_their_own(seconds, config):
     assert step.position_ids.tolist() == [999] * 4
     blocks = step.kv_cache_block_offsets[0, :, 0].ravel()
     assert len(set(blocks.tolist())) == 64
-    bench.measure(4, 1000)
+    measure([bench], 4, 1000)
     assert {(n, tuple(context)) for _, n, context in seconds.steps} == {(4, (False,) * 4)}
 
 
@@ -312,6 +333,61 @@ def test_a_start_that_fails_says_why(engine, tmp_path):
     (tmp_path / "rank0.engine").touch()
     with pytest.raises(EngineError, match=r"did not start: .*EngineError: .*config.json does not exist"):
         loop.time_start(tmp_path)
+
+
+@pytest.fixture
+def machine(engine, tmp_path, monkeypatch):
+    """A folder with the example's engine, and the stand-ins that run it."""
+    folder = shutil.copytree(engine("int4"), tmp_path / "int4")
+    config = fake_engine.as_tensorrt(folder)
+    cuda = fake_cuda.install(monkeypatch, 128 << 20)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_engine.Module(cuda, config))
+    sampler = ModuleType("saw_trtllm.gpu.sampler")
+    sampler.GpuSampler = lambda *sizes: fake_engine.Sampler(cuda, *sizes)
+    monkeypatch.setitem(sys.modules, "saw_trtllm.gpu.sampler", sampler)
+    monkeypatch.delitem(sys.modules, "saw_trtllm.bench.engine.on_gpu", raising=False)
+    monkeypatch.setattr("saw_trtllm.bench.engine.clock._DELAY_BYTES", 1 << 10)
+    monkeypatch.setattr("saw_trtllm.bench.engine.run.device.gpu_name", lambda: "NVIDIA Test")
+    for name, value in {"LOOP_BATCH": 4, "LOOP_PROMPT": 16, "LOOP_TEXT": 24}.items():
+        monkeypatch.setattr(cases, name, value)
+    monkeypatch.setattr(cases, "PROFILED", {2: (16,)})
+    return cuda, Plan.of(tmp_path, ["int4"], cases.llama_config(4), batches=(1, 2), contexts=(16, 256))
+
+
+def test_a_run_from_its_engine_to_its_record(machine, tmp_path):
+    cuda, plan = machine
+    output = tmp_path / "record.json.gz"
+    results = run_engines(plan, "saw-bench engine", "249ac14", output)
+    assert EngineResults.load(output) == results
+    assert results.aborted is None
+    (found,) = results.engines
+    assert found.build_s is None
+    assert found.engine_bytes == (plan.folder / "int4" / "rank0.engine").stat().st_size
+    assert [(s.batch, s.context) for s in found.steps] == plan.steps()
+    assert found.loop.step_us > 0
+    assert found.loop.gpu_us > 0
+    assert [(p.batch, p.context) for p in found.profiles] == [(2, 16)]
+    assert cuda.everything() == []
+
+
+def test_a_run_that_ends_early_keeps_what_it_has(machine, monkeypatch, tmp_path):
+    cuda, plan = machine
+    broken = KernelError("an illegal memory access")
+    monkeypatch.setattr(StepBench, "profile", lambda *args: (_ for _ in ()).throw(broken))
+    run_engines(plan, "saw-bench engine", "249ac14", tmp_path / "record.json")
+    results = EngineResults.load(tmp_path / "record.json")
+    assert results.aborted == "the run ended early: an illegal memory access"
+    assert len(results.engines[0].steps) == len(plan.steps())
+    assert cuda.everything() == []
+
+
+def test_engines_that_do_not_fit_together(machine, results):
+    on_gpu = importlib.import_module("saw_trtllm.bench.engine.on_gpu")
+    memory = dict.fromkeys(("weights", "activations", "io"), 24 << 20)
+    engines = [e.model_copy(update={"memory": memory}) for e in results.engines]
+    assert on_gpu._pool_bytes(engines[:1]) == int(0.9 * (56 << 20))
+    with pytest.raises(EngineError, match=r"^3 engines take 0\.21 GiB and the GPU has 0\.12 GiB free: give fewer --kv"):
+        on_gpu._pool_bytes(engines)
 
 
 # -- the record
