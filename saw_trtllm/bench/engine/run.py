@@ -60,6 +60,8 @@ class Plan:
     batches, contexts : sequence of int
     optimization_level : int or None
     decode_profile : bool
+    gemm_plugin : str
+        As of :class:`~saw_trtllm.network.options.NetworkOptions`, for engines that are built.
     build_timeout_s : float or None
         Seconds that each build may take.
     """
@@ -72,6 +74,7 @@ class Plan:
     contexts: Sequence[int] = cases.CONTEXTS
     optimization_level: int | None = None
     decode_profile: bool = True
+    gemm_plugin: str = "auto"
     build_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -110,6 +113,7 @@ class Plan:
             input_timing_cache=cache if cache.is_file() else None,
             output_timing_cache=cache,
             optimization_level=self.optimization_level,
+            gemm_plugin=self.gemm_plugin,
         )
 
     def steps(self) -> list[tuple[int, int]]:
@@ -161,7 +165,8 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
     for kv in plan.kvs:
         engine, aborted = _run_engine(plan, kv)
         results = results.model_copy(update={"engines": [*results.engines, engine], "aborted": aborted})
-        results = results.model_copy(update={"targets": judge(results)})
+        plugins = EngineConfig.load(plan.folder / kv).build_config.plugin_config
+        results = results.model_copy(update={"targets": judge(results), "gemm_plugin": plugins.gemm_plugin})
         if output is not None:
             results.save(output)
         if aborted:
