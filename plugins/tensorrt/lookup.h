@@ -1,4 +1,4 @@
-// SawLookup: rows of a table, which TensorRT's compilers do not see. See SawGemm.md.
+// SawLookup: rows of a table, which TensorRT's compilers do not see. See SawLookup.md.
 #pragma once
 
 #include "op.h"
