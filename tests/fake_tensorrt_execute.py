@@ -44,9 +44,9 @@ def execute(network: trt.INetworkDefinition, inputs: dict[str, torch.Tensor]) ->
 
 def _run(layer, x):
     if isinstance(layer, trt.PluginLayer):
-        return {"SawRotateQuantizeKV": _write, "SawInt4PagedAttention": _attention}[layer.plugin.plugin_type](
-            layer.plugin.fields, x
-        )
+        plugins = {"SawRotateQuantizeKV": _write, "SawInt4PagedAttention": _attention}
+        plugins |= {"SawGemm": lambda fields, x: [_gemm(fields, *x)], "SawLookup": lambda fields, x: [x[1][x[0]]]}
+        return plugins[layer.plugin.plugin_type](layer.plugin.fields, x)
     return [getattr(_Layers, layer.type.name.lower())(layer, *x)]
 
 
@@ -121,6 +121,10 @@ class _Layers:
 
 def _rotate(x, order):
     return (x.unflatten(-1, (-1, order)) @ torch.from_numpy(hadamard(order))).flatten(-2)
+
+
+def _gemm(fields, x, weight):
+    return x.float() @ weight.float().T if fields["output_dtype"] == "float32" else x @ weight.T
 
 
 def _write(fields, x):

@@ -80,6 +80,9 @@ FIELDS = {
     | {"range_factor": (_FLOAT, 1.0), "use_k_center": (_INT, 0)},
     "SawInt4PagedAttention": _COMMON
     | {"softmax_scale": (_FLOAT, 0.0), "softcap": (_FLOAT, 0.0), "window": (_INT, 0), "use_sinks": (_INT, 0)},
+    "SawGemm": {name: (_TEXT, None) for name in ("dtype", "output_dtype")}
+    | {name: (_INT, None) for name in ("in_features", "out_features")},
+    "SawLookup": {"dtype": (_TEXT, None), "vocab_size": (_INT, None), "hidden_size": (_INT, None)},
 }
 PLUGIN_INPUTS = {
     "SawRotateQuantizeKV": (
@@ -89,6 +92,8 @@ PLUGIN_INPUTS = {
         *(("dtype", 2), ("dtype", 2), ("dtype", 2), (int32, 2), (int32, 1), (int32, 1), (int32, 1), (int32, 4)),
         *((int64, 2), (int32, 2), (int32, 1)),
     ),
+    "SawGemm": (("dtype", 2), ("dtype", 2)),
+    "SawLookup": ((int32, 1), ("dtype", 2)),
 }
 
 
@@ -102,6 +107,12 @@ def _parse_fields(plugin, fields):
         values[field.name] = field.data.tobytes().decode() if kind == _TEXT else field.data.reshape(-1)[0].item()
     if None in values.values():
         raise ValueError("a field is missing")
+    if "kv" not in values:
+        if values["dtype"] not in ("float16", "bfloat16") or values.get("output_dtype") not in (
+            *(None, "float32", values["dtype"]),
+        ):
+            raise ValueError("a field is out of range")
+        return values
     order, rotated = values.get("hadamard_order", 1), values["kv"] == "saw_int4"
     valid = (
         values["head_dim"] in (64, 96, 128, 256)
@@ -129,7 +140,6 @@ class SawPlugin(IPluginV3):
 
     def outputs(self, inputs):
         f, rows = self.fields, inputs[0].shape[0]
-        width, kv_width = f["num_heads"] * f["head_dim"], f["num_kv_heads"] * f["head_dim"]
         expected = list(PLUGIN_INPUTS[self.plugin_type])
         if f.get("use_k_center") or f.get("use_sinks"):
             expected.append((float32, None))
@@ -137,6 +147,16 @@ class SawPlugin(IPluginV3):
         for i, (x, (dtype, rank)) in enumerate(zip(inputs, expected, strict=True)):
             assert x.dtype == (self.dtype if dtype == "dtype" else dtype), (self.plugin_type, i, x.dtype)
             assert rank in (None, len(x.shape)), (self.plugin_type, i, x.shape)
+        if self.plugin_type == "SawGemm":
+            assert (tuple(inputs[1].shape), inputs[0].shape[1]) == (
+                (f["out_features"], f["in_features"]),
+                f["in_features"],
+            )
+            return [([rows, f["out_features"]], float32 if f["output_dtype"] == "float32" else self.dtype)]
+        if self.plugin_type == "SawLookup":
+            assert tuple(inputs[1].shape) == (f["vocab_size"], f["hidden_size"])
+            return [([rows, f["hidden_size"]], self.dtype)]
+        width, kv_width = f["num_heads"] * f["head_dim"], f["num_kv_heads"] * f["head_dim"]
         if self.plugin_type == "SawInt4PagedAttention":
             assert [x.shape[-1] for x in inputs[:3]] == [width, kv_width, kv_width]
             return [([rows, width], self.dtype)]

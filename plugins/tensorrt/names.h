@@ -11,6 +11,8 @@ constexpr char kVersionOfV2[] = "1-v2";
 
 constexpr char kRotateQuantizeKv[] = "SawRotateQuantizeKV";
 constexpr char kInt4PagedAttention[] = "SawInt4PagedAttention";
+constexpr char kGemm[] = "SawGemm";
+constexpr char kLookup[] = "SawLookup";
 
 // tensors
 constexpr char kQkv[] = "qkv";
@@ -30,6 +32,10 @@ constexpr char kK[] = "k";
 constexpr char kV[] = "v";
 constexpr char kDecodeCounters[] = "decode_counters";
 constexpr char kContext[] = "context";
+constexpr char kRows[] = "rows";
+constexpr char kX[] = "x";
+constexpr char kWeight[] = "weight";
+constexpr char kY[] = "y";
 
 // fields
 constexpr char kFormatVersionField[] = "format_version";    // this and the next in engines only: nobody gives them
@@ -49,5 +55,10 @@ constexpr char kSoftmaxScale[] = "softmax_scale";
 constexpr char kSoftcap[] = "softcap";
 constexpr char kWindow[] = "window";
 constexpr char kUseSinks[] = "use_sinks";
+constexpr char kInFeatures[] = "in_features";
+constexpr char kOutFeatures[] = "out_features";
+constexpr char kOutputDtype[] = "output_dtype";
+constexpr char kVocabSize[] = "vocab_size";
+constexpr char kHiddenSize[] = "hidden_size";
 
 }  // namespace saw::trt::names

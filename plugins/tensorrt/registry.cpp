@@ -11,7 +11,9 @@
 #include <cstring>
 #include <mutex>
 
+#include "gemm.h"
 #include "int4_paged_attention.h"
+#include "lookup.h"
 #include "names.h"
 #include "plugin_v2.h"
 #include "plugin_v3.h"
@@ -37,9 +39,10 @@ using AnyCreator = nvinfer1::IPluginCreator;
 
 #if NV_TENSORRT_MAJOR >= 10
 struct CreatorsV3 {
-    PluginCreatorV3 write{&RotateQuantizeKv::make}, attention{&Int4PagedAttention::make};
-    std::array<PluginCreatorV3*, 2> all{&write, &attention};
-    std::array<nvinfer1::IPluginCreatorInterface*, 2> listed{&write, &attention};
+    PluginCreatorV3 write{&RotateQuantizeKv::make}, attention{&Int4PagedAttention::make}, gemm{&Gemm::make},
+        lookup{&Lookup::make};
+    std::array<PluginCreatorV3*, 4> all{&write, &attention, &gemm, &lookup};
+    std::array<nvinfer1::IPluginCreatorInterface*, 4> listed{&write, &attention, &gemm, &lookup};
 };
 
 // These are never destroyed: TensorRT's registry may outlive this library's statics.
@@ -52,9 +55,10 @@ CreatorsV3& creators_v3() {
 #if NV_TENSORRT_MAJOR < 11
 struct CreatorsV2 {
     static constexpr char const* kVersion = NV_TENSORRT_MAJOR < 10 ? names::kVersion : names::kVersionOfV2;
-    PluginCreatorV2 write{&RotateQuantizeKv::make, kVersion}, attention{&Int4PagedAttention::make, kVersion};
-    std::array<PluginCreatorV2*, 2> all{&write, &attention};
-    std::array<nvinfer1::IPluginCreator*, 2> listed{&write, &attention};
+    PluginCreatorV2 write{&RotateQuantizeKv::make, kVersion}, attention{&Int4PagedAttention::make, kVersion},
+        gemm{&Gemm::make, kVersion}, lookup{&Lookup::make, kVersion};
+    std::array<PluginCreatorV2*, 4> all{&write, &attention, &gemm, &lookup};
+    std::array<nvinfer1::IPluginCreator*, 4> listed{&write, &attention, &gemm, &lookup};
 };
 
 CreatorsV2& creators_v2() {

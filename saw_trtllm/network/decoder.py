@@ -56,7 +56,7 @@ class _Decoder:
     def define(self) -> None:
         """``input_ids [num_tokens]`` to ``logits [num_sequences, vocab_size]``, or of all tokens where asked for."""
         graph, embedding = self.graph, self._weight(EMBEDDING)
-        x = graph.gather(embedding, self._inputs["input_ids"])
+        x = graph.embedding(embedding, self._inputs["input_ids"])
         for i in range(self.model.num_hidden_layers):
             with graph.scope(layer_prefix(i).removesuffix(".")):
                 x = self._layer(layer_prefix(i), i, x)
@@ -66,7 +66,7 @@ class _Decoder:
         x = self._norm(x, self._weight(FINAL_NORM, np.float32))
         lm_head = embedding if self.model.share_embedding_table else self._weight(LM_HEAD)
         dtype = (self.model.model_extra or {}).get("logits_dtype", "float32")
-        graph.output(graph.cast(graph.linear(x, lm_head), dtype), LOGITS)
+        graph.output(graph.linear(x, lm_head, dtype), LOGITS)
 
     def _layer(self, prefix: str, i: int, x: Tensor) -> Tensor:
         """``[num_tokens, hidden_size]`` to the same."""

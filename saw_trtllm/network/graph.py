@@ -10,6 +10,7 @@ import numpy as np
 
 from saw_trtllm.errors import EngineError
 from saw_trtllm.network.versions import TensorRT
+from saw_trtllm.plugins import GEMM, LOOKUP
 
 
 class Tensor:
@@ -44,11 +45,14 @@ class Graph:
     ----------
     tensorrt : TensorRT
     network : tensorrt.INetworkDefinition
+    weights_in_plugins : bool
+        Whether matrices are inputs of our plugins, or of TensorRT's own layers.
     """
 
-    def __init__(self, tensorrt: TensorRT, network: Any) -> None:
+    def __init__(self, tensorrt: TensorRT, network: Any, weights_in_plugins: bool = False) -> None:
         self.tensorrt = tensorrt
         self.network = network
+        self._weights_in_plugins = weights_in_plugins
         self._trt = tensorrt.trt
         self._scope = ""
         self._names: dict[str, int] = {}
@@ -103,11 +107,25 @@ class Graph:
         """Rows of a matrix: ``[n, width]`` and int32 ``[m]`` to ``[m, width]``."""
         return self._tensor("gather", self.network.add_gather(x.handle, rows.handle, 0), x.dtype)
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """``x · weightᵀ``: ``[n, inputs]`` and ``[outputs, inputs]`` to ``[n, outputs]``."""
-        op = self._trt.MatrixOperation
-        layer = self.network.add_matrix_multiply(x.handle, op.NONE, weight.handle, op.TRANSPOSE)
-        return self._tensor("linear", layer, x.dtype)
+    def embedding(self, weight: Tensor, rows: Tensor) -> Tensor:
+        """:meth:`gather` from a weight."""
+        if not self._weights_in_plugins:
+            return self.gather(weight, rows)
+        size, width = weight.handle.shape
+        fields = {"dtype": weight.dtype, "vocab_size": size, "hidden_size": width}
+        return self.plugin(LOOKUP, fields, [rows, weight], [weight.dtype])[0]
+
+    def linear(self, x: Tensor, weight: Tensor, dtype: str | None = None) -> Tensor:
+        """``x · weightᵀ``: ``[n, inputs]`` and ``[outputs, inputs]`` to ``[n, outputs]``, of ``dtype`` if given."""
+        dtype = x.dtype if dtype is None else dtype
+        if not self._weights_in_plugins:
+            op = self._trt.MatrixOperation
+            layer = self.network.add_matrix_multiply(x.handle, op.NONE, weight.handle, op.TRANSPOSE)
+            return self.cast(self._tensor("linear", layer, x.dtype), dtype)
+        given = dtype if dtype == "float32" else x.dtype
+        outputs, inputs = weight.handle.shape
+        fields = {"dtype": x.dtype, "in_features": inputs, "out_features": outputs, "output_dtype": given}
+        return self.cast(self.plugin(GEMM, fields, [x, weight], [given])[0], dtype)
 
     def mean(self, x: Tensor, axis: int) -> Tensor:
         """Mean over an axis from 0, which is kept with length 1."""

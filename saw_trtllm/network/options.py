@@ -23,6 +23,10 @@ class NetworkOptions:
         TensorRT's, from 0 to 5: how long it looks for fast kernels. None is its default.
     workers : int
         Threads that read the weights and fold into them.
+    gemm_plugin : str
+        ``auto``, ``disable``, or the model's dtype. With it, GEMMs and the embedding are plugins, whose weights
+        TensorRT's compilers do not see: those of 8.6 take seconds for each hundred MB of weights. ``auto`` takes it
+        for 8.6, if there is cuBLASLt.
     """
 
     decode_profile: bool = True
@@ -30,6 +34,7 @@ class NetworkOptions:
     output_timing_cache: Path | None = None
     optimization_level: int | None = None
     workers: int = 1
+    gemm_plugin: str = "auto"
 
 
 class Phases(Protocol):

@@ -127,4 +127,9 @@ cudaError_t sample(SampleParams const& params, cudaStream_t stream);
 // Input ids of -1 - j become the token of row j of the last sample().
 cudaError_t resolve_tokens(int32_t* input_ids, int num_tokens, int32_t const* tokens, cudaStream_t stream);
 
+// Rows of a table of 16-bit numbers: out[i] is table[rows[i]], or zeros where there is no such row.
+// table [num_rows, width], rows [num_tokens], out [num_tokens, width]: table and out on multiples of 16 bytes.
+cudaError_t lookup(void const* table, int32_t const* rows, void* out, int num_tokens, int num_rows, int width,
+                   cudaStream_t stream);
+
 }  // namespace saw

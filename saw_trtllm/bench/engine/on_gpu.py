@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ from saw_trtllm.runtime.llm import LLM, KvCacheConfig
 
 if TYPE_CHECKING:
     from saw_trtllm.bench.engine.run import Plan
+
+logger = logging.getLogger(__name__)
 
 _FRACTION = KvCacheConfig.free_gpu_memory_fraction
 
@@ -76,6 +79,7 @@ def measure_together(plan: Plan, engines: list[Engine], keep: Callable[[], None]
             fitting = [e for e in engines if benches[e.kv].fits(*case)]
             for e, step in zip(fitting, measure([benches[e.kv] for e in fitting], *case), strict=True):
                 e.steps.append(step)
+                logger.info("%s, %dx%d: %.0f us, alone %.0f us", e.kv, *case, step.median_us, step.alone_us)
             for e in engines:
                 if e not in fitting:
                     e.too_large.append(case)

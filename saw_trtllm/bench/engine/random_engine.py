@@ -83,7 +83,7 @@ def build_random(folder: Path, config: EngineConfig, options: NetworkOptions) ->
         If TensorRT does not build the engine.
     """
     tensorrt = TensorRT.load()
-    config = built_for(config, tensorrt)
+    config = built_for(config, tensorrt, options.gemm_plugin)
     engine = serialize_engine(tensorrt, config, RandomWeights(config.pretrained_config).load, options)
     try:
         folder.mkdir(parents=True, exist_ok=True)

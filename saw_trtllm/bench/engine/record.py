@@ -179,6 +179,8 @@ class EngineResults(Record):
     """TensorRT's, of the engines that were built; None is its default."""
     decode_profile: bool
     tokens_per_block: int
+    gemm_plugin: str | None = None
+    """The dtype of SawGemm, or None for TensorRT's own GEMMs."""
     engines: list[Engine]
     targets: list[TargetResult] = Field(default_factory=list)
     aborted: str | None = None

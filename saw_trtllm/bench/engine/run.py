@@ -42,6 +42,8 @@ class Plan:
     batches, contexts : sequence of int
     optimization_level : int or None
     decode_profile : bool
+    gemm_plugin : str
+        As of :class:`~saw_trtllm.network.options.NetworkOptions`, for engines that are built.
     build_timeout_s : float or None
         Seconds that each build may take.
     """
@@ -54,6 +56,7 @@ class Plan:
     contexts: Sequence[int] = cases.CONTEXTS
     optimization_level: int | None = None
     decode_profile: bool = True
+    gemm_plugin: str = "auto"
     build_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +95,7 @@ class Plan:
             input_timing_cache=cache if cache.is_file() else None,
             output_timing_cache=cache,
             optimization_level=self.optimization_level,
+            gemm_plugin=self.gemm_plugin,
         )
 
     def steps(self) -> list[tuple[int, int]]:
@@ -152,7 +156,10 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
     aborted = None
     try:
         for kv in plan.kvs:
-            results = results.model_copy(update={"engines": [*results.engines, measure_alone(plan, kv)]})
+            engine = measure_alone(plan, kv)
+            plugins = EngineConfig.load(plan.folder / kv).build_config.plugin_config
+            update = {"engines": [*results.engines, engine], "gemm_plugin": plugins.gemm_plugin}
+            results = results.model_copy(update=update)
             keep()
         measure_together(plan, results.engines, keep)
     except (SawError, RuntimeError) as e:

@@ -78,6 +78,7 @@ class StepBench:
     def __init__(self, executor: Any, config: EngineConfig, clock: Clock) -> None:
         self._executor, self._config, self._clock = executor, config, clock
         self._block = config.build_config.tokens_per_block
+        self._gemm_plugin = config.build_config.plugin_config.gemm_plugin is not None
         self._num_layers = [len(pool.layers) for pool in config.pools]
         self._order = np.random.default_rng(1).permutation(executor.num_blocks)
 
@@ -114,7 +115,7 @@ class StepBench:
         parts: dict[Part, float] = defaultdict(float)
         layers: dict[int | None, float] = defaultdict(float)
         for name, us in zip(names, times, strict=True):
-            parts[classify(name)] += us
+            parts[classify(name, self._gemm_plugin)] += us
             layers[decoder_layer(name)] += us
         inner = [layers[i] for i in range(1, self._config.pretrained_config.num_hidden_layers - 1)]
         return Profile(

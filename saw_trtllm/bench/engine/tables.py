@@ -14,6 +14,7 @@ def environment_table(results: EngineResults) -> Table:
     e = results.environment
     level = "its default" if results.optimization_level is None else f"{results.optimization_level}"
     profiles = "one of their own for decodes" if results.decode_profile else "one for all steps"
+    gemms = f"SawGemm in {results.gemm_plugin}" if results.gemm_plugin else "TensorRT's own"
     return [
         ["what", "value"],
         ["GPU", e.gpu],
@@ -21,7 +22,7 @@ def environment_table(results: EngineResults) -> Table:
         ["TensorRT, Python", f"{e.tensorrt}, {e.python}"],
         ["saw_trtllm", f"{e.saw_trtllm}, commit {e.commit or 'unknown'}{', with changes' if e.dirty else ''}"],
         ["model", str(results.shape)],
-        ["build", f"optimization level {level}, {profiles}, {results.tokens_per_block} tokens a block"],
+        ["build", f"optimization level {level}, {profiles}, {results.tokens_per_block} tokens a block, GEMMs: {gemms}"],
         ["date", e.date],
         ["command", f"`{e.command}`"],
     ]
