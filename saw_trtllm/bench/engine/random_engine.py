@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 
 from saw_trtllm import __version__
 from saw_trtllm.checkpoint import expected_shapes
@@ -88,9 +89,18 @@ def build_random(folder: Path, config: EngineConfig, options: NetworkOptions) ->
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / engine_file()).write_bytes(engine)
+        write_tokenizer(folder, config.pretrained_config.vocab_size)
         config.save(folder)
     except OSError as e:
         raise ConfigError(f"{folder} cannot be written ({e.strerror}): give another --engine_dir") from e
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Write a ``tokenizer.json`` whose words are ``w0``, ``w1``, and so on: whoever serves the engine needs one."""
+    words = {f"w{i}": i for i in range(vocab_size)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
 
 
 def build_in_child(folder: Path, config: EngineConfig, options: NetworkOptions, timeout_s: float | None) -> float:
