@@ -149,6 +149,8 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
     )
 
     def keep() -> None:
+        nonlocal results
+        results = results.model_copy(update={"targets": judge(results)})
         if output is not None:
             results.save(output)
 
@@ -169,7 +171,7 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
         aborted = f"the run ended early: {e}"
     except KeyboardInterrupt:
         aborted = "the run was interrupted"
-    results = results.model_copy(update={"aborted": aborted, "targets": judge(results)})
+    results = results.model_copy(update={"aborted": aborted})
     keep()
     return results
 
