@@ -6,6 +6,7 @@ import io
 import re
 import string
 import xml.etree.ElementTree as ET
+from collections import Counter
 from pathlib import Path
 
 import matplotlib as mpl
@@ -24,6 +25,8 @@ _HREF = "{http://www.w3.org/1999/xlink}href"
 _PATH = f"{{{_SVG}}}path"
 _NUMBER = r"-?(?:\d+\.?\d*|\.\d+)"
 _MOVE = re.compile(rf"m({_NUMBER} ?{_NUMBER}) ?(.*)")
+_STRAIGHT = re.compile(rf"(m{_NUMBER} ?{_NUMBER}[hv]{_NUMBER})+")
+_TICK = re.compile(rf"m0 0([hv]{_NUMBER})")
 #: matplotlib's names: a letter and ten hexadecimal digits, of which five tell those of one plot apart.
 _NAME = re.compile(r"\b([mp][0-9a-f]{5})[0-9a-f]{5}\b")
 
@@ -36,8 +39,12 @@ def to_svg(figure: Figure) -> str:
     text = scour.scourString(buffer.getvalue(), _OPTIONS)
     root = ET.fromstring(_NAME.sub(r"\1", text[text.index("<svg") :]))
     drawn = {"#" + e.get("id", ""): e for e in root.iter() if "stroke" in e.attrib}
-    for element in list(root.iter()):
+    for element in root.iter():
         _tidy(element, drawn)
+    for element in list(root.iter()):
+        _join(element)
+    _hoist(root, "font-size", "")
+    _hoist(root, "text-anchor", "start")
     root.set("font-family", _FONT)
     ET.register_namespace("", _SVG)
     return ET.tostring(root, encoding="unicode").replace(" />", "/>") + "\n"
@@ -49,7 +56,7 @@ def save_svg(figure: Figure, path: Path) -> None:
 
 
 def _tidy(element: ET.Element, drawn: dict[str, ET.Element]) -> None:
-    """Shorten what scour leaves: no coordinate needs six decimals, no line attributes that the line before has."""
+    """Shorten what scour leaves: no coordinate needs six decimals, no line attributes that a line before has."""
     have = element.attrib
     # Each text would name its fonts, of which matplotlib lists a dozen; here the root does.
     have.pop("font-family", None)
@@ -59,19 +66,42 @@ def _tidy(element: ET.Element, drawn: dict[str, ET.Element]) -> None:
         have[key] = re.sub(r"-?\d+\.\d+", lambda n: f"{float(n[0]):.1f}".removesuffix(".0"), have[key])
     if _HREF in have:
         have["href"] = have.pop(_HREF)
-        if have["href"] in drawn:  # what it shows has its own
+        shown = drawn.get(have["href"])
+        if shown is not None:  # it has a stroke of its own
             have.pop("stroke", None)
             have.pop("stroke-width", None)
-    last = None
+            if tick := _TICK.fullmatch(shown.get("d", "")):
+                element.tag = _PATH
+                look = {key: value for key, value in shown.attrib.items() if key not in ("id", "d")}
+                have |= look | {"d": f"m{have.pop('x')} {have.pop('y')}{tick[1]}"}
+                del have["href"]
+
+
+def _join(element: ET.Element) -> None:
+    """Make one path of lines of one look: those in a row, and bars and ticks with nothing but such between them."""
+    paths: list[ET.Element] = []
     for child in list(element):
         if child.tag == _PATH and "id" not in child.attrib:
-            if last is not None and _look(last) == _look(child):
-                last.set("d", last.get("d", "") + _absolute(child.get("d", "")))
+            straight = _STRAIGHT.fullmatch(child.get("d", ""))
+            same = [path for path in (paths if straight else paths[-1:]) if _look(path) == _look(child)]
+            if same:
+                same[0].set("d", same[0].get("d", "") + _absolute(child.get("d", "")))
                 element.remove(child)
             else:
-                last = child
+                paths = [*paths, child] if straight else [child]
         elif child.find(f".//{_PATH}") is not None:
-            last = None  # it would come before what lies behind it
+            paths = []  # they would come before what lies behind them
+
+
+def _hoist(root: ET.Element, key: str, default: str) -> None:
+    """Let the texts inherit what most of them have."""
+    texts = [e for e in root.iter() if e.tag == f"{{{_SVG}}}text"]
+    most, _ = Counter(e.get(key, default) for e in texts).most_common(1)[0]
+    root.set(key, most)
+    for e in texts:
+        own = e.attrib.pop(key, default)
+        if own != most:
+            e.set(key, own)
 
 
 def _look(path: ET.Element) -> dict[str, str]:
