@@ -19,7 +19,7 @@ _MARKERS = {1: "o", 16: "s", 64: "^", 256: "D"}
 
 
 def draw(results: EngineResults, folder: Path) -> list[Path]:
-    """Draw ``engine_decode.svg``, ``engine_parts.svg`` and ``engine_capacity.svg``, those that were measured.
+    """Draw ``engine_decode.svg`` and ``engine_parts.svg``: those that were measured.
 
     Raises
     ------
@@ -31,8 +31,6 @@ def draw(results: EngineResults, folder: Path) -> list[Path]:
         plots["engine_decode"] = _decode
     if any(e.profiles for e in results.engines):
         plots["engine_parts"] = _parts
-    if any(e.tokens for e in results.engines):
-        plots["engine_capacity"] = _capacity
     return draw_plots(folder, {name: partial(plot, results=results) for name, plot in plots.items()})
 
 
@@ -87,13 +85,3 @@ def _parts(axes: Any, results: EngineResults) -> None:
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("ms, layers timed one by one")
     _title(axes, results, "Parts of a decode step")
-
-
-def _capacity(axes: Any, results: EngineResults) -> None:
-    """Tokens that fit, by format."""
-    for e in results.engines:
-        bar = axes.bar(e.kv, e.tokens / 1e6, color=_COLOURS[e.kv], label=f"{e.kv}, {e.bytes_per_token:,} bytes a token")
-        axes.bar_label(bar, [f"{e.tokens:,}"], fontsize=8)
-    axes.grid(axis="x", visible=False)
-    axes.set_ylabel("million tokens that fit")
-    _title(axes, results, "Tokens in the memory that the weights leave")

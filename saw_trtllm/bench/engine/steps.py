@@ -113,16 +113,12 @@ class StepBench:
         names = [name.partition(" [profile")[0] for name, _ in runs[0]]
         times = [1e3 * median(ms for _, ms in layers) for layers in zip(*runs, strict=True)]
         parts: dict[Part, float] = defaultdict(float)
-        layers: dict[int | None, float] = defaultdict(float)
         for name, us in zip(names, times, strict=True):
             parts[classify(name, self._gemm_plugin)] += us
-            layers[decoder_layer(name)] += us
-        inner = [layers[i] for i in range(1, self._config.pretrained_config.num_hidden_layers - 1)]
         return Profile(
             batch=batch,
             context=context,
             parts={part: round(us, 2) for part, us in parts.items()},
-            layer_us=round(median(inner), 2) if inner else None,
             layers={n: round(us, 2) for n, us in zip(names, times, strict=True) if decoder_layer(n) in (None, 1)},
         )
 

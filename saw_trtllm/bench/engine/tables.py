@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from saw_trtllm.bench.engine.cases import KVS, LLAMA_LAYERS, PARTS
-from saw_trtllm.bench.engine.record import Engine, EngineResults, Step
+from saw_trtllm.bench.engine.cases import KVS, PARTS
+from saw_trtllm.bench.engine.record import EngineResults
 from saw_trtllm.bench.tables import Table, align, fill_sections
 
 
@@ -60,9 +60,8 @@ def loop_table(results: EngineResults) -> Table:
 def step_table(results: EngineResults) -> Table:
     """Decode steps by batch and context."""
     kvs = [kv for kv in KVS if results.engine(kv)]
-    fewer = results.shape.is_llama and results.shape.num_layers != LLAMA_LAYERS
     header = ["sequences x context", *(f"{kv} µs" for kv in kvs), "saw_int4 p10 to p90", "saw_int4 tokens/s"]
-    header += ["over fp16", "over int4", *([f"over fp16 with {LLAMA_LAYERS} layers, worked out"] if fewer else [])]
+    header += ["over fp16", "over int4"]
     rows = [header]
     for case in sorted({(s.batch, s.context) for e in results.engines for s in e.steps}):
         found = {kv: engine.find(*case) for kv in kvs if (engine := results.engine(kv)) is not None}
@@ -72,18 +71,8 @@ def step_table(results: EngineResults) -> Table:
         for over in ("fp16", "int4"):
             ratio = results.speedups(over).get(case)
             row.append("-" if ratio is None else f"{ratio:.3f}x")
-        row += [_whole(results, ours, found.get("fp16"))] if fewer else []
         rows.append(row)
     return rows
-
-
-def _whole(results: EngineResults, ours: Step | None, theirs: Step | None) -> str:
-    """The speedup that the whole model would have."""
-    if ours is None or theirs is None:
-        return "-"
-    engines: list[tuple[Engine | None, Step]] = [(results.engine("saw_int4"), ours), (results.engine("fp16"), theirs)]
-    times = [engine and engine.whole_model_us(step, results.shape.num_layers) for engine, step in engines]
-    return f"{times[1] / times[0]:.3f}x" if times[0] and times[1] else "-"
 
 
 def part_table(results: EngineResults) -> Table:
