@@ -495,6 +495,7 @@ def test_tables_show_what_was_measured(results):
     assert "3.76" not in rows["64x8192"]
     assert f"{results.speedup:.3f}x" in rows["64x8192"]
     assert "256x32768" not in rows
+    assert "300 (28 %)" in text
     assert str(Shape.of(cases.llama_config(32))) == "Llama 3 8B's shape"
     assert str(Shape.of(cases.llama_config(8, 1000))) == "8 layers of 4096, heads 32/8/128, vocabulary 1000"
 

@@ -76,13 +76,16 @@ def step_table(results: EngineResults) -> Table:
 
 
 def part_table(results: EngineResults) -> Table:
-    """Parts of a step, its layers timed one by one, and the host's part that a step alone shows."""
+    """Parts of a step and their shares, its layers timed one by one, and the host's part that a step alone shows."""
     rows = [["KV cache", "sequences x context", *(f"{words} µs" for words in PARTS.values()), "host, alone µs"]]
     for e in results.engines:
         for p in e.profiles:
+            total = sum(p.parts.values())
+            parts = [p.parts.get(part, 0.0) for part in PARTS]
             step = e.find(p.batch, p.context)
             host = "-" if step is None else f"{step.alone_us - step.gpu_us:.0f}"
-            rows.append([e.kv, f"{p.batch}x{p.context}", *(f"{p.parts.get(part, 0.0):.0f}" for part in PARTS), host])
+            shares = [f"{us:.0f} ({100 * us / total:.0f} %)" for us in parts]
+            rows.append([e.kv, f"{p.batch}x{p.context}", *shares, host])
     return rows
 
 
