@@ -21,7 +21,7 @@ _EXAMPLES = """\
 examples:
   saw-bench kernels --official sglang-fork --output benchmarks/results/h200.json.gz
   saw-bench kernels --suite decode --peers none --quick
-  saw-bench engine --num_layers 8 --output benchmarks/results/h200_engine.json.gz
+  saw-bench engine --output benchmarks/results/h200_engine.json.gz
   saw-bench plot benchmarks/results/h200.json.gz --output docs
 """
 
