@@ -325,8 +325,8 @@ def test_an_engine_with_the_gemm_plugin_needs_cublas_lt(refused, monkeypatch):
 
     monkeypatch.setattr("saw_trtllm.plugins.load_cublas_lt", lambda: False)
     assert refused(with_plugin, errors=BackendUnavailableError) == (
-        "the engine in FOLDER has its GEMMs from cuBLASLt, which cannot be loaded: pip install nvidia-cublas-cu12, or add "
-        "the folder of libcublasLt.so.12 or .13 to LD_LIBRARY_PATH"
+        "the engine in FOLDER has its GEMMs from cuBLASLt, which cannot be loaded: pip install nvidia-cublas-cu12, or "
+        "add the folder of libcublasLt.so.12 or .13 to LD_LIBRARY_PATH"
     )
 
 
