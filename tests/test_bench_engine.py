@@ -86,6 +86,21 @@ def test_layers_are_told_apart_by_name(layer, part):
     assert classify(layer) == part
 
 
+@pytest.mark.parametrize(
+    ("layer", "part"),
+    [
+        (LAYER + "attention.SawInt4PagedAttention", "attention"),
+        (LAYER + "attention.SawGemm_2", "gemm"),
+        (f"{{ForeignNode[{LAYER}mlp.cast...{LAYER}mlp.sum]}}", "rest"),
+        (f"PWN(PWN({LAYER}mlp.sigmoid), {LAYER}mlp.prod)", "rest"),
+        ("SawGemm", "ends"),
+        ("SawLookup", "ends"),
+    ],
+)
+def test_with_the_gemm_plugin_no_other_layer_is_a_gemm(layer, part):
+    assert classify(layer, gemm_plugin=True) == part
+
+
 @pytest.mark.parametrize("text", ["0", "257", "1,,2", "many", "-1"])
 def test_numbers_out_of_the_engines_reach(text):
     assert parse_numbers("1, 256", BATCHES, "--batch") == (1, 256)

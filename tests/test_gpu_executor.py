@@ -336,6 +336,19 @@ def test_versions_must_match(refused):
     )
 
 
+def test_an_engine_with_the_gemm_plugin_needs_cublas_lt(refused, monkeypatch):
+    def with_plugin(folder):
+        config = EngineConfig.load(folder)
+        config.build_config.plugin_config.gemm_plugin = "float16"
+        config.save(folder)
+
+    monkeypatch.setattr("saw_trtllm.plugins.load_cublas_lt", lambda: False)
+    assert refused(with_plugin, errors=BackendUnavailableError) == (
+        "the engine in FOLDER has its GEMMs from cuBLASLt, which cannot be loaded: pip install nvidia-cublas-cu12, or "
+        "add the folder of libcublasLt.so.12 or .13 to LD_LIBRARY_PATH"
+    )
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage" * 100, None])
 def test_a_damaged_engine_file_is_refused(content, refused):
     def damage(folder):

@@ -662,7 +662,7 @@ def test_a_product_is_cublas_lts(cublas_lt, built, interface, make, said):
 def test_a_product_that_fails(cublas_lt, make, said):
     plugin, weight = make(GEMM), (0x2000, [24, 64])
     assert plugin.enqueue([(0x1000, [13, 64]), weight], [0x3000], 0x4000, 0) != 0
-    assert "SawGemm: cuBLASLt has no algorithm for 13 rows of 64 by a weight of [24, 64]: build with" in said()
+    assert "SawGemm: cuBLASLt has no algorithm for 13 rows of 64 by a weight of [24, 64] (A_STATUS): build" in said()
     assert plugin.enqueue([(0x1008, [1, 64]), weight], [0x3000], 0x4000, 0) != 0
     assert "SawGemm: x, weight or y does not lie on a multiple of 16 bytes" in said()
     assert plugin.enqueue([(0x1000, [1, 60]), weight], [0x3000], 0x4000, 0) != 0

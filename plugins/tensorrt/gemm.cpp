@@ -33,15 +33,15 @@ struct GemmDesc {
     }
 };
 
-// Device, rows, in_features, out_features, dtype, output_dtype.
-using GemmKey = std::tuple<int, int64_t, int64_t, int64_t, cudaDataType, cudaDataType>;
+// A device's handle, rows, in_features, out_features, dtype, output_dtype.
+using GemmKey = std::tuple<cublaslt::Handle, int64_t, int64_t, int64_t, cudaDataType, cudaDataType>;
 
 // y = x · weightᵀ in cuBLASLt's columns: y and x transposed are theirs, so that it is weight, transposed, times x.
 class GemmPlan {
   public:
-    GemmPlan(cublaslt::Handle handle, GemmKey const& key) {
+    explicit GemmPlan(GemmKey const& key) {
         using cublaslt::check;
-        auto const [device, rows, in, out, type, output_type] = key;
+        auto const [handle, rows, in, out, type, output_type] = key;
         check(lib_.product_create(&product_.desc, cublaslt::kComputeF32, CUDA_R_32F), "cublasLtMatmulDescCreate");
         check(lib_.product_set(product_.desc, cublaslt::kTransA, &cublaslt::kTranspose, sizeof(cublaslt::kTranspose)),
               "cublasLtMatmulDescSetAttribute");
@@ -62,21 +62,21 @@ class GemmPlan {
 
         cublaslt::Heuristic best{};
         int found = 0;
-        check(lib_.heuristic(handle, product_.desc, weight_.desc, x_.desc, y_.desc, y_.desc, preference.desc, 1, &best,
-                             &found),
-              "cublasLtMatmulAlgoGetHeuristic");
-        if (found == 0)
+        auto const status = lib_.heuristic(handle, product_.desc, weight_.desc, x_.desc, y_.desc, y_.desc,
+                                           preference.desc, 1, &best, &found);
+        if (status != 0 || found == 0)
             throw PluginError("SawGemm: cuBLASLt has no algorithm for " + std::to_string(rows) + " rows of " +
                               std::to_string(in) + " by a weight of [" + std::to_string(out) + ", " +
-                              std::to_string(in) + "]: build with --gemm_plugin disable");
+                              std::to_string(in) + "] (" + lib_.status_name(status) +
+                              "): build with --gemm_plugin disable");
+        handle_ = handle;
         algo_ = best.algo;
     }
 
-    void launch(cublaslt::Handle handle, void const* x, void const* weight, void* y, void* workspace,
-                cudaStream_t stream) const {
+    void launch(void const* x, void const* weight, void* y, void* workspace, cudaStream_t stream) const {
         float const one = 1.0f, zero = 0.0f;
-        cublaslt::check(lib_.matmul(handle, product_.desc, &one, weight, weight_.desc, x, x_.desc, &zero, y, y_.desc, y,
-                                    y_.desc, &algo_, workspace, kGemmWorkspaceBytes, stream),
+        cublaslt::check(lib_.matmul(handle_, product_.desc, &one, weight, weight_.desc, x, x_.desc, &zero, y, y_.desc,
+                                    y, y_.desc, &algo_, workspace, kGemmWorkspaceBytes, stream),
                         "cublasLtMatmul");
     }
 
@@ -84,16 +84,17 @@ class GemmPlan {
     cublaslt::Library const& lib_ = cublaslt::library();
     GemmDesc product_{lib_.product_destroy};
     GemmDesc weight_{lib_.matrix_destroy}, x_{lib_.matrix_destroy}, y_{lib_.matrix_destroy};
+    cublaslt::Handle handle_ = nullptr;
     cublaslt::Algo algo_{};
 };
 
 // Of all layers of a shape, in all contexts: the heuristic takes longer than a launch may.
-std::shared_ptr<GemmPlan const> gemm_plan(cublaslt::Handle handle, GemmKey const& key) {
+std::shared_ptr<GemmPlan const> gemm_plan(GemmKey const& key) {
     static std::mutex mutex;
     static auto* const plans = new std::map<GemmKey, std::shared_ptr<GemmPlan const>>;
     std::lock_guard<std::mutex> const lock(mutex);
     if (auto const at = plans->find(key); at != plans->end()) return at->second;
-    auto made = std::make_shared<GemmPlan const>(handle, key);
+    auto made = std::make_shared<GemmPlan const>(key);
     if (plans->size() >= kMaxGemmPlans) plans->clear();
     plans->emplace(key, made);
     return made;
@@ -139,16 +140,9 @@ void Gemm::enqueue(Launch const& launch) const {
     for (void const* address : {x, weight, static_cast<void const*>(y)})
         if (reinterpret_cast<uintptr_t>(address) % kGemmAlignment != 0)
             refuse("x, weight or y does not lie on a multiple of " + std::to_string(kGemmAlignment) + " bytes");
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) cudaGetLastError();
-    auto* const handle = cublaslt::handle();
-    GemmKey const key{device,
-                      launch.input_desc[kX].dims.d[0],
-                      in_features_,
-                      out_features_,
-                      cuda_type(dtype_),
-                      cuda_type(output_dtype_)};
-    gemm_plan(handle, key)->launch(handle, x, weight, y, launch.workspace, launch.stream);
+    GemmKey const key{cublaslt::handle(), launch.input_desc[kX].dims.d[0], in_features_, out_features_,
+                      cuda_type(dtype_),  cuda_type(output_dtype_)};
+    gemm_plan(key)->launch(x, weight, y, launch.workspace, launch.stream);
 }
 
 }  // namespace saw::trt
