@@ -36,7 +36,8 @@ def write(data: dict, output: Path) -> None:
     data : dict
         What benchmarks/accuracy.py measured.
     output : Path
-        The folder of ``accuracy.md``, in which each ``<!--name-->...<!--/-->`` is filled; plots go to ``accuracy`` in it.
+        The folder of ``accuracy.md``, in which each ``<!--name-->...<!--/-->`` is filled, and of ``accuracy``, which
+        gets the plots.
     """
     models = [m for m in TITLES if m in data]
     page, values = output / "accuracy.md", _values(data, models)
@@ -63,8 +64,8 @@ def _values(data: dict, models: list[str]) -> dict[str, str]:
         "rivals": _rival_table(data, models),
     }
     numbers = {
-        "environment": f"{minutes:.0f} minutes of {threads} on a machine of {about['cores']} cores ({about['cpu']}) that "
-        f"had other work, commit {about['commit']},\nPython {about['python']}, torch {about['torch']}.",
+        "environment": f"{minutes:.0f} minutes of {threads} on a machine of {about['cores']} cores ({about['cpu']}) "
+        f"that had other work, commit {about['commit']},\nPython {about['python']}, torch {about['torch']}.",
         "tokens": f"{about['num_tokens']:,}",
         "window": about["window"],
         "calibration tokens": f"{about['calibration_tokens']:,}",
