@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from fake_gpu import pretend_gpu
 
-from saw_trtllm.bench.engine import cases, loop, random_engine
+from saw_trtllm.bench.engine import cases, loop, random_engine, run
 from saw_trtllm.bench.engine.cases import BATCHES, CONTEXTS, KVS, classify, parse_numbers
 from saw_trtllm.bench.engine.plots import draw
 from saw_trtllm.bench.engine.record import (
@@ -184,6 +185,14 @@ def test_engines_share_a_timing_cache(tmp_path):
     assert (first.optimization_level, first.decode_profile) == (2, False)
     first.output_timing_cache.touch()
     assert plan.network_options().input_timing_cache == first.output_timing_cache
+
+
+def test_what_is_missing_is_built_at_once(small, tmp_path, monkeypatch):
+    write_config(tmp_path, "int4", small)
+    together = threading.Barrier(2, timeout=30)
+    monkeypatch.setattr(run, "build_in_child", lambda *_: together.wait())
+    plan = Plan.of(tmp_path, KVS, small, build_workers=2)
+    assert sorted(run.build_missing(plan)) == ["fp16", "saw_int4"]
 
 
 def test_engines_that_are_there_set_the_shape(small, tmp_path):
@@ -568,6 +577,7 @@ def refused(capsys, *argv):
         ("--context x", "--context names 'x'"),
         ("--num_layers 0", "--num_layers is 0"),
         ("--vocab_size -1", "--vocab_size is -1"),
+        ("--build_workers 0", "--build_workers is 0"),
         ("", "TensorRT cannot be imported here"),
     ],
 )

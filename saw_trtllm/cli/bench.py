@@ -102,6 +102,13 @@ def _add_engine(commands: argparse._SubParsersAction) -> None:
     )
     engine.add_argument("--build_timeout", type=float, metavar="S", help="end the run if a build takes longer")
     engine.add_argument(
+        "--build_workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="engines built at once, each with its own weights in memory (default: %(default)s)",
+    )
+    engine.add_argument(
         "--builder_optimization_level", type=int, choices=range(6), metavar="N", help="as saw-build's, for all engines"
     )
     engine.add_argument("--multiple_profiles", choices=("enable", "disable"), default="enable", help="as saw-build's")
@@ -167,7 +174,7 @@ def _engine(args: argparse.Namespace, command: str) -> None:
         given = getattr(args, name)
         chosen = few if args.quick else all_of
         numbers[name] = chosen if given is None else engine_cases.parse_numbers(given, all_of, f"--{name}")
-    for name in ("num_layers", "vocab_size"):
+    for name in ("num_layers", "vocab_size", "build_workers"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least 1")
     if args.output is not None:
@@ -187,6 +194,7 @@ def _engine(args: argparse.Namespace, command: str) -> None:
             decode_profile=args.multiple_profiles == "enable",
             gemm_plugin=args.gemm_plugin,
             build_timeout_s=args.build_timeout,
+            build_workers=args.build_workers,
         )
         results = run_engines(plan, command, args.commit, args.output)
     print(plain(results))

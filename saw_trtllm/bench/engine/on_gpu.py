@@ -1,4 +1,4 @@
-"""Engines on the GPU: each alone, behind its build, and then all together."""
+"""Engines on the GPU: each alone, and then all together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from saw_trtllm.bench.engine.clock import StreamClock
 from saw_trtllm.bench.engine.loop import time_loop, time_start
-from saw_trtllm.bench.engine.random_engine import build_in_child, engine_config
 from saw_trtllm.bench.engine.record import Engine, Loop
 from saw_trtllm.bench.engine.steps import StepBench, measure
 from saw_trtllm.engine import EngineConfig, engine_file
@@ -31,12 +30,9 @@ logger = logging.getLogger(__name__)
 _FRACTION = KvCacheConfig.free_gpu_memory_fraction
 
 
-def measure_alone(plan: Plan, kv: str) -> Engine:
+def measure_alone(plan: Plan, kv: str, build_s: float | None) -> Engine:
     """What is measured of an engine that has the GPU for itself: its start, and the whole runtime."""
-    folder, build_s = plan.folder / kv, None
-    if plan.existing(kv) is None:
-        config = engine_config(kv, plan.model, plan.limits)
-        build_s = build_in_child(folder, config, plan.network_options(), plan.build_timeout_s)
+    folder = plan.folder / kv
     config = EngineConfig.load(folder)
     start_up = time_start(folder) if kv == "saw_int4" else None
     batch, prompt, text = plan.loop()
@@ -50,7 +46,7 @@ def measure_alone(plan: Plan, kv: str) -> Engine:
     return Engine(
         kv=kv,
         bytes_per_token=config.bytes_per_token,
-        build_s=None if build_s is None else round(build_s, 1),
+        build_s=build_s,
         engine_bytes=(folder / engine_file()).stat().st_size,
         # What the pool could be: this one is as large as the requests need.
         tokens=int(_FRACTION * (memory["pool"] + memory["free"])) // config.bytes_per_token,

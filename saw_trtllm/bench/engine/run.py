@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import saw_trtllm
 from saw_trtllm.bench.engine import cases
+from saw_trtllm.bench.engine.random_engine import build_in_child, engine_config
 from saw_trtllm.bench.engine.record import EngineEnvironment, EngineResults, Shape, TargetResult
 from saw_trtllm.bench.environment import driver_version, git_state, today
 from saw_trtllm.config import ModelConfig
@@ -46,6 +48,8 @@ class Plan:
         As of :class:`~saw_trtllm.network.options.NetworkOptions`, for engines that are built.
     build_timeout_s : float or None
         Seconds that each build may take.
+    build_workers : int
+        Engines that are built at once.
     """
 
     folder: Path
@@ -58,6 +62,7 @@ class Plan:
     decode_profile: bool = True
     gemm_plugin: str = "auto"
     build_timeout_s: float | None = None
+    build_workers: int = 1
 
     def __post_init__(self) -> None:
         for kv in self.kvs:
@@ -155,10 +160,11 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
             results.save(output)
 
     plan.folder.mkdir(parents=True, exist_ok=True)
+    build_s = build_missing(plan)
     aborted = None
     try:
         for kv in plan.kvs:
-            engine = measure_alone(plan, kv)
+            engine = measure_alone(plan, kv, build_s.get(kv))
             plugins = EngineConfig.load(plan.folder / kv).build_config.plugin_config
             update = {"engines": [*results.engines, engine], "gemm_plugin": plugins.gemm_plugin}
             results = results.model_copy(update=update)
@@ -174,6 +180,18 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
     results = results.model_copy(update={"aborted": aborted})
     keep()
     return results
+
+
+def build_missing(plan: Plan) -> dict[str, float]:
+    """Build the engines that are not there; seconds that each took."""
+    missing = [kv for kv in plan.kvs if plan.existing(kv) is None]
+
+    def build(kv: str) -> float:
+        config = engine_config(kv, plan.model, plan.limits)
+        return round(build_in_child(plan.folder / kv, config, plan.network_options(), plan.build_timeout_s), 1)
+
+    with ThreadPoolExecutor(plan.build_workers) as pool:
+        return dict(zip(missing, pool.map(build, missing), strict=True))
 
 
 def judge(results: EngineResults) -> list[TargetResult]:
