@@ -116,11 +116,12 @@ class StepBench:
         parts: dict[Part, float] = defaultdict(float)
         for name, us in zip(names, times, strict=True):
             parts[classify(name, self._gemm_plugin)] += us
+        once = [(n, round(us, 2)) for n, us in zip(names, times, strict=True) if decoder_layer(n) in (None, 1)]
         return Profile(
             batch=batch,
             context=context,
             parts={part: round(us, 2) for part, us in parts.items()},
-            layers={n: round(us, 2) for n, us in zip(names, times, strict=True) if decoder_layer(n) in (None, 1)},
+            layers={name: us for name, us in once if us > 0},
         )
 
     def inputs(self, batch: int, context: int) -> StepInputs:
