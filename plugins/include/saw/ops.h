@@ -132,4 +132,21 @@ cudaError_t resolve_tokens(int32_t* input_ids, int num_tokens, int32_t const* to
 cudaError_t lookup(void const* table, int32_t const* rows, void* out, int num_tokens, int num_rows, int width,
                    cudaStream_t stream);
 
+// y = x / rms(x) · weight of each row, in fp32 and rounded once. With a residual the rows are x + residual, rounded.
+struct RmsNormParams {
+    void const* x;         // [num_rows, width] of dtype; this and the others on multiples of 16 bytes
+    void const* residual;  // [num_rows, width] of dtype; or null
+    float const* weight;   // [width]
+    void* y;               // [num_rows, width] of dtype
+    void* sum;             // [num_rows, width] of dtype: x + residual, where there is one
+    int num_rows;
+    int width;
+    float epsilon;  // added to the mean square
+    DType dtype;
+};
+cudaError_t rms_norm(RmsNormParams const& params, cudaStream_t stream);
+
+// y = a · sigmoid(a) · b, in fp32 and rounded once: count numbers each, on multiples of 16 bytes.
+cudaError_t silu_mul(void const* a, void const* b, void* y, size_t count, DType dtype, cudaStream_t stream);
+
 }  // namespace saw
