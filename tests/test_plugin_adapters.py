@@ -682,6 +682,17 @@ def test_a_product_is_cublas_lts(cublas_lt, built, interface, make, said):
     assert said() == ""
 
 
+def test_an_algorithm_serves_a_few_rows_more_or_less(cublas_lt, interface, make):
+    outputs = {"V2": 48, "V3": 56}[interface]
+    plugin = make(GEMM, out_features=outputs)
+    cublas_lt()
+    for rows in (31, 32, 33, 34, 993, 1024, 1001):
+        assert plugin.enqueue([(0x1000, [rows, 64]), (0x2000, [outputs, 64])], [0x3000], 0x4000, 0x55) == 0
+    calls = [(call["algo"], call["b_desc"][2]) if call["op"] == "matmul" else None for call in cublas_lt()]
+    small = [None, (31, 31), None, (32, 32), None, (34, 33), (34, 34)]
+    assert calls == [*small, None, (1024, 993), (1024, 1024), (1024, 1001), None, (1001, 1001)]
+
+
 def test_a_product_that_fails(cublas_lt, make, said):
     plugin, weight = make(GEMM), (0x2000, [24, 64])
     assert plugin.enqueue([(0x1000, [13, 64]), weight], [0x3000], 0x4000, 0) != 0
