@@ -131,9 +131,11 @@ def _gemm(fields, x, weight):
 
 def _rms_norm(fields, x, weight, *residual):
     x = sum(residual, x)
-    wide = x.float()
+    heads, normed = fields["num_heads"], fields["num_normed"]
+    wide = x.unflatten(-1, (heads, -1))[:, :normed].float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + fields["epsilon"])
-    return [(wide * scale * weight).to(x.dtype), x][: 1 + fields["use_residual"]]
+    y = torch.cat([(wide * scale * weight).flatten(1).to(x.dtype), x[:, normed * fields["hidden_size"] :]], 1)
+    return [y, x][: 1 + fields["use_residual"]]
 
 
 def _write(fields, x):

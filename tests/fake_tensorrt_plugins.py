@@ -84,7 +84,7 @@ FIELDS = {
     | {name: (_INT, None) for name in ("in_features", "out_features")},
     "SawLookup": {"dtype": (_TEXT, None), "hidden_size": (_INT, None), "vocab_size": (_INT, None)},
     "SawRmsNorm": {"dtype": (_TEXT, None), "hidden_size": (_INT, None)}
-    | {"epsilon": (_FLOAT, None), "use_residual": (_INT, 0)},
+    | {"epsilon": (_FLOAT, None), "use_residual": (_INT, 0), "num_heads": (_INT, 1), "num_normed": (_INT, 1)},
     "SawSiluMul": {"dtype": (_TEXT, None), "hidden_size": (_INT, None)},
 }
 PLUGIN_INPUTS = {
@@ -165,9 +165,11 @@ class SawPlugin(IPluginV3):
             assert tuple(inputs[1].shape) == (f["vocab_size"], f["hidden_size"])
             return [([rows, f["hidden_size"]], self.dtype)]
         if "hidden_size" in f:
-            widths = {x.shape[-1] for x in inputs}
-            assert widths == {f["hidden_size"]}, (self.plugin_type, widths)
-            return [([rows, f["hidden_size"]], self.dtype)] * self.num_outputs
+            width = f["hidden_size"] * f.get("num_heads", 1)
+            assert {x.shape[-1] for x in inputs if x.dtype == self.dtype} == {width}, self.plugin_type
+            if self.plugin_type == "SawRmsNorm":
+                assert tuple(inputs[1].shape) == (f["num_normed"], f["hidden_size"])
+            return [([rows, width], self.dtype)] * self.num_outputs
         width, kv_width = f["num_heads"] * f["head_dim"], f["num_kv_heads"] * f["head_dim"]
         if self.plugin_type == "SawInt4PagedAttention":
             assert [x.shape[-1] for x in inputs[:3]] == [width, kv_width, kv_width]

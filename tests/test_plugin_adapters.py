@@ -64,7 +64,7 @@ OPTIONAL = {
     ATTENTION: {"softmax_scale": 0.125, "softcap": 30.0, "window": 100, "use_sinks": 1},
     GEMM: {},
     LOOKUP: {},
-    RMS_NORM: {"use_residual": 1},
+    RMS_NORM: {"use_residual": 1, "num_heads": 1, "num_normed": 1},
     SILU_MUL: {},
 }
 PLUGINS = [WRITE, ATTENTION]
@@ -319,6 +319,7 @@ BAD_FIELDS = [
     (LOOKUP, {"hidden_size": -1}, "hidden_size is -1: it must be at least 1"),
     (LOOKUP, {"vocab_size": 0}, "vocab_size is 0: it must be at least 1"),
     (RMS_NORM, {"epsilon": -1.0}, "epsilon is -1.0+: it must be at least 0"),
+    (RMS_NORM, {"num_heads": 2, "num_normed": 3}, "num_heads is 2 and num_normed 3: num_normed must be from 1 to"),
     (RMS_NORM, {"use_residual": 2}, "use_residual is 2: it must be 0 or 1"),
     (LOOKUP, {"dtype": "float32"}, "dtype is float32"),
 ]
@@ -741,6 +742,11 @@ SMALL = [
         *(RMS_NORM, {"use_residual": 1}, [[7, 64], [1, 64], [7, 64]]),
         {"op": "rms_norm", "x": 1, "weight": 2, "residual": 3, "y": 9, "sum": 10},
     ),
+    (
+        *(RMS_NORM, {"hidden_size": 16, "num_heads": 4, "num_normed": 3}, [[7, 64], [3, 16]]),
+        {"op": "rms_norm", "x": 1, "weight": 2, "residual": 0, "y": 9, "sum": 0, "num_heads": 4, "num_normed": 3}
+        | {"width": 16},
+    ),
     (SILU_MUL, {}, [[7, 64], [7, 64]], {"op": "silu_mul", "a": 1, "b": 2, "y": 9, "count": 448, "dtype": 0}),
 ]
 
@@ -748,14 +754,14 @@ SMALL = [
 @pytest.mark.parametrize(("name", "fields", "shapes", "expected"), SMALL)
 def test_a_small_plugin_launches_with_what_the_tensors_say(name, fields, shapes, expected, built, make, said):
     plugin = make(name, **fields)
-    count = 1 + bool(fields)
+    count = 1 + ("use_residual" in fields)
     assert plugin.output_shapes(shapes) == [[7, 64]] * count
     assert plugin.output_types(len(shapes)) == [HALF] * count
     bound = [(i + 1, shape) for i, shape in enumerate(shapes)]
     assert plugin.enqueue(bound, [9, 10][:count], 0, 0x55) == 0
     (call,) = lib.recorded_calls(built.library)
-    sizes = {"num_rows": 7, "width": 64, "epsilon": 0.125, "dtype": 0} if name == RMS_NORM else {}
-    sizes |= {"width": 64} if name == LOOKUP else {}
-    assert call == expected | sizes | {"stream": 0x55}
+    sizes = {"num_rows": 7, "epsilon": 0.125, "dtype": 0, "num_heads": 1, "num_normed": 1} if name == RMS_NORM else {}
+    sizes |= {"width": 64} if name != SILU_MUL else {}
+    assert call == sizes | expected | {"stream": 0x55}
     assert plugin.enqueue([(1, [7, 63]), *bound[1:]], [9, 10][:count], 0, 0x55) != 0
     assert f"{name}: input " in said()

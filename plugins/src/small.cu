@@ -50,7 +50,7 @@ __device__ float sum_of_block(float x) {
     return x;
 }
 
-// A block for each row. A thread reads again what it has summed up, which it finds in L1.
+// A block for each head of each row. A thread reads again what it has summed up, which it finds in L1.
 template <typename T, int N>
 __global__ void rms_norm_kernel(RmsNormParams p) {
     using P = Pack<T, N>;
@@ -69,11 +69,14 @@ __global__ void rms_norm_kernel(RmsNormParams p) {
         }
         for (int j = 0; j < N; ++j) square += wide(x.at[j]) * wide(x.at[j]);
     }
+    int const head = int(blockIdx.x % p.num_heads);
+    bool const normed = head < p.num_normed;
     float const scale = rsqrtf(sum_of_block(square) / float(p.width) + p.epsilon);
+    float const* const weight = p.weight + size_t(normed ? head : 0) * p.width;
     P const* const rows = at(p.residual != nullptr ? p.sum : p.x);
     for (int i = threadIdx.x; i < packs; i += blockDim.x) {
         P y = rows[i];
-        for (int j = 0; j < N; ++j) narrow(wide(y.at[j]) * scale * p.weight[i * N + j], y.at[j]);
+        for (int j = 0; normed && j < N; ++j) narrow(wide(y.at[j]) * scale * weight[i * N + j], y.at[j]);
         at(p.y)[i] = y;
     }
 }
@@ -95,7 +98,7 @@ __global__ void silu_mul_kernel(T const* a, T const* b, T* y, size_t count) {
 template <typename T, int N>
 void launch_rms_norm(RmsNormParams const& p, cudaStream_t stream) {
     int const threads = std::min((p.width / N + 31) / 32 * 32, 1024);
-    rms_norm_kernel<T, N><<<p.num_rows, threads, 0, stream>>>(p);
+    rms_norm_kernel<T, N><<<p.num_rows * p.num_heads, threads, 0, stream>>>(p);
 }
 
 template <typename T, int N>

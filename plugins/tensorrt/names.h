@@ -67,5 +67,6 @@ constexpr char kVocabSize[] = "vocab_size";
 constexpr char kHiddenSize[] = "hidden_size";
 constexpr char kEpsilon[] = "epsilon";
 constexpr char kUseResidual[] = "use_residual";
+constexpr char kNumNormed[] = "num_normed";
 
 }  // namespace saw::trt::names

@@ -55,6 +55,10 @@ class RmsNorm : public SmallOp {
 
     float epsilon_ = 0.0f;
     int32_t use_residual_ = 0;
+    int32_t num_heads_ = 1;
+    int32_t num_normed_ = 1;
+
+    Tensor rows(char const* name) const;
 };
 
 class SiluMul : public SmallOp {

@@ -97,21 +97,12 @@ class _Decoder:
         return self.graph.rms_norm(x, self._weight(weight, np.float32), self.model.norm_epsilon, added)
 
     def _norm_qk(self, prefix: str, qkv: Tensor) -> Tensor:
-        """RMSNorm over each head of Q and K, in ``[num_tokens, (num_heads + 2 num_kv_heads) head_dim]``.
-
-        Heads of V are divided by 1 and multiplied by 1: that is fused with the rest, where taking the three apart and
-        joining them again would be copies.
-        """
-        graph, model = self.graph, self.model
-        H, Hkv, D = model.num_attention_heads, model.num_key_value_heads, model.head_size
+        """RMSNorm over each head of Q and K, in ``[num_tokens, (num_heads + 2 num_kv_heads) head_dim]``."""
+        H, Hkv = self.model.num_attention_heads, self.model.num_key_value_heads
         q, k = (self._load(f"{prefix}{name}_layernorm.weight").astype(np.float32) for name in "qk")
-        weights = np.concatenate([np.tile(q, (H, 1)), np.tile(k, (Hkv, 1)), np.ones((Hkv, D), np.float32)])
-        normed = np.repeat(np.float32([1, 0]), [H + Hkv, Hkv]).reshape(1, -1, 1)
-        wide = graph.cast(graph.reshape(qkv, (-1, H + 2 * Hkv, D)), "float32")
-        square = graph.mean(wide * wide, 2) + graph.constant(np.full((1, 1, 1), model.norm_epsilon, np.float32))
-        square = square * graph.constant(normed) + graph.constant(1 - normed)
-        wide = wide / graph.sqrt(square) * graph.constant(weights[None], prefix + "qk_layernorm")
-        return graph.reshape(graph.cast(wide, qkv.dtype), (-1, (H + 2 * Hkv) * D))
+        weights = np.concatenate([np.tile(q, (H, 1)), np.tile(k, (Hkv, 1))])
+        epsilon = self.model.norm_epsilon
+        return self.graph.norm_heads(qkv, weights, H + 2 * Hkv, epsilon, prefix + "qk_layernorm")
 
     def _weight(self, name: str, dtype: type | None = None) -> Tensor:
         """A constant; one of a norm as a row, in the dtype that it is computed in."""

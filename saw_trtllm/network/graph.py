@@ -145,6 +145,23 @@ class Graph:
         square = self.mean(wide * wide, 1) + self.constant(np.full((1, 1), epsilon, np.float32))
         return x, self.cast(wide / self.sqrt(square) * weight, x.dtype)
 
+    def norm_heads(self, x: Tensor, weights: np.ndarray, num_heads: int, epsilon: float, name: str) -> Tensor:
+        """:meth:`rms_norm` over each head of ``[n, num_heads · width]`` that has a row in ``weights`` ``[heads, width]``."""
+        normed, width = weights.shape
+        if self._use_plugins:
+            fields = {"dtype": x.dtype, "hidden_size": width, "epsilon": float(epsilon)}
+            fields |= {"num_heads": num_heads, "num_normed": normed}
+            return self.plugin(RMS_NORM, fields, [x, self.constant(weights, name)], [x.dtype])[0]
+        # The others are divided by 1 and multiplied by 1: that is fused with the rest, where taking them apart and
+        # joining them again would be copies.
+        taken = np.repeat(np.float32([1, 0]), [normed, num_heads - normed]).reshape(1, -1, 1)
+        weights = np.concatenate([weights, np.ones((num_heads - normed, width), np.float32)])
+        wide = self.cast(self.reshape(x, (-1, num_heads, width)), "float32")
+        square = self.mean(wide * wide, 2) + self.constant(np.full((1, 1, 1), epsilon, np.float32))
+        square = square * self.constant(taken) + self.constant(1 - taken)
+        wide = wide / self.sqrt(square) * self.constant(weights[None], name)
+        return self.reshape(self.cast(wide, x.dtype), (-1, num_heads * width))
+
     def gated(self, x: Tensor, gate: Tensor) -> Tensor:
         """``x · sigmoid(x) · gate``, all ``[n, width]``."""
         if not self._use_plugins:

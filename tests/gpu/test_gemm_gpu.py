@@ -157,6 +157,18 @@ def test_norms(width, residual, dtype, run):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_of_heads(dtype, run):
+    """As Qwen3 has them of Q and K: V stays as it is."""
+    x, weight = torch.randn(50, 6, 128, device="cuda").to(dtype), torch.randn(5, 128, device="cuda")
+    inputs, fields = [x.flatten(1), weight], {"hidden_size": 128, "num_heads": 6, "num_normed": 5}
+    (y,) = run(RMS_NORM, dtype, inputs, epsilon=1e-5, **fields)
+    assert torch.equal(y[:, 5 * 128 :], x[:, 5])
+    wide = x[:, :5].double()
+    want = (wide / (wide.square().mean(2, keepdim=True) + 1e-5).sqrt() * weight.double()).flatten(1)
+    assert ((y[:, : 5 * 128].double() - want).abs() <= (ROUNDING[dtype] + 1e-6) * want.abs() + 1e-7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "width"), [(64, 14336), (3, 33)])
 def test_gates(rows, width, dtype, run):
     x, gate = (torch.randn(2, rows, width, device="cuda") * 5).to(dtype)

@@ -140,6 +140,8 @@ cudaError_t rms_norm(RmsNormParams const& p, cudaStream_t stream) {
         .ADD(y)
         .ADD(sum)
         .ADD(num_rows)
+        .ADD(num_heads)
+        .ADD(num_normed)
         .ADD(width)
         .ADD(epsilon)
         .ADD_ENUM(dtype)

@@ -132,14 +132,17 @@ cudaError_t resolve_tokens(int32_t* input_ids, int num_tokens, int32_t const* to
 cudaError_t lookup(void const* table, int32_t const* rows, void* out, int num_tokens, int num_rows, int width,
                    cudaStream_t stream);
 
-// y = x / rms(x) · weight of each row, in fp32 and rounded once. With a residual the rows are x + residual, rounded.
+// y = x / rms(x) · weight of each head of each row, in fp32 and rounded once; heads that have no weight stay as they
+// are. With a residual the rows are x + residual, rounded. Tensors lie on multiples of 16 bytes.
 struct RmsNormParams {
-    void const* x;         // [num_rows, width] of dtype; this and the others on multiples of 16 bytes
-    void const* residual;  // [num_rows, width] of dtype; or null
-    float const* weight;   // [width]
-    void* y;               // [num_rows, width] of dtype
-    void* sum;             // [num_rows, width] of dtype: x + residual, where there is one
+    void const* x;         // [num_rows, num_heads, width] of dtype
+    void const* residual;  // the same; or null
+    float const* weight;   // [num_normed, width]
+    void* y;               // as x
+    void* sum;             // as x: x + residual, where there is one
     int num_rows;
+    int num_heads;
+    int num_normed;
     int width;
     float epsilon;  // added to the mean square
     DType dtype;
