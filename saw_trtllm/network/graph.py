@@ -146,7 +146,7 @@ class Graph:
         return x, self.cast(wide / self.sqrt(square) * weight, x.dtype)
 
     def norm_heads(self, x: Tensor, weights: np.ndarray, num_heads: int, epsilon: float, name: str) -> Tensor:
-        """:meth:`rms_norm` over each head of ``[n, num_heads · width]`` that has a row in ``weights`` ``[heads, width]``."""
+        """:meth:`rms_norm` over each head of a row that has one in ``weights``: ``[heads, width]``, in float32."""
         normed, width = weights.shape
         if self._use_plugins:
             fields = {"dtype": x.dtype, "hidden_size": width, "epsilon": float(epsilon)}
