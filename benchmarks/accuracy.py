@@ -166,7 +166,8 @@ def measure(name: str, windows: torch.Tensor, calibration_windows: torch.Tensor)
     errors, outliers = analyse(model, windows[:2], analysed)
     results = {t: {row: _numbers(by_cache[c]) for row, c in table.items()} for t, table in tables.items()}
     found_levers = {"fp16": found["fp16"]} | {row: by_cache[c] for row, c in tables["levers"].items()}
-    results["levers"] = {row: _numbers(q, by_position=True) for row, q in found_levers.items()}
+    by_position = name == "example"
+    results["levers"] = {row: _numbers(q, by_position=by_position) for row, q in found_levers.items()}
     results["rivals"] = {row: _numbers(found[row]) | dataclasses.asdict(q.demands) for row, q in others.items()}
     return results | {
         "errors": {row: dataclasses.asdict(e) for row, e in errors.items()},
@@ -246,12 +247,16 @@ def _save(data: dict, path: Path) -> None:
     path.write_bytes(gzip.compress(json.dumps(_rounded(data)).encode(), mtime=0))
 
 
+#: Fields that the page has no use for.
+_UNUSED = {"k_histogram", "k_histogram_rotated", "outputs", "nats", "kl_max", "greedy_identical"}
+
+
 def _rounded(value):
     """Six digits are more than any of these numbers means."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
+        return {k: _rounded(v) for k, v in value.items() if k not in _UNUSED}
     return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
 
 

@@ -220,7 +220,7 @@ def _position_table(levers: dict) -> str:
 def _plots(data: dict, models: list[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_svg(_error_plot(data, models), folder / "errors.svg")
-    save_svg(_key_plot(data, models), folder / "keys.svg")
+    save_svg(_key_plot(data, models[:2]), folder / "keys.svg")
 
 
 def _columns(models: list[str]) -> tuple[Figure, list]:
