@@ -226,20 +226,12 @@ def main() -> None:
         tokenizer = Tokenizer.load(EXAMPLE)
         windows = _windows(HELD_OUT, tokenizer, args.max_tokens)
         calibration_windows = _windows(CALIBRATION, tokenizer, CALIBRATION_TOKENS)
-        data["factor_errors"] = _factor_errors()
         for name in filter(None, args.models.split(",")):
             data[name] = measure(name, windows, calibration_windows)
             data["about"] = _about(windows.numel())
             _save(data, path)
         _save(data, path)
     accuracy_page.write(accuracy_page.read(path), args.output)
-
-
-def _factor_errors() -> list[str]:
-    """The Markdown table of benchmarks/range_factor.py."""
-    script = Path(__file__).with_name("range_factor.py")
-    command = [sys.executable, str(script), "--model_dir", str(EXAMPLE), "--text", typing.__file__]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
 
 
 def _save(data: dict, path: Path) -> None:

@@ -58,7 +58,6 @@ def _values(data: dict, models: list[str]) -> dict[str, str]:
         "orders": _order_table(data, models),
         "orders with levers": _order_lever_table(data, models),
         "factors": _factor_table(data),
-        "factor errors": "\n".join(data["factor_errors"]),
         "layers": _layer_table(example["suggestion"]),
         "positions": _position_table(example["levers"]),
         "rivals": _rival_table(data, models),

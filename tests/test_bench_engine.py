@@ -204,10 +204,11 @@ def test_engines_that_are_there_set_the_shape(small, tmp_path):
     assert plan.existing("int4").saw_int4.kv == "int4"
     assert plan.existing("fp16") is None
     assert plan.steps() == [(batch, 1024) for batch in (1, 2, 4, 8, 16)]
-    assert plan.profiled() == [(1, 1024)]
+    assert plan.profiled() == []
     assert plan.loop() == (16, 832, 192)
     whole = Plan.of(tmp_path / "none", KVS, cases.llama_config(4))
     assert len(whole.steps()) == len(BATCHES) * len(CONTEXTS)
+    assert whole.profiled() == [(1, 8192), (64, 1024), (64, 8192), (256, 2048)]
     assert whole.loop() == (64, 1024, 192)
 
 
