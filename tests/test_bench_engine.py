@@ -16,6 +16,7 @@ import fake_engine
 import numpy as np
 import pytest
 from fake_gpu import pretend_gpu
+from refusal import refused
 
 from saw_trtllm.bench.engine import cases, loop, random_engine, run
 from saw_trtllm.bench.engine.cases import BATCHES, CONTEXTS, KVS, classify, parse_numbers
@@ -561,15 +562,6 @@ def test_what_was_not_measured_has_no_plot(results, tmp_path):
 # -- the command
 
 
-def refused(capsys, *argv):
-    assert saw_bench.main([str(a) for a in argv]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
-
-
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -584,7 +576,7 @@ def refused(capsys, *argv):
 )
 def test_bad_flags_are_refused(flags, said, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert said in refused(capsys, "engine", *flags.split())
+    assert said in refused(capsys, saw_bench.main, "engine", *flags.split())
 
 
 def test_it_needs_no_pytorch():
