@@ -58,7 +58,6 @@ def _values(data: dict, models: list[str]) -> dict[str, str]:
         "orders": _order_table(data, models),
         "orders with levers": _order_lever_table(data, models),
         "factors": _factor_table(data),
-        "factor errors": "\n".join(data["factor_errors"]),
         "layers": _layer_table(example["suggestion"]),
         "positions": _position_table(example["levers"]),
         "rivals": _rival_table(data, models),
@@ -220,7 +219,7 @@ def _position_table(levers: dict) -> str:
 def _plots(data: dict, models: list[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_svg(_error_plot(data, models), folder / "errors.svg")
-    save_svg(_key_plot(data, models), folder / "keys.svg")
+    save_svg(_key_plot(data, models[:2]), folder / "keys.svg")
 
 
 def _columns(models: list[str]) -> tuple[Figure, list]:

@@ -18,7 +18,9 @@ WRITE = "SawRotateQuantizeKV"
 ATTENTION = "SawInt4PagedAttention"
 GEMM = "SawGemm"
 LOOKUP = "SawLookup"
-NAMES = (WRITE, ATTENTION, GEMM, LOOKUP)
+RMS_NORM = "SawRmsNorm"
+SILU_MUL = "SawSiluMul"
+NAMES = (WRITE, ATTENTION, GEMM, LOOKUP, RMS_NORM, SILU_MUL)
 NAMESPACE = "saw"
 #: Of the plugins: the cache format's.
 VERSION = "1"

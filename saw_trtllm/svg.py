@@ -27,6 +27,8 @@ _NUMBER = r"-?(?:\d+\.?\d*|\.\d+)"
 _MOVE = re.compile(rf"m({_NUMBER} ?{_NUMBER}) ?(.*)")
 _STRAIGHT = re.compile(rf"(m{_NUMBER} ?{_NUMBER}[hv]{_NUMBER})+")
 _TICK = re.compile(rf"m0 0([hv]{_NUMBER})")
+#: A round marker: curves and nothing else, from its lowest point on.
+_CIRCLE = re.compile(rf"m0 ({_NUMBER})c[-0-9.cs ]+z")
 #: matplotlib's names: a letter and ten hexadecimal digits, of which five tell those of one plot apart.
 _NAME = re.compile(r"\b([mp][0-9a-f]{5})[0-9a-f]{5}\b")
 
@@ -64,6 +66,10 @@ def _tidy(element: ET.Element, drawn: dict[str, ET.Element]) -> None:
         del have["transform"]
     for key in have.keys() & {"x", "y", "width", "height"}:
         have[key] = re.sub(r"-?\d+\.\d+", lambda n: f"{float(n[0]):.1f}".removesuffix(".0"), have[key])
+    if circle := _CIRCLE.fullmatch(have.get("d", "")):
+        element.tag = f"{{{_SVG}}}circle"
+        have["r"] = circle[1]
+        del have["d"]
     if _HREF in have:
         have["href"] = have.pop(_HREF)
         shown = drawn.get(have["href"])

@@ -23,8 +23,8 @@ SOURCES = ROOT / "plugins" / "tensorrt"
 DRIVER = ROOT / "tests" / "plugin_driver"
 FLAGS = ["-std=c++17", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-deprecated-declarations"]
 WRITE, ATTENTION = "SawRotateQuantizeKV", "SawInt4PagedAttention"
-GEMM, LOOKUP = "SawGemm", "SawLookup"
-NAMES = (WRITE, ATTENTION, GEMM, LOOKUP)
+GEMM, LOOKUP, RMS_NORM, SILU_MUL = "SawGemm", "SawLookup", "SawRmsNorm", "SawSiluMul"
+NAMES = (WRITE, ATTENTION, GEMM, LOOKUP, RMS_NORM, SILU_MUL)
 #: nvinfer1::DataType and nvinfer1::PluginFieldType.
 FLOAT, HALF, INT32, BF16, INT64 = 0, 1, 3, 7, 8
 FIELD_FLOAT32, FIELD_INT32, FIELD_CHAR = 1, 5, 6

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pydantic import ValidationError
+from refusal import refused
 
 from saw_trtllm.bench import kernels as bench_kernels
 from saw_trtllm.bench.cases import CASES, LLAMA, OURS, PEERS, SUITES, Target, select_cases
@@ -332,7 +333,7 @@ def test_a_file_that_is_no_record(text, needed, tmp_path, capsys):
     path = tmp_path / "x.json"
     if text is not None:
         path.write_text(text)
-    assert needed in refused(capsys, "plot", path, "--output", tmp_path)
+    assert needed in refused(capsys, saw_bench.main, "plot", path, "--output", tmp_path)
 
 
 def test_a_record_has_no_other_fields(results):
@@ -428,15 +429,6 @@ def test_a_suite_that_was_not_run_has_no_plot(results, tmp_path):
 # -- the command
 
 
-def refused(capsys, *argv):
-    assert saw_bench.main([str(a) for a in argv]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
-
-
 def test_plot_writes_plots_and_tables(results, tmp_path, capsys):
     results.save(tmp_path / "x.json")
     document(tmp_path)
@@ -449,13 +441,15 @@ def test_plot_writes_plots_and_tables(results, tmp_path, capsys):
 
 def test_plot_wants_a_folder(results, tmp_path, capsys):
     results.save(tmp_path / "x.json")
-    assert "is not a folder" in refused(capsys, "plot", tmp_path / "x.json", "--output", tmp_path / "nowhere")
+    assert "is not a folder" in refused(
+        capsys, saw_bench.main, "plot", tmp_path / "x.json", "--output", tmp_path / "nowhere"
+    )
 
 
 def test_plot_without_matplotlib(results, tmp_path, capsys, monkeypatch):
     results.save(tmp_path / "x.json")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    error = refused(capsys, "plot", tmp_path / "x.json", "--output", tmp_path)
+    error = refused(capsys, saw_bench.main, "plot", tmp_path / "x.json", "--output", tmp_path)
     assert "pip install 'saw-trtllm[bench]'" in error
 
 
@@ -471,19 +465,19 @@ def test_plot_without_matplotlib(results, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_kernels_refuses(argv, needed, capsys):
-    assert needed in refused(capsys, "kernels", *argv)
+    assert needed in refused(capsys, saw_bench.main, "kernels", *argv)
 
 
 def test_kernels_needs_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "sees no CUDA GPU" in refused(capsys, "kernels", "--peers", "none")
+    assert "sees no CUDA GPU" in refused(capsys, saw_bench.main, "kernels", "--peers", "none")
 
 
 def test_kernels_needs_the_module(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "saw_trtllm._C", None)
     monkeypatch.delattr("saw_trtllm._C", raising=False)
-    assert "build_scripts/kernels" in refused(capsys, "kernels", "--peers", "none")
+    assert "build_scripts/kernels" in refused(capsys, saw_bench.main, "kernels", "--peers", "none")
 
 
 def test_kernels_needs_pytorch():

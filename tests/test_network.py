@@ -69,10 +69,10 @@ def plan(tmp_path):
     return make
 
 
-def define(tensorrt, plan, weights_in_plugins=False):
+def define(tensorrt, plan, use_plugins=False):
     """The graph of a plan, which keeps its weights."""
     network = tensorrt.create_network(tensorrt.builder(tensorrt.logger()))
-    graph = Graph(tensorrt, network, weights_in_plugins)
+    graph = Graph(tensorrt, network, use_plugins)
     define_decoder(graph, plan.config, plan.load)
     return graph
 
@@ -248,26 +248,20 @@ def test_logits_in_16_bits_are_near(family, dtype, tolerance, plan, tensorrt, mo
 # -- the versions of TensorRT
 
 
-@pytest.mark.parametrize("weights_in_plugins", [False, True])
+@pytest.mark.parametrize("use_plugins", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_the_network_of_8_6_is_the_same(family, weights_in_plugins, plan, tensorrt_86, monkeypatch):
+def test_the_network_of_8_6_is_the_same(family, use_plugins, plan, tensorrt_86, monkeypatch):
     made = plan(family)
-    graph = define(tensorrt_86, made, weights_in_plugins)
+    graph = define(tensorrt_86, made, use_plugins)
     check_differences(graph, made, monkeypatch)
     assert len(plugin_layers(graph, "SawInt4PagedAttention")) == 2
-    others = {
-        layer.type.name
-        for layer in fake_tensorrt.live_layers(graph.network)
-        for x in layer._inputs
-        if x.producer is not None
-        and x.producer.type.name == "CONSTANT"
-        and x.dtype == fake_tensorrt.float16
-        and len(x.shape) == 2
-        and min(x.shape) > 1
-    }
-    assert others == ({"PLUGIN_V2"} if weights_in_plugins else {"GATHER", "MATRIX_MULTIPLY"})
-    assert len(plugin_layers(graph, "SawGemm")) == (2 * 5 + 1) * weights_in_plugins
-    assert len(plugin_layers(graph, "SawLookup")) == weights_in_plugins
+    kinds = {layer.type.name for layer in fake_tensorrt.live_layers(graph.network)}
+    own = {"MATRIX_MULTIPLY", "ACTIVATION", "REDUCE"}
+    assert kinds & own == (set() if use_plugins else own)
+    assert len(plugin_layers(graph, "SawGemm")) == (2 * 5 + 1) * use_plugins
+    assert len(plugin_layers(graph, "SawRmsNorm")) == (2 * (2 + (family == "qwen3")) + 1) * use_plugins
+    assert len(plugin_layers(graph, "SawSiluMul")) == 2 * use_plugins
+    assert len(plugin_layers(graph, "SawLookup")) == use_plugins
 
 
 def test_8_6_is_told_the_type_of_each_layer(plan, tensorrt_86):
@@ -303,7 +297,7 @@ def test_logits_are_of_the_checkpoints_logits_dtype(dtype, plan, tensorrt, tenso
     for version in (tensorrt, tensorrt_86):
         assert define(version, made).network.get_output(0).dtype == getattr(fake_tensorrt, dtype)
     # In fp32 they are the sums themselves, rounded to nothing before.
-    graph = define(tensorrt, made, weights_in_plugins=True)
+    graph = define(tensorrt, made, use_plugins=True)
     assert graph.network.get_output(0).dtype == getattr(fake_tensorrt, dtype)
     assert graph.network.get_output(0).producer.plugin.fields["output_dtype"] == dtype
 

@@ -19,7 +19,21 @@ from typing import Any
 import numpy as np
 import plugin_library as lib
 import pytest
-from plugin_library import ATTENTION, BF16, FLOAT, GEMM, HALF, INT32, INT64, LINEAR, LOOKUP, NAMES, WRITE
+from plugin_library import (
+    ATTENTION,
+    BF16,
+    FLOAT,
+    GEMM,
+    HALF,
+    INT32,
+    INT64,
+    LINEAR,
+    LOOKUP,
+    NAMES,
+    RMS_NORM,
+    SILU_MUL,
+    WRITE,
+)
 
 from saw_trtllm.format import FORMAT_VERSION, HEAD_DIMS, KVFormat, hadamard_orders
 
@@ -42,12 +56,16 @@ FIELDS = {
     ATTENTION: COMMON,
     GEMM: {"dtype": "float16", "in_features": 64, "out_features": 24, "output_dtype": "float32"},
     LOOKUP: {"dtype": "float16", "vocab_size": 300, "hidden_size": 64},
+    RMS_NORM: {"dtype": "float16", "hidden_size": 64, "epsilon": 0.125},
+    SILU_MUL: {"dtype": "float16", "hidden_size": 64},
 }
 OPTIONAL = {
     WRITE: {"rotate_v": 1, "range_factor": 0.875, "use_k_center": 1},
     ATTENTION: {"softmax_scale": 0.125, "softcap": 30.0, "window": 100, "use_sinks": 1},
     GEMM: {},
     LOOKUP: {},
+    RMS_NORM: {"use_residual": 1, "num_heads": 1, "num_normed": 1},
+    SILU_MUL: {},
 }
 PLUGINS = [WRITE, ATTENTION]
 
@@ -216,7 +234,7 @@ def test_outputs(head_dim, dtype, built, make):
 @pytest.mark.parametrize("name", NAMES)
 def test_one_combination_of_types(name, built, make):
     plugin = make(name, **OPTIONAL[name])
-    count = len(StepOf([1], 1).inputs(built, name, optional=True)) if name in PLUGINS else 2
+    count = len(StepOf([1], 1).inputs(built, name, optional=True)) if name in PLUGINS else 2 + (name == RMS_NORM)
     outputs = plugin.num_outputs()
     address = address_type(built)
     wanted = {
@@ -224,6 +242,8 @@ def test_one_combination_of_types(name, built, make):
         ATTENTION: [HALF] * 3 + [INT32] * 5 + [address, INT32, INT32, FLOAT, HALF],
         GEMM: [HALF, HALF, FLOAT],
         LOOKUP: [INT32, HALF, HALF],
+        RMS_NORM: [HALF, FLOAT, HALF, HALF, HALF],
+        SILU_MUL: [HALF, HALF, HALF],
     }[name]
     assert len(wanted) == count + outputs
     for position, one in enumerate(wanted):
@@ -296,7 +316,11 @@ BAD_FIELDS = [
     (GEMM, {"output_dtype": "bfloat16"}, "output_dtype is bfloat16: it must be float32 or dtype, float16"),
     (GEMM, {"in_features": 0}, "in_features is 0 and out_features 24: both must be at least 1"),
     (GEMM, {"weight": 1}, "the fields are dtype, in_features, out_features, output_dtype"),
-    (LOOKUP, {"hidden_size": -1}, "vocab_size is 300 and hidden_size -1: both must be at least 1"),
+    (LOOKUP, {"hidden_size": -1}, "hidden_size is -1: it must be at least 1"),
+    (LOOKUP, {"vocab_size": 0}, "vocab_size is 0: it must be at least 1"),
+    (RMS_NORM, {"epsilon": -1.0}, "epsilon is -1.0+: it must be at least 0"),
+    (RMS_NORM, {"num_heads": 2, "num_normed": 3}, "num_heads is 2 and num_normed 3: num_normed must be from 1 to"),
+    (RMS_NORM, {"use_residual": 2}, "use_residual is 2: it must be 0 or 1"),
     (LOOKUP, {"dtype": "float32"}, "dtype is float32"),
 ]
 
@@ -659,6 +683,17 @@ def test_a_product_is_cublas_lts(cublas_lt, built, interface, make, said):
     assert said() == ""
 
 
+def test_an_algorithm_serves_a_few_rows_more_or_less(cublas_lt, interface, make):
+    outputs = {"V2": 48, "V3": 56}[interface]
+    plugin = make(GEMM, out_features=outputs)
+    cublas_lt()
+    for rows in (31, 32, 33, 34, 993, 1024, 1001):
+        assert plugin.enqueue([(0x1000, [rows, 64]), (0x2000, [outputs, 64])], [0x3000], 0x4000, 0x55) == 0
+    calls = [(call["algo"], call["b_desc"][2]) if call["op"] == "matmul" else None for call in cublas_lt()]
+    small = [None, (31, 31), None, (32, 32), None, (34, 33), (34, 34)]
+    assert calls == [*small, None, (1024, 993), (1024, 1024), (1024, 1001), None, (1001, 1001)]
+
+
 def test_a_product_that_fails(cublas_lt, make, said):
     plugin, weight = make(GEMM), (0x2000, [24, 64])
     assert plugin.enqueue([(0x1000, [13, 64]), weight], [0x3000], 0x4000, 0) != 0
@@ -700,14 +735,33 @@ print(plugin.attach_to_context(), *driver.take_messages(), sep="\\n")
     ], done.stderr
 
 
-def test_a_lookup_launches_with_what_the_tensors_say(built, make):
-    plugin = make(LOOKUP)
-    assert plugin.output_shapes([[7], [300, 64]]) == [[7, 64]]
-    assert plugin.output_types(2) == [HALF]
-    assert plugin.enqueue([(0x1000, [7]), (0x2000, [300, 64])], [0x3000], 0, 0x55) == 0
+SMALL = [
+    (LOOKUP, {}, [[7], [300, 64]], {"op": "lookup", "table": 2, "rows": 1, "out": 9, "num_tokens": 7, "num_rows": 300}),
+    (RMS_NORM, {}, [[7, 64], [1, 64]], {"op": "rms_norm", "x": 1, "weight": 2, "residual": 0, "y": 9, "sum": 0}),
+    (
+        *(RMS_NORM, {"use_residual": 1}, [[7, 64], [1, 64], [7, 64]]),
+        {"op": "rms_norm", "x": 1, "weight": 2, "residual": 3, "y": 9, "sum": 10},
+    ),
+    (
+        *(RMS_NORM, {"hidden_size": 16, "num_heads": 4, "num_normed": 3}, [[7, 64], [3, 16]]),
+        {"op": "rms_norm", "x": 1, "weight": 2, "residual": 0, "y": 9, "sum": 0, "num_heads": 4, "num_normed": 3}
+        | {"width": 16},
+    ),
+    (SILU_MUL, {}, [[7, 64], [7, 64]], {"op": "silu_mul", "a": 1, "b": 2, "y": 9, "count": 448, "dtype": 0}),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "shapes", "expected"), SMALL)
+def test_a_small_plugin_launches_with_what_the_tensors_say(name, fields, shapes, expected, built, make, said):
+    plugin = make(name, **fields)
+    count = 1 + ("use_residual" in fields)
+    assert plugin.output_shapes(shapes) == [[7, 64]] * count
+    assert plugin.output_types(len(shapes)) == [HALF] * count
+    bound = [(i + 1, shape) for i, shape in enumerate(shapes)]
+    assert plugin.enqueue(bound, [9, 10][:count], 0, 0x55) == 0
     (call,) = lib.recorded_calls(built.library)
-    assert call == {"op": "lookup", "table": 0x2000, "rows": 0x1000, "out": 0x3000, "stream": 0x55} | {
-        "num_tokens": 7,
-        "num_rows": 300,
-        "width": 64,
-    }
+    sizes = {"num_rows": 7, "epsilon": 0.125, "dtype": 0, "num_heads": 1, "num_normed": 1} if name == RMS_NORM else {}
+    sizes |= {"width": 64} if name != SILU_MUL else {}
+    assert call == sizes | expected | {"stream": 0x55}
+    assert plugin.enqueue([(1, [7, 63]), *bound[1:]], [9, 10][:count], 0, 0x55) != 0
+    assert f"{name}: input " in said()

@@ -15,9 +15,6 @@ namespace {
 constexpr size_t kGemmWorkspaceBytes = size_t(32) << 20;
 // What TensorRT's tensors have, and the fastest kernels need.
 constexpr uint32_t kGemmAlignment = 16;
-// A prompt's length is seldom seen again, and a decode's batch often. So many fit a few MiB.
-constexpr size_t kMaxGemmPlans = 1 << 14;
-
 cudaDataType cuda_type(std::string const& dtype) {
     return dtype == "float32" ? CUDA_R_32F : dtype == "bfloat16" ? CUDA_R_16BF : CUDA_R_16F;
 }
@@ -37,9 +34,9 @@ struct GemmDesc {
 using GemmKey = std::tuple<cublaslt::Handle, int64_t, int64_t, int64_t, cudaDataType, cudaDataType>;
 
 // y = x · weightᵀ in cuBLASLt's columns: y and x transposed are theirs, so that it is weight, transposed, times x.
-class GemmPlan {
+class Product {
   public:
-    explicit GemmPlan(GemmKey const& key) {
+    explicit Product(GemmKey const& key) : key_(key) {
         using cublaslt::check;
         auto const [handle, rows, in, out, type, output_type] = key;
         check(lib_.product_create(&product_.desc, cublaslt::kComputeF32, CUDA_R_32F), "cublasLtMatmulDescCreate");
@@ -48,18 +45,21 @@ class GemmPlan {
         check(lib_.matrix_create(&weight_.desc, type, in, out, in), "cublasLtMatrixLayoutCreate");
         check(lib_.matrix_create(&x_.desc, type, in, rows, in), "cublasLtMatrixLayoutCreate");
         check(lib_.matrix_create(&y_.desc, output_type, out, rows, out), "cublasLtMatrixLayoutCreate");
+    }
 
+    cublaslt::Algo best() const {
         GemmDesc preference(lib_.preference_destroy);
-        check(lib_.preference_create(&preference.desc), "cublasLtMatmulPreferenceCreate");
+        cublaslt::check(lib_.preference_create(&preference.desc), "cublasLtMatmulPreferenceCreate");
         auto const set = [&](int attribute, auto const& value) {
-            check(lib_.preference_set(preference.desc, attribute, &value, sizeof(value)),
-                  "cublasLtMatmulPreferenceSetAttribute");
+            cublaslt::check(lib_.preference_set(preference.desc, attribute, &value, sizeof(value)),
+                            "cublasLtMatmulPreferenceSetAttribute");
         };
         set(cublaslt::kMaxWorkspaceBytes, kGemmWorkspaceBytes);
-        // Parts of a sum over K are added in fp32, not in y's type.
+        // Parts of a sum over in_features are added in fp32, not in y's type.
         set(cublaslt::kReductionSchemes, cublaslt::kReduceInComputeType);
         for (int attribute : cublaslt::kMinAlignment) set(attribute, kGemmAlignment);
 
+        auto const [handle, rows, in, out, type, output_type] = key_;
         cublaslt::Heuristic best{};
         int found = 0;
         auto const status = lib_.heuristic(handle, product_.desc, weight_.desc, x_.desc, y_.desc, y_.desc,
@@ -69,35 +69,39 @@ class GemmPlan {
                               std::to_string(in) + " by a weight of [" + std::to_string(out) + ", " +
                               std::to_string(in) + "] (" + lib_.status_name(status) +
                               "): build with --gemm_plugin disable");
-        handle_ = handle;
-        algo_ = best.algo;
+        return best.algo;
     }
 
-    void launch(void const* x, void const* weight, void* y, void* workspace, cudaStream_t stream) const {
+    cublaslt::Status launch(cublaslt::Algo const& algo, void const* x, void const* weight, void* y, void* workspace,
+                            cudaStream_t stream) const {
         float const one = 1.0f, zero = 0.0f;
-        cublaslt::check(lib_.matmul(handle_, product_.desc, &one, weight, weight_.desc, x, x_.desc, &zero, y, y_.desc,
-                                    y, y_.desc, &algo_, workspace, kGemmWorkspaceBytes, stream),
-                        "cublasLtMatmul");
+        return lib_.matmul(std::get<0>(key_), product_.desc, &one, weight, weight_.desc, x, x_.desc, &zero, y, y_.desc,
+                           y, y_.desc, &algo, workspace, kGemmWorkspaceBytes, stream);
     }
 
   private:
     cublaslt::Library const& lib_ = cublaslt::library();
+    GemmKey key_;
     GemmDesc product_{lib_.product_destroy};
     GemmDesc weight_{lib_.matrix_destroy}, x_{lib_.matrix_destroy}, y_{lib_.matrix_destroy};
-    cublaslt::Handle handle_ = nullptr;
-    cublaslt::Algo algo_{};
 };
 
-// Of all layers of a shape, in all contexts: the heuristic takes longer than a launch may.
-std::shared_ptr<GemmPlan const> gemm_plan(GemmKey const& key) {
+// One algorithm serves so many rows: the heuristic takes half a millisecond, and a prompt's length is seldom seen
+// again. Exact below 32, then 16 to an octave, which the sizes of decodes' graphs are among.
+int64_t rounded_up(int64_t rows) {
+    int64_t step = 1;
+    while (step * 32 <= rows) step *= 2;
+    return (rows + step - 1) / step * step;
+}
+
+// Of all layers of a shape, in all contexts.
+cublaslt::Algo known_best(GemmKey const& key) {
     static std::mutex mutex;
-    static auto* const plans = new std::map<GemmKey, std::shared_ptr<GemmPlan const>>;
+    static auto* const known = new std::map<GemmKey, cublaslt::Algo>;
     std::lock_guard<std::mutex> const lock(mutex);
-    if (auto const at = plans->find(key); at != plans->end()) return at->second;
-    auto made = std::make_shared<GemmPlan const>(key);
-    if (plans->size() >= kMaxGemmPlans) plans->clear();
-    plans->emplace(key, made);
-    return made;
+    auto at = known->find(key);
+    if (at == known->end()) at = known->emplace(key, Product(key).best()).first;
+    return at->second;
 }
 
 }  // namespace
@@ -140,9 +144,16 @@ void Gemm::enqueue(Launch const& launch) const {
     for (void const* address : {x, weight, static_cast<void const*>(y)})
         if (reinterpret_cast<uintptr_t>(address) % kGemmAlignment != 0)
             refuse("x, weight or y does not lie on a multiple of " + std::to_string(kGemmAlignment) + " bytes");
-    GemmKey const key{cublaslt::handle(), launch.input_desc[kX].dims.d[0], in_features_, out_features_,
-                      cuda_type(dtype_),  cuda_type(output_dtype_)};
-    gemm_plan(key)->launch(x, weight, y, launch.workspace, launch.stream);
+    GemmKey key{cublaslt::handle(), launch.input_desc[kX].dims.d[0], in_features_, out_features_,
+                cuda_type(dtype_),  cuda_type(output_dtype_)};
+    Product const product(key);
+    auto& rows = std::get<1>(key);
+    bool const rounded = rounded_up(rows) != rows;
+    rows = rounded_up(rows);
+    auto status = product.launch(known_best(key), x, weight, y, launch.workspace, launch.stream);
+    // In case that a few more rows have one that these do not.
+    if (status != 0 && rounded) status = product.launch(product.best(), x, weight, y, launch.workspace, launch.stream);
+    cublaslt::check(status, "cublasLtMatmul");
 }
 
 }  // namespace saw::trt

@@ -8,6 +8,10 @@ void check_cuda(cudaError_t error, char const* what) {
 
 void Op::refuse(std::string const& message) const { throw PluginError(std::string(name()) + ": " + message); }
 
+void Op::check_flag(char const* field, int32_t value) const {
+    if (value != 0 && value != 1) refuse(std::string(field) + " is " + std::to_string(value) + ": it must be 0 or 1");
+}
+
 void Op::check_dtype(std::string const& dtype) const {
     if (dtype != "float16" && dtype != "bfloat16") refuse("dtype is " + dtype + ": it must be float16 or bfloat16");
 #if NV_TENSORRT_MAJOR < 10

@@ -71,6 +71,7 @@ class Op {
 
   protected:
     [[noreturn]] void refuse(std::string const& message) const;
+    void check_flag(char const* field, int32_t value) const;
     // float16 or bfloat16, and one that this TensorRT has.
     void check_dtype(std::string const& dtype) const;
     static nvinfer1::DataType activation_type(std::string const& dtype);

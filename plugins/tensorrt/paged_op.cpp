@@ -24,10 +24,6 @@ std::vector<Field> PagedOp::fields() {
     };
 }
 
-void PagedOp::check_flag(char const* field, int32_t value) const {
-    if (value != 0 && value != 1) refuse(text(field, value) + ": it must be 0 or 1");
-}
-
 void PagedOp::validate() const {
     if (layer_idx_ < 0) refuse(text(names::kLayerIdx, layer_idx_) + ": it counts this rank's layers from 0");
     if (num_kv_heads_ < 1) refuse(text(names::kNumKvHeads, num_kv_heads_) + ": it must be at least 1");

@@ -99,7 +99,7 @@ def serialize_engine(
     builder = tensorrt.builder(logger)
     tensorrt.load_plugins()
     gemm_plugin = config.build_config.plugin_config.gemm_plugin
-    graph = Graph(tensorrt, tensorrt.create_network(builder), weights_in_plugins=gemm_plugin is not None)
+    graph = Graph(tensorrt, tensorrt.create_network(builder), use_plugins=gemm_plugin is not None)
     define_decoder(graph, config, load)
     builder_config = tensorrt.create_config(builder, options.optimization_level)
     if phases is not None:

@@ -24,9 +24,9 @@ class NetworkOptions:
     workers : int
         Threads that read the weights and fold into them.
     gemm_plugin : str
-        ``auto``, ``disable``, or the model's dtype. With it, GEMMs and the embedding are plugins, whose weights
-        TensorRT's compilers do not see: those of 8.6 take seconds for each hundred MB of weights. ``auto`` takes it
-        for 8.6, if there is cuBLASLt.
+        ``auto``, ``disable``, or the model's dtype. With it, nearly all layers are plugins, of which TensorRT compiles
+        nothing: 8.6 takes seconds for each hundred MB of weights, and for the elementwise kernels of
+        each layer. ``auto`` takes it for 8.6, if there is cuBLASLt.
     """
 
     decode_profile: bool = True

@@ -110,6 +110,12 @@ def pack(name: str, num_layers: list[int]) -> StepInputs:
     return StepInputs.pack(parts, *num_layers)
 
 
+def decoded_rows(name: str) -> list[tuple[int, int]]:
+    """Block and row of each token that a step decodes."""
+    firsts = [(i, a) for i, a, _, kind in STEPS[name] if kind == DECODE]
+    return [(_BLOCKS[i][a // TOKENS_PER_BLOCK], a % TOKENS_PER_BLOCK) for i, a in firsts]
+
+
 #: Greedy texts of the example model: how many, tokens of each, and blocks that hold a prompt and them.
 TEXTS, TEXT_TOKENS, TEXT_BLOCKS = 8, 200, 16
 

@@ -1,4 +1,4 @@
-"""SawGemm and SawLookup on the GPU, through TensorRT's interfaces but without TensorRT: against fp32 products."""
+"""SawGemm and the small plugins on the GPU, through TensorRT's interfaces without it: against fp64 products."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import plugin_library as lib
 import pytest
 import torch
-from plugin_library import GEMM, LOOKUP
+from plugin_library import GEMM, LOOKUP, RMS_NORM, SILU_MUL
 
 from saw_trtllm.plugins import load_cublas_lt
 
 #: ``[out_features, in_features]``: Llama 3 8B's qkv, dense, fc and proj, and some that no fast kernel takes.
 SHAPES = [(6144, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (1000, 96), (33, 18)]
-ROWS = (1, 2, 15, 64, 256, 1000)
+ROWS = (1, 2, 15, 33, 64, 256, 999, 1000)
 ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 0.0}
 
 
@@ -57,21 +57,20 @@ class Linear:
 
     def assert_right(self, x, y):
         """Rounded once, of a sum in fp32: one in fp16 has an error of 1e-5 of the sum of its parts' sizes and more."""
-        wide, weight = x.float(), self.weight.float()
+        wide, weight = x.double(), self.weight.double()
         want, size = wide @ weight.T, wide.abs() @ weight.abs().T
-        assert ((y.float() - want).abs() <= 4e-6 * size + ROUNDING[self.output_dtype] * want.abs()).all()
+        assert ((y.double() - want).abs() <= 4e-6 * size + ROUNDING[self.output_dtype] * want.abs()).all()
 
 
 @pytest.fixture(autouse=True)
-def full_precision(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def seeded():
     torch.manual_seed(7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("wide", [False, True], ids=["16 bits", "fp32"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products_are_those_of_fp32(shape, wide, dtype, make):
+def test_products_are_right(shape, wide, dtype, make):
     layer = Linear(make, shape, dtype, torch.float32 if wide else dtype)
     for rows in ROWS:
         x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
@@ -124,3 +123,56 @@ def test_rows_of_a_table(width, dtype, make):
     want = table[rows.clamp(0, 299).long()]
     want[4:6] = 0
     assert torch.equal(y, want)
+
+
+@pytest.fixture
+def run(make):
+    """Outputs of one of the small plugins, by tensors."""
+
+    def run_(name, dtype, inputs, num_outputs=1, **fields):
+        plugin = make(name, dtype, **fields)
+        outputs = [torch.full_like(inputs[0], torch.nan) for _ in range(num_outputs)]
+        bound = [(t.data_ptr(), list(t.shape)) for t in inputs]
+        stream = torch.cuda.current_stream().cuda_stream
+        assert plugin.enqueue(bound, [y.data_ptr() for y in outputs], 0, stream) == 0
+        return outputs
+
+    return run_
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("width", [4096, 14336, 96, 18])
+def test_norms(width, residual, dtype, run):
+    x, added = (torch.randn(2, 77, width, device="cuda") * 3).to(dtype)
+    weight = torch.randn(1, width, device="cuda")
+    inputs, fields = [x, weight, *[added] * residual], {"hidden_size": width, "use_residual": int(residual)}
+    y, *sums = run(RMS_NORM, dtype, inputs, 1 + residual, epsilon=1e-3, **fields)
+    if residual:
+        x = x + added
+        assert torch.equal(sums[0], x)
+    wide = x.double()
+    want = wide / (wide.square().mean(1, keepdim=True) + 1e-3).sqrt() * weight.double()
+    assert ((y.double() - want).abs() <= (ROUNDING[dtype] + 1e-6) * want.abs() + 1e-7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_of_heads(dtype, run):
+    """As Qwen3 has them of Q and K: V stays as it is."""
+    x, weight = torch.randn(50, 6, 128, device="cuda").to(dtype), torch.randn(5, 128, device="cuda")
+    inputs, fields = [x.flatten(1), weight], {"hidden_size": 128, "num_heads": 6, "num_normed": 5}
+    (y,) = run(RMS_NORM, dtype, inputs, epsilon=1e-5, **fields)
+    assert torch.equal(y[:, 5 * 128 :], x[:, 5])
+    wide = x[:, :5].double()
+    want = (wide / (wide.square().mean(2, keepdim=True) + 1e-5).sqrt() * weight.double()).flatten(1)
+    assert ((y[:, : 5 * 128].double() - want).abs() <= (ROUNDING[dtype] + 1e-6) * want.abs() + 1e-7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(64, 14336), (3, 33)])
+def test_gates(rows, width, dtype, run):
+    x, gate = (torch.randn(2, rows, width, device="cuda") * 5).to(dtype)
+    x[0, :4] = torch.tensor([-100, 0, 100, -8], dtype=dtype)
+    (y,) = run(SILU_MUL, dtype, [x, gate], hidden_size=width)
+    want = torch.nn.functional.silu(x.double()) * gate.double()
+    assert ((y.double() - want).abs() <= (ROUNDING[dtype] + 1e-5) * want.abs() + 1e-7).all()

@@ -19,7 +19,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
 QUICK_BATCHES, QUICK_CONTEXTS = (1, 16, 64, 256), (1024, 8192)
 #: Steps whose layers are timed one by one: a batch and its contexts.
-PROFILED = {1: (1024, 8192), 8: (8192,), 64: (1024, 8192), 256: (2048,)}
+PROFILED = {1: (8192,), 64: (1024, 8192), 256: (2048,)}
 
 #: The run through the whole runtime: so many requests at once, each with a prompt and a text of so many tokens.
 LOOP_BATCH, LOOP_PROMPT, LOOP_TEXT = 64, 1024, 192

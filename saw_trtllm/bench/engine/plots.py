@@ -12,8 +12,10 @@ from saw_trtllm.bench.engine.record import EngineResults
 from saw_trtllm.bench.plots import draw_plots
 
 #: The colours that the kernels' plots give to the same formats.
-_COLOURS = {"saw_int4": "#0072B2", "int4": "#56B4E9", "fp16": "#009E73"}
+_COLOURS = {"saw_int4": "#0072B2", "fp16": "#009E73"}
 _PART_COLOURS = ("#0072B2", "#E69F00", "#999999", "#CC79A7", "#F0E442")
+#: Cases of the plot of parts.
+_CASES = ((1, 8192), (64, 1024), (64, 8192))
 #: Batches of the plot of tokens/s, and how each is marked.
 _MARKERS = {1: "o", 16: "s", 64: "^", 256: "D"}
 
@@ -39,8 +41,8 @@ def _title(axes: Any, results: EngineResults, text: str) -> None:
 
 
 def _decode(axes: Any, results: EngineResults) -> None:
-    """Tokens/s by context: a line for each batch and format."""
-    for e in results.engines:
+    """Tokens/s by context: a line for each batch and format, of which ``int4`` lies on ``saw_int4``."""
+    for e in (e for e in results.engines if e.kv in _COLOURS):
         for batch, marker in _MARKERS.items():
             steps = [s for s in e.steps if s.batch == batch]
             axes.plot(
@@ -49,7 +51,6 @@ def _decode(axes: Any, results: EngineResults) -> None:
                 marker=marker,
                 markersize=5,
                 linewidth=1.2,
-                linestyle="--" if e.kv == "int4" else "-",
                 color=_COLOURS[e.kv],
                 label=e.kv if batch == max(_MARKERS) else None,
             )
@@ -67,7 +68,8 @@ def _decode(axes: Any, results: EngineResults) -> None:
 
 def _parts(axes: Any, results: EngineResults) -> None:
     """Bars of the parts of a step, the formats of a case side by side."""
-    cases = sorted({(p.batch, p.context) for e in results.engines for p in e.profiles})
+    measured = {(p.batch, p.context) for e in results.engines for p in e.profiles}
+    cases = [case for case in _CASES if case in measured] or sorted(measured)
     kvs = [kv for kv in KVS if results.engine(kv)]
     width = 0.8 / len(kvs)
     ticks = []

@@ -92,7 +92,7 @@ class Profile(RecordPart):
     context: int
     parts: dict[Part, float]
     layers: dict[str, float]
-    """Those of one of the decoder's layers, and those that are there once, as TensorRT names them."""
+    """Of one of the decoder's layers, and those that are there once, as TensorRT names them: those that take time."""
 
 
 class Loop(RecordPart):

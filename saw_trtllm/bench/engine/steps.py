@@ -18,7 +18,7 @@ from saw_trtllm.runtime.sampling_params import SamplingParams
 from saw_trtllm.runtime.step import DECODE, StepInputs, StepSequence
 
 #: Steps of a case on an executor: as many as fit a time, between so few and so many, in so many rounds.
-BUDGET_S, MIN_STEPS, MAX_STEPS, ROUNDS = 0.1, 16, 80, 4
+BUDGET_S, MIN_STEPS, MAX_STEPS, ROUNDS = 0.2, 24, 96, 6
 #: Before them: clocks rise.
 WARM_UP = 3
 #: Steps timed one by one, and profiles of each layer.
@@ -39,13 +39,14 @@ class Clock(Protocol):
 
 
 def measure(benches: Sequence[StepBench], batch: int, context: int) -> list[Step]:
-    """Time the steps of a batch, executors in turn, so that clocks and heat treat all alike."""
+    """Time the steps of a batch, executors in turn, each the first in its turn: clocks and heat treat all alike."""
     launches = [bench.launcher(batch, context) for bench in benches]
     counts = [bench.steps_a_round(launch) for bench, launch in zip(benches, launches, strict=True)]
     times: list[list[float]] = [[] for _ in benches]
-    for _ in range(ROUNDS):
-        for bench, launch, count, found in zip(benches, launches, counts, times, strict=True):
-            found += bench.overlapped(launch, count)
+    for turn in range(ROUNDS * len(benches)):
+        first, i = divmod(turn, len(benches))
+        i = (first + i) % len(benches)
+        times[i] += benches[i].overlapped(launches[i], counts[i])
     steps = []
     for bench, launch, found in zip(benches, launches, times, strict=True):
         tenths = quantiles(found, n=10, method="inclusive")
@@ -115,11 +116,12 @@ class StepBench:
         parts: dict[Part, float] = defaultdict(float)
         for name, us in zip(names, times, strict=True):
             parts[classify(name, self._gemm_plugin)] += us
+        once = [(n, round(us, 2)) for n, us in zip(names, times, strict=True) if decoder_layer(n) in (None, 1)]
         return Profile(
             batch=batch,
             context=context,
             parts={part: round(us, 2) for part, us in parts.items()},
-            layers={n: round(us, 2) for n, us in zip(names, times, strict=True) if decoder_layer(n) in (None, 1)},
+            layers={name: us for name, us in once if us > 0},
         )
 
     def inputs(self, batch: int, context: int) -> StepInputs:
