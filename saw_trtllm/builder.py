@@ -101,7 +101,7 @@ class BuildOptions(BaseModel):
     multiple_profiles: Switch | None = Field(
         None,
         description="give steps of decodes alone kernels of their own; the build takes about twice as long (tensorrt; "
-        "by default enable)",
+        "by default disable with the GEMM plugin, else enable)",
     )
     builder_optimization_level: int | None = Field(
         None, ge=0, le=5, description="0 to 5: how long TensorRT looks for fast kernels; by default its own (tensorrt)"
@@ -403,7 +403,7 @@ def _network_options(options: BuildOptions, backend: BackendName, dtype: str) ->
     if target is not None and (target.is_dir() or not target.absolute().parent.is_dir()):
         raise ConfigError(f"--output_timing_cache {target} cannot be written: give a file in a folder that is there")
     return NetworkOptions(
-        decode_profile=options.multiple_profiles != "disable",
+        decode_profile=None if options.multiple_profiles is None else options.multiple_profiles == "enable",
         input_timing_cache=source,
         output_timing_cache=target,
         optimization_level=options.builder_optimization_level,

@@ -433,7 +433,9 @@ def test_the_gemm_plugin_is_for_8_6_unless_asked_for(choice, there, plan, tensor
         switches = EngineConfig.load(made.output_dir).build_config.plugin_config
         assert switches.gemm_plugin == due.get(choice, {}).get(version.version[0], "float16")
         assert switches.tokens_per_block == TOKENS_PER_BLOCK
-        layers = fake_tensorrt.live_layers(fake_tensorrt.Builder.networks[-1])
+        network = fake_tensorrt.Builder.networks[-1]
+        assert network.builder_config.num_optimization_profiles == (1 if switches.gemm_plugin else 2)
+        layers = fake_tensorrt.live_layers(network)
         assert any(layer.type.name == "MATRIX_MULTIPLY" for layer in layers) != bool(switches.gemm_plugin)
     assert ("without cuBLASLt TensorRT's own GEMMs are taken" in caplog.text) != bool(there)
 

@@ -104,7 +104,8 @@ def serialize_engine(
     builder_config = tensorrt.create_config(builder, options.optimization_level)
     if phases is not None:
         tensorrt.report_phases(builder_config, phases)
-    add_profiles(tensorrt, builder, builder_config, config, options.decode_profile)
+    decode_profile = gemm_plugin is None if options.decode_profile is None else options.decode_profile
+    add_profiles(tensorrt, builder, builder_config, config, decode_profile)
     _use_timing_cache(builder_config, options)
     engine = builder.build_serialized_network(graph.network, builder_config)
     if engine is None:

@@ -13,8 +13,9 @@ class NetworkOptions:
 
     Attributes
     ----------
-    decode_profile : bool
-        Give steps of decodes alone kernels of their own. It makes the build about twice as long. TensorRT-LLM's
+    decode_profile : bool or None
+        Give steps of decodes alone kernels of their own; None: unless there is the GEMM plugin, which chooses its
+        kernels itself. It makes the build about twice as long. TensorRT-LLM's
         executor does not know such a profile (with more than one it expects its own six), this project's runtime does.
     input_timing_cache, output_timing_cache : Path or None
         Files of kernels' times: one that is read, with which a build is shorter, and one that is written behind it.
@@ -29,7 +30,7 @@ class NetworkOptions:
         each layer. ``auto`` takes it for 8.6, if there is cuBLASLt.
     """
 
-    decode_profile: bool = True
+    decode_profile: bool | None = None
     input_timing_cache: Path | None = None
     output_timing_cache: Path | None = None
     optimization_level: int | None = None
