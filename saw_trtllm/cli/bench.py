@@ -111,7 +111,7 @@ def _add_engine(commands: argparse._SubParsersAction) -> None:
     engine.add_argument(
         "--builder_optimization_level", type=int, choices=range(6), metavar="N", help="as saw-build's, for all engines"
     )
-    engine.add_argument("--multiple_profiles", choices=("enable", "disable"), default="enable", help="as saw-build's")
+    engine.add_argument("--multiple_profiles", choices=("enable", "disable"), help="as saw-build's")
     engine.add_argument("--gemm_plugin", choices=("auto", "float16", "disable"), default="auto", help="as saw-build's")
     engine.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write the record to")
     engine.add_argument("--commit", metavar="HASH", help="what is measured, where there is no git repository to say it")
@@ -191,7 +191,7 @@ def _engine(args: argparse.Namespace, command: str) -> None:
             batches=numbers["batch"],
             contexts=numbers["context"],
             optimization_level=args.builder_optimization_level,
-            decode_profile=args.multiple_profiles == "enable",
+            decode_profile=None if args.multiple_profiles is None else args.multiple_profiles == "enable",
             gemm_plugin=args.gemm_plugin,
             build_timeout_s=args.build_timeout,
             build_workers=args.build_workers,

@@ -43,7 +43,7 @@ class Plan:
     kvs : sequence of str
     batches, contexts : sequence of int
     optimization_level : int or None
-    decode_profile : bool
+    decode_profile : bool or None
     gemm_plugin : str
         As of :class:`~saw_trtllm.network.options.NetworkOptions`, for engines that are built.
     build_timeout_s : float or None
@@ -59,7 +59,7 @@ class Plan:
     batches: Sequence[int] = cases.BATCHES
     contexts: Sequence[int] = cases.CONTEXTS
     optimization_level: int | None = None
-    decode_profile: bool = True
+    decode_profile: bool | None = None
     gemm_plugin: str = "auto"
     build_timeout_s: float | None = None
     build_workers: int = 1
@@ -148,7 +148,7 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
         environment=environment,
         shape=Shape.of(plan.model),
         optimization_level=plan.optimization_level,
-        decode_profile=plan.decode_profile,
+        decode_profile=bool(plan.decode_profile),
         tokens_per_block=plan.limits.tokens_per_block,
         engines=[],
     )
@@ -167,6 +167,8 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
             engine = measure_alone(plan, kv, build_s.get(kv))
             plugins = EngineConfig.load(plan.folder / kv).build_config.plugin_config
             update = {"engines": [*results.engines, engine], "gemm_plugin": plugins.gemm_plugin}
+            if plan.decode_profile is None:
+                update["decode_profile"] = plugins.gemm_plugin is None
             results = results.model_copy(update=update)
             keep()
         measure_together(plan, results.engines, keep)
