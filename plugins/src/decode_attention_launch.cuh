@@ -33,7 +33,7 @@ struct DecodeChoice<128, 1> {
 template <>
 struct DecodeChoice<256, 1> {
     template <bool Few>
-    using Config = DecodeConfig<256, 1, 128, 1, 2, 3, Few>;
+    using Config = DecodeConfig<256, 1, 128, 2, 3, 2, Few>;
 };
 template <>
 struct DecodeChoice<64, 2> {
@@ -112,7 +112,7 @@ cudaError_t prepare_decode(Kernel* kernel, int threads, int shared_bytes, int& m
     return cudaSuccess;
 }
 
-// The instances of decode_attention.cuh for few sequences and for more.
+// The instances of decode_attention.cuh for few and short sequences, and for all others.
 template <typename Choice, typename T>
 struct TogetherLaunch {
     static cudaError_t max_ctas(int& ctas) {
@@ -126,13 +126,25 @@ struct TogetherLaunch {
     static cudaError_t launch(DecodeParams const& p, float* partials, int* counters, int ctas, cudaStream_t stream) {
         int const heads = p.pool.num_kv_heads;
         if (heads > ctas) return cudaErrorInvalidConfiguration;
-        // There is a piece for each.
-        if (p.num_sequences <= ctas / heads)
-            return launch<typename Choice::template Config<true>>(p, partials, counters, ctas, stream);
-        return launch<typename Choice::template Config<false>>(p, partials, counters, ctas, stream);
+        // Of the longest sequences that the block table can name: the lengths themselves only the GPU knows.
+        constexpr int kTile = Choice::template Config<true>::kTileTokens;
+        long long const tokens = (long long)p.pool.max_blocks_per_seq * p.pool.tokens_per_block;
+        long long const tiles = (tokens + kTile - 1) / kTile * p.num_sequences;
+        int const pieces = ctas / heads;
+        // No more CTAs than they would fill.
+        int const grid = heads * int(std::max(1LL, std::min<long long>(pieces, tiles)));
+        // As many pieces for each sequence leave some CTAs idle, and a long line wants all.
+        bool const even = p.num_sequences > 1 && pieces % p.num_sequences < pieces / 8;
+        bool const few =
+            p.num_sequences <= pieces && tiles > pieces && (even || tiles <= (long long)kShortShare * pieces);
+        if (few) return launch<typename Choice::template Config<true>>(p, partials, counters, grid, stream);
+        return launch<typename Choice::template Config<false>>(p, partials, counters, grid, stream);
     }
 
   private:
+    // Tiles of a piece up to which what is done once takes more time than reading.
+    static constexpr int kShortShare = 3;
+
     template <typename Config>
     static cudaError_t max_ctas_of(int& ctas) {
         static int known = 0;  // of the current device; they are alike in any machine that serves one engine
@@ -145,12 +157,7 @@ struct TogetherLaunch {
     }
 
     template <typename Config>
-    static cudaError_t launch(DecodeParams const& p, float* partials, int* counters, int ctas, cudaStream_t stream) {
-        // No more CTAs than the longest sequences that the block table can name would fill.
-        int const heads = p.pool.num_kv_heads;
-        long long const tokens = (long long)p.pool.max_blocks_per_seq * p.pool.tokens_per_block;
-        long long const tiles = (tokens + Config::kTileTokens - 1) / Config::kTileTokens * p.num_sequences;
-        int const grid = heads * int(std::max(1LL, std::min<long long>(ctas / heads, tiles)));
+    static cudaError_t launch(DecodeParams const& p, float* partials, int* counters, int grid, cudaStream_t stream) {
         decode_kernel<Config, T>
             <<<grid, Config::kThreads, sizeof(DecodeShared<Config>), stream>>>(p, partials, counters);
         return cudaGetLastError();

@@ -19,7 +19,7 @@
 
 namespace saw {
 
-// `Few` is for few sequences: the line is cut between them where it can be, and what ends a piece is quicker.
+// `Few` is for few and short sequences: the line is cut between them where it can be, and what ends a piece is quicker.
 template <int HeadDim, int QueryTiles, int TileTokens, int Together, int Stages, int CtasPerSm, bool Few>
 struct DecodeConfig {
     using Pieces = std::conditional_t<Few, EvenDecodePieces, DecodePieces>;
@@ -61,7 +61,7 @@ struct DecodeShared {
     DecodeCursor cursors[2];  // of the sequence that the warps work on, and of the one before or after it
     DecodeCursor ahead;       // of the next tile to bring
     alignas(16) int warp_total[Config::kWarps];  // read as one vector: on its own, so that no neighbour is read with it
-    int is_last;
+    int first_partial, partials;  // to be added up at the end of the piece: of which piece on, and how many
 };
 
 template <typename Config>
@@ -96,8 +96,6 @@ class DecodeKernel {
     // The reference that exponents are taken against follows the maximum only when it lags by more than this: P stays
     // within fp16, and the sums need no correction for most tiles.
     static constexpr float kMaxLag = 8.0f;
-    // Tiles of a piece up to which the line is short: reading it takes less time than all that is done once.
-    static constexpr int kShortShare = 3;
 
     DecodeParams const& p;
     float* const partials;  // two for each CTA
@@ -123,6 +121,13 @@ class DecodeKernel {
     // A head_dim of 256 leaves no register for it.
     __device__ float score_scale() const {
         return Config::kHeadDim < 256 ? held_score_scale : p.softmax_scale * kLog2e;
+    }
+
+    // Where the partial sums of a piece lie: those of one KV head behind one another, and then second ones.
+    __device__ float* partial_of(int piece, bool second) const {
+        int const heads = p.pool.num_kv_heads, pieces = int(gridDim.x) / heads;
+        return partials +
+               size_t((second * heads + kv_head) * pieces + piece) * decode_partial_floats(group, Config::kHeadDim);
     }
 
     __device__ int visible_tiles(int length, int& first_tile) const {
@@ -157,17 +162,20 @@ class DecodeKernel {
     __device__ void follow_max(Scores const& s);
     __device__ void accumulate(uint32_t const* values, uint32_t const (&prob)[Config::kQueryTiles][2]);
     template <typename T>
-    __device__ bool finish_sequence(int done, float* scratch);
-    template <typename T>
-    __device__ void leave_partial(DecodeCursor const& c, bool more);
+    __device__ bool finish_sequence(int done, bool more, float* scratch);
+    __device__ bool count_partial(DecodeCursor const& c, int& first_piece, int& last_piece) const;
     __device__ void merge_warps(float* scratch);
     template <typename T>
     __device__ void write_output();
     __device__ void write_partial(float* partial);
+    template <typename T, int AtOnce>
+    __device__ void combine(DecodeCursor const& c, int first_piece, int count, int worker, int workers) const;
     template <typename T>
-    __device__ void combine(DecodeCursor const& c, int first_piece, int last_piece, int worker, int workers) const;
+    __device__ void combine_on_the_way() const;
     template <typename T>
-    __device__ void combine_at_end(DecodeCursor const& c, int first_piece, int last_piece) const;
+    __device__ void combine_at_end(int slot, uint32_t parity);
+    template <typename T>
+    __device__ void write_sum(int sequence, int x, int query, DecodeSum const& total) const;
     __device__ float normalizer(int query_head, float max, float sum) const;
 };
 
@@ -185,7 +193,7 @@ __device__ void DecodeKernel<Config>::run() {
     if (threadIdx.x == 0) {
         for (int i = 0; i < Config::kStages; ++i) {
             mbarrier_init(&shared.full[i], 1);
-            mbarrier_init(&shared.empty[i], Config::kWarps);
+            mbarrier_init(&shared.empty[i], Config::kThreads);
         }
         fence_bulk_copy();
     }
@@ -194,6 +202,11 @@ __device__ void DecodeKernel<Config>::run() {
     for (size_t at = (size_t(blockIdx.x) * Config::kThreads + threadIdx.x) * 128; at < table_bytes;
          at += size_t(gridDim.x) * Config::kThreads * 128)
         prefetch_l2(reinterpret_cast<uint8_t const*>(p.pool.block_offsets) + at);
+    // The queries are wanted when the copies of rows have been begun, and would come behind them.
+    size_t const query_bytes = size_t(p.num_sequences) * p.num_heads * Config::kHeadDim * sizeof(T);
+    for (size_t at = (size_t(blockIdx.x) * Config::kThreads + threadIdx.x) * 128; at < query_bytes;
+         at += size_t(gridDim.x) * Config::kThreads * 128)
+        prefetch_l2(static_cast<uint8_t const*>(p.q) + at);
     bool const any = find_work();
     for (int s = blockIdx.x; s < p.num_sequences; s += gridDim.x) {
         if (p.sequence_length[s] > 0) continue;
@@ -225,15 +238,21 @@ __device__ void DecodeKernel<Config>::run() {
                     bring(previous);
                 }
             }
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(&shared.empty[slot]);
+            mbarrier_arrive(&shared.empty[slot]);  // each thread for itself: racecheck follows no other order
             position += Config::kTileTokens;
             if (--tiles == 0) break;
             step(slot, parity, previous, previous_parity);
         }
-        bool const more = finish_sequence<T>(done, reinterpret_cast<float*>(shared.stages[slot]));
-        if (!more) return;
+        bool const more = done < shared.pieces.begin(piece + 1);
+        bool const whole = finish_sequence<T>(done, more, reinterpret_cast<float*>(shared.stages[slot]));
         step(slot, parity, previous, previous_parity);
+        if (!more) {
+            if (!whole) combine_at_end<T>(slot, parity);
+            return;
+        }
+        // Not the warp that brings the tiles.
+        if (!whole && warp == Config::kWarps - 1) combine_on_the_way<T>();
+        which ^= 1;
     }
 }
 

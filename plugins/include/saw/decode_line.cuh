@@ -57,15 +57,21 @@ struct DecodeSum {
     float4 out = {0.0f, 0.0f, 0.0f, 0.0f};
     float max = -1e30f, sum = 0.0f;  // of the softmax
 
-    __device__ void add(float4 const& other, float other_max, float other_sum) {
-        float const higher = fmaxf(max, other_max);
-        float const keep = exp2_fast(max - higher), weight = exp2_fast(other_max - higher);
+    // Take sums against a maximum that is at least as high.
+    __device__ void raise(float higher) {
+        float const keep = exp2_fast(max - higher);
         max = higher;
-        sum = sum * keep + other_sum * weight;
-        out.x = out.x * keep + other.x * weight;
-        out.y = out.y * keep + other.y * weight;
-        out.z = out.z * keep + other.z * weight;
-        out.w = out.w * keep + other.w * weight;
+        sum *= keep;
+        out = {out.x * keep, out.y * keep, out.z * keep, out.w * keep};
+    }
+
+    __device__ void add(float4 const& other, float other_max, float other_sum) {
+        float const weight = exp2_fast(other_max - max);
+        sum += other_sum * weight;
+        out.x += other.x * weight;
+        out.y += other.y * weight;
+        out.z += other.z * weight;
+        out.w += other.w * weight;
     }
 };
 

@@ -51,14 +51,11 @@ template <typename Config>
 __device__ int DecodeKernel<Config>::count_pieces(int tiles) const {
     int const most = int(gridDim.x) / p.pool.num_kv_heads;
     if constexpr (!Config::kFew) return min(most, tiles);
-    // As many pieces for each sequence, if that leaves few CTAs idle or the line is short: if the sequences are equally
-    // long no piece has parts of two.
-    int const sequences = p.num_sequences, idle = most % sequences;
-    int const groups = most >= sequences && (idle < most / 8 || tiles <= kShortShare * most) ? sequences : 1;
-    // No more of them than it takes for none to have more tiles: each costs a partial sum.
-    int const each = most / groups, group_tiles = (tiles + groups - 1) / groups;
-    int const share = (group_tiles + each - 1) / each;
-    return share == 0 ? 0 : min((group_tiles + share - 1) / share * groups, tiles);
+    // As many pieces for each sequence: if they are equally long no piece has parts of two. And no more of them than it
+    // takes for none to have more tiles: each costs a partial sum.
+    int const each = max(most / p.num_sequences, 1), average = (tiles + p.num_sequences - 1) / p.num_sequences;
+    int const share = max((average + each - 1) / each, 1);
+    return min(min((average + share - 1) / share * p.num_sequences, most), tiles);
 }
 
 template <typename Config>

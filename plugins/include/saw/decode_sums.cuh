@@ -4,15 +4,14 @@
 
 namespace saw {
 
-// A sequence's tiles of this piece are done, up to `done` on the line: give its output, or a partial sum. False at the
-// end of the piece.
+// A sequence's tiles of this piece are done, up to `done` on the line; `more` follow. Give its output, and true, or
+// write a partial sum.
 template <typename Config>
 template <typename T>
-__device__ bool DecodeKernel<Config>::finish_sequence(int done, float* scratch) {
+__device__ bool DecodeKernel<Config>::finish_sequence(int done, bool more, float* scratch) {
     merge_warps(scratch);
     DecodeCursor const& c = shared.cursors[which];
     int const begin = shared.pieces.begin(piece);
-    bool const more = done < shared.pieces.begin(piece + 1);
     if (threadIdx.x == 0 && more) {
         DecodeCursor next = c;
         next_sequence(next);
@@ -23,43 +22,25 @@ __device__ bool DecodeKernel<Config>::finish_sequence(int done, float* scratch) 
         write_output<T>();
     } else {
         // A piece leaves at most two: of the sequence that it begins in, and of the one that it ends in.
-        bool const second = c.begin > begin;
-        write_partial(partials + (size_t(blockIdx.x) * 2 + second) * decode_partial_floats(group, Config::kHeadDim));
+        write_partial(partial_of(piece, c.begin > begin));
     }
     // The stage that served as scratch becomes a bulk copy's target again.
     fence_bulk_copy();
     __syncthreads();
-    if (!whole) leave_partial<T>(c, more);
-    which ^= 1;
-    return more;
+    return whole;
 }
 
-// Say that a partial sum is there, and add them up if it was the last. Within the line warp 0 sees to it while the
-// others go on; at its end all help.
+// One thread, behind a barrier that has brought it the others' writes: say that the partial sum of a sequence is there.
+// True if it was the last of all, whose pieces it finds while it waits for the count.
 template <typename Config>
-template <typename T>
-__device__ void DecodeKernel<Config>::leave_partial(DecodeCursor const& c, bool more) {
-    if (more && warp != 0) return;
-    int const first = shared.pieces.of(c.begin), last = shared.pieces.of(c.begin + c.num_tiles - 1);
-    if (warp == 0) {
-        int others = 0;
-        if (lane == 0) {
-            if constexpr (!Config::kFew) __threadfence();  // the barrier has brought the other warps' writes before it
-            int* const counter = counters + c.sequence * p.pool.num_kv_heads + kv_head;
-            others = Config::kFew ? count_in_order(counter) : atomicAdd(counter, 1);
-            if (others == last - first) *counter = 0;  // for the next launch
-            if constexpr (!Config::kFew) __threadfence();
-            shared.is_last = others == last - first;
-        }
-        __syncwarp();
-    }
-    if (!more) __syncthreads();
-    if (!shared.is_last) return;
-    if (Config::kFew && !more) {
-        combine_at_end<T>(c, first, last);
-    } else {
-        combine<T>(c, first, last, warp, more ? 1 : Config::kWarps);
-    }
+__device__ bool DecodeKernel<Config>::count_partial(DecodeCursor const& c, int& first_piece, int& last_piece) const {
+    int* const counter = counters + c.sequence * p.pool.num_kv_heads + kv_head;
+    int const before = count_in_order(counter);
+    first_piece = shared.pieces.of(c.begin);
+    last_piece = shared.pieces.of(c.begin + c.num_tiles - 1);
+    bool const is_last = before == last_piece - first_piece;
+    if (is_last) *counter = 0;  // for the next launch
+    return is_last;
 }
 
 // Add the four warps' sums. Warp w then holds dims 2w and 2w + 1 of each word in out[.][.][0], and all hold max and
@@ -197,69 +178,144 @@ __device__ void DecodeKernel<Config>::write_partial(float* partial) {
 }
 
 // Add up the partial sums of a sequence's pieces, in an order that does not depend on who was last. One of `workers`
-// warps.
+// warps, which begins the loads of AtOnce before it waits for one.
 template <typename Config>
-template <typename T>
-__device__ void DecodeKernel<Config>::combine(DecodeCursor const& c, int first_piece, int last_piece, int worker,
+template <typename T, int AtOnce>
+__device__ void DecodeKernel<Config>::combine(DecodeCursor const& c, int first_piece, int count, int worker,
                                               int workers) const {
-    size_t const stride = 2 * p.pool.num_kv_heads * decode_partial_floats(group, Config::kHeadDim);
-    float const* const base = partials + (size_t(first_piece) * p.pool.num_kv_heads + kv_head) * 2 *
-                                             decode_partial_floats(group, Config::kHeadDim);
+    size_t const size = decode_partial_floats(group, Config::kHeadDim);
+    float const* const base = partial_of(first_piece, false);
     // The first may have begun in an earlier sequence; then this one's is its second.
-    float const* const head =
-        base + (shared.pieces.begin(first_piece) < c.begin ? decode_partial_floats(group, Config::kHeadDim) : 0);
-    int const count = last_piece - first_piece + 1;
-    T* const rows = static_cast<T*>(p.out) + (size_t(c.sequence) * p.num_heads + kv_head * group) * Config::kHeadDim;
+    float const* const head = partial_of(first_piece, shared.pieces.begin(first_piece) < c.begin);
     for (int x = (worker * 32 + lane) * 4; x < group * Config::kHeadDim; x += workers * 128) {
         int const query = x / Config::kHeadDim, max_at = group * Config::kHeadDim + query;
         DecodeSum total;
-#pragma unroll(Config::kHeadDim > 128 ? 8 : 16)  // as registers allow
-        for (int i = 0; i < count; ++i) {
-            float const* const partial = i == 0 ? head : base + i * stride;
-            total.add(__ldcg(reinterpret_cast<float4 const*>(partial + x)), __ldcg(partial + max_at),
-                      __ldcg(partial + max_at + group));
+        for (int first = 0; first < count; first += AtOnce) {
+            float4 sums[AtOnce];
+            float max[AtOnce], mass[AtOnce];
+#pragma unroll
+            for (int u = 0; u < AtOnce; ++u) {
+                int const i = min(first + u, count - 1);
+                float const* const partial = i == 0 ? head : base + i * size;
+                sums[u] = __ldcg(reinterpret_cast<float4 const*>(partial + x));
+                max[u] = first + u < count ? __ldcg(partial + max_at) : kNoMax;
+                mass[u] = __ldcg(partial + max_at + group);
+            }
+            float higher = total.max;
+#pragma unroll
+            for (int u = 0; u < AtOnce; ++u) higher = fmaxf(higher, max[u]);
+            total.raise(higher);
+#pragma unroll
+            for (int u = 0; u < AtOnce; ++u) total.add(sums[u], max[u], mass[u]);
         }
-        float const scale = normalizer(kv_head * group + query, total.max, total.sum);
-        T const four[4] = {from_float<T>(total.out.x * scale), from_float<T>(total.out.y * scale),
-                           from_float<T>(total.out.z * scale), from_float<T>(total.out.w * scale)};
-        *reinterpret_cast<uint2*>(rows + x) = *reinterpret_cast<uint2 const*>(four);
+        write_sum<T>(c.sequence, x, query, total);
     }
 }
 
-// The same at the end of a piece, where all warps wait for it: all loads of a round are begun before the first is
-// needed.
+// Within the line: one warp counts the partial sum of the sequence that ended, and adds them up if it was the last. The
+// others go on.
 template <typename Config>
 template <typename T>
-__device__ void DecodeKernel<Config>::combine_at_end(DecodeCursor const& c, int first_piece, int last_piece) const {
-    size_t const size = decode_partial_floats(group, Config::kHeadDim);
-    float const* const base = partials + (size_t(first_piece) * p.pool.num_kv_heads + kv_head) * 2 * size;
-    float const* const head = base + (shared.pieces.begin(first_piece) < c.begin ? size : 0);
-    int const count = last_piece - first_piece + 1;
-    T* const rows = static_cast<T*>(p.out) + (size_t(c.sequence) * p.num_heads + kv_head * group) * Config::kHeadDim;
-    constexpr int kAtOnce = Config::kHeadDim > 128 ? 4 : Config::kCtasPerSm > 3 ? 8 : 16;  // as registers allow
-    for (int x = threadIdx.x * 4; x < group * Config::kHeadDim; x += Config::kThreads * 4) {
-        int const query = x / Config::kHeadDim, max_at = group * Config::kHeadDim + query;
-        DecodeSum total;
-        for (int first = 0; first < count; first += kAtOnce) {
-            float4 out[kAtOnce];
-            float max[kAtOnce], sum[kAtOnce];
-#pragma unroll
-            for (int u = 0; u < kAtOnce; ++u) {
-                int const i = first + u;
-                float const* const partial = i == 0 ? head : base + i * 2 * p.pool.num_kv_heads * size;
-                bool const exists = i < count;
-                out[u] = exists ? __ldcg(reinterpret_cast<float4 const*>(partial + x)) : float4{0.0f, 0.0f, 0.0f, 0.0f};
-                max[u] = exists ? __ldcg(partial + max_at) : kNoMax;
-                sum[u] = exists ? __ldcg(partial + max_at + group) : 0.0f;
+__device__ void DecodeKernel<Config>::combine_on_the_way() const {
+    DecodeCursor const& c = shared.cursors[which];
+    int first_piece = 0, last_piece = 0, is_last = 0;
+    if (lane == 0) is_last = count_partial(c, first_piece, last_piece);
+    __syncwarp();
+    if (!__shfl_sync(~0u, is_last, 0)) return;
+    first_piece = __shfl_sync(~0u, first_piece, 0);
+    last_piece = __shfl_sync(~0u, last_piece, 0);
+    combine<T, 4>(c, first_piece, last_piece - first_piece + 1, 0, 1);
+}
+
+// At the end of a piece: the same by all warps. The copy engine brings the partial sums to the stages, which are empty:
+// a piece's lie behind one another, so that it takes one copy a stage, and little code that no one has fetched before.
+template <typename Config>
+template <typename T>
+__device__ void DecodeKernel<Config>::combine_at_end(int slot, uint32_t parity) {
+    DecodeCursor const& c = shared.cursors[which];
+    int const size = decode_partial_floats(group, Config::kHeadDim), bytes = size * sizeof(float);
+    // Where a stage holds few, they come by ordinary loads.
+    constexpr int kLargest = decode_partial_floats(Config::kMaxQueries, Config::kHeadDim) * sizeof(float);
+    constexpr bool kBulk = Config::kStageBytes / kLargest >= 8;
+    int const at_once = Config::kStageBytes / bytes;
+    int first_piece = 0, count = 0;
+    auto const bring = [&](int first, int slot) {
+        int const copies = min(at_once, count - first);
+        mbarrier_arrive_expect(&shared.full[slot], copies * bytes);
+        // The first piece may have begun in an earlier sequence; then this one's is its second.
+        bool const apart = first == 0 && shared.pieces.begin(first_piece) < c.begin;
+        if (apart) bulk_copy(shared.stages[slot], partial_of(first_piece, true), bytes, &shared.full[slot]);
+        if (copies > apart)
+            bulk_copy(shared.stages[slot] + apart * bytes, partial_of(first_piece + first + apart, false),
+                      (copies - apart) * bytes, &shared.full[slot]);
+    };
+    if (threadIdx.x == 0) {
+        int last_piece;
+        if (count_partial(c, first_piece, last_piece)) {
+            count = last_piece - first_piece + 1;
+            if constexpr (kBulk) fence_bulk_copy_global();
+#pragma unroll 1
+            for (int i = 0, at = slot; kBulk && i < Config::kStages && i * at_once < count; ++i) {
+                bring(i * at_once, at);
+                at = at + 1 == Config::kStages ? 0 : at + 1;
             }
-#pragma unroll
-            for (int u = 0; u < kAtOnce; ++u) total.add(out[u], max[u], sum[u]);
         }
-        float const scale = normalizer(kv_head * group + query, total.max, total.sum);
-        T const four[4] = {from_float<T>(total.out.x * scale), from_float<T>(total.out.y * scale),
-                           from_float<T>(total.out.z * scale), from_float<T>(total.out.w * scale)};
-        *reinterpret_cast<uint2*>(rows + x) = *reinterpret_cast<uint2 const*>(four);
+        shared.first_partial = first_piece;
+        shared.partials = count;
     }
+    __syncthreads();
+    count = shared.partials;
+    if (count == 0) return;
+    if constexpr (!kBulk) {
+        combine<T, 8>(c, shared.first_partial, count, warp, Config::kWarps);
+        return;
+    }
+    constexpr int kElements =
+        (Config::kMaxQueries * Config::kHeadDim + 4 * Config::kThreads - 1) / (4 * Config::kThreads);
+    DecodeSum total[kElements];
+    for (int first = 0; first < count; first += at_once) {
+        mbarrier_wait(&shared.full[slot], parity);
+        int const here = min(at_once, count - first);
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) {
+            int const x = (e * Config::kThreads + threadIdx.x) * 4, query = x / Config::kHeadDim;
+            if (query >= group) break;
+            auto const* const sums = reinterpret_cast<float const*>(shared.stages[slot]);
+            float const* const max = sums + group * Config::kHeadDim + query;
+            float higher = total[e].max;
+#pragma unroll 4
+            for (int i = 0; i < here; ++i) higher = fmaxf(higher, max[i * size]);
+            total[e].raise(higher);
+#pragma unroll 2
+            for (int i = 0; i < here; ++i)
+                total[e].add(*reinterpret_cast<float4 const*>(sums + i * size + x), max[i * size],
+                             max[i * size + group]);
+        }
+        int const ahead = first + Config::kStages * at_once;
+        if (ahead < count) {
+            __syncthreads();
+            if (threadIdx.x == 0) bring(ahead, slot);
+        }
+        int ignored;
+        uint32_t ignored_parity;
+        step(slot, parity, ignored, ignored_parity);
+    }
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+        int const x = (e * Config::kThreads + threadIdx.x) * 4, query = x / Config::kHeadDim;
+        if (query < group) write_sum<T>(c.sequence, x, query, total[e]);
+    }
+}
+
+// Four elements of the output, from x on, of a sequence's heads.
+template <typename Config>
+template <typename T>
+__device__ void DecodeKernel<Config>::write_sum(int sequence, int x, int query, DecodeSum const& total) const {
+    float const scale = normalizer(kv_head * group + query, total.max, total.sum);
+    T const four[4] = {from_float<T>(total.out.x * scale), from_float<T>(total.out.y * scale),
+                       from_float<T>(total.out.z * scale), from_float<T>(total.out.w * scale)};
+    T* const rows = static_cast<T*>(p.out) + (size_t(sequence) * p.num_heads + kv_head * group) * Config::kHeadDim;
+    *reinterpret_cast<uint2*>(rows + x) = *reinterpret_cast<uint2 const*>(four);
 }
 
 }  // namespace saw

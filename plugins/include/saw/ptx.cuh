@@ -84,6 +84,9 @@ __device__ inline void copy_async_wait() { asm volatile("cp.async.wait_all;" :::
 // Order this thread's ordinary shared-memory accesses before later bulk copies into the same memory.
 __device__ inline void fence_bulk_copy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Order what this thread knows of global memory before later bulk copies from it.
+__device__ inline void fence_bulk_copy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 __device__ inline void prefetch_l2(void const* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // The copies that this thread began since the last call form a group; groups end in their order.
