@@ -33,7 +33,7 @@ from saw_trtllm.bench.engine.record import (
 )
 from saw_trtllm.bench.engine.run import Plan, judge, run_engines
 from saw_trtllm.bench.engine.steps import ROUNDS, StepBench, measure
-from saw_trtllm.bench.engine.tables import fill_in, plain
+from saw_trtllm.bench.engine.tables import fill_in, plain, ratio_table, step_table
 from saw_trtllm.cli import bench as saw_bench
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.errors import ConfigError, EngineError, KernelError
@@ -518,9 +518,11 @@ def test_tables_show_what_was_measured(results):
     text = plain(results)
     rows = {line.split("  ")[0]: line for line in text.splitlines()}
     assert rows["model"].endswith("Llama 3 8B's shape, 8 of 32 layers")
-    assert "3.76" not in rows["64x8192"]
-    assert f"{results.speedup:.3f}x" in rows["64x8192"]
-    assert "256x32768" not in rows
+    steps, over = step_table(results), ratio_table(results, "fp16")
+    assert (over[0][4], over[7][0], over[7][4]) == ("8192", "64", f"{results.speedup:.3f}x")
+    assert (steps[0][6], steps[9][0], steps[9][6]) == ("32768", "256", "-")
+    assert steps[7][4] == f"{results.engine('saw_int4').find(64, 8192).median_us:.0f}"
+    assert ratio_table(results.model_copy(update={"engines": results.engines[:1]}), "int4")[1:] == []
     assert "300 (28 %)" in text
     assert str(Shape.of(cases.llama_config(32))) == "Llama 3 8B's shape"
     assert str(Shape.of(cases.llama_config(8, 1000))) == "8 layers of 4096, heads 32/8/128, vocabulary 1000"
@@ -540,7 +542,7 @@ def test_the_documents_markers_take_the_tables(results, tmp_path):
     copy = tmp_path / "engine_benchmarks.md"
     copy.write_text(DOCUMENT.read_text())
     fill_in(copy, results)
-    assert "| 64x8192 |" in copy.read_text()
+    assert f"| {results.speedup:.3f}x |" in copy.read_text()
     assert "`saw-bench engine --num_layers 8 \\| tee log`" in copy.read_text()
 
 

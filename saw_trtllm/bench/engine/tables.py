@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from saw_trtllm.bench.engine.cases import KVS, PARTS
+from saw_trtllm.bench.engine.cases import PARTS
 from saw_trtllm.bench.engine.record import EngineResults
 from saw_trtllm.bench.tables import Table, align, fill_sections
 
@@ -58,20 +58,22 @@ def loop_table(results: EngineResults) -> Table:
 
 
 def step_table(results: EngineResults) -> Table:
-    """Decode steps by batch and context."""
-    kvs = [kv for kv in KVS if results.engine(kv)]
-    header = ["sequences x context", *(f"{kv} µs" for kv in kvs), "saw_int4 p10 to p90", "saw_int4 tokens/s"]
-    header += ["over fp16", "over int4"]
-    rows = [header]
-    for case in sorted({(s.batch, s.context) for e in results.engines for s in e.steps}):
-        found = {kv: engine.find(*case) for kv in kvs if (engine := results.engine(kv)) is not None}
-        ours = found.get("saw_int4")
-        row = [f"{case[0]}x{case[1]}", *(f"{step.median_us:.0f}" if step else "-" for step in found.values())]
-        row += [f"{ours.p10_us:.0f} to {ours.p90_us:.0f}", f"{ours.tokens_per_second:,.0f}"] if ours else ["-", "-"]
-        for over in ("fp16", "int4"):
-            ratio = results.speedups(over).get(case)
-            row.append("-" if ratio is None else f"{ratio:.3f}x")
-        rows.append(row)
+    """µs of decode steps, of ``saw_int4`` if it was measured: a row for each batch, a column for each context."""
+    engine = results.engine("saw_int4") or next(iter(results.engines), None)
+    steps = [] if engine is None else engine.steps
+    return _grid({(s.batch, s.context): f"{s.median_us:.0f}" for s in steps}, f"{engine.kv if engine else ''} µs")
+
+
+def ratio_table(results: EngineResults, over: str) -> Table:
+    """``saw_int4``'s tokens/s over another format's, likewise."""
+    return _grid({case: f"{x:.3f}x" for case, x in results.speedups(over).items()}, f"over {over}")
+
+
+def _grid(cells: dict[tuple[int, int], str], what: str) -> Table:
+    contexts = sorted({context for _, context in cells})
+    rows = [[f"{what}: sequences x context", *(f"{context}" for context in contexts)]]
+    for batch in sorted({batch for batch, _ in cells}):
+        rows.append([f"{batch}", *(cells.get((batch, context), "-") for context in contexts)])
     return rows
 
 
@@ -103,6 +105,8 @@ def _sections(results: EngineResults) -> dict[str, Table]:
         "environment": environment_table(results),
         "engines": engine_table(results),
         "steps": step_table(results),
+        "over_fp16": ratio_table(results, "fp16"),
+        "over_int4": ratio_table(results, "int4"),
         "parts": part_table(results),
         "runtime": loop_table(results),
         "targets": target_table(results),
