@@ -82,8 +82,9 @@ def _parts(axes: Any, results: EngineResults) -> None:
             label = words if i == 0 else None
             axes.bar([x for x, _ in places], heights, 0.9 * width, bottom, color=colour, label=label)
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
-        ticks += [(x, f"{kv}\n{batch}x{context}") for x, (batch, context) in places]
-    axes.set_xticks([x for x, _ in ticks], [text for _, text in ticks], rotation=90, fontsize=7)
+        middle = i == len(kvs) // 2
+        ticks += [(x, f"{kv}\n{batch}x{context}" if middle else kv) for x, (batch, context) in places]
+    axes.set_xticks([x for x, _ in ticks], [text for _, text in ticks], fontsize=8)
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("ms, layers timed one by one")
     _title(axes, results, "Parts of a decode step")
