@@ -166,7 +166,8 @@ def measure(name: str, windows: torch.Tensor, calibration_windows: torch.Tensor)
     errors, outliers = analyse(model, windows[:2], analysed)
     results = {t: {row: _numbers(by_cache[c]) for row, c in table.items()} for t, table in tables.items()}
     found_levers = {"fp16": found["fp16"]} | {row: by_cache[c] for row, c in tables["levers"].items()}
-    results["levers"] = {row: _numbers(q, by_position=True) for row, q in found_levers.items()}
+    by_position = name == "example"
+    results["levers"] = {row: _numbers(q, by_position=by_position) for row, q in found_levers.items()}
     results["rivals"] = {row: _numbers(found[row]) | dataclasses.asdict(q.demands) for row, q in others.items()}
     return results | {
         "errors": {row: dataclasses.asdict(e) for row, e in errors.items()},
@@ -225,7 +226,6 @@ def main() -> None:
         tokenizer = Tokenizer.load(EXAMPLE)
         windows = _windows(HELD_OUT, tokenizer, args.max_tokens)
         calibration_windows = _windows(CALIBRATION, tokenizer, CALIBRATION_TOKENS)
-        data["factor_errors"] = _factor_errors()
         for name in filter(None, args.models.split(",")):
             data[name] = measure(name, windows, calibration_windows)
             data["about"] = _about(windows.numel())
@@ -234,16 +234,13 @@ def main() -> None:
     accuracy_page.write(accuracy_page.read(path), args.output)
 
 
-def _factor_errors() -> list[str]:
-    """The Markdown table of benchmarks/range_factor.py."""
-    script = Path(__file__).with_name("range_factor.py")
-    command = [sys.executable, str(script), "--model_dir", str(EXAMPLE), "--text", typing.__file__]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-
-
 def _save(data: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(json.dumps(_rounded(data)).encode(), mtime=0))
+
+
+#: Fields that the page has no use for.
+_UNUSED = {"k_histogram", "k_histogram_rotated", "outputs", "nats", "kl_max", "greedy_identical"}
 
 
 def _rounded(value):
@@ -251,7 +248,7 @@ def _rounded(value):
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
+        return {k: _rounded(v) for k, v in value.items() if k not in _UNUSED}
     return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
 
 

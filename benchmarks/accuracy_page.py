@@ -1,17 +1,18 @@
-"""docs/accuracy.md and its plots, from the numbers of benchmarks/accuracy.py alone."""
+"""The numbers and tables of docs/accuracy.md, and its plots, from what benchmarks/accuracy.py measured alone."""
 
 from __future__ import annotations
 
-import gzip
-import json
+import re
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
+from saw_trtllm.config import read_json
 from saw_trtllm.svg import save_svg
 
-TEMPLATE = Path(__file__).with_name("accuracy.md.j2")
+_PLACE = re.compile("<!--([^>]+)-->.*?<!--/-->", re.DOTALL)
 TITLES = {"example": "example", "outliers": "planted outliers", "key bias": "planted key bias"}
 _RIVALS = {
     "per channel": "KIVI: keys per channel, groups of 32, the latest up to 127 tokens in 16 bits",
@@ -25,50 +26,60 @@ _RIVALS = {
 
 def read(path: Path) -> dict:
     """What benchmarks/accuracy.py measured: JSON, compressed to a fifth."""
-    return json.loads(gzip.decompress(path.read_bytes()))
+    return read_json(path)
 
 
 def write(data: dict, output: Path) -> None:
-    """Write the page and its plots.
+    """Write the page's numbers and its plots.
 
     Parameters
     ----------
     data : dict
         What benchmarks/accuracy.py measured.
     output : Path
-        The folder of ``accuracy.md``; plots go to ``accuracy`` in it.
+        The folder of ``accuracy.md``, in which each ``<!--name-->...<!--/-->`` is filled, and of ``accuracy``, which
+        gets the plots.
     """
     models = [m for m in TITLES if m in data]
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        **data["about"],
-        data=data,
-        factor_errors=data["factor_errors"],
-        models=models,
-        minutes=sum(data[m]["seconds"] for m in models) / 60,
-        table=_table,
-        lever_table=lambda model: _lever_table(data, model),
-        order_table=lambda: _order_table(data, models),
-        order_lever_table=lambda: _order_lever_table(data, models),
-        factor_table=lambda: _factor_table(data),
-        rival_table=lambda: _rival_table(data, models),
-        layer_table=lambda model: _layer_table(data[model]["suggestion"]),
-        position_table=lambda: _position_table(data["example"]["levers"]),
-        recovered_table=lambda: _recovered_table(data, models[1:]),
-        target=lambda planted: _target([data[m]["levers"] for m in planted if m in data]),
-        third=lambda: _third(data["example"]["levers"]),
-        mean_bias=_mean(data["example"]["outliers"]["k_bias"]),
-        v_ratio=max(max(heads) for m in models for heads in data[m]["outliers"]["v_ratio"]),
-        kl_of=lambda row: f"{data['example']['orders'][row]['kl_mean']:.4f}",
-        layer_bytes=data["example"]["suggestion"]["layers"][0]["bytes_per_token"]
-        - data["example"]["suggestion"]["bytes_per_token"],
-        kl=lambda model, row: f"{data[model]['levers'][row]['kl_mean']:.4f}",
-        rival=lambda row: f"{data['example']['rivals'][row]['kl_mean']:.4f}",
-    )
-    (output / "accuracy.md").write_text(page, encoding="utf-8")
+    page, values = output / "accuracy.md", _values(data, models)
+    text = page.read_text(encoding="utf-8")
+    text = _PLACE.sub(lambda place: f"<!--{place[1]}-->{values[place[1]]}<!--/-->", text)
+    page.write_text(text, encoding="utf-8")
     _plots(data, models, output / "accuracy")
+
+
+def _values(data: dict, models: list[str]) -> dict[str, str]:
+    """Numbers and tables by the names of their places."""
+    about, example = data["about"], data["example"]
+    minutes = sum(data[m]["seconds"] for m in models) / 60
+    threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
+    layer_bytes = example["suggestion"]["layers"][0]["bytes_per_token"] - example["suggestion"]["bytes_per_token"]
+    tables = {f"levers {m}": _lever_table(data, m) for m in models} | {
+        "recovered": _recovered_table(data, models[1:]),
+        "orders": _order_table(data, models),
+        "orders with levers": _order_lever_table(data, models),
+        "factors": _factor_table(data),
+        "layers": _layer_table(example["suggestion"]),
+        "positions": _position_table(example["levers"]),
+        "rivals": _rival_table(data, models),
+    }
+    numbers = {
+        "environment": f"{minutes:.0f} minutes of {threads} on a machine of {about['cores']} cores ({about['cpu']}) "
+        f"that had other work, commit {about['commit']},\nPython {about['python']}, torch {about['torch']}.",
+        "tokens": f"{about['num_tokens']:,}",
+        "window": about["window"],
+        "calibration tokens": f"{about['calibration_tokens']:,}",
+        "calibration seconds": example["calibration_seconds"],
+        "range factor": about["range_factor"],
+        "target": _target([data[m]["levers"] for m in models[1:]]),
+        "third": _third(example["levers"]),
+        "mean key": f"{100 * _mean(example['outliers']['k_bias']):.0f}",
+        "largest value": f"{max(max(heads) for m in models for heads in data[m]['outliers']['v_ratio']):.1f}",
+        "layer bytes": f"{layer_bytes:.0f}",
+    }
+    rows = example["orders"] | example["rivals"] | example["levers"]
+    divergences = {f"kl {row}": f"{q['kl_mean']:.4f}" for row, q in rows.items()}
+    return {name: f"\n{table}\n" for name, table in tables.items()} | numbers | divergences
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -217,6 +228,9 @@ def _columns(models: list[str]) -> tuple[Figure, list]:
     columns = list(figure.subplots(1, len(models), squeeze=False)[0])
     for axes, model in zip(columns, models, strict=True):
         axes.set_title(TITLES[model], fontsize=10)
+        axes.set_yscale("log")
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)), major_formatter="{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     return figure, columns
 
 
@@ -227,19 +241,21 @@ def _error_plot(data: dict, models: list[str]) -> Figure:
             scores = errors["scores"]
             rms = [(sum(x * x for x in heads) / len(heads)) ** 0.5 for heads in scores]
             axes.plot(range(len(rms)), rms, "o-", label=row)
-        axes.set(xlabel="layer", yscale="log", xticks=range(len(rms)))
+        axes.set(xlabel="layer", xticks=range(len(rms)))
     columns[0].set_ylabel("error of the softmax's logits, nats")
     columns[0].legend(fontsize=8)
     return figure
 
 
+# Half a pixel of what the curves may deviate halves the file.
+@mpl.rc_context({"path.simplify_threshold": 0.5})
 def _key_plot(data: dict, models: list[str]) -> Figure:
     figure, columns = _columns(models)
     for axes, m in zip(columns, models, strict=True):
         outliers = data[m]["outliers"]
-        axes.plot(outliers["k_channels"], label="as they are")
-        axes.plot(outliers["k_channels_rotated"], label="rotated, order 128")
-        axes.set(xlabel=f"channel (layer {outliers['worst'][0]}, KV head {outliers['worst'][1]})", yscale="log")
+        axes.plot(sorted(outliers["k_channels"]), label="as they are")
+        axes.plot(sorted(outliers["k_channels_rotated"]), label="rotated, order 128")
+        axes.set(xlabel=f"channels by size (layer {outliers['worst'][0]}, KV head {outliers['worst'][1]})")
     columns[0].set_ylabel("rms of keys")
     columns[0].legend(fontsize=8)
     return figure

@@ -4,6 +4,10 @@
 
 Clients ask the ensemble over gRPC for texts of a fixed length, each for one after the other, and stream them. The JSON
 file has a row for each engine and concurrency; the same is printed as a table.
+
+Engines of saw-bench engine have words of their own (w0, w1 and so on) and take long prompts of them, no two alike:
+
+    python benchmarks/triton_load.py --engine_dir bench_engines/fp16 bench_engines/saw_int4 --prompt_words 2048
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from statistics import quantiles
 
 from saw_trtllm.bench.tables import align, markdown
@@ -40,6 +46,12 @@ def main() -> int:
     parser.add_argument(
         "--output_tokens", type=int, default=64, metavar="N", help="of each text (default: %(default)s)"
     )
+    parser.add_argument(
+        "--prompt_words",
+        type=int,
+        metavar="N",
+        help="prompts of N random words, for engines of saw-bench",
+    )
     parser.add_argument("--requests", type=int, default=4, metavar="N", help="of each client (default: %(default)s)")
     parser.add_argument("--whole", action="store_true", help="ask for texts in one piece instead of token by token")
     parser.add_argument("--perf_analyzer", type=Path, default=ROOT / "build" / "perf_analyzer", metavar="DIR")
@@ -47,14 +59,18 @@ def main() -> int:
     args = parser.parse_args()
     rows = []
     for folder in args.engine_dir:
-        kv = EngineConfig.load(folder).saw_int4.kv
+        config = EngineConfig.load(folder)
+        kv, vocab_size = config.saw_int4.kv, config.pretrained_config.vocab_size
         with tempfile.TemporaryDirectory() as temporary, _Server(folder, Path(temporary)):
             for concurrency in map(int, args.concurrency.split(",")):
-                row = {"kv": kv, "concurrency": concurrency} | _load(args, concurrency, Path(temporary))
+                count = (args.requests + 1) * concurrency
+                prompts = PROMPTS if args.prompt_words is None else _words(args.prompt_words, vocab_size, count)
+                row = {"kv": kv, "concurrency": concurrency} | _load(args, concurrency, prompts, Path(temporary))
                 print(json.dumps(row), file=sys.stderr, flush=True)
                 rows.append(row)
                 if args.output is not None:
-                    record = {"output_tokens": args.output_tokens, "stream": not args.whole, "rows": rows}
+                    record = {"output_tokens": args.output_tokens, "prompt_words": args.prompt_words}
+                    record |= {"stream": not args.whole, "rows": rows}
                     args.output.write_text(json.dumps(record, indent=1) + "\n")
     table = [HEADER, *([str(value) for value in row.values()] for row in rows)]
     print(align({"load": table}), markdown(table), sep="\n\n")
@@ -84,7 +100,13 @@ class _Server:
         self._process.stdout.close()
 
 
-def _load(args: argparse.Namespace, concurrency: int, folder: Path) -> dict[str, float]:
+def _words(length: int, vocab_size: int, count: int) -> list[str]:
+    """Prompts of random words, none of which the cache knows the beginning of."""
+    random = Random(time.time_ns())
+    return [" ".join(f"w{random.randrange(vocab_size)}" for _ in range(length)) for _ in range(count)]
+
+
+def _load(args: argparse.Namespace, concurrency: int, prompts: Sequence[str], folder: Path) -> dict[str, float]:
     """What so many clients at once see, in ms; without the first request of each, which finds the server idle."""
     fixed = {
         "max_tokens": [args.output_tokens],
@@ -93,7 +115,7 @@ def _load(args: argparse.Namespace, concurrency: int, folder: Path) -> dict[str,
         "stream": [not args.whole],
     }
     data, export = folder / "prompts.json", folder / "profile.json"
-    data.write_text(json.dumps({"data": [{"text_input": [prompt], **fixed} for prompt in PROMPTS]}))
+    data.write_text(json.dumps({"data": [{"text_input": [prompt], **fixed} for prompt in prompts]}))
     export.unlink(missing_ok=True)
     command = [ROOT / "build_scripts" / "perf_analyzer", args.perf_analyzer, "-m", "ensemble", "-i", "grpc"]
     command += ["-u", f"127.0.0.1:{PORTS.grpc}", "--streaming", "--async", "--input-data", data]

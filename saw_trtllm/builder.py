@@ -40,6 +40,7 @@ from saw_trtllm.runtime.llm import KvCacheConfig
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
 Switch = Literal["enable", "disable"]
+GemmPlugin = Literal["auto", "float16", "bfloat16", "disable"]
 
 
 class BuildOptions(BaseModel):
@@ -100,12 +101,17 @@ class BuildOptions(BaseModel):
     multiple_profiles: Switch | None = Field(
         None,
         description="give steps of decodes alone kernels of their own; the build takes about twice as long (tensorrt; "
-        "by default enable)",
+        "by default disable with the GEMM plugin, else enable)",
     )
     builder_optimization_level: int | None = Field(
         None, ge=0, le=5, description="0 to 5: how long TensorRT looks for fast kernels; by default its own (tensorrt)"
     )
     workers: int = Field(1, ge=1, description="threads that read the weights and fold into them (tensorrt)")
+    gemm_plugin: GemmPlugin = Field(
+        "auto",
+        description="GEMMs by cuBLASLt, in the model's dtype: a build of a large model then takes seconds where "
+        "TensorRT 8.6 takes many minutes; auto is for 8.6 only, disable leaves them to TensorRT (tensorrt)",
+    )
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         calibration = Calibration.load(options.calibration)
         calibration.check(checkpoint)
     check_model(backend, model)
-    network = _network_options(options, backend)
+    network = _network_options(options, backend, model.dtype)
     if backend == "tensorrt_llm":
         if options.kv_skip_layers is not None:
             raise ConfigError(
@@ -376,17 +382,20 @@ def _build_config(options: BuildOptions, max_positions: int) -> BuildConfig:
         raise ConfigError(first_error(e)) from e
 
 
-def _network_options(options: BuildOptions, backend: BackendName) -> NetworkOptions:
+def _network_options(options: BuildOptions, backend: BackendName, dtype: str) -> NetworkOptions:
     """The flags for TensorRT's builder, which no other backend has."""
     if backend != "tensorrt":
         flags = ("input_timing_cache", "output_timing_cache", "multiple_profiles", "builder_optimization_level")
         given = [name for name in flags if getattr(options, name) is not None]
         given += ["workers"] if options.workers != 1 else []
+        given += ["gemm_plugin"] if options.gemm_plugin != "auto" else []
         if given:
             raise ConfigError(
                 f"{given[0]} was given, and it is for the backend tensorrt, not {backend}: leave it out, or give "
                 "--backend tensorrt"
             )
+    if options.gemm_plugin not in ("auto", "disable", dtype):
+        raise ConfigError(f"--gemm_plugin {options.gemm_plugin} was given and the model is in {dtype}: give auto")
     source = options.input_timing_cache
     if source is not None and not source.is_file():
         raise ConfigError(f"--input_timing_cache {source} is not a file: give what --output_timing_cache wrote")
@@ -394,11 +403,12 @@ def _network_options(options: BuildOptions, backend: BackendName) -> NetworkOpti
     if target is not None and (target.is_dir() or not target.absolute().parent.is_dir()):
         raise ConfigError(f"--output_timing_cache {target} cannot be written: give a file in a folder that is there")
     return NetworkOptions(
-        decode_profile=options.multiple_profiles != "disable",
+        decode_profile=None if options.multiple_profiles is None else options.multiple_profiles == "enable",
         input_timing_cache=source,
         output_timing_cache=target,
         optimization_level=options.builder_optimization_level,
         workers=options.workers,
+        gemm_plugin=options.gemm_plugin,
     )
 
 

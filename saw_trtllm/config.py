@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,12 +109,13 @@ def first_error(error: ValidationError) -> str:
 
 
 def read_json(path: Path, error: type[Exception] = ConfigError) -> dict[str, Any]:
-    """Read a JSON object, or raise ``error`` in one sentence."""
+    """Read a JSON object, compressed if the name ends in ``.gz``, or raise ``error`` in one sentence."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        value = json.loads((gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8"))
     except FileNotFoundError:
         raise error(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise error(f"{path} cannot be read as JSON: {e}") from e
     if not isinstance(value, dict):
         raise error(f"{path} holds {type(value).__name__}, not a JSON object")

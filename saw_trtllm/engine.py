@@ -40,6 +40,8 @@ class PluginConfig(BaseModel):
     context_fmha: bool = True
     use_paged_context_fmha: bool = True
     lora_plugin: str | None = None
+    #: Of an engine of the backend tensorrt: the dtype of SawGemm, or None for TensorRT's own GEMMs.
+    gemm_plugin: str | None = None
 
 
 class BuildConfig(BaseModel):

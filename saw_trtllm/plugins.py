@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +16,11 @@ from saw_trtllm.errors import BackendUnavailableError, ConfigError
 
 WRITE = "SawRotateQuantizeKV"
 ATTENTION = "SawInt4PagedAttention"
+GEMM = "SawGemm"
+LOOKUP = "SawLookup"
+RMS_NORM = "SawRmsNorm"
+SILU_MUL = "SawSiluMul"
+NAMES = (WRITE, ATTENTION, GEMM, LOOKUP, RMS_NORM, SILU_MUL)
 NAMESPACE = "saw"
 #: Of the plugins: the cache format's.
 VERSION = "1"
@@ -23,6 +28,11 @@ VERSION = "1"
 LIBRARY = "libsaw_trtllm_plugins.so"
 #: What Triton's C++ backend is started with; never the library itself (docs/plugins.md).
 PRELOAD_LIBRARY = "libsaw_trtllm_preload.so"
+
+#: What SawGemm calls, and where in NVIDIA's Python packages it is, newest first.
+_CUBLAS_LT = {"libcublasLt.so.13": "cu13/lib", "libcublasLt.so.12": "cublas/lib"}
+#: What to do where there is none.
+CUBLAS_LT = "pip install nvidia-cublas-cu12, or add the folder of libcublasLt.so.12 or .13 to LD_LIBRARY_PATH"
 
 
 def library_path(name: str = LIBRARY) -> Path:
@@ -71,11 +81,31 @@ def load_plugins(trt: ModuleType | None = None) -> None:
 
 def _registered(trt: ModuleType) -> bool:
     if has_v3(trt):
-        return all(find_creator(trt, name) is not None for name in (WRITE, ATTENTION))
+        return all(find_creator(trt, name) is not None for name in NAMES)
     # Looked for in the list, since 8.6 logs an error for each that it is asked for in vain.
     creators = trt.get_plugin_registry().plugin_creator_list
     found = {(creator.name, creator.plugin_version, creator.plugin_namespace) for creator in creators}
-    return found >= {(name, VERSION, NAMESPACE) for name in (WRITE, ATTENTION)}
+    return found >= {(name, VERSION, NAMESPACE) for name in NAMES}
+
+
+def load_cublas_lt() -> bool:
+    """Load cuBLASLt, from the loader's path or from a Python package, so that SawGemm finds it.
+
+    Returns
+    -------
+    bool
+        False if there is none.
+    """
+    packages = importlib.util.find_spec("nvidia")
+    folders = [Path(p) for p in (packages and packages.submodule_search_locations) or ()]
+    for name, place in _CUBLAS_LT.items():
+        for path in (name, *(str(folder / place / name) for folder in folders)):
+            try:
+                ctypes.CDLL(path)
+            except OSError:
+                continue
+            return True
+    return False
 
 
 def has_v3(trt: ModuleType) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import sys
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -100,6 +101,9 @@ class Cuda:
     def cudaGetLastError(self):
         return (cudaError_t.cudaSuccess,)
 
+    def cudaRuntimeGetVersion(self):
+        return cudaError_t.cudaSuccess, 13000
+
     def cudaGetDevice(self):
         return cudaError_t.cudaSuccess, 0
 
@@ -144,6 +148,11 @@ class Cuda:
         ctypes.memset(address, value, size)
         return (cudaError_t.cudaSuccess,)
 
+    def cudaMemsetAsync(self, address, value, size, stream):
+        self.on_device(address, size)
+        self.streams[stream].put(lambda: ctypes.memset(address, value, size))
+        return (cudaError_t.cudaSuccess,)
+
     def cudaMemcpy(self, target, source, size, kind):
         up = kind == cudaMemcpyKind.cudaMemcpyHostToDevice
         self.on_device(target if up else source, size)
@@ -178,13 +187,16 @@ class Cuda:
     def cudaEventCreateWithFlags(self, flags):
         return cudaError_t.cudaSuccess, self._new(self.events, None)
 
+    def cudaEventCreate(self):
+        return self.cudaEventCreateWithFlags(0)
+
     def cudaEventDestroy(self, event):
         del self.events[event]
         return (cudaError_t.cudaSuccess,)
 
     def cudaEventRecord(self, event, stream):
         stream, done = self.streams[stream], []
-        stream.put(lambda: done.append(True))
+        stream.put(lambda: done.append(time.perf_counter()))
         self.events[event] = (stream, done)
         return (cudaError_t.cudaSuccess,)
 
@@ -194,6 +206,10 @@ class Cuda:
             while not done:
                 stream.work.pop(0)()
         return (cudaError_t.cudaSuccess,)
+
+    def cudaEventElapsedTime(self, start, end):
+        (_, (first,)), (_, (last,)) = self.events[start], self.events[end]
+        return cudaError_t.cudaSuccess, 1e3 * (last - first)
 
     def cudaStreamBeginCapture(self, stream, mode):
         self.streams[stream].capturing = []
@@ -230,6 +246,11 @@ class Cuda:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         self.on_device(address, size)
         return np.frombuffer((ctypes.c_char * size).from_address(address), dtype).reshape(shape)
+
+    def rest(self, address: int) -> memoryview:
+        """The GPU's memory from an address to the end of its allocation."""
+        base = max(base for base in self.device if base <= address)
+        return self.device[base][address - base :]
 
     def everything(self) -> list[int]:
         """Handles and addresses of all that was not given back."""

@@ -7,6 +7,7 @@ profile, addresses where they belong, host tensors read when a step is enqueued 
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -197,8 +198,9 @@ def _cache(config: EngineConfig, cuda: Cuda, addresses: list[int]) -> PagedCache
     model, build = config.pretrained_config, config.build_config
     cache = PagedCache(config.pools, 0, model.num_key_value_heads, build.tokens_per_block)
     for pool, address in zip(cache.pools, addresses, strict=True):
-        shape = (-1, *pool.data.shape[1:])
-        pool.data = torch.from_numpy(np.frombuffer(cuda.device[address], np.uint8).reshape(shape))
+        shape = pool.data.shape[1:]
+        memory = np.frombuffer(cuda.rest(address), np.uint8)
+        pool.data = torch.from_numpy(memory[: len(memory) // math.prod(shape) * math.prod(shape)].reshape(-1, *shape))
     return cache
 
 

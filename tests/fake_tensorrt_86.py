@@ -12,7 +12,7 @@ import fake_tensorrt as fake
 
 import saw_trtllm.network
 import saw_trtllm.plugins
-from saw_trtllm.plugins import ATTENTION, WRITE
+from saw_trtllm.plugins import NAMES
 
 #: Whose calls are recorded.
 _SOURCES = (str(Path(saw_trtllm.network.__file__).parent), saw_trtllm.plugins.__file__)
@@ -63,10 +63,10 @@ class _Creator(fake.IPluginCreator):
 class _Registry:
     @property
     def plugin_creator_list(self):
-        return [self.get_plugin_creator(name, "1", "saw") for name in (WRITE, ATTENTION)]
+        return [self.get_plugin_creator(name, "1", "saw") for name in NAMES]
 
     def get_plugin_creator(self, type, version, plugin_namespace=""):
-        known = plugin_namespace == "saw" and type in (WRITE, ATTENTION) and version == "1"
+        known = plugin_namespace == "saw" and type in NAMES and version == "1"
         return _Creator(type, "saw") if known else None
 
 

@@ -44,9 +44,11 @@ def execute(network: trt.INetworkDefinition, inputs: dict[str, torch.Tensor]) ->
 
 def _run(layer, x):
     if isinstance(layer, trt.PluginLayer):
-        return {"SawRotateQuantizeKV": _write, "SawInt4PagedAttention": _attention}[layer.plugin.plugin_type](
-            layer.plugin.fields, x
-        )
+        plugins = {"SawRotateQuantizeKV": _write, "SawInt4PagedAttention": _attention}
+        plugins |= {"SawGemm": lambda fields, x: [_gemm(fields, *x)], "SawLookup": lambda fields, x: [x[1][x[0]]]}
+        plugins |= {"SawRmsNorm": lambda fields, x: _rms_norm(fields, *x)}
+        plugins |= {"SawSiluMul": lambda fields, x: [torch.nn.functional.silu(x[0]) * x[1]]}
+        return plugins[layer.plugin.plugin_type](layer.plugin.fields, x)
     return [getattr(_Layers, layer.type.name.lower())(layer, *x)]
 
 
@@ -121,6 +123,19 @@ class _Layers:
 
 def _rotate(x, order):
     return (x.unflatten(-1, (-1, order)) @ torch.from_numpy(hadamard(order))).flatten(-2)
+
+
+def _gemm(fields, x, weight):
+    return x.float() @ weight.float().T if fields["output_dtype"] == "float32" else x @ weight.T
+
+
+def _rms_norm(fields, x, weight, *residual):
+    x = sum(residual, x)
+    heads, normed = fields["num_heads"], fields["num_normed"]
+    wide = x.unflatten(-1, (heads, -1))[:, :normed].float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + fields["epsilon"])
+    y = torch.cat([(wide * scale * weight).flatten(1).to(x.dtype), x[:, normed * fields["hidden_size"] :]], 1)
+    return [y, x][: 1 + fields["use_residual"]]
 
 
 def _write(fields, x):

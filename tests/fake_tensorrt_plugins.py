@@ -80,6 +80,12 @@ FIELDS = {
     | {"range_factor": (_FLOAT, 1.0), "use_k_center": (_INT, 0)},
     "SawInt4PagedAttention": _COMMON
     | {"softmax_scale": (_FLOAT, 0.0), "softcap": (_FLOAT, 0.0), "window": (_INT, 0), "use_sinks": (_INT, 0)},
+    "SawGemm": {name: (_TEXT, None) for name in ("dtype", "output_dtype")}
+    | {name: (_INT, None) for name in ("in_features", "out_features")},
+    "SawLookup": {"dtype": (_TEXT, None), "hidden_size": (_INT, None), "vocab_size": (_INT, None)},
+    "SawRmsNorm": {"dtype": (_TEXT, None), "hidden_size": (_INT, None)}
+    | {"epsilon": (_FLOAT, None), "use_residual": (_INT, 0), "num_heads": (_INT, 1), "num_normed": (_INT, 1)},
+    "SawSiluMul": {"dtype": (_TEXT, None), "hidden_size": (_INT, None)},
 }
 PLUGIN_INPUTS = {
     "SawRotateQuantizeKV": (
@@ -89,6 +95,10 @@ PLUGIN_INPUTS = {
         *(("dtype", 2), ("dtype", 2), ("dtype", 2), (int32, 2), (int32, 1), (int32, 1), (int32, 1), (int32, 4)),
         *((int64, 2), (int32, 2), (int32, 1)),
     ),
+    "SawGemm": (("dtype", 2), ("dtype", 2)),
+    "SawLookup": ((int32, 1), ("dtype", 2)),
+    "SawRmsNorm": (("dtype", 2), (float32, 2)),
+    "SawSiluMul": (("dtype", 2), ("dtype", 2)),
 }
 
 
@@ -102,6 +112,12 @@ def _parse_fields(plugin, fields):
         values[field.name] = field.data.tobytes().decode() if kind == _TEXT else field.data.reshape(-1)[0].item()
     if None in values.values():
         raise ValueError("a field is missing")
+    if "kv" not in values:
+        if values["dtype"] not in ("float16", "bfloat16") or values.get("output_dtype") not in (
+            *(None, "float32", values["dtype"]),
+        ):
+            raise ValueError("a field is out of range")
+        return values
     order, rotated = values.get("hadamard_order", 1), values["kv"] == "saw_int4"
     valid = (
         values["head_dim"] in (64, 96, 128, 256)
@@ -125,18 +141,36 @@ class SawPlugin(IPluginV3):
 
     @property
     def num_outputs(self):
-        return 4 if self.plugin_type == "SawRotateQuantizeKV" else 1
+        counts = {"SawRotateQuantizeKV": 4, "SawRmsNorm": 1 + self.fields.get("use_residual", 0)}
+        return counts.get(self.plugin_type, 1)
 
     def outputs(self, inputs):
         f, rows = self.fields, inputs[0].shape[0]
-        width, kv_width = f["num_heads"] * f["head_dim"], f["num_kv_heads"] * f["head_dim"]
         expected = list(PLUGIN_INPUTS[self.plugin_type])
         if f.get("use_k_center") or f.get("use_sinks"):
             expected.append((float32, None))
+        if f.get("use_residual"):
+            expected.append(("dtype", 2))
         assert len(inputs) == len(expected), (self.plugin_type, len(inputs))
         for i, (x, (dtype, rank)) in enumerate(zip(inputs, expected, strict=True)):
             assert x.dtype == (self.dtype if dtype == "dtype" else dtype), (self.plugin_type, i, x.dtype)
             assert rank in (None, len(x.shape)), (self.plugin_type, i, x.shape)
+        if self.plugin_type == "SawGemm":
+            assert (tuple(inputs[1].shape), inputs[0].shape[1]) == (
+                (f["out_features"], f["in_features"]),
+                f["in_features"],
+            )
+            return [([rows, f["out_features"]], float32 if f["output_dtype"] == "float32" else self.dtype)]
+        if self.plugin_type == "SawLookup":
+            assert tuple(inputs[1].shape) == (f["vocab_size"], f["hidden_size"])
+            return [([rows, f["hidden_size"]], self.dtype)]
+        if "hidden_size" in f:
+            width = f["hidden_size"] * f.get("num_heads", 1)
+            assert {x.shape[-1] for x in inputs if x.dtype == self.dtype} == {width}, self.plugin_type
+            if self.plugin_type == "SawRmsNorm":
+                assert tuple(inputs[1].shape) == (f["num_normed"], f["hidden_size"])
+            return [([rows, width], self.dtype)] * self.num_outputs
+        width, kv_width = f["num_heads"] * f["head_dim"], f["num_kv_heads"] * f["head_dim"]
         if self.plugin_type == "SawInt4PagedAttention":
             assert [x.shape[-1] for x in inputs[:3]] == [width, kv_width, kv_width]
             return [([rows, width], self.dtype)]

@@ -23,6 +23,8 @@ SOURCES = ROOT / "plugins" / "tensorrt"
 DRIVER = ROOT / "tests" / "plugin_driver"
 FLAGS = ["-std=c++17", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-deprecated-declarations"]
 WRITE, ATTENTION = "SawRotateQuantizeKV", "SawInt4PagedAttention"
+GEMM, LOOKUP, RMS_NORM, SILU_MUL = "SawGemm", "SawLookup", "SawRmsNorm", "SawSiluMul"
+NAMES = (WRITE, ATTENTION, GEMM, LOOKUP, RMS_NORM, SILU_MUL)
 #: nvinfer1::DataType and nvinfer1::PluginFieldType.
 FLOAT, HALF, INT32, BF16, INT64 = 0, 1, 3, 7, 8
 FIELD_FLOAT32, FIELD_INT32, FIELD_CHAR = 1, 5, 6
@@ -107,6 +109,11 @@ def build_fake_tensorrt(include_dir: Path, folder: Path) -> Path:
     name = f"libnvinfer.so.{tensorrt_major(include_dir)}"
     flags = ["-isystem", str(include_dir), f"-Xlinker=-soname={name}"]
     return compile_library(folder / name, [DRIVER / "fake_nvinfer.cpp"], flags)
+
+
+def build_fake_cublas_lt(folder: Path) -> Path:
+    name = "libcublasLt.so.13"
+    return compile_library(folder / name, [DRIVER / "fake_cublaslt.cpp"], [f"-Xlinker=-soname={name}"])
 
 
 def recorded_calls(library: Path, next_error: int = 0) -> list[dict[str, Any]]:

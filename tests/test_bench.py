@@ -1,5 +1,6 @@
 """saw-bench without a GPU: cases, targets, the run with a fake timer, the record, tables, plots, bad input."""
 
+import gzip
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pydantic import ValidationError
+from refusal import refused
 
 from saw_trtllm.bench import kernels as bench_kernels
 from saw_trtllm.bench.cases import CASES, LLAMA, OURS, PEERS, SUITES, Target, select_cases
@@ -22,7 +24,7 @@ from saw_trtllm.cli import bench as saw_bench
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, OpError
 
 ROOT = Path(__file__).parents[1]
-RECORD = ROOT / "benchmarks/results/h200.json"
+RECORD = ROOT / "benchmarks/results/h200.json.gz"
 DOCUMENT = ROOT / "docs/benchmarks.md"
 BANDWIDTH = Bandwidth(read_gbps=4000.0, copy_gbps=3500.0)
 #: µs per byte over the bytes' floor, by contender.
@@ -307,6 +309,14 @@ def test_record_round_trip(results, tmp_path):
     results.save(path)
     assert Results.load(path) == results
     assert json.loads(path.read_text())["environment"]["gpu"] == "NVIDIA H200"
+    compressed = path.with_name("x.json.gz")
+    results.save(compressed)
+    assert Results.load(compressed) == results
+    assert gzip.decompress(compressed.read_bytes()) == path.read_bytes()
+    for broken in (compressed.read_bytes()[:-9], b"{}"):
+        compressed.write_bytes(broken)
+        with pytest.raises(ConfigError, match="cannot be read as JSON"):
+            Results.load(compressed)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +333,7 @@ def test_a_file_that_is_no_record(text, needed, tmp_path, capsys):
     path = tmp_path / "x.json"
     if text is not None:
         path.write_text(text)
-    assert needed in refused(capsys, "plot", path, "--output", tmp_path)
+    assert needed in refused(capsys, saw_bench.main, "plot", path, "--output", tmp_path)
 
 
 def test_a_record_has_no_other_fields(results):
@@ -419,15 +429,6 @@ def test_a_suite_that_was_not_run_has_no_plot(results, tmp_path):
 # -- the command
 
 
-def refused(capsys, *argv):
-    assert saw_bench.main([str(a) for a in argv]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
-
-
 def test_plot_writes_plots_and_tables(results, tmp_path, capsys):
     results.save(tmp_path / "x.json")
     document(tmp_path)
@@ -440,13 +441,15 @@ def test_plot_writes_plots_and_tables(results, tmp_path, capsys):
 
 def test_plot_wants_a_folder(results, tmp_path, capsys):
     results.save(tmp_path / "x.json")
-    assert "is not a folder" in refused(capsys, "plot", tmp_path / "x.json", "--output", tmp_path / "nowhere")
+    assert "is not a folder" in refused(
+        capsys, saw_bench.main, "plot", tmp_path / "x.json", "--output", tmp_path / "nowhere"
+    )
 
 
 def test_plot_without_matplotlib(results, tmp_path, capsys, monkeypatch):
     results.save(tmp_path / "x.json")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    error = refused(capsys, "plot", tmp_path / "x.json", "--output", tmp_path)
+    error = refused(capsys, saw_bench.main, "plot", tmp_path / "x.json", "--output", tmp_path)
     assert "pip install 'saw-trtllm[bench]'" in error
 
 
@@ -462,19 +465,19 @@ def test_plot_without_matplotlib(results, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_kernels_refuses(argv, needed, capsys):
-    assert needed in refused(capsys, "kernels", *argv)
+    assert needed in refused(capsys, saw_bench.main, "kernels", *argv)
 
 
 def test_kernels_needs_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "sees no CUDA GPU" in refused(capsys, "kernels", "--peers", "none")
+    assert "sees no CUDA GPU" in refused(capsys, saw_bench.main, "kernels", "--peers", "none")
 
 
 def test_kernels_needs_the_module(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "saw_trtllm._C", None)
     monkeypatch.delattr("saw_trtllm._C", raising=False)
-    assert "build_scripts/kernels" in refused(capsys, "kernels", "--peers", "none")
+    assert "build_scripts/kernels" in refused(capsys, saw_bench.main, "kernels", "--peers", "none")
 
 
 def test_kernels_needs_pytorch():

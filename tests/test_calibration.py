@@ -10,6 +10,7 @@ import torch
 from eval_text import calibration_ids
 from example_engine import EXAMPLE
 from hf_models import make_hf_model
+from refusal import refused
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
@@ -250,15 +251,6 @@ def test_calibrations_of_other_models_are_refused(folders, calibrations, tmp_pat
 
 
 # -- as a user types it
-
-
-def refused(capsys, main, *argv):
-    assert main([str(a) for a in argv]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
 
 
 def test_from_a_text_to_an_engine(tmp_path, capsys):

@@ -12,6 +12,7 @@ from example_engine import EXAMPLE
 from fake_gpu import FREE, pretend_gpu
 from fake_gpu import NAME as GPU_NAME
 from hf_models import make_hf_model
+from refusal import refused
 from safetensors.numpy import load_file, save_file
 
 from saw_trtllm import LLM, SamplingParams
@@ -62,17 +63,6 @@ def edit(path, **fields):
         if field is not None:
             section[last] = field
     path.write_text(json.dumps(value))
-
-
-def refused(capsys, main, *argv):
-    """Run a command that must fail as a user's mistake does: its sentence."""
-    assert main([str(a) for a in argv]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    return err
 
 
 def no_engine(folder):

@@ -1,6 +1,7 @@
-"""docs/accuracy.md is what its numbers make it: neither is edited by hand."""
+"""The numbers in docs/accuracy.md are those of its record: neither is edited by hand."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -11,9 +12,12 @@ def test_the_page_is_its_numbers(tmp_path):
     page = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(page)
     data = page.read(ROOT / "docs" / "accuracy" / "results.json.gz")
+    document, copy = ROOT / "docs" / "accuracy.md", tmp_path / "accuracy.md"
+    copy.write_text(re.sub("(<!--[^>]+-->).*?(<!--/-->)", r"\1\2", document.read_text(), flags=re.DOTALL))
+    assert "| int4 |" not in copy.read_text()
     page.write(data, tmp_path)
-    written = (tmp_path / "accuracy.md").read_text()
-    assert written == (ROOT / "docs" / "accuracy.md").read_text()
+    written = copy.read_text()
+    assert written == document.read_text()
     plots = {path.name for path in (tmp_path / "accuracy").iterdir()}
     assert plots == {path.name for path in (ROOT / "docs" / "accuracy").glob("*.svg")}
     assert all(f"accuracy/{name}" in written for name in plots)

@@ -239,6 +239,25 @@ def test_the_plan_accounts_for_the_gpus_memory(folders, open_executor):
     assert plan.free == cuda.total - cuda.used
 
 
+def test_executors_may_share_the_memory_of_their_caches(folders, machine):
+    _, folder = folders(kv_skip_layers="0,last")
+    cuda, _ = machine(folder)
+    executor, buffer = (importlib.import_module(f"saw_trtllm.gpu.{name}") for name in ("executor", "cuda"))
+    memory = buffer.DeviceBuffer(8 << 20)
+    config = EngineConfig.load(folder)
+    made = [executor.TensorRTExecutor(folder, config, None, 1.0, pool_memory=memory) for _ in range(2)]
+    for x in made:
+        assert 0 < x.memory.pool <= memory.nbytes
+        assert [pool.address % 256 for pool in x.pools] == [0, 0]
+        assert x.pools[1].address >= x.pools[0].address + x.pools[0].nbytes
+    assert made[0].pools[0].address == made[1].pools[0].address == memory.address
+    for x in made:
+        x.shutdown()
+    assert list(cuda.device) == [memory.address]
+    memory.close()
+    assert cuda.everything() == []
+
+
 def test_the_pool_takes_its_share_of_what_is_left(folders, open_executor):
     folder = folders()[1]
     total = 24 << 20
@@ -314,6 +333,19 @@ def test_versions_must_match(refused):
     )
     assert refused(compute_capability="8.9") == (
         f"the engine in FOLDER was built for a GPU of compute capability 8.9 and this one has 9.0: {AGAIN}"
+    )
+
+
+def test_an_engine_with_the_gemm_plugin_needs_cublas_lt(refused, monkeypatch):
+    def with_plugin(folder):
+        config = EngineConfig.load(folder)
+        config.build_config.plugin_config.gemm_plugin = "float16"
+        config.save(folder)
+
+    monkeypatch.setattr("saw_trtllm.plugins.load_cublas_lt", lambda: False)
+    assert refused(with_plugin, errors=BackendUnavailableError) == (
+        "the engine in FOLDER has its GEMMs from cuBLASLt, which cannot be loaded: pip install nvidia-cublas-cu12, or "
+        "add the folder of libcublasLt.so.12 or .13 to LD_LIBRARY_PATH"
     )
 
 

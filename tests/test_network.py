@@ -69,9 +69,10 @@ def plan(tmp_path):
     return make
 
 
-def define(tensorrt, plan):
+def define(tensorrt, plan, use_plugins=False):
     """The graph of a plan, which keeps its weights."""
-    graph = Graph(tensorrt, tensorrt.create_network(tensorrt.builder(tensorrt.logger())))
+    network = tensorrt.create_network(tensorrt.builder(tensorrt.logger()))
+    graph = Graph(tensorrt, network, use_plugins)
     define_decoder(graph, plan.config, plan.load)
     return graph
 
@@ -247,12 +248,20 @@ def test_logits_in_16_bits_are_near(family, dtype, tolerance, plan, tensorrt, mo
 # -- the versions of TensorRT
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_the_network_of_8_6_is_the_same(family, plan, tensorrt_86, monkeypatch):
+@pytest.mark.parametrize("use_plugins", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_network_of_8_6_is_the_same(family, use_plugins, plan, tensorrt_86, monkeypatch):
     made = plan(family)
-    graph = define(tensorrt_86, made)
+    graph = define(tensorrt_86, made, use_plugins)
     check_differences(graph, made, monkeypatch)
     assert len(plugin_layers(graph, "SawInt4PagedAttention")) == 2
+    kinds = {layer.type.name for layer in fake_tensorrt.live_layers(graph.network)}
+    own = {"MATRIX_MULTIPLY", "ACTIVATION", "REDUCE"}
+    assert kinds & own == (set() if use_plugins else own)
+    assert len(plugin_layers(graph, "SawGemm")) == (2 * 5 + 1) * use_plugins
+    assert len(plugin_layers(graph, "SawRmsNorm")) == (2 * (2 + (family == "qwen3")) + 1) * use_plugins
+    assert len(plugin_layers(graph, "SawSiluMul")) == 2 * use_plugins
+    assert len(plugin_layers(graph, "SawLookup")) == use_plugins
 
 
 def test_8_6_is_told_the_type_of_each_layer(plan, tensorrt_86):
@@ -287,6 +296,10 @@ def test_logits_are_of_the_checkpoints_logits_dtype(dtype, plan, tensorrt, tenso
     made.config.pretrained_config.logits_dtype = dtype
     for version in (tensorrt, tensorrt_86):
         assert define(version, made).network.get_output(0).dtype == getattr(fake_tensorrt, dtype)
+    # In fp32 they are the sums themselves, rounded to nothing before.
+    graph = define(tensorrt, made, use_plugins=True)
+    assert graph.network.get_output(0).dtype == getattr(fake_tensorrt, dtype)
+    assert graph.network.get_output(0).producer.plugin.fields["output_dtype"] == dtype
 
 
 def test_11_has_no_other_networks(tensorrt, monkeypatch):
@@ -406,6 +419,37 @@ def test_the_folder_holds_an_engine(plan, tensorrt, tensorrt_86, machine, tmp_pa
     assert (section.tensorrt_version, section.compute_capability) == ("10.14.1", "9.0")
     build_engine(made, None, None, tensorrt_86)
     assert EngineConfig.load(made.output_dir).saw_int4.tensorrt_version == "8.6.0"
+
+
+@pytest.mark.parametrize(("choice", "there"), [("auto", 1), ("auto", 0), ("disable", 1), ("float16", 1)])
+def test_the_gemm_plugin_is_for_8_6_unless_asked_for(choice, there, plan, tensorrt, tensorrt_86, monkeypatch, caplog):
+    pretend_gpu(monkeypatch)
+    monkeypatch.setattr("saw_trtllm.network.build.load_cublas_lt", lambda: there)
+    made = plan(backend="tensorrt", gemm_plugin=choice)
+    made.output_dir.mkdir()
+    due = {"auto": {"8": "float16" if there else None, "1": None}, "disable": {"8": None, "1": None}}
+    for version in (tensorrt_86, tensorrt):
+        build_engine(made, None, None, version)
+        switches = EngineConfig.load(made.output_dir).build_config.plugin_config
+        assert switches.gemm_plugin == due.get(choice, {}).get(version.version[0], "float16")
+        assert switches.tokens_per_block == TOKENS_PER_BLOCK
+        network = fake_tensorrt.Builder.networks[-1]
+        assert network.builder_config.num_optimization_profiles == (1 if switches.gemm_plugin else 2)
+        layers = fake_tensorrt.live_layers(network)
+        assert any(layer.type.name == "MATRIX_MULTIPLY" for layer in layers) != bool(switches.gemm_plugin)
+    assert ("without cuBLASLt TensorRT's own GEMMs are taken" in caplog.text) != bool(there)
+
+
+def test_a_gemm_plugin_that_cannot_be(plan, tensorrt, monkeypatch):
+    monkeypatch.setattr("saw_trtllm.network.build.load_cublas_lt", lambda: False)
+    pretend_gpu(monkeypatch)
+    made = plan(backend="tensorrt", gemm_plugin="float16")
+    with pytest.raises(BackendUnavailableError, match=r"^--gemm_plugin float16 needs cuBLASLt, .*: pip install "):
+        build_engine(made, None, None, tensorrt)
+    with pytest.raises(ConfigError, match=r"^--gemm_plugin bfloat16 was given and the model is in float16: give auto$"):
+        plan(backend="tensorrt", gemm_plugin="bfloat16")
+    with pytest.raises(ConfigError, match=r"^gemm_plugin was given, and it is for the backend tensorrt, not reference"):
+        plan(backend="reference", gemm_plugin="disable")
 
 
 def test_timing_caches_are_read_and_written(plan, tensorrt, monkeypatch, tmp_path):

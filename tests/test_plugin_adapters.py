@@ -5,8 +5,12 @@ The kernels are stand-ins that write down what they are called with, so no GPU i
 
 from __future__ import annotations
 
+import os
 import re
 import struct
+import subprocess
+import sys
+from ctypes import CDLL
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +19,21 @@ from typing import Any
 import numpy as np
 import plugin_library as lib
 import pytest
-from plugin_library import ATTENTION, BF16, FLOAT, HALF, INT32, INT64, LINEAR, WRITE
+from plugin_library import (
+    ATTENTION,
+    BF16,
+    FLOAT,
+    GEMM,
+    HALF,
+    INT32,
+    INT64,
+    LINEAR,
+    LOOKUP,
+    NAMES,
+    RMS_NORM,
+    SILU_MUL,
+    WRITE,
+)
 
 from saw_trtllm.format import FORMAT_VERSION, HEAD_DIMS, KVFormat, hadamard_orders
 
@@ -33,10 +51,21 @@ COMMON = {
     "dtype": "float16",
     "kv": "saw_int4",
 }
-FIELDS = {WRITE: COMMON | {"hadamard_order": 128}, ATTENTION: COMMON}
+FIELDS = {
+    WRITE: COMMON | {"hadamard_order": 128},
+    ATTENTION: COMMON,
+    GEMM: {"dtype": "float16", "in_features": 64, "out_features": 24, "output_dtype": "float32"},
+    LOOKUP: {"dtype": "float16", "vocab_size": 300, "hidden_size": 64},
+    RMS_NORM: {"dtype": "float16", "hidden_size": 64, "epsilon": 0.125},
+    SILU_MUL: {"dtype": "float16", "hidden_size": 64},
+}
 OPTIONAL = {
     WRITE: {"rotate_v": 1, "range_factor": 0.875, "use_k_center": 1},
     ATTENTION: {"softmax_scale": 0.125, "softcap": 30.0, "window": 100, "use_sinks": 1},
+    GEMM: {},
+    LOOKUP: {},
+    RMS_NORM: {"use_residual": 1, "num_heads": 1, "num_normed": 1},
+    SILU_MUL: {},
 }
 PLUGINS = [WRITE, ATTENTION]
 
@@ -152,7 +181,7 @@ def test_creators(built):
     identities = {c.identity() for c in built.creators.values()}
     major = built.driver.TENSORRT[0]
     expected = set()
-    for name in PLUGINS:
+    for name in NAMES:
         if major >= 10:
             expected.add(("V3", name, str(FORMAT_VERSION), "saw"))
         if major < 10:
@@ -162,7 +191,7 @@ def test_creators(built):
     assert identities == expected
 
 
-@pytest.mark.parametrize("name", PLUGINS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_readme_lists_the_fields_and_the_tensors(name, built, interface, make):
     text = (lib.SOURCES / f"{name}.md").read_text()
     section = {title: re.findall(r"^\| `(\w+)`", body, re.M) for title, body in _sections(text)}
@@ -202,15 +231,19 @@ def test_outputs(head_dim, dtype, built, make):
     assert attention.output_types(len(shapes)) == [activation]
 
 
-@pytest.mark.parametrize("name", PLUGINS)
+@pytest.mark.parametrize("name", NAMES)
 def test_one_combination_of_types(name, built, make):
     plugin = make(name, **OPTIONAL[name])
-    count = len(StepOf([1], 1).inputs(built, name, optional=True))
+    count = len(StepOf([1], 1).inputs(built, name, optional=True)) if name in PLUGINS else 2 + (name == RMS_NORM)
     outputs = plugin.num_outputs()
     address = address_type(built)
     wanted = {
         WRITE: [HALF, INT32, INT32, INT32, INT32, address, INT32, FLOAT, FLOAT, HALF, HALF, HALF, INT32],
         ATTENTION: [HALF] * 3 + [INT32] * 5 + [address, INT32, INT32, FLOAT, HALF],
+        GEMM: [HALF, HALF, FLOAT],
+        LOOKUP: [INT32, HALF, HALF],
+        RMS_NORM: [HALF, FLOAT, HALF, HALF, HALF],
+        SILU_MUL: [HALF, HALF, HALF],
     }[name]
     assert len(wanted) == count + outputs
     for position, one in enumerate(wanted):
@@ -279,6 +312,16 @@ BAD_FIELDS = [
     (ATTENTION, {"softcap": float("inf")}, "softcap is inf"),
     (ATTENTION, {"window": -4}, "window is -4"),
     (ATTENTION, {"use_sinks": 3}, "use_sinks is 3"),
+    (GEMM, {"dtype": "int8"}, "dtype is int8: it must be float16 or bfloat16"),
+    (GEMM, {"output_dtype": "bfloat16"}, "output_dtype is bfloat16: it must be float32 or dtype, float16"),
+    (GEMM, {"in_features": 0}, "in_features is 0 and out_features 24: both must be at least 1"),
+    (GEMM, {"weight": 1}, "the fields are dtype, in_features, out_features, output_dtype"),
+    (LOOKUP, {"hidden_size": -1}, "hidden_size is -1: it must be at least 1"),
+    (LOOKUP, {"vocab_size": 0}, "vocab_size is 0: it must be at least 1"),
+    (RMS_NORM, {"epsilon": -1.0}, "epsilon is -1.0+: it must be at least 0"),
+    (RMS_NORM, {"num_heads": 2, "num_normed": 3}, "num_heads is 2 and num_normed 3: num_normed must be from 1 to"),
+    (RMS_NORM, {"use_residual": 2}, "use_residual is 2: it must be 0 or 1"),
+    (LOOKUP, {"dtype": "float32"}, "dtype is float32"),
 ]
 
 
@@ -594,3 +637,131 @@ def test_without_tensorrt_registering_says_so(built, interface, said):
     major = built.driver.TENSORRT[0]
     assert not built.driver.Library(str(built.library)).init()
     assert f"load libnvinfer.so.{major} first" in said()
+
+
+# -- weights that are inputs of plugins
+
+LIBRARIES = ("libcublasLt.so.13", "libcublasLt.so.12")
+
+
+@pytest.fixture(scope="session")
+def cublas_lt(tmp_path_factory):
+    """The stand-in's calls, after the next of which it fails if asked to."""
+    for name in LIBRARIES:
+        try:
+            CDLL(name, mode=os.RTLD_NOLOAD)
+        except OSError:
+            continue
+        pytest.skip(f"{name} is loaded already")
+    path = lib.build_fake_cublas_lt(tmp_path_factory.mktemp("cublas"))
+    CDLL(str(path))
+    return lambda status=0: lib.recorded_calls(path, status)
+
+
+def test_a_product_is_cublas_lts(cublas_lt, built, interface, make, said):
+    """Rows are its columns, and the first factor is the weight, transposed; the heuristic is asked once for a size."""
+    cublas_lt()
+    outputs = {"V2": 24, "V3": 40}[interface]  # both know what one has asked
+    made = make(GEMM, out_features=outputs)
+    engine = built.creators[interface, GEMM].deserialize(made.serialized()).attach_to_context()
+    assert engine.output_shapes([[12, 64], [outputs, 64]]) == [[12, outputs]]
+    assert engine.output_types(2) == [FLOAT]
+    workspace = engine.workspace_bytes()
+    assert workspace == 32 << 20
+    for plugin, rows in ((engine, 12), (engine.clone(), 12), (engine, 5)):
+        assert plugin.enqueue([(0x1000, [rows, 64]), (0x2000, [outputs, 64])], [0x3000], 0x4000, 0x55) == 0
+    first, *products, other, last = cublas_lt()
+    assert first == {"op": "heuristic", "compute": 68, "workspace": workspace, "reductions": 2, "alignment": 16}
+    assert other == first
+    half, single = 2, 0
+    common = {"op": "matmul", "transposed": 1, "alpha": 1, "beta": 0, "a": 0x2000, "b": 0x1000, "c": 0x3000}
+    common |= {"a_desc": [half, 64, outputs, 64], "workspace": 0x4000, "bytes": workspace, "stream": 0x55, "d": 0x3000}
+    for rows, found in ((12, products), (5, [last])):
+        sizes = {"b_desc": [half, 64, rows, 64], "d_desc": [single, outputs, rows, outputs], "algo": rows}
+        assert found == [common | sizes] * len(found)
+    assert len(products) == 2
+    assert said() == ""
+
+
+def test_an_algorithm_serves_a_few_rows_more_or_less(cublas_lt, interface, make):
+    outputs = {"V2": 48, "V3": 56}[interface]
+    plugin = make(GEMM, out_features=outputs)
+    cublas_lt()
+    for rows in (31, 32, 33, 34, 993, 1024, 1001):
+        assert plugin.enqueue([(0x1000, [rows, 64]), (0x2000, [outputs, 64])], [0x3000], 0x4000, 0x55) == 0
+    calls = [(call["algo"], call["b_desc"][2]) if call["op"] == "matmul" else None for call in cublas_lt()]
+    small = [None, (31, 31), None, (32, 32), None, (34, 33), (34, 34)]
+    assert calls == [*small, None, (1024, 993), (1024, 1024), (1024, 1001), None, (1001, 1001)]
+
+
+def test_a_product_that_fails(cublas_lt, make, said):
+    plugin, weight = make(GEMM), (0x2000, [24, 64])
+    assert plugin.enqueue([(0x1000, [13, 64]), weight], [0x3000], 0x4000, 0) != 0
+    assert "SawGemm: cuBLASLt has no algorithm for 13 rows of 64 by a weight of [24, 64] (A_STATUS): build" in said()
+    assert plugin.enqueue([(0x1008, [1, 64]), weight], [0x3000], 0x4000, 0) != 0
+    assert "SawGemm: x, weight or y does not lie on a multiple of 16 bytes" in said()
+    assert plugin.enqueue([(0x1000, [1, 60]), weight], [0x3000], 0x4000, 0) != 0
+    assert "input x has shape [1, 60]: it must be [num_tokens, 64]" in said()
+    cublas_lt(7)
+    assert plugin.enqueue([(0x1000, [1, 64]), weight], [0x3000], 0x4000, 0) != 0
+    assert "SawGemm: cublasLtMatmul gave A_STATUS" in said()
+    cublas_lt()
+
+
+def test_without_cublas_lt_a_plugin_does_not_start(built, interface):
+    script = f"""
+import ctypes, sys, types
+for name in {LIBRARIES}:
+    try: ctypes.CDLL(name)
+    except OSError: continue
+    sys.exit("there is one")
+import importlib.util
+import plugin_library as lib
+spec = importlib.util.spec_from_file_location({built.driver.__name__!r}, {built.driver.__file__!r})
+driver = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(driver)
+plugin = lib.creators(driver, {str(built.library)!r})[{interface!r}, lib.GEMM].create(lib.to_fields({FIELDS[GEMM]}))
+print(plugin.attach_to_context(), *driver.take_messages(), sep="\\n")
+"""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("LD_")}
+    environment = kept | {"PYTHONPATH": os.pathsep.join([*sys.path])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    if done.stderr.startswith("there is one"):
+        pytest.skip("cuBLASLt is on the loader's path")
+    assert done.stdout.splitlines() == [
+        "None",
+        "SawGemm: neither libcublasLt.so.13 nor libcublasLt.so.12 can be loaded: pip install nvidia-cublas-cu12, "
+        "or add the library's folder to LD_LIBRARY_PATH",
+    ], done.stderr
+
+
+SMALL = [
+    (LOOKUP, {}, [[7], [300, 64]], {"op": "lookup", "table": 2, "rows": 1, "out": 9, "num_tokens": 7, "num_rows": 300}),
+    (RMS_NORM, {}, [[7, 64], [1, 64]], {"op": "rms_norm", "x": 1, "weight": 2, "residual": 0, "y": 9, "sum": 0}),
+    (
+        *(RMS_NORM, {"use_residual": 1}, [[7, 64], [1, 64], [7, 64]]),
+        {"op": "rms_norm", "x": 1, "weight": 2, "residual": 3, "y": 9, "sum": 10},
+    ),
+    (
+        *(RMS_NORM, {"hidden_size": 16, "num_heads": 4, "num_normed": 3}, [[7, 64], [3, 16]]),
+        {"op": "rms_norm", "x": 1, "weight": 2, "residual": 0, "y": 9, "sum": 0, "num_heads": 4, "num_normed": 3}
+        | {"width": 16},
+    ),
+    (SILU_MUL, {}, [[7, 64], [7, 64]], {"op": "silu_mul", "a": 1, "b": 2, "y": 9, "count": 448, "dtype": 0}),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "shapes", "expected"), SMALL)
+def test_a_small_plugin_launches_with_what_the_tensors_say(name, fields, shapes, expected, built, make, said):
+    plugin = make(name, **fields)
+    count = 1 + ("use_residual" in fields)
+    assert plugin.output_shapes(shapes) == [[7, 64]] * count
+    assert plugin.output_types(len(shapes)) == [HALF] * count
+    bound = [(i + 1, shape) for i, shape in enumerate(shapes)]
+    assert plugin.enqueue(bound, [9, 10][:count], 0, 0x55) == 0
+    (call,) = lib.recorded_calls(built.library)
+    sizes = {"num_rows": 7, "epsilon": 0.125, "dtype": 0, "num_heads": 1, "num_normed": 1} if name == RMS_NORM else {}
+    sizes |= {"width": 64} if name != SILU_MUL else {}
+    assert call == sizes | expected | {"stream": 0x55}
+    assert plugin.enqueue([(1, [7, 63]), *bound[1:]], [9, 10][:count], 0, 0x55) != 0
+    assert f"{name}: input " in said()

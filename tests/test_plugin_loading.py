@@ -60,7 +60,7 @@ def built(request, build):
 def everything(built):
     """What a registry lists when all creators are there."""
     versions = {8: [""], 10: ["", "-v2"], 11: [""]}[built.major]
-    return [f"saw::{name} {FORMAT_VERSION}{v}" for v in versions for name in (lib.WRITE, lib.ATTENTION)]
+    return [f"saw::{name} {FORMAT_VERSION}{v}" for v in versions for name in lib.NAMES]
 
 
 def run(built, script: str, **environment: str) -> tuple[list[str], str]:

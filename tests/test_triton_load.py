@@ -61,3 +61,10 @@ def test_a_row_for_each_concurrency(load, engine, monkeypatch, tmp_path, capsys)
 def test_a_load_that_fails_ends_with_what_was_said(load, engine, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"perf_analyzer failed with 3:\nno server there"):
         run(load, monkeypatch, tmp_path, engine("saw_int4"), "#!/bin/sh\necho no server there\nexit 3\n")
+
+
+def test_prompts_of_words_are_all_different(load):
+    prompts = load._words(5, 16, 50)
+    assert len(set(prompts)) == 50
+    assert {word for prompt in prompts for word in prompt.split()} == {f"w{i}" for i in range(16)}
+    assert {len(prompt.split()) for prompt in prompts} == {5}

@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
 """Regenerate the example model of this folder: a Llama of two million parameters that has read Python and its docs.
 
-Three steps, each a subcommand::
+Two steps, each a subcommand::
 
     python train.py prepare --data_dir data --docs_dir /usr/share/doc/python3.11/html/_sources
     python train.py train --data_dir data
-    python train.py check --data_dir data
 
-``prepare`` needs the tokenizers library and numpy, ``train`` torch and safetensors, ``check`` transformers too.
+``prepare`` needs the tokenizers library and numpy, ``train`` torch and safetensors.
 """
 
 import argparse
@@ -58,12 +57,6 @@ CONFIG = {
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-PROMPTS = (
-    "def read_config(path):\n",
-    "class Queue:\n    def __init__(self, maxsize=0):\n",
-    "This module provides",
 )
 
 
@@ -237,7 +230,7 @@ def prepare(args):
 def build_model():
     """Return a Llama whose weights are stacked over the layers, which is what a batched Muon wants.
 
-    Numerically it is ``transformers.LlamaForCausalLM``: ``check`` compares the two.
+    Numerically it is ``transformers.LlamaForCausalLM``.
     """
     import torch
     from torch import nn
@@ -490,50 +483,6 @@ def train(args):
         log(f"  {name}: {loss:.4f} nats/token" + (f", {loss * bits_per_byte:.4f} bits/byte" if part is held else ""))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# check
-
-
-def check(args):
-    """Load the folder with transformers, compares with the model above and prints greedy continuations."""
-    import torch
-    import transformers
-
-    reference = transformers.AutoModelForCausalLM.from_pretrained(args.model_dir, dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model_dir)
-
-    model = build_model()
-    with torch.no_grad():
-        theirs = reference.state_dict()
-        for i in range(CONFIG["num_hidden_layers"]):
-            prefix = f"model.layers.{i}."
-            for n in "qkvo":
-                getattr(model, n)[i] = theirs[f"{prefix}self_attn.{n}_proj.weight"]
-            for n in ("gate", "up", "down"):
-                getattr(model, n)[i] = theirs[f"{prefix}mlp.{n}_proj.weight"]
-            model.attn_norm[i] = theirs[f"{prefix}input_layernorm.weight"]
-            model.mlp_norm[i] = theirs[f"{prefix}post_attention_layernorm.weight"]
-        model.embed.copy_(theirs["model.embed_tokens.weight"])
-        model.norm.copy_(theirs["model.norm.weight"])
-
-    if (args.data_dir / "tokens.npz").exists():
-        held = torch.from_numpy(np.load(args.data_dir / "tokens.npz")["held_out"].astype(np.int64))[: args.tokens]
-        length = min(2048, len(held))
-        with torch.no_grad():
-            x = shifted(held[None, :length])
-            difference = (reference(x).logits - model(x)[0]).abs().max().item()
-        loss = held_out_loss(lambda t: reference(t).logits, held, length, 1)
-        print(f"largest difference of logits from transformers': {difference:.2e}")
-        print(f"held out, first {len(held) // length * length} tokens: {loss:.4f} nats/token")
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt")
-        if ids["input_ids"][0, 0] != BOS_ID:
-            raise SystemExit(f"{args.model_dir}/tokenizer.json does not put {BOS} first: run prepare again")
-        out = reference.generate(**ids, max_new_tokens=args.new_tokens, do_sample=False)
-        print("-" * 80)
-        print(tokenizer.decode(out[0], skip_special_tokens=True))
-
-
 def main():
     """Parse the command line and run one of the steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -565,9 +514,6 @@ def main():
     p.add_argument("--log_lines", type=int, default=60, help="lines of loss to log")
     p.add_argument("--log", type=Path, default=HERE / "train.log", help="log file")
     p.add_argument("--seed", type=int, default=0)
-    p = command(check, "compare with transformers, print greedy continuations")
-    p.add_argument("--tokens", type=int, default=8192, help="held-out tokens to evaluate")
-    p.add_argument("--new_tokens", type=int, default=120, help="tokens to generate")
 
     args = parser.parse_args()
     args.started = time.perf_counter()

@@ -11,6 +11,10 @@ constexpr char kVersionOfV2[] = "1-v2";
 
 constexpr char kRotateQuantizeKv[] = "SawRotateQuantizeKV";
 constexpr char kInt4PagedAttention[] = "SawInt4PagedAttention";
+constexpr char kGemm[] = "SawGemm";
+constexpr char kLookup[] = "SawLookup";
+constexpr char kRmsNorm[] = "SawRmsNorm";
+constexpr char kSiluMul[] = "SawSiluMul";
 
 // tensors
 constexpr char kQkv[] = "qkv";
@@ -30,6 +34,13 @@ constexpr char kK[] = "k";
 constexpr char kV[] = "v";
 constexpr char kDecodeCounters[] = "decode_counters";
 constexpr char kContext[] = "context";
+constexpr char kRows[] = "rows";
+constexpr char kX[] = "x";
+constexpr char kWeight[] = "weight";
+constexpr char kResidual[] = "residual";
+constexpr char kGate[] = "gate";
+constexpr char kY[] = "y";
+constexpr char kSum[] = "sum";
 
 // fields
 constexpr char kFormatVersionField[] = "format_version";    // this and the next in engines only: nobody gives them
@@ -49,5 +60,13 @@ constexpr char kSoftmaxScale[] = "softmax_scale";
 constexpr char kSoftcap[] = "softcap";
 constexpr char kWindow[] = "window";
 constexpr char kUseSinks[] = "use_sinks";
+constexpr char kInFeatures[] = "in_features";
+constexpr char kOutFeatures[] = "out_features";
+constexpr char kOutputDtype[] = "output_dtype";
+constexpr char kVocabSize[] = "vocab_size";
+constexpr char kHiddenSize[] = "hidden_size";
+constexpr char kEpsilon[] = "epsilon";
+constexpr char kUseResidual[] = "use_residual";
+constexpr char kNumNormed[] = "num_normed";
 
 }  // namespace saw::trt::names

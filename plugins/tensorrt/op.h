@@ -63,9 +63,18 @@ class Op {
     virtual std::vector<Tensor> inputs() const = 0;
     virtual std::vector<Tensor> outputs() const = 0;
     virtual size_t workspace_bytes() const { return 0; }
+    // Before the first launch, not in a graph's capture: what is loaded once for the process. Throws a PluginError.
+    virtual void prepare() const {}
     // Shapes are checked, host tensors lie on the host. Neither allocates nor waits, and can be captured in a graph.
     virtual void enqueue(Launch const& launch) const = 0;
     virtual std::unique_ptr<Op> clone() const = 0;
+
+  protected:
+    [[noreturn]] void refuse(std::string const& message) const;
+    void check_flag(char const* field, int32_t value) const;
+    // float16 or bfloat16, and one that this TensorRT has.
+    void check_dtype(std::string const& dtype) const;
+    static nvinfer1::DataType activation_type(std::string const& dtype);
 };
 
 using OpFactory = std::unique_ptr<Op> (*)();

@@ -12,10 +12,6 @@ std::string text(char const* name, int32_t value) { return std::string(name) + "
 
 }  // namespace
 
-void check_cuda(cudaError_t error, char const* what) {
-    if (error != cudaSuccess) throw PluginError(std::string(what) + " was not launched: " + cudaGetErrorString(error));
-}
-
 std::vector<Field> PagedOp::fields() {
     return {
         {names::kLayerIdx, &layer_idx_, true},
@@ -28,12 +24,6 @@ std::vector<Field> PagedOp::fields() {
     };
 }
 
-void PagedOp::refuse(std::string const& message) const { throw PluginError(std::string(name()) + ": " + message); }
-
-void PagedOp::check_flag(char const* field, int32_t value) const {
-    if (value != 0 && value != 1) refuse(text(field, value) + ": it must be 0 or 1");
-}
-
 void PagedOp::validate() const {
     if (layer_idx_ < 0) refuse(text(names::kLayerIdx, layer_idx_) + ": it counts this rank's layers from 0");
     if (num_kv_heads_ < 1) refuse(text(names::kNumKvHeads, num_kv_heads_) + ": it must be at least 1");
@@ -44,19 +34,9 @@ void PagedOp::validate() const {
         refuse(text(names::kHeadDim, head_dim_) + ": it must be one of 64, 96, 128, 256");
     if (tokens_per_block_ != 16 && tokens_per_block_ != 32 && tokens_per_block_ != 64 && tokens_per_block_ != 128)
         refuse(text(names::kTokensPerBlock, tokens_per_block_) + ": it must be one of 16, 32, 64, 128");
-    if (dtype_ != "float16" && dtype_ != "bfloat16") refuse("dtype is " + dtype_ + ": it must be float16 or bfloat16");
-#if NV_TENSORRT_MAJOR < 10
-    if (dtype_ == "bfloat16") refuse("dtype is bfloat16, which this TensorRT does not have: give float16");
-#endif
+    check_dtype(dtype_);
     if (kv_ != "fp16" && kv_ != "int4" && kv_ != "saw_int4")
         refuse("kv is " + kv_ + ": it must be one of fp16, int4, saw_int4");
-}
-
-nvinfer1::DataType PagedOp::activation_type() const {
-#if NV_TENSORRT_MAJOR >= 10
-    if (dtype() == DType::kBFloat16) return nvinfer1::DataType::kBF16;
-#endif
-    return nvinfer1::DataType::kHALF;
 }
 
 std::vector<Tensor> PagedOp::pool_inputs() {

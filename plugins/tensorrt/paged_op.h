@@ -20,11 +20,8 @@ class PagedOp : public Op {
     std::string dtype_;
     std::string kv_;
 
-    [[noreturn]] void refuse(std::string const& message) const;
-    void check_flag(char const* field, int32_t value) const;
-
     DType dtype() const { return dtype_ == "bfloat16" ? DType::kBFloat16 : DType::kFloat16; }
-    nvinfer1::DataType activation_type() const;
+    nvinfer1::DataType activation_type() const { return Op::activation_type(dtype_); }
     CacheType cache() const { return kv_ == "fp16" ? CacheType::kRaw : CacheType::kInt4; }
 
     // The inputs that say where a layer's rows lie: three that follow each other.

@@ -56,6 +56,13 @@ int32_t PluginV2::enqueue(nvinfer1::PluginTensorDesc const* input_desc, nvinfer1
     });
 }
 
+int32_t PluginV2::initialize() noexcept {
+    return guarded(1, [&] {
+        core_.op().prepare();
+        return 0;
+    });
+}
+
 nvinfer1::DataType PluginV2::getOutputDataType(int32_t output, nvinfer1::DataType const*, int32_t) const noexcept {
     return guarded(nvinfer1::DataType::kFLOAT, [&] { return core_.output_type(output); });
 }

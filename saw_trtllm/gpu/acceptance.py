@@ -8,7 +8,7 @@ from typing import Any
 
 from saw_trtllm import plugins
 from saw_trtllm.engine import CONFIG_FILE, EngineConfig, engine_file
-from saw_trtllm.errors import EngineError
+from saw_trtllm.errors import BackendUnavailableError, EngineError
 from saw_trtllm.gpu.cuda import memory_info
 from saw_trtllm.network.device import compute_capability
 from saw_trtllm.network.tensors import LOGITS, step_inputs
@@ -18,14 +18,14 @@ _AGAIN = "build it anew with saw-build on this machine"
 
 
 def check_versions(folder: Path, config: EngineConfig, tensorrt: TensorRT) -> None:
-    """Refuse an engine of other plugins, another TensorRT or another GPU.
+    """Refuse an engine of other plugins, another TensorRT or another GPU, or of plugins whose library is not there.
 
     Raises
     ------
     EngineError
         If one of them does not match.
     BackendUnavailableError
-        If there is no GPU.
+        If there is no GPU, or no cuBLASLt for an engine that needs it.
     """
     section = config.saw_int4
     if section.plugin_version != plugins.VERSION:
@@ -43,6 +43,10 @@ def check_versions(folder: Path, config: EngineConfig, tensorrt: TensorRT) -> No
         raise EngineError(
             f"the engine in {folder} was built for a GPU of compute capability {section.compute_capability} and this "
             f"one has {found}: {_AGAIN}"
+        )
+    if config.build_config.plugin_config.gemm_plugin is not None and not plugins.load_cublas_lt():
+        raise BackendUnavailableError(
+            f"the engine in {folder} has its GEMMs from cuBLASLt, which cannot be loaded: {plugins.CUBLAS_LT}"
         )
 
 

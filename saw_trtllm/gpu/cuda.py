@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -192,6 +193,12 @@ class DeviceBuffer:
         kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         call(runtime.cudaMemcpy, array.ctypes.data, self.address + offset, array.nbytes, kind)
         return array
+
+    def part(self, offset: int, nbytes: int) -> DeviceBuffer:
+        """Some of it, which lasts as long as the whole and need not be closed."""
+        part = copy(self)
+        part.address, part.nbytes = self.address + offset, nbytes
+        return part
 
     def close(self) -> None:
         """Free it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.errors import EngineError, KernelError
 from saw_trtllm.gpu.acceptance import check_versions, read_engine
-from saw_trtllm.gpu.cuda import DeviceBuffer, Stream, call, memory_info, runtime
+from saw_trtllm.gpu.cuda import ALIGNMENT, DeviceBuffer, Stream, call, memory_info, runtime
 from saw_trtllm.gpu.graphs import DecodeGraphs, buckets
 from saw_trtllm.gpu.memory import MemoryPlan, plan_blocks
 from saw_trtllm.gpu.results import PendingResult, ResultSlot
@@ -44,6 +45,8 @@ class TensorRTExecutor:
         Share of the GPU's memory that is free beside the engine which the pool may take.
     graphs : bool
         Whether steps of decodes run as CUDA graphs.
+    pool_memory : DeviceBuffer, optional
+        Where the KV cache lies, for executors of which one runs at a time. By default in memory of its own.
 
     Attributes
     ----------
@@ -68,7 +71,13 @@ class TensorRTExecutor:
     asynchronous = True
 
     def __init__(
-        self, folder: Path, config: EngineConfig, max_tokens: int | None, memory_fraction: float, graphs: bool = True
+        self,
+        folder: Path,
+        config: EngineConfig,
+        max_tokens: int | None,
+        memory_fraction: float,
+        graphs: bool = True,
+        pool_memory: DeviceBuffer | None = None,
     ) -> None:
         self._config = config
         self._tensorrt = TensorRT.load()
@@ -77,7 +86,7 @@ class TensorRTExecutor:
         self._device = call(runtime.cudaGetDevice)
         self._resources = ExitStack()
         try:
-            self._open(folder, max_tokens, memory_fraction)
+            self._open(folder, max_tokens, memory_fraction, pool_memory)
             self._record(graphs)
         except BaseException:
             self.shutdown()
@@ -144,7 +153,9 @@ class TensorRTExecutor:
 
     # -- start
 
-    def _open(self, folder: Path, max_tokens: int | None, memory_fraction: float) -> None:
+    def _open(
+        self, folder: Path, max_tokens: int | None, memory_fraction: float, pool_memory: DeviceBuffer | None
+    ) -> None:
         """Read the engine, and give out the GPU's memory."""
         config, model, build = self._config, self._config.pretrained_config, self._config.build_config
         before, total = memory_info()
@@ -170,11 +181,15 @@ class TensorRTExecutor:
         self._sampler = self._hold(GpuSampler(build.max_batch_size, model.vocab_size))
         self._slots = [self._hold(ResultSlot(build.max_batch_size, model.vocab_size)) for _ in range(2)]
 
-        free = memory_info()[0]
+        free = memory_info()[0] if pool_memory is None else pool_memory.nbytes
         self.num_blocks = plan_blocks(config, free, max_tokens, memory_fraction)
         tokens, heads = self.num_blocks * build.tokens_per_block, model.num_key_value_heads
         sizes = [tokens * pool.format.bytes_per_token(len(pool.layers), heads) for pool in pools]
-        self.pools = [self._hold(DeviceBuffer(size)) for size in sizes]
+        if pool_memory is None:
+            self.pools = [self._hold(DeviceBuffer(size)) for size in sizes]
+        else:
+            starts = [0, *accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
+            self.pools = [pool_memory.part(start, size) for start, size in zip(starts, sizes, strict=False)]
         self._host = HostTensors(self._host_arrays(), build.max_batch_size)
         self.memory = MemoryPlan(
             total=total,

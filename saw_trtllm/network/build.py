@@ -12,14 +12,14 @@ import numpy as np
 
 from saw_trtllm.builder import BuildPlan, replacing_engine
 from saw_trtllm.engine import EngineConfig, engine_file
-from saw_trtllm.errors import EngineError
+from saw_trtllm.errors import BackendUnavailableError, EngineError
 from saw_trtllm.network.decoder import Load, define_decoder
 from saw_trtllm.network.device import compute_capability
 from saw_trtllm.network.graph import Graph
 from saw_trtllm.network.options import NetworkOptions, Phases
 from saw_trtllm.network.tensors import profiles, shapes, step_inputs
 from saw_trtllm.network.versions import TensorRT
-from saw_trtllm.plugins import VERSION
+from saw_trtllm.plugins import CUBLAS_LT, VERSION, load_cublas_lt
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def build_engine(
         If TensorRT does not build the engine.
     """
     tensorrt = TensorRT.load() if tensorrt is None else tensorrt
-    config = built_for(plan.config, tensorrt)
+    config = built_for(plan.config, tensorrt, plan.network.gemm_plugin)
     with ThreadPoolExecutor(plan.network.workers) as pool:
         load = _Reader(plan, pool, progress or (lambda name: None)).load
         engine = serialize_engine(tensorrt, config, load, plan.network, phases)
@@ -98,12 +98,14 @@ def serialize_engine(
     logger = tensorrt.logger()
     builder = tensorrt.builder(logger)
     tensorrt.load_plugins()
-    graph = Graph(tensorrt, tensorrt.create_network(builder))
+    gemm_plugin = config.build_config.plugin_config.gemm_plugin
+    graph = Graph(tensorrt, tensorrt.create_network(builder), use_plugins=gemm_plugin is not None)
     define_decoder(graph, config, load)
     builder_config = tensorrt.create_config(builder, options.optimization_level)
     if phases is not None:
         tensorrt.report_phases(builder_config, phases)
-    add_profiles(tensorrt, builder, builder_config, config, options.decode_profile)
+    decode_profile = gemm_plugin is None if options.decode_profile is None else options.decode_profile
+    add_profiles(tensorrt, builder, builder_config, config, decode_profile)
     _use_timing_cache(builder_config, options)
     engine = builder.build_serialized_network(graph.network, builder_config)
     if engine is None:
@@ -123,8 +125,17 @@ def add_profiles(
         builder_config.add_optimization_profile(profile)
 
 
-def built_for(config: EngineConfig, tensorrt: TensorRT) -> EngineConfig:
-    """The config of an engine that this TensorRT built for this machine's GPU: a runtime must match both."""
+def built_for(config: EngineConfig, tensorrt: TensorRT, gemm_plugin: str = "auto") -> EngineConfig:
+    """The config of an engine that this TensorRT built for this machine's GPU: a runtime must match both.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If the GEMM plugin is asked for and its library is not there.
+    """
+    limits = config.build_config
+    plugin = _gemm_plugin(gemm_plugin, config.pretrained_config.dtype, tensorrt)
+    switches = limits.plugin_config.model_copy(update={"gemm_plugin": plugin})
     section = config.saw_int4.model_copy(
         update={
             "backend": "tensorrt",
@@ -133,7 +144,20 @@ def built_for(config: EngineConfig, tensorrt: TensorRT) -> EngineConfig:
             "compute_capability": compute_capability(),
         }
     )
-    return config.model_copy(update={"saw_int4": section})
+    limits = limits.model_copy(update={"plugin_config": switches})
+    return config.model_copy(update={"saw_int4": section, "build_config": limits})
+
+
+def _gemm_plugin(choice: str, dtype: str, tensorrt: TensorRT) -> str | None:
+    """The dtype of the GEMM plugin, or None for TensorRT's own GEMMs."""
+    if choice == "disable" or (choice == "auto" and tensorrt.strongly_typed):
+        return None
+    if load_cublas_lt():
+        return dtype
+    if choice == "auto":
+        log.warning("without cuBLASLt TensorRT's own GEMMs are taken, and large models build slowly: %s", CUBLAS_LT)
+        return None
+    raise BackendUnavailableError(f"--gemm_plugin {choice} needs cuBLASLt, which cannot be loaded: {CUBLAS_LT}")
 
 
 def _use_timing_cache(builder_config: Any, options: NetworkOptions) -> None:

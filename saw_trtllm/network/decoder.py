@@ -56,28 +56,29 @@ class _Decoder:
     def define(self) -> None:
         """``input_ids [num_tokens]`` to ``logits [num_sequences, vocab_size]``, or of all tokens where asked for."""
         graph, embedding = self.graph, self._weight(EMBEDDING)
-        x = graph.gather(embedding, self._inputs["input_ids"])
+        x, added = graph.embedding(embedding, self._inputs["input_ids"]), None
         for i in range(self.model.num_hidden_layers):
             with graph.scope(layer_prefix(i).removesuffix(".")):
-                x = self._layer(layer_prefix(i), i, x)
+                x, added = self._layer(layer_prefix(i), i, x, added)
+        x = x + added
         if not self.config.build_config.gather_context_logits:
             one = graph.constant(np.ones(1, np.int32))
             x = graph.gather(x, self._inputs["last_token_ids"] - one)
-        x = self._norm(x, self._weight(FINAL_NORM, np.float32))
+        _, x = self._norm(x, FINAL_NORM)
         lm_head = embedding if self.model.share_embedding_table else self._weight(LM_HEAD)
         dtype = (self.model.model_extra or {}).get("logits_dtype", "float32")
-        graph.output(graph.cast(graph.linear(x, lm_head), dtype), LOGITS)
+        graph.output(graph.linear(x, lm_head, dtype), LOGITS)
 
-    def _layer(self, prefix: str, i: int, x: Tensor) -> Tensor:
-        """``[num_tokens, hidden_size]`` to the same."""
+    def _layer(self, prefix: str, i: int, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``[num_tokens, hidden_size]``, and what is still to be added to it, to the same: a norm adds it."""
         graph = self.graph
         with graph.scope("attention"):
-            h = self._norm(x, self._weight(prefix + "input_layernorm.weight", np.float32))
-            x = x + self._attention(prefix + "attention.", i, h)
+            x, h = self._norm(x, prefix + "input_layernorm.weight", added)
+            added = self._attention(prefix + "attention.", i, h)
         with graph.scope("mlp"):
-            h = self._norm(x, self._weight(prefix + "post_layernorm.weight", np.float32))
+            x, h = self._norm(x, prefix + "post_layernorm.weight", added)
             fc, gate, proj = (self._weight(f"{prefix}mlp.{name}.weight") for name in ("fc", "gate", "proj"))
-            return x + graph.linear(graph.silu(graph.linear(h, fc)) * graph.linear(h, gate), proj)
+            return x, graph.linear(graph.gated(graph.linear(h, fc), graph.linear(h, gate)), proj)
 
     def _attention(self, prefix: str, i: int, x: Tensor) -> Tensor:
         """``[num_tokens, hidden_size]`` to the same."""
@@ -91,33 +92,19 @@ class _Decoder:
         context = paged_attention(graph, self.config, i, qkv, self._cos_sin, center, self._inputs)
         return graph.linear(context, self._weight(prefix + "dense.weight"))
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """``x / rms(x) · weight``: ``[n, width]`` and float32 ``[1, width]``, computed in float32 and rounded once."""
-        wide = self.graph.cast(x, "float32")
-        square = self.graph.mean(wide * wide, 1) + self._number(self.model.norm_epsilon, 2)
-        return self.graph.cast(wide / self.graph.sqrt(square) * weight, x.dtype)
+    def _norm(self, x: Tensor, weight: str, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The sum, and its RMSNorm with a weight."""
+        return self.graph.rms_norm(x, self._weight(weight, np.float32), self.model.norm_epsilon, added)
 
     def _norm_qk(self, prefix: str, qkv: Tensor) -> Tensor:
-        """RMSNorm over each head of Q and K, in ``[num_tokens, (num_heads + 2 num_kv_heads) head_dim]``.
-
-        Heads of V are divided by 1 and multiplied by 1: that is fused with the rest, where taking the three apart and
-        joining them again would be copies.
-        """
-        graph, model = self.graph, self.model
-        H, Hkv, D = model.num_attention_heads, model.num_key_value_heads, model.head_size
+        """RMSNorm over each head of Q and K, in ``[num_tokens, (num_heads + 2 num_kv_heads) head_dim]``."""
+        H, Hkv = self.model.num_attention_heads, self.model.num_key_value_heads
         q, k = (self._load(f"{prefix}{name}_layernorm.weight").astype(np.float32) for name in "qk")
-        weights = np.concatenate([np.tile(q, (H, 1)), np.tile(k, (Hkv, 1)), np.ones((Hkv, D), np.float32)])
-        normed = np.repeat(np.float32([1, 0]), [H + Hkv, Hkv]).reshape(1, -1, 1)
-        wide = graph.cast(graph.reshape(qkv, (-1, H + 2 * Hkv, D)), "float32")
-        square = graph.mean(wide * wide, 2) + self._number(model.norm_epsilon, 3)
-        square = square * graph.constant(normed) + graph.constant(1 - normed)
-        wide = wide / graph.sqrt(square) * graph.constant(weights[None], prefix + "qk_layernorm")
-        return graph.reshape(graph.cast(wide, qkv.dtype), (-1, (H + 2 * Hkv) * D))
+        weights = np.concatenate([np.tile(q, (H, 1)), np.tile(k, (Hkv, 1))])
+        epsilon = self.model.norm_epsilon
+        return self.graph.norm_heads(qkv, weights, H + 2 * Hkv, epsilon, prefix + "qk_layernorm")
 
     def _weight(self, name: str, dtype: type | None = None) -> Tensor:
         """A constant; one of a norm as a row, in the dtype that it is computed in."""
         array = self._load(name)
         return self.graph.constant(array if dtype is None else array.astype(dtype)[None], name)
-
-    def _number(self, value: float, rank: int) -> Tensor:
-        return self.graph.constant(np.full((1,) * rank, value, np.float32))

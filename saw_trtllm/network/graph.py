@@ -10,6 +10,7 @@ import numpy as np
 
 from saw_trtllm.errors import EngineError
 from saw_trtllm.network.versions import TensorRT
+from saw_trtllm.plugins import GEMM, LOOKUP, RMS_NORM, SILU_MUL
 
 
 class Tensor:
@@ -44,11 +45,14 @@ class Graph:
     ----------
     tensorrt : TensorRT
     network : tensorrt.INetworkDefinition
+    use_plugins : bool
+        Whether what a decoder is mostly made of are our plugins, or TensorRT's own layers.
     """
 
-    def __init__(self, tensorrt: TensorRT, network: Any) -> None:
+    def __init__(self, tensorrt: TensorRT, network: Any, use_plugins: bool = False) -> None:
         self.tensorrt = tensorrt
         self.network = network
+        self._use_plugins = use_plugins
         self._trt = tensorrt.trt
         self._scope = ""
         self._names: dict[str, int] = {}
@@ -103,11 +107,66 @@ class Graph:
         """Rows of a matrix: ``[n, width]`` and int32 ``[m]`` to ``[m, width]``."""
         return self._tensor("gather", self.network.add_gather(x.handle, rows.handle, 0), x.dtype)
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """``x · weightᵀ``: ``[n, inputs]`` and ``[outputs, inputs]`` to ``[n, outputs]``."""
-        op = self._trt.MatrixOperation
-        layer = self.network.add_matrix_multiply(x.handle, op.NONE, weight.handle, op.TRANSPOSE)
-        return self._tensor("linear", layer, x.dtype)
+    def embedding(self, weight: Tensor, rows: Tensor) -> Tensor:
+        """:meth:`gather` from a weight."""
+        if not self._use_plugins:
+            return self.gather(weight, rows)
+        size, width = weight.handle.shape
+        fields = {"dtype": weight.dtype, "vocab_size": size, "hidden_size": width}
+        return self.plugin(LOOKUP, fields, [rows, weight], [weight.dtype])[0]
+
+    def linear(self, x: Tensor, weight: Tensor, dtype: str | None = None) -> Tensor:
+        """``x · weightᵀ``: ``[n, inputs]`` and ``[outputs, inputs]`` to ``[n, outputs]``, of ``dtype`` if given."""
+        dtype = x.dtype if dtype is None else dtype
+        if not self._use_plugins:
+            op = self._trt.MatrixOperation
+            layer = self.network.add_matrix_multiply(x.handle, op.NONE, weight.handle, op.TRANSPOSE)
+            return self.cast(self._tensor("linear", layer, x.dtype), dtype)
+        given = dtype if dtype == "float32" else x.dtype
+        outputs, inputs = weight.handle.shape
+        fields = {"dtype": x.dtype, "in_features": inputs, "out_features": outputs, "output_dtype": given}
+        return self.cast(self.plugin(GEMM, fields, [x, weight], [given])[0], dtype)
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``x`` (with a residual ``x + residual``), and that over its RMS times ``weight``.
+
+        The norm is computed in float32 and rounded once; ``x`` is ``[n, width]``, ``weight`` float32 ``[1, width]``.
+        """
+        if self._use_plugins:
+            fields = {"dtype": x.dtype, "hidden_size": weight.handle.shape[1], "epsilon": float(epsilon)}
+            others = [] if residual is None else [residual]
+            fields["use_residual"] = len(others)
+            y, *sums = self.plugin(RMS_NORM, fields, [x, weight, *others], [x.dtype] * (1 + len(others)))
+            return (sums or [x])[0], y
+        x = x if residual is None else x + residual
+        wide = self.cast(x, "float32")
+        square = self.mean(wide * wide, 1) + self.constant(np.full((1, 1), epsilon, np.float32))
+        return x, self.cast(wide / self.sqrt(square) * weight, x.dtype)
+
+    def norm_heads(self, x: Tensor, weights: np.ndarray, num_heads: int, epsilon: float, name: str) -> Tensor:
+        """:meth:`rms_norm` over each head of a row that has one in ``weights``: ``[heads, width]``, in float32."""
+        normed, width = weights.shape
+        if self._use_plugins:
+            fields = {"dtype": x.dtype, "hidden_size": width, "epsilon": float(epsilon)}
+            fields |= {"num_heads": num_heads, "num_normed": normed}
+            return self.plugin(RMS_NORM, fields, [x, self.constant(weights, name)], [x.dtype])[0]
+        # The others are divided by 1 and multiplied by 1: that is fused with the rest, where taking them apart and
+        # joining them again would be copies.
+        taken = np.repeat(np.float32([1, 0]), [normed, num_heads - normed]).reshape(1, -1, 1)
+        weights = np.concatenate([weights, np.ones((num_heads - normed, width), np.float32)])
+        wide = self.cast(self.reshape(x, (-1, num_heads, width)), "float32")
+        square = self.mean(wide * wide, 2) + self.constant(np.full((1, 1, 1), epsilon, np.float32))
+        square = square * self.constant(taken) + self.constant(1 - taken)
+        wide = wide / self.sqrt(square) * self.constant(weights[None], name)
+        return self.reshape(self.cast(wide, x.dtype), (-1, num_heads * width))
+
+    def gated(self, x: Tensor, gate: Tensor) -> Tensor:
+        """``x · sigmoid(x) · gate``, all ``[n, width]``."""
+        if not self._use_plugins:
+            return self.silu(x) * gate
+        return self.plugin(SILU_MUL, {"dtype": x.dtype, "hidden_size": x.handle.shape[1]}, [x, gate], [x.dtype])[0]
 
     def mean(self, x: Tensor, axis: int) -> Tensor:
         """Mean over an axis from 0, which is kept with length 1."""

@@ -13,8 +13,9 @@ class NetworkOptions:
 
     Attributes
     ----------
-    decode_profile : bool
-        Give steps of decodes alone kernels of their own. It makes the build about twice as long. TensorRT-LLM's
+    decode_profile : bool or None
+        Give steps of decodes alone kernels of their own; None: unless there is the GEMM plugin, which chooses its
+        kernels itself. It makes the build about twice as long. TensorRT-LLM's
         executor does not know such a profile (with more than one it expects its own six), this project's runtime does.
     input_timing_cache, output_timing_cache : Path or None
         Files of kernels' times: one that is read, with which a build is shorter, and one that is written behind it.
@@ -23,13 +24,18 @@ class NetworkOptions:
         TensorRT's, from 0 to 5: how long it looks for fast kernels. None is its default.
     workers : int
         Threads that read the weights and fold into them.
+    gemm_plugin : str
+        ``auto``, ``disable``, or the model's dtype. With it, nearly all layers are plugins, of which TensorRT compiles
+        nothing: 8.6 takes seconds for each hundred MB of weights, and for the elementwise kernels of
+        each layer. ``auto`` takes it for 8.6, if there is cuBLASLt.
     """
 
-    decode_profile: bool = True
+    decode_profile: bool | None = None
     input_timing_cache: Path | None = None
     output_timing_cache: Path | None = None
     optimization_level: int | None = None
     workers: int = 1
+    gemm_plugin: str = "auto"
 
 
 class Phases(Protocol):

@@ -80,6 +80,11 @@ class LLM:
         Tokens of a prefill chunk: a multiple of ``tokens_per_block``. By default 512, or what ``max_num_tokens``
         leaves.
 
+    Attributes
+    ----------
+    executor : Executor
+        What runs the engine's steps. While no request runs it may be given steps of another's making, to be timed.
+
     Raises
     ------
     EngineError
@@ -100,15 +105,15 @@ class LLM:
         kv_cache_config = kv_cache_config or KvCacheConfig()
         chunk = _prefill_chunk(self.config, prefill_chunk)
         exact = not self.config.kv_format.quantized
-        executor = open_executor(folder, self.config, kv_cache_config)
+        self.executor = open_executor(folder, self.config, kv_cache_config)
         blocks = BlockManager(
-            executor.num_blocks,
+            self.executor.num_blocks,
             build.tokens_per_block,
             kv_cache_config.enable_block_reuse,
             reuse_multiple=build.tokens_per_block if exact else chunk,
         )
         self._scheduler = Scheduler(blocks, build.max_batch_size, build.max_num_tokens, chunk, exact)
-        self._core = EngineCore(executor, self._scheduler, [len(pool.layers) for pool in self.config.pools])
+        self._core = EngineCore(self.executor, self._scheduler, [len(pool.layers) for pool in self.config.pools])
         self._ids = itertools.count()
         # An interpreter that exits under a thread that computes would abort.
         self._shutdown = weakref.finalize(self, self._core.shutdown)

@@ -230,10 +230,11 @@ STEPS = (
 )
 
 
-def table(tensors: Iterable[Tensor]) -> str:
-    """Tensors as a table in Markdown."""
+def table(tensors: Iterable[Tensor], known: Iterable[Tensor] = ()) -> str:
+    """Tensors as a table in Markdown, but for those that another table had."""
     rows = ["| name | type | shape | |", "|---|---|---|---|"]
-    for t in tensors:
+    known = set(known)
+    for t in (t for t in tensors if t not in known):
         doc = f"optional; {t.doc}" if t.optional else t.doc
         rows.append(f"| `{t.name}` | {t.dtype} | {list(t.dims)} | {doc} |")
     return "\n".join(rows)

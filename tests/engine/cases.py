@@ -28,7 +28,7 @@ class Case:
     """An engine: a random model of a family and head_dim, or the example's.
 
     TensorRT builds it at its lowest level, which takes the first kernels that it finds. The option ``centred`` gives
-    it centers of keys.
+    it centers of keys; ``gemm_plugin`` is the builder's.
     """
 
     family: str
@@ -48,11 +48,12 @@ class Case:
             else make_model(folder / self.name / "model", self.family, self.head_dim)
         )
         options = {**_LIMITS, "model_dir": model, "dtype": "float16", **dict(self.options)}
-        centred = options.pop("centred", False)
+        centred, gemm_plugin = options.pop("centred", False), options.pop("gemm_plugin", "auto")
         plan = plan_build(BuildOptions(**options, output_dir=folder / self.name / backend, kv=self.kv, backend=backend))
         plan = _centred(plan) if centred else plan
         cache = folder / "timing.cache"
-        network = NetworkOptions(optimization_level=0, input_timing_cache=cache if cache.is_file() else None)
+        cache = cache if cache.is_file() else None
+        network = NetworkOptions(optimization_level=0, input_timing_cache=cache, gemm_plugin=gemm_plugin)
         return dataclasses.replace(plan, network=network)
 
     def engine(self, folder: Path, backend: str = "tensorrt") -> Path:
@@ -86,6 +87,7 @@ STEP_CASES = [
     *_each_once(),
     Case("mistral", 128, "saw_int4", (("gather_context_logits", True),)),
     Case("llama", 128, "saw_int4", (("kv_skip_layers", "last"), ("centred", True))),
+    Case("llama", 128, "saw_int4", (("gemm_plugin", "disable"),)),
 ]
 _SERVED = (("max_batch_size", 64), ("max_num_tokens", 4096), ("max_seq_len", 1024), ("gather_all_token_logits", True))
 SERVED_CASES = {kv: Case("example", 128, kv, _SERVED) for kv in ("fp16", "int4", "saw_int4")}
@@ -106,6 +108,12 @@ def pack(name: str, num_layers: list[int]) -> StepInputs:
     """A step, for pools of so many layers each."""
     parts = [StepSequence(IDS[i][a : a + n], a, 60, kind, _BLOCKS[i]) for i, a, n, kind in STEPS[name]]
     return StepInputs.pack(parts, *num_layers)
+
+
+def decoded_rows(name: str) -> list[tuple[int, int]]:
+    """Block and row of each token that a step decodes."""
+    firsts = [(i, a) for i, a, _, kind in STEPS[name] if kind == DECODE]
+    return [(_BLOCKS[i][a // TOKENS_PER_BLOCK], a % TOKENS_PER_BLOCK) for i, a in firsts]
 
 
 #: Greedy texts of the example model: how many, tokens of each, and blocks that hold a prompt and them.

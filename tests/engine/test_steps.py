@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cases import NUM_BLOCKS, STEP_CASES, STEPS, TOKENS_PER_BLOCK, pack
+from cases import NUM_BLOCKS, STEP_CASES, STEPS, TOKENS_PER_BLOCK, decoded_rows, pack
 
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.format import ROW_TAIL_BYTES
@@ -64,10 +64,16 @@ def test_a_step_is_the_references(name, run):
         assert (error[: len(error) - decodes] <= FP16).all()
         assert (error[len(error) - decodes :] <= own_4bit).all()
         for i, (pool, found) in enumerate(zip(config.pools, pools, strict=True)):
-            (assert_codes if pool.format.quantized else assert_rows)(found, expected[f"{name}.pool{i}"])
+            # A layer behind one whose attention has read a code that was moved writes what comes of it.
+            tolerance = np.full(found.shape[:-1], FP16)
+            behind = [place for place, layer in enumerate(pool.layers) if layer > 0]
+            for block, row in decoded_rows(name):
+                tolerance[block, behind, ..., row] = own_4bit
+            check = assert_codes if pool.format.quantized else assert_rows
+            check(found, expected[f"{name}.pool{i}"], tolerance[..., None])
 
 
-def assert_codes(found, want):
+def assert_codes(found, want, tolerance):
     """Codes of a row that a rounding of its values moved: by one, and few; scale and lo by their last bits."""
     codes = [x[..., :-ROW_TAIL_BYTES] for x in (found, want)]
     for shift in (0, 4):
@@ -78,11 +84,11 @@ def assert_codes(found, want):
         assert off[written].mean() < 0.01
         assert not off[~written].any()
     tails = [np.ascontiguousarray(x[..., -ROW_TAIL_BYTES:]).view(np.float16).astype(np.float64) for x in (found, want)]
-    assert np.abs(tails[0] - tails[1]).max() <= FP16 * np.abs(tails[1]).max()
+    assert (np.abs(tails[0] - tails[1]) <= tolerance * np.abs(tails[1]).max()).all()
 
 
-def assert_rows(found, want):
+def assert_rows(found, want, tolerance):
     """Rows of the engine's dtype."""
     rows = [x.view(np.float16).astype(np.float64) for x in (found, want)]
-    assert np.abs(rows[0] - rows[1]).max() <= FP16 * np.abs(rows[1]).max()
+    assert (np.abs(rows[0] - rows[1]) <= tolerance * np.abs(rows[1]).max()).all()
     assert not found[(want == 0).all(axis=-1)].any()

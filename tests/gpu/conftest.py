@@ -55,13 +55,15 @@ def creators(request, driver):
     if not getattr(driver, f"HAS_{request.param}"):
         pytest.skip(f"TensorRT {driver.TENSORRT[0]} has no {request.param} plugins")
     found = lib.creators(driver, LIBRARY)
-    return {name: found[request.param, name] for name in (WRITE, ATTENTION)}
+    return {name: creator for (interface, name), creator in found.items() if interface == request.param}
 
 
 @pytest.fixture
 def layer_of(creators, driver):
     def make(step: Step, run: bool = True) -> Layer:
         driver.take_messages()
-        return Layer(creators, step, words=driver.TENSORRT[0] < 10, run=run)
+        return Layer(
+            {name: creators[name] for name in (WRITE, ATTENTION)}, step, words=driver.TENSORRT[0] < 10, run=run
+        )
 
     return make

@@ -262,6 +262,7 @@ class V2 : public Plugin {
     }
     std::unique_ptr<Plugin> clone() override { return std::make_unique<V2>(p_->clone()); }
     std::unique_ptr<Plugin> attach_to_context() override {
+        if (p_->initialize() != 0) return nullptr;
         auto copy = std::make_unique<V2>(p_->clone());
         copy->p_->attachToContext(nullptr, nullptr, nullptr);
         return copy;
@@ -332,7 +333,8 @@ class V3 : public Plugin {
     py::object serialized() override { return to_list(*run_->getFieldsToSerialize()); }
     std::unique_ptr<Plugin> clone() override { return std::make_unique<V3>(p_->clone()); }
     std::unique_ptr<Plugin> attach_to_context() override {
-        return std::make_unique<V3>(run_->attachToContext(nullptr));
+        auto* const copy = run_->attachToContext(nullptr);
+        return copy == nullptr ? nullptr : std::make_unique<V3>(copy);
     }
     int enqueue(Bindings const& b, uintptr_t workspace, uintptr_t stream) override {
         return run_->enqueue(b.input_descs.data(), b.output_descs.data(), b.inputs.data(), b.outputs.data(),

@@ -119,6 +119,47 @@ cudaError_t prefill_attention(PrefillParams const& p, cudaStream_t stream) {
     return cudaError_t(next_error);
 }
 
+cudaError_t lookup(void const* table, int32_t const* rows, void* out, int num_tokens, int num_rows, int width,
+                   cudaStream_t stream) {
+    Call("lookup")
+        .add("table", table)
+        .add("rows", rows)
+        .add("out", out)
+        .add("num_tokens", num_tokens)
+        .add("num_rows", num_rows)
+        .add("width", width)
+        .add("stream", stream);
+    return cudaError_t(next_error);
+}
+
+cudaError_t rms_norm(RmsNormParams const& p, cudaStream_t stream) {
+    Call("rms_norm")
+        .ADD(x)
+        .ADD(residual)
+        .ADD(weight)
+        .ADD(y)
+        .ADD(sum)
+        .ADD(num_rows)
+        .ADD(num_heads)
+        .ADD(num_normed)
+        .ADD(width)
+        .ADD(epsilon)
+        .ADD_ENUM(dtype)
+        .add("stream", stream);
+    return cudaError_t(next_error);
+}
+
+cudaError_t silu_mul(void const* a, void const* b, void* y, size_t count, DType dtype, cudaStream_t stream) {
+    Call("silu_mul")
+        .add("a", a)
+        .add("b", b)
+        .add("y", y)
+        .add("count", double(count))
+        .add("dtype", int(dtype))
+        .add("stream", stream);
+    return cudaError_t(next_error);
+}
+
 }  // namespace saw
 
 // What was called since the last time it was asked, and the error that later calls return.

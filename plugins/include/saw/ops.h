@@ -127,4 +127,29 @@ cudaError_t sample(SampleParams const& params, cudaStream_t stream);
 // Input ids of -1 - j become the token of row j of the last sample().
 cudaError_t resolve_tokens(int32_t* input_ids, int num_tokens, int32_t const* tokens, cudaStream_t stream);
 
+// Rows of a table of 16-bit numbers: out[i] is table[rows[i]], or zeros where there is no such row.
+// table [num_rows, width], rows [num_tokens], out [num_tokens, width]: table and out on multiples of 16 bytes.
+cudaError_t lookup(void const* table, int32_t const* rows, void* out, int num_tokens, int num_rows, int width,
+                   cudaStream_t stream);
+
+// y = x / rms(x) · weight of each head of each row, in fp32 and rounded once; heads that have no weight stay as they
+// are. With a residual the rows are x + residual, rounded. Tensors lie on multiples of 16 bytes.
+struct RmsNormParams {
+    void const* x;         // [num_rows, num_heads, width] of dtype
+    void const* residual;  // the same; or null
+    float const* weight;   // [num_normed, width]
+    void* y;               // as x
+    void* sum;             // as x: x + residual, where there is one
+    int num_rows;
+    int num_heads;
+    int num_normed;
+    int width;
+    float epsilon;  // added to the mean square
+    DType dtype;
+};
+cudaError_t rms_norm(RmsNormParams const& params, cudaStream_t stream);
+
+// y = a · sigmoid(a) · b, in fp32 and rounded once: count numbers each, on multiples of 16 bytes.
+cudaError_t silu_mul(void const* a, void const* b, void* y, size_t count, DType dtype, cudaStream_t stream);
+
 }  // namespace saw

@@ -10,7 +10,7 @@ from typing import Literal
 from saw_trtllm.config import ModelConfig
 from saw_trtllm.engine import BuildConfig, PluginConfig
 from saw_trtllm.errors import ConfigError
-from saw_trtllm.plugins import ATTENTION, WRITE
+from saw_trtllm.plugins import ATTENTION, GEMM, WRITE
 
 #: Formats of the cache, in the order in which they are measured.
 KVS = ("fp16", "int4", "saw_int4")
@@ -19,7 +19,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
 QUICK_BATCHES, QUICK_CONTEXTS = (1, 16, 64, 256), (1024, 8192)
 #: Steps whose layers are timed one by one: a batch and its contexts.
-PROFILED = {1: (1024, 8192), 8: (8192,), 64: (1024, 8192), 256: (2048,)}
+PROFILED = {1: (8192,), 64: (1024, 8192), 256: (2048,)}
 
 #: The run through the whole runtime: so many requests at once, each with a prompt and a text of so many tokens.
 LOOP_BATCH, LOOP_PROMPT, LOOP_TEXT = 64, 1024, 192
@@ -121,8 +121,11 @@ def parse_numbers(text: str, known: Sequence[int], flag: str) -> tuple[int, ...]
     return tuple(numbers)
 
 
-def classify(layer: str) -> Part:
-    """Which part of a step one of TensorRT's layers is, by its name, which is those of all that was fused into it."""
+def classify(layer: str, gemm_plugin: bool = False) -> Part:
+    """Which part of a step one of TensorRT's layers is, by its name, which is those of all that was fused into it.
+
+    Of an engine with ``gemm_plugin`` no other layer has a GEMM.
+    """
     if ATTENTION in layer:
         return "attention"
     if WRITE in layer:
@@ -131,6 +134,8 @@ def classify(layer: str) -> Part:
     node = re.fullmatch(r"\{ForeignNode\[(.*)\.\.\.(.*)\]\}", layer)
     if not all(_LAYER in name for name in (node.groups() if node else (layer,))):
         return "ends"
+    if gemm_plugin:
+        return "gemm" if layer.startswith(_LAYER) and GEMM in layer else "rest"
     return "gemm" if node or (layer.startswith(_LAYER) and "linear" in layer) else "rest"
 
 

@@ -12,14 +12,16 @@ from saw_trtllm.bench.engine.record import EngineResults
 from saw_trtllm.bench.plots import draw_plots
 
 #: The colours that the kernels' plots give to the same formats.
-_COLOURS = {"saw_int4": "#0072B2", "int4": "#56B4E9", "fp16": "#009E73"}
+_COLOURS = {"saw_int4": "#0072B2", "fp16": "#009E73"}
 _PART_COLOURS = ("#0072B2", "#E69F00", "#999999", "#CC79A7", "#F0E442")
+#: Cases of the plot of parts.
+_CASES = ((1, 8192), (64, 1024), (64, 8192))
 #: Batches of the plot of tokens/s, and how each is marked.
 _MARKERS = {1: "o", 16: "s", 64: "^", 256: "D"}
 
 
 def draw(results: EngineResults, folder: Path) -> list[Path]:
-    """Draw ``engine_decode.svg``, ``engine_parts.svg`` and ``engine_capacity.svg``, those that were measured.
+    """Draw ``engine_decode.svg`` and ``engine_parts.svg``: those that were measured.
 
     Raises
     ------
@@ -31,8 +33,6 @@ def draw(results: EngineResults, folder: Path) -> list[Path]:
         plots["engine_decode"] = _decode
     if any(e.profiles for e in results.engines):
         plots["engine_parts"] = _parts
-    if any(e.tokens for e in results.engines):
-        plots["engine_capacity"] = _capacity
     return draw_plots(folder, {name: partial(plot, results=results) for name, plot in plots.items()})
 
 
@@ -41,8 +41,8 @@ def _title(axes: Any, results: EngineResults, text: str) -> None:
 
 
 def _decode(axes: Any, results: EngineResults) -> None:
-    """Tokens/s by context: a line for each batch and format."""
-    for e in results.engines:
+    """Tokens/s by context: a line for each batch and format, of which ``int4`` lies on ``saw_int4``."""
+    for e in (e for e in results.engines if e.kv in _COLOURS):
         for batch, marker in _MARKERS.items():
             steps = [s for s in e.steps if s.batch == batch]
             axes.plot(
@@ -51,7 +51,6 @@ def _decode(axes: Any, results: EngineResults) -> None:
                 marker=marker,
                 markersize=5,
                 linewidth=1.2,
-                linestyle="--" if e.kv == "int4" else "-",
                 color=_COLOURS[e.kv],
                 label=e.kv if batch == max(_MARKERS) else None,
             )
@@ -69,7 +68,8 @@ def _decode(axes: Any, results: EngineResults) -> None:
 
 def _parts(axes: Any, results: EngineResults) -> None:
     """Bars of the parts of a step, the formats of a case side by side."""
-    cases = sorted({(p.batch, p.context) for e in results.engines for p in e.profiles})
+    measured = {(p.batch, p.context) for e in results.engines for p in e.profiles}
+    cases = [case for case in _CASES if case in measured] or sorted(measured)
     kvs = [kv for kv in KVS if results.engine(kv)]
     width = 0.8 / len(kvs)
     ticks = []
@@ -82,18 +82,9 @@ def _parts(axes: Any, results: EngineResults) -> None:
             label = words if i == 0 else None
             axes.bar([x for x, _ in places], heights, 0.9 * width, bottom, color=colour, label=label)
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
-        ticks += [(x, f"{kv}\n{batch}x{context}") for x, (batch, context) in places]
-    axes.set_xticks([x for x, _ in ticks], [text for _, text in ticks], rotation=90, fontsize=7)
+        middle = i == len(kvs) // 2
+        ticks += [(x, f"{kv}\n{batch}x{context}" if middle else kv) for x, (batch, context) in places]
+    axes.set_xticks([x for x, _ in ticks], [text for _, text in ticks], fontsize=8)
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("ms, layers timed one by one")
     _title(axes, results, "Parts of a decode step")
-
-
-def _capacity(axes: Any, results: EngineResults) -> None:
-    """Tokens that fit, by format."""
-    for e in results.engines:
-        bar = axes.bar(e.kv, e.tokens / 1e6, color=_COLOURS[e.kv], label=f"{e.kv}, {e.bytes_per_token:,} bytes a token")
-        axes.bar_label(bar, [f"{e.tokens:,}"], fontsize=8)
-    axes.grid(axis="x", visible=False)
-    axes.set_ylabel("million tokens that fit")
-    _title(axes, results, "Tokens in the memory that the weights leave")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 
 from saw_trtllm import __version__
 from saw_trtllm.checkpoint import expected_shapes
@@ -28,23 +30,40 @@ logger = logging.getLogger(__name__)
 #: Random numbers that are drawn, and repeated: billions of them would take longer than the rest of the run. A prime, so
 #: that no two rows of a matrix are alike.
 _BLOCK = 1_048_583
+#: Of them, between the beginnings of two matrices: no two are alike.
+_STRIDE = 64
 #: Between two reports of a build that goes on.
 _REPORT_S = 15.0
 
 
 class RandomWeights:
-    """Weights of a model by name: normal, small enough that activations stay of order 1."""
+    """Weights of a model by name: normal, small enough that activations stay of order 1.
+
+    Matrices of a width are parts of one array: TensorRT takes them from where they lie, so that a model of 16 GB takes
+    1 GB of the host's memory, and no time.
+    """
 
     def __init__(self, model: ModelConfig) -> None:
         self._shapes = expected_shapes(model)
-        self._block = np.random.default_rng(0).standard_normal(_BLOCK, np.float32).astype(np.float16)
+        self._block = np.random.default_rng(0).standard_normal(_BLOCK, np.float32)
+        self._starts = {name: i * _STRIDE for i, name in enumerate(self._shapes)}
+        self._numbers: dict[int, np.ndarray] = {}
 
     def load(self, name: str) -> np.ndarray:
-        """A tensor in float16."""
+        """A tensor in float16, which is not to be written to."""
         shape = self._shapes[name]
         if len(shape) == 1:
             return np.ones(shape, np.float16)
-        return np.resize(self._block * np.float16(shape[-1] ** -0.5), shape)
+        start, size = self._starts[name], math.prod(shape)
+        return self._of_width(shape[-1])[start : start + size].reshape(shape)
+
+    def _of_width(self, width: int) -> np.ndarray:
+        """Numbers for all matrices of a width."""
+        if width not in self._numbers:
+            largest = max(math.prod(shape) for shape in self._shapes.values() if shape[-1] == width)
+            block = (self._block * width**-0.5).astype(np.float16)
+            self._numbers[width] = np.resize(block, largest + len(self._shapes) * _STRIDE)
+        return self._numbers[width]
 
 
 def engine_config(kv: str, model: ModelConfig, limits: BuildConfig) -> EngineConfig:
@@ -65,14 +84,23 @@ def build_random(folder: Path, config: EngineConfig, options: NetworkOptions) ->
         If TensorRT does not build the engine.
     """
     tensorrt = TensorRT.load()
-    config = built_for(config, tensorrt)
+    config = built_for(config, tensorrt, options.gemm_plugin)
     engine = serialize_engine(tensorrt, config, RandomWeights(config.pretrained_config).load, options)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / engine_file()).write_bytes(engine)
+        write_tokenizer(folder, config.pretrained_config.vocab_size)
         config.save(folder)
     except OSError as e:
         raise ConfigError(f"{folder} cannot be written ({e.strerror}): give another --engine_dir") from e
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Write a ``tokenizer.json`` whose words are ``w0``, ``w1``, and so on: whoever serves the engine needs one."""
+    words = {f"w{i}": i for i in range(vocab_size)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
 
 
 def build_in_child(folder: Path, config: EngineConfig, options: NetworkOptions, timeout_s: float | None) -> float:

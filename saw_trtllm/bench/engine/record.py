@@ -58,7 +58,8 @@ class Shape(RecordPart):
 
     def __str__(self) -> str:
         if self.is_llama:
-            return f"Llama 3 8B's shape, {self.num_layers} of {LLAMA_LAYERS} layers"
+            fewer = "" if self.num_layers == LLAMA_LAYERS else f", {self.num_layers} of {LLAMA_LAYERS} layers"
+            return "Llama 3 8B's shape" + fewer
         heads = f"{self.num_heads}/{self.num_kv_heads}/{self.head_dim}"
         return f"{self.num_layers} layers of {self.hidden_size}, heads {heads}, vocabulary {self.vocab_size}"
 
@@ -90,10 +91,8 @@ class Profile(RecordPart):
     batch: int
     context: int
     parts: dict[Part, float]
-    layer_us: float | None
-    """Of all that belongs to a layer of the decoder that is neither the first nor the last: None if there is none."""
     layers: dict[str, float]
-    """The layers of such a one, and those that are there once, as TensorRT names them."""
+    """Of one of the decoder's layers, and those that are there once, as TensorRT names them: those that take time."""
 
 
 class Loop(RecordPart):
@@ -145,19 +144,6 @@ class Engine(RecordPart):
         """A step, if it was measured."""
         return next((s for s in self.steps if (s.batch, s.context) == (batch, context)), None)
 
-    def whole_model_us(self, step: Step, num_layers: int) -> float | None:
-        """What the GPU would take for a step with all of the model's layers, worked out from ``num_layers`` of them.
-
-        What is there once is taken from a profile of the same batch, made as much shorter as that profile is longer
-        than its step; the rest is repeated. None without such a profile.
-        """
-        for profile in self.profiles:
-            profiled, total = self.find(profile.batch, profile.context), sum(profile.parts.values())
-            if profile.batch == step.batch and profile.layer_us is not None and profiled is not None:
-                once = (total - num_layers * profile.layer_us) * profiled.gpu_us / total
-                return once + (step.gpu_us - once) * LLAMA_LAYERS / num_layers
-        return None
-
 
 class TargetResult(RecordPart):
     """A target and whether it was met; None where what it needs was not measured."""
@@ -179,6 +165,8 @@ class EngineResults(Record):
     """TensorRT's, of the engines that were built; None is its default."""
     decode_profile: bool
     tokens_per_block: int
+    gemm_plugin: str | None = None
+    """The dtype of SawGemm, or None for TensorRT's own GEMMs."""
     engines: list[Engine]
     targets: list[TargetResult] = Field(default_factory=list)
     aborted: str | None = None

@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import gc
 import logging
 import platform
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import saw_trtllm
 from saw_trtllm.bench.engine import cases
-from saw_trtllm.bench.engine.clock import StreamClock
-from saw_trtllm.bench.engine.loop import time_loop, time_start
 from saw_trtllm.bench.engine.random_engine import build_in_child, engine_config
-from saw_trtllm.bench.engine.record import (
-    Engine,
-    EngineEnvironment,
-    EngineResults,
-    Loop,
-    Profile,
-    Shape,
-    Step,
-    TargetResult,
-)
-from saw_trtllm.bench.engine.steps import StepBench
+from saw_trtllm.bench.engine.record import EngineEnvironment, EngineResults, Shape, TargetResult
 from saw_trtllm.bench.environment import driver_version, git_state, today
 from saw_trtllm.config import ModelConfig
-from saw_trtllm.engine import CONFIG_FILE, BuildConfig, EngineConfig, engine_file
+from saw_trtllm.engine import CONFIG_FILE, BuildConfig, EngineConfig
 from saw_trtllm.errors import ConfigError, SawError
 from saw_trtllm.network import device
 from saw_trtllm.network.options import NetworkOptions
 from saw_trtllm.network.versions import TensorRT
-from saw_trtllm.runtime.llm import LLM, KvCacheConfig, open_executor
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +43,13 @@ class Plan:
     kvs : sequence of str
     batches, contexts : sequence of int
     optimization_level : int or None
-    decode_profile : bool
+    decode_profile : bool or None
+    gemm_plugin : str
+        As of :class:`~saw_trtllm.network.options.NetworkOptions`, for engines that are built.
     build_timeout_s : float or None
         Seconds that each build may take.
+    build_workers : int
+        Engines that are built at once.
     """
 
     folder: Path
@@ -71,8 +59,10 @@ class Plan:
     batches: Sequence[int] = cases.BATCHES
     contexts: Sequence[int] = cases.CONTEXTS
     optimization_level: int | None = None
-    decode_profile: bool = True
+    decode_profile: bool | None = None
+    gemm_plugin: str = "auto"
     build_timeout_s: float | None = None
+    build_workers: int = 1
 
     def __post_init__(self) -> None:
         for kv in self.kvs:
@@ -110,6 +100,7 @@ class Plan:
             input_timing_cache=cache if cache.is_file() else None,
             output_timing_cache=cache,
             optimization_level=self.optimization_level,
+            gemm_plugin=self.gemm_plugin,
         )
 
     def steps(self) -> list[tuple[int, int]]:
@@ -142,31 +133,67 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
     commit : str, optional
         For a tree without its git repository.
     output : Path, optional
-        Where the record is written after each engine, so that an interrupted run is not lost.
+        Where the record is written after each engine and each case, so that an interrupted run is not lost.
 
     Raises
     ------
     SawError
         If there is no GPU or no TensorRT, or an engine cannot be built.
     """
+    # Behind the first look for TensorRT and a GPU, whose sentence is better than an import's.
+    environment = describe(command, commit)
+    from saw_trtllm.bench.engine.on_gpu import measure_alone, measure_together
+
     results = EngineResults(
-        environment=describe(command, commit),
+        environment=environment,
         shape=Shape.of(plan.model),
         optimization_level=plan.optimization_level,
-        decode_profile=plan.decode_profile,
+        decode_profile=bool(plan.decode_profile),
         tokens_per_block=plan.limits.tokens_per_block,
         engines=[],
     )
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    for kv in plan.kvs:
-        engine, aborted = _run_engine(plan, kv)
-        results = results.model_copy(update={"engines": [*results.engines, engine], "aborted": aborted})
+
+    def keep() -> None:
+        nonlocal results
         results = results.model_copy(update={"targets": judge(results)})
         if output is not None:
             results.save(output)
-        if aborted:
-            break
+
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    build_s = build_missing(plan)
+    aborted = None
+    try:
+        for kv in plan.kvs:
+            engine = measure_alone(plan, kv, build_s.get(kv))
+            plugins = EngineConfig.load(plan.folder / kv).build_config.plugin_config
+            update = {"engines": [*results.engines, engine], "gemm_plugin": plugins.gemm_plugin}
+            if plan.decode_profile is None:
+                update["decode_profile"] = plugins.gemm_plugin is None
+            results = results.model_copy(update=update)
+            keep()
+        measure_together(plan, results.engines, keep)
+    except (SawError, RuntimeError) as e:
+        if not results.engines:
+            raise
+        logger.exception("the run ends early")
+        aborted = f"the run ended early: {e}"
+    except KeyboardInterrupt:
+        aborted = "the run was interrupted"
+    results = results.model_copy(update={"aborted": aborted})
+    keep()
     return results
+
+
+def build_missing(plan: Plan) -> dict[str, float]:
+    """Build the engines that are not there; seconds that each took."""
+    missing = [kv for kv in plan.kvs if plan.existing(kv) is None]
+
+    def build(kv: str) -> float:
+        config = engine_config(kv, plan.model, plan.limits)
+        return round(build_in_child(plan.folder / kv, config, plan.network_options(), plan.build_timeout_s), 1)
+
+    with ThreadPoolExecutor(plan.build_workers) as pool:
+        return dict(zip(missing, pool.map(build, missing), strict=True))
 
 
 def judge(results: EngineResults) -> list[TargetResult]:
@@ -198,69 +225,3 @@ def describe(command: str, commit: str | None) -> EngineEnvironment:
         command=command,
         date=today(),
     )
-
-
-def _run_engine(plan: Plan, kv: str) -> tuple[Engine, str | None]:
-    """What was measured of a format, and what ended it early."""
-    folder, build_s = plan.folder / kv, None
-    if plan.existing(kv) is None:
-        config = engine_config(kv, plan.model, plan.limits)
-        build_s = build_in_child(folder, config, plan.network_options(), plan.build_timeout_s)
-    config = EngineConfig.load(folder)
-    found: dict[str, Any] = {"start_up": None, "loop": None, "tokens": 0, "memory": {}}
-    found |= {"steps": [], "too_large": [], "profiles": []}
-    aborted = None
-    try:
-        if kv == "saw_int4":
-            found["start_up"] = time_start(folder)
-        _measure(plan, folder, config, found, _loop(plan, folder))
-    except (SawError, RuntimeError) as e:
-        logger.exception("%s", kv)
-        aborted = f"{kv} ended the run: {e}"
-    except KeyboardInterrupt:
-        aborted = f"{kv} was interrupted"
-    engine = Engine(
-        kv=kv,
-        bytes_per_token=config.bytes_per_token,
-        build_s=None if build_s is None else round(build_s, 1),
-        engine_bytes=(folder / engine_file()).stat().st_size,
-        **found,
-    )
-    return engine, aborted
-
-
-def _loop(plan: Plan, folder: Path) -> tuple[float, int]:
-    """µs of a step of the whole runtime, and the context that it is of."""
-    batch, prompt, text = plan.loop()
-    with LLM(folder, kv_cache_config=KvCacheConfig(max_tokens=2 * batch * (prompt + text))) as llm:
-        measured = time_loop(llm, batch, prompt, text)
-    del llm
-    gc.collect()  # the memory must be free for the next
-    return measured
-
-
-def _measure(plan: Plan, folder: Path, config: EngineConfig, found: dict[str, Any], loop: tuple[float, int]) -> None:
-    """Fill in what an executor of its own measures, case by case."""
-    executor = open_executor(folder, config, KvCacheConfig(enable_block_reuse=False))
-    clock = StreamClock(executor.stream)
-    try:
-        bench = StepBench(executor, config, clock)
-        memory = found["memory"] = dataclasses.asdict(executor.memory)
-        # What the pool could be: it is no larger than the engine's limits make use of.
-        pool = KvCacheConfig.free_gpu_memory_fraction * (memory["pool"] + memory["free"])
-        found["tokens"] = int(pool) // config.bytes_per_token
-        step_us, context = loop
-        batch, *_ = plan.loop()
-        gpu_us = bench.gpu_time_of(batch, context)
-        found["loop"] = Loop(batch=batch, context=context, step_us=round(step_us, 2), gpu_us=round(gpu_us, 2))
-        steps: list[Step] = found["steps"]
-        profiles: list[Profile] = found["profiles"]
-        for batch, context in tqdm(plan.steps(), desc=f"steps, {config.saw_int4.kv}", unit="case", disable=None):
-            if bench.fits(batch, context):
-                steps.append(bench.measure(batch, context))
-            else:
-                found["too_large"].append((batch, context))
-        profiles += [bench.profile(*case) for case in plan.profiled() if bench.fits(*case)]
-    finally:
-        clock.close()
-        executor.shutdown()

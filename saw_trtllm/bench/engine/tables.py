@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from saw_trtllm.bench.engine.cases import KVS, LLAMA_LAYERS, PARTS
-from saw_trtllm.bench.engine.record import Engine, EngineResults, Step
+from saw_trtllm.bench.engine.cases import PARTS
+from saw_trtllm.bench.engine.record import EngineResults
 from saw_trtllm.bench.tables import Table, align, fill_sections
 
 
@@ -14,6 +14,7 @@ def environment_table(results: EngineResults) -> Table:
     e = results.environment
     level = "its default" if results.optimization_level is None else f"{results.optimization_level}"
     profiles = "one of their own for decodes" if results.decode_profile else "one for all steps"
+    gemms = f"SawGemm in {results.gemm_plugin}" if results.gemm_plugin else "TensorRT's own"
     return [
         ["what", "value"],
         ["GPU", e.gpu],
@@ -21,7 +22,7 @@ def environment_table(results: EngineResults) -> Table:
         ["TensorRT, Python", f"{e.tensorrt}, {e.python}"],
         ["saw_trtllm", f"{e.saw_trtllm}, commit {e.commit or 'unknown'}{', with changes' if e.dirty else ''}"],
         ["model", str(results.shape)],
-        ["build", f"optimization level {level}, {profiles}, {results.tokens_per_block} tokens a block"],
+        ["build", f"optimization level {level}, {profiles}, {results.tokens_per_block} tokens a block, GEMMs: {gemms}"],
         ["date", e.date],
         ["command", f"`{e.command}`"],
     ]
@@ -57,42 +58,36 @@ def loop_table(results: EngineResults) -> Table:
 
 
 def step_table(results: EngineResults) -> Table:
-    """Decode steps by batch and context."""
-    kvs = [kv for kv in KVS if results.engine(kv)]
-    fewer = results.shape.is_llama and results.shape.num_layers != LLAMA_LAYERS
-    header = ["sequences x context", *(f"{kv} µs" for kv in kvs), "saw_int4 p10 to p90", "saw_int4 tokens/s"]
-    header += ["over fp16", "over int4", *([f"over fp16 with {LLAMA_LAYERS} layers, worked out"] if fewer else [])]
-    rows = [header]
-    for case in sorted({(s.batch, s.context) for e in results.engines for s in e.steps}):
-        found = {kv: engine.find(*case) for kv in kvs if (engine := results.engine(kv)) is not None}
-        ours = found.get("saw_int4")
-        row = [f"{case[0]}x{case[1]}", *(f"{step.median_us:.0f}" if step else "-" for step in found.values())]
-        row += [f"{ours.p10_us:.0f} to {ours.p90_us:.0f}", f"{ours.tokens_per_second:,.0f}"] if ours else ["-", "-"]
-        for over in ("fp16", "int4"):
-            ratio = results.speedups(over).get(case)
-            row.append("-" if ratio is None else f"{ratio:.3f}x")
-        row += [_whole(results, ours, found.get("fp16"))] if fewer else []
-        rows.append(row)
+    """µs of decode steps, of ``saw_int4`` if it was measured: a row for each batch, a column for each context."""
+    engine = results.engine("saw_int4") or next(iter(results.engines), None)
+    steps = [] if engine is None else engine.steps
+    return _grid({(s.batch, s.context): f"{s.median_us:.0f}" for s in steps}, f"{engine.kv if engine else ''} µs")
+
+
+def ratio_table(results: EngineResults, over: str) -> Table:
+    """``saw_int4``'s tokens/s over another format's, likewise."""
+    return _grid({case: f"{x:.3f}x" for case, x in results.speedups(over).items()}, f"over {over}")
+
+
+def _grid(cells: dict[tuple[int, int], str], what: str) -> Table:
+    contexts = sorted({context for _, context in cells})
+    rows = [[f"{what}: sequences x context", *(f"{context}" for context in contexts)]]
+    for batch in sorted({batch for batch, _ in cells}):
+        rows.append([f"{batch}", *(cells.get((batch, context), "-") for context in contexts)])
     return rows
 
 
-def _whole(results: EngineResults, ours: Step | None, theirs: Step | None) -> str:
-    """The speedup that the whole model would have."""
-    if ours is None or theirs is None:
-        return "-"
-    engines: list[tuple[Engine | None, Step]] = [(results.engine("saw_int4"), ours), (results.engine("fp16"), theirs)]
-    times = [engine and engine.whole_model_us(step, results.shape.num_layers) for engine, step in engines]
-    return f"{times[1] / times[0]:.3f}x" if times[0] and times[1] else "-"
-
-
 def part_table(results: EngineResults) -> Table:
-    """Parts of a step, its layers timed one by one, and the host's part that a step alone shows."""
+    """Parts of a step and their shares, its layers timed one by one, and the host's part that a step alone shows."""
     rows = [["KV cache", "sequences x context", *(f"{words} µs" for words in PARTS.values()), "host, alone µs"]]
     for e in results.engines:
         for p in e.profiles:
+            total = sum(p.parts.values())
+            parts = [p.parts.get(part, 0.0) for part in PARTS]
             step = e.find(p.batch, p.context)
             host = "-" if step is None else f"{step.alone_us - step.gpu_us:.0f}"
-            rows.append([e.kv, f"{p.batch}x{p.context}", *(f"{p.parts.get(part, 0.0):.0f}" for part in PARTS), host])
+            shares = [f"{us:.0f} ({100 * us / total:.0f} %)" for us in parts]
+            rows.append([e.kv, f"{p.batch}x{p.context}", *shares, host])
     return rows
 
 
@@ -110,6 +105,8 @@ def _sections(results: EngineResults) -> dict[str, Table]:
         "environment": environment_table(results),
         "engines": engine_table(results),
         "steps": step_table(results),
+        "over_fp16": ratio_table(results, "fp16"),
+        "over_int4": ratio_table(results, "int4"),
         "parts": part_table(results),
         "runtime": loop_table(results),
         "targets": target_table(results),

@@ -1,0 +1,31 @@
+// SawGemm: a linear layer by cuBLASLt, whose weight TensorRT's compilers do not see. See SawGemm.md.
+#pragma once
+
+#include "op.h"
+
+namespace saw::trt {
+
+class Gemm : public Op {
+  public:
+    static std::unique_ptr<Op> make() { return std::make_unique<Gemm>(); }
+
+    char const* name() const override;
+    std::vector<Field> fields() override;
+    void validate() const override;
+    std::vector<Tensor> inputs() const override;
+    std::vector<Tensor> outputs() const override;
+    size_t workspace_bytes() const override;
+    void prepare() const override;
+    void enqueue(Launch const& launch) const override;
+    std::unique_ptr<Op> clone() const override { return std::make_unique<Gemm>(*this); }
+
+  private:
+    enum Input { kX, kWeight };
+
+    int32_t in_features_ = 0;
+    int32_t out_features_ = 0;
+    std::string dtype_;
+    std::string output_dtype_;
+};
+
+}  // namespace saw::trt

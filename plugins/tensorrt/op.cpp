@@ -1,0 +1,30 @@
+#include "op.h"
+
+namespace saw::trt {
+
+void check_cuda(cudaError_t error, char const* what) {
+    if (error != cudaSuccess) throw PluginError(std::string(what) + " was not launched: " + cudaGetErrorString(error));
+}
+
+void Op::refuse(std::string const& message) const { throw PluginError(std::string(name()) + ": " + message); }
+
+void Op::check_flag(char const* field, int32_t value) const {
+    if (value != 0 && value != 1) refuse(std::string(field) + " is " + std::to_string(value) + ": it must be 0 or 1");
+}
+
+void Op::check_dtype(std::string const& dtype) const {
+    if (dtype != "float16" && dtype != "bfloat16") refuse("dtype is " + dtype + ": it must be float16 or bfloat16");
+#if NV_TENSORRT_MAJOR < 10
+    if (dtype == "bfloat16") refuse("dtype is bfloat16, which this TensorRT does not have: give float16");
+#endif
+}
+
+nvinfer1::DataType Op::activation_type(std::string const& dtype) {
+#if NV_TENSORRT_MAJOR >= 10
+    if (dtype == "bfloat16") return nvinfer1::DataType::kBF16;
+#endif
+    (void)dtype;
+    return nvinfer1::DataType::kHALF;
+}
+
+}  // namespace saw::trt
