@@ -50,6 +50,10 @@ struct PrefillConfig {
     static constexpr int kProducerRegisters = HeadDim <= 128 ? 72 : Cache == CacheType::kInt4 ? 56 : 40;
     static constexpr int kConsumerRegisters = (168 * 3 - kProducerRegisters) / 2;
 
+    // Of the channels of dequantized values. To put the output into the other order takes registers for a moment.
+    static constexpr CodeOrder kValueOrder = HeadDim <= 128 ? CodeOrder::kInterleaved : CodeOrder::kNatural;
+    static constexpr bool kOrdersOutputs = Cache == CacheType::kInt4 && kValueOrder == CodeOrder::kInterleaved;
+
     static_assert(kSlots >= 3, "K of the next tile, V of this one, and one on its way");
     static_assert(kStagedBytes % 128 == 0);
 };
@@ -139,6 +143,8 @@ class PrefillKernel {
     __device__ void consume();
     __device__ void load_queries(int warpgroup, PrefillTile const& of, int head) const;
     __device__ void convert_queries(int warpgroup) const;
+    template <bool Interleaved>
+    __device__ void order_outputs();
     template <typename U>
     __device__ void attend(KeyTiles tiles, bool chunk, int warpgroup, float score_scale, bool last,
                            PrefillTile const& next, int next_head);

@@ -29,9 +29,11 @@ __device__ void PrefillKernel<Config>::consume() {
             float scale = score_scale;
             if constexpr (Config::kCache == CacheType::kInt4) {
                 convert_queries(warpgroup);
+                if constexpr (Config::kOrdersOutputs) order_outputs<true>();
                 scale *= kQueryUnit;
             }
             attend<HistoryType>(tile.past, false, warpgroup, scale, true, next, next_head);
+            if constexpr (Config::kOrdersOutputs) order_outputs<false>();
         }
         rows.template write<T>(out, p, tile, kv_head, group, row);
         tile = next;
@@ -80,6 +82,29 @@ __device__ void PrefillKernel<Config>::convert_queries(int warpgroup) const {
     }
     fence_bulk_copy();
     named_barrier_sync(kGroupBarrier + warpgroup, 128);
+}
+
+// The outputs' channels from their own order to that of the dequantized values', or back: lane t of each four holds two
+// of eight channels, 2t and 2t + 1 or t and t + 4.
+template <typename Config>
+template <bool Interleaved>
+__device__ void PrefillKernel<Config>::order_outputs() {
+    int const t = threadIdx.x % 4;
+    int const from[2] = {Interleaved ? t / 2 : 2 * t % 4, Interleaved ? t / 2 + 2 : 2 * t % 4 + 1};
+    bool const second = Interleaved ? t % 2 : t / 2;
+#pragma unroll
+    for (int i = 0; i < Config::kOutputs; i += 2) {
+        float both[2];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            float const first = __shfl_sync(~0u, out[i], from[k], 4), other = __shfl_sync(~0u, out[i + 1], from[k], 4);
+            both[k] = second ? other : first;
+        }
+        // One pair at a time: there are no registers for more.
+        asm volatile("" : "+f"(both[0]), "+f"(both[1])::"memory");
+        out[i] = both[0];
+        out[i + 1] = both[1];
+    }
 }
 
 // S = Q K^T of a group's rows and a tile.

@@ -126,7 +126,7 @@ __device__ void PrefillKernel<Config>::produce_dequantized(int warp) {
         if (which == kKey) {
             dequantize<CodeOrder::kInterleaved>(shared.staged[place], &shared.left[place], tile.history - start);
         } else {
-            dequantize<CodeOrder::kNatural>(shared.staged[place], &shared.left[place], tile.history - start);
+            dequantize<Config::kValueOrder>(shared.staged[place], &shared.left[place], tile.history - start);
         }
         fence_bulk_copy();
         __syncwarp();
@@ -165,7 +165,7 @@ __device__ void PrefillKernel<Config>::stage(int step, int offset) {
 }
 
 // A thread makes a row, or half of one. Neighbours read rows that lie an odd number of words apart, and write to chunks
-// that the swizzle spreads. Keys' channels need not be in order: the queries' are put into the same one.
+// that the swizzle spreads. Channels need not be in order: the queries' and the output's are put into the same one.
 template <typename Config>
 template <CodeOrder Order>
 __device__ void PrefillKernel<Config>::dequantize(uint8_t const* source, uint64_t* left, int valid) {
