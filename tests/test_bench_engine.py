@@ -247,7 +247,7 @@ class FakeGpu:
         self.under_way -= 1
 
     def profile(self, step):
-        layers = [("gather", 0.1), ("lm_head.weight", 0.0)]
+        layers = [("gather", 0.1)]
         for i in range(4):
             attention = (f"transformer.layers.{i}.attention.SawInt4PagedAttention [profile 1]", 0.02 + 0.01 * i)
             layers += [attention, (f"transformer.layers.{i}.mlp.linear [profile 1]", 0.3)]
@@ -324,12 +324,6 @@ def test_sequences_have_blocks_of_their_own(seconds, config):
 def test_layers_are_added_up_by_part(seconds, config):
     profile = StepBench(seconds, config, seconds).profile(4, 1000)
     assert profile.parts == {"ends": 500, "attention": 140, "gemm": 1200}
-    assert profile.layers == {
-        "gather": 100,
-        "transformer.layers.1.attention.SawInt4PagedAttention": 30,
-        "transformer.layers.1.mlp.linear": 300,
-        "{ForeignNode[transformer.layers.3.mlp.gate.weight...cast_3]}": 400,
-    }
 
 
 # -- the whole runtime
@@ -481,7 +475,7 @@ def _step(batch, context, us):
 
 def _profile(batch, context):
     parts = {"attention": 300.0, "kv_write": 40.0, "gemm": 450.0, "rest": 30.0, "ends": 250.0}
-    return Profile(batch=batch, context=context, parts=parts, layers={"linear": 240.0})
+    return Profile(batch=batch, context=context, parts=parts)
 
 
 def test_targets_are_held_against_the_record(results):
