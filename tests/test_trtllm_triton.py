@@ -292,7 +292,7 @@ def test_plugins_are_loaded_once(monkeypatch, tmp_path):
         sys.modules, "tensorrt", types.SimpleNamespace(__version__="10.14.1", get_plugin_registry=lambda: registry)
     )
     plugins.load_plugins()
-    assert asked == [("SawRotateQuantizeKV", "1", "saw"), ("SawInt4PagedAttention", "1", "saw")]
+    assert asked == [(name, "1", "saw") for name in plugins.NAMES]
     registry.get_creator = lambda *key: None
     monkeypatch.setattr(plugins.saw_trtllm, "__file__", str(tmp_path / "__init__.py"))
     with pytest.raises(BackendUnavailableError, match=r"libsaw_trtllm_plugins.so is missing: build it with"):
