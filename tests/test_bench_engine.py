@@ -543,16 +543,16 @@ def test_the_documents_markers_take_the_tables(results, tmp_path):
 def test_plot_tells_the_records_apart(results, tmp_path, capsys):
     results.save(tmp_path / "x.json")
     assert saw_bench.main(["plot", str(tmp_path / "x.json"), "--output", str(tmp_path)]) == 0
-    names = ["engine_decode.svg", "engine_parts.svg"]
+    names = ["engine_decode.svg"]
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "plots" / name) for name in names]
     texts = [(tmp_path / "plots" / name).read_text() for name in names]
     assert "NVIDIA H200" in texts[0]
-    assert "KV write" in texts[1]
+    assert "batch 256" in texts[0]
 
 
 def test_what_was_not_measured_has_no_plot(results, tmp_path):
-    bare = [e.model_copy(update={"profiles": []}) for e in results.engines]
-    assert [p.name for p in draw(results.model_copy(update={"engines": bare}), tmp_path)] == ["engine_decode.svg"]
+    bare = [e.model_copy(update={"steps": []}) for e in results.engines]
+    assert draw(results.model_copy(update={"engines": bare}), tmp_path) == []
 
 
 # -- the command
