@@ -56,6 +56,7 @@ def _values(data: dict, models: list[str]) -> dict[str, str]:
     layer_bytes = example["suggestion"]["layers"][0]["bytes_per_token"] - example["suggestion"]["bytes_per_token"]
     tables = {f"levers {m}": _lever_table(data, m) for m in models} | {
         "recovered": _recovered_table(data, models[1:]),
+        "errors": _error_table(data, models),
         "orders": _order_table(data, models),
         "orders with levers": _order_lever_table(data, models),
         "factors": _factor_table(data),
@@ -113,6 +114,13 @@ def _third(levers: dict) -> str:
         f"in nats **{'met' if nats <= 1 / 3 else 'missed'}** ({100 * nats:.0f} %), in KL "
         f"**{'met' if kl <= 1 / 3 else 'missed'}** ({100 * kl:.0f} %)."
     )
+
+
+def _error_table(data: dict, models: list[str]) -> str:
+    header = ["layer", *(f"{TITLES[m]}: {row}" for m in models for row in data[m]["errors"])]
+    columns = [errors["scores"] for m in models for errors in data[m]["errors"].values()]
+    rms = [[f"{(sum(x * x for x in heads) / len(heads)) ** 0.5:.3f}" for heads in scores] for scores in columns]
+    return _table(header, [[f"{i}", *row] for i, row in enumerate(zip(*rms, strict=True))])
 
 
 def _mean(rows: list[list[float]]) -> float:
@@ -219,7 +227,6 @@ def _position_table(levers: dict) -> str:
 
 def _plots(data: dict, models: list[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_svg(_error_plot(data, models), folder / "errors.svg")
     save_svg(_key_plot(data, models), folder / "keys.svg")
 
 
@@ -232,19 +239,6 @@ def _columns(models: list[str]) -> tuple[Figure, list]:
         axes.yaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)), major_formatter="{x:g}")
         axes.yaxis.set_minor_locator(NullLocator())
     return figure, columns
-
-
-def _error_plot(data: dict, models: list[str]) -> Figure:
-    figure, columns = _columns(models)
-    for axes, m in zip(columns, models, strict=True):
-        for row, errors in data[m]["errors"].items():
-            scores = errors["scores"]
-            rms = [(sum(x * x for x in heads) / len(heads)) ** 0.5 for heads in scores]
-            axes.plot(range(len(rms)), rms, "o-", label=row)
-        axes.set(xlabel="layer", xticks=range(len(rms)))
-    columns[0].set_ylabel("error of the softmax's logits, nats")
-    columns[0].legend(fontsize=8)
-    return figure
 
 
 # Half a pixel of what the curves may deviate halves the file.

@@ -572,6 +572,9 @@ def test_there_is_one_logger_which_forgets(tensorrt_86):
     assert logger.reason == "it gave no reason"
     logger.log(1, "1: broken\n  in two\n")
     assert logger.reason == "1: broken in two"
+    logger.log(1, "SawGemm: what to do")
+    logger.log(1, "5: Error Code 5: Miscellaneous (no further information)")
+    assert logger.reason == "SawGemm: what to do"
     assert tensorrt_86.logger() is logger
     assert logger.reason == "it gave no reason"
 

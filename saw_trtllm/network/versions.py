@@ -259,8 +259,8 @@ def _make_logger(trt: ModuleType) -> Any:
             level = _LEVELS[int(severity)]
             if _ASKED_IN_VAIN in message:
                 level = logging.DEBUG
-            if level >= self._worst:
-                # What follows an internal error is an error, and says less or more.
+            # What follows an internal error is an error, and says less or more; what follows a plugin's says less.
+            if level >= self._worst and not self.reason.startswith("Saw"):
                 self.reason, self._worst = " ".join(message.split()), min(level, logging.ERROR)
             log.log(level, "TensorRT: %s", message)
 

@@ -137,9 +137,3 @@ def classify(layer: str, gemm_plugin: bool = False) -> Part:
     if gemm_plugin:
         return "gemm" if layer.startswith(_LAYER) and GEMM in layer else "rest"
     return "gemm" if node or (layer.startswith(_LAYER) and "linear" in layer) else "rest"
-
-
-def decoder_layer(layer: str) -> int | None:
-    """Which layer of the decoder one of TensorRT's is of; None for those of :func:`classify`'s ``ends``."""
-    found = re.search(rf"{_LAYER}(\d+)\.", layer)
-    return None if found is None or classify(layer) == "ends" else int(found[1])

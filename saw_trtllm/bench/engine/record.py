@@ -91,8 +91,6 @@ class Profile(RecordPart):
     batch: int
     context: int
     parts: dict[Part, float]
-    layers: dict[str, float]
-    """Of one of the decoder's layers, and those that are there once, as TensorRT names them: those that take time."""
 
 
 class Loop(RecordPart):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from saw_trtllm.bench.engine.cases import Part, classify, decoder_layer
+from saw_trtllm.bench.engine.cases import Part, classify
 from saw_trtllm.bench.engine.record import Profile, Step
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.runtime.sampling import SamplingState
@@ -116,13 +116,7 @@ class StepBench:
         parts: dict[Part, float] = defaultdict(float)
         for name, us in zip(names, times, strict=True):
             parts[classify(name, self._gemm_plugin)] += us
-        once = [(n, round(us, 2)) for n, us in zip(names, times, strict=True) if decoder_layer(n) in (None, 1)]
-        return Profile(
-            batch=batch,
-            context=context,
-            parts={part: round(us, 2) for part, us in parts.items()},
-            layers={name: us for name, us in once if us > 0},
-        )
+        return Profile(batch=batch, context=context, parts={part: round(us, 2) for part, us in parts.items()})
 
     def inputs(self, batch: int, context: int) -> StepInputs:
         """A decode of each sequence's last token, its blocks anywhere in the pool."""
