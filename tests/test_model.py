@@ -6,6 +6,7 @@ import torch
 from example_engine import EXAMPLE
 from hf_models import LINEAR_ROPE, YARN_ROPE, make_hf_model
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 
 from saw_trtllm import LLM, SamplingParams
 from saw_trtllm.builder import BuildOptions, build, plan_build
@@ -80,6 +81,12 @@ def test_logits_are_transformers(name, tmp_path):
     np.testing.assert_allclose(answer.generation_logits, text[len(PROMPT) - 1 : -1], atol=TOLERANCE)
     with LLM(engine, prefill_chunk=16) as llm:
         np.testing.assert_allclose(context_logits(llm, PROMPT)[0], expected, atol=TOLERANCE)
+
+
+def test_the_example_is_transformers(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=torch.float32)
+    with LLM(build_engine(EXAMPLE, tmp_path / "engine")) as llm:
+        np.testing.assert_allclose(context_logits(llm, PROMPT)[0], hf_logits(model, PROMPT), atol=1e-3)
 
 
 def test_the_window_matters(tmp_path):
