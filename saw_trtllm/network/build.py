@@ -104,8 +104,7 @@ def serialize_engine(
     builder_config = tensorrt.create_config(builder, options.optimization_level)
     if phases is not None:
         tensorrt.report_phases(builder_config, phases)
-    decode_profile = gemm_plugin is None if options.decode_profile is None else options.decode_profile
-    add_profiles(tensorrt, builder, builder_config, config, decode_profile)
+    add_profiles(tensorrt, builder, builder_config, config, options.has_decode_profile(gemm_plugin))
     _use_timing_cache(builder_config, options)
     engine = builder.build_serialized_network(graph.network, builder_config)
     if engine is None:

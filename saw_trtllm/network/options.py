@@ -37,6 +37,10 @@ class NetworkOptions:
     workers: int = 1
     gemm_plugin: str = "auto"
 
+    def has_decode_profile(self, gemm_plugin: str | None) -> bool:
+        """Whether an engine gets that profile: one with the GEMM plugin of a dtype, or without."""
+        return gemm_plugin is None if self.decode_profile is None else self.decode_profile
+
 
 class Phases(Protocol):
     """Who is told of a build's phases, from TensorRT 10 on; phases may lie in others."""

@@ -165,10 +165,9 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
     try:
         for kv in plan.kvs:
             engine = measure_alone(plan, kv, build_s.get(kv))
-            plugins = EngineConfig.load(plan.folder / kv).build_config.plugin_config
-            update = {"engines": [*results.engines, engine], "gemm_plugin": plugins.gemm_plugin}
-            if plan.decode_profile is None:
-                update["decode_profile"] = plugins.gemm_plugin is None
+            gemm_plugin = EngineConfig.load(plan.folder / kv).build_config.plugin_config.gemm_plugin
+            update = {"engines": [*results.engines, engine], "gemm_plugin": gemm_plugin}
+            update["decode_profile"] = plan.network_options().has_decode_profile(gemm_plugin)
             results = results.model_copy(update=update)
             keep()
         measure_together(plan, results.engines, keep)
