@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from saw_trtllm.calibration import Calibration, calibrate
 from saw_trtllm.checkpoint import Checkpoint
+from saw_trtllm.config import read_json
 from saw_trtllm.eval.analysis import analyse
 from saw_trtllm.eval.forward import WindowModel
 from saw_trtllm.eval.metrics import Quality, evaluate, greedy_agreement
@@ -221,7 +222,7 @@ def main() -> None:
     parser.add_argument("--render_only", action="store_true", help="measure nothing")
     args = parser.parse_args()
     path = args.output / "accuracy" / "results.json.gz"
-    data = accuracy_page.read(path) if path.is_file() else {}
+    data = read_json(path) if path.is_file() else {}
     if not args.render_only:
         tokenizer = Tokenizer.load(EXAMPLE)
         windows = _windows(HELD_OUT, tokenizer, args.max_tokens)
@@ -231,7 +232,7 @@ def main() -> None:
             data["about"] = _about(windows.numel())
             _save(data, path)
         _save(data, path)
-    accuracy_page.write(accuracy_page.read(path), args.output)
+    accuracy_page.write(read_json(path), args.output)
 
 
 def _save(data: dict, path: Path) -> None:

@@ -9,7 +9,6 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from saw_trtllm.config import read_json
 from saw_trtllm.svg import save_svg
 
 _PLACE = re.compile("<!--([^>]+)-->.*?<!--/-->", re.DOTALL)
@@ -22,11 +21,6 @@ _RIVALS = {
     "codebook of 256": "256 centroids, residual in 4 bits",
     "hessian": "Hessian-aware rounding of keys",
 }
-
-
-def read(path: Path) -> dict:
-    """What benchmarks/accuracy.py measured: JSON, compressed to a fifth."""
-    return read_json(path)
 
 
 def write(data: dict, output: Path) -> None:
