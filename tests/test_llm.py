@@ -524,6 +524,7 @@ def test_stats_count(open_llm):
         ("", {}, "the prompt is empty"),
         ([], {}, "the prompt is empty"),
         ("a\ud800b", {}, "not valid UTF-8"),
+        ("word " * 10**6, {}, "5000000 bytes, too many for the 2047 tokens"),
         ([5] * 2048, {}, "2048 tokens and the engine takes 2047"),
         ([5] * 2000, {"max_tokens": 49}, "ask for at most 48"),
         ([5, 1024], {}, "token 1024: ids go from 0 to 1023"),

@@ -20,6 +20,7 @@ from saw_trtllm.runtime.detokenizer import Detokenizer
 from saw_trtllm.runtime.engine_core import EngineCore, Request, Stats
 from saw_trtllm.runtime.executor import Executor
 from saw_trtllm.runtime.outputs import GenerationResult, RequestOutput
+from saw_trtllm.runtime.prompt import check_input_len, encode_prompt
 from saw_trtllm.runtime.sampling_params import SamplingParams
 from saw_trtllm.runtime.scheduler import Scheduler, Sequence
 from saw_trtllm.runtime.tokenizer import Tokenizer
@@ -229,25 +230,13 @@ class LLM:
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
             raise RequestError("this engine has no tokenizer: give token ids, or LLM(..., tokenizer=FOLDER)")
-        if not text:
-            raise RequestError("the prompt is empty: give at least one character")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise RequestError(
-                "the prompt is not valid UTF-8: give text without broken bytes or lone surrogates"
-            ) from None
-        return self.tokenizer.encode(text)
+        return encode_prompt(self.tokenizer, text, self.max_input_len)
 
     def _check(self, ids: list[int], params: SamplingParams) -> None:
         build, vocab = self.config.build_config, self.config.pretrained_config.vocab_size
         if not ids:
             raise RequestError("the prompt is empty: give at least one token")
-        if len(ids) > build.max_input_len:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens and the engine takes {build.max_input_len}: shorten it, or build "
-                "the engine with a larger --max_input_len"
-            )
+        check_input_len(len(ids), build.max_input_len)
         if len(ids) + params.max_tokens > build.max_seq_len:
             raise RequestError(
                 f"the prompt's {len(ids)} tokens and max_tokens {params.max_tokens} exceed the engine's max_seq_len "

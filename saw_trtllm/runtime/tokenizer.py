@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -56,6 +57,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Tokens that the tokenizer knows, the added ones among them."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes that a token can stand for at most: the vocabulary writes none shorter than it is in a text."""
+        return max(len(token.encode("utf-8")) for token in self._tokenizer.get_vocab(with_added_tokens=True))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text to token ids, with the special tokens that the tokenizer's own template adds."""
