@@ -37,6 +37,18 @@ def test_grow_takes_what_is_missing_or_nothing():
     manager.check()
 
 
+def test_a_block_has_its_owners_alone():
+    manager = BlockManager(2, 4)
+    table, _ = fill(manager, [1, 2, 3, 4, 5])
+    again = BlockTable(list(table.blocks))
+    manager.close(table)
+    with pytest.raises(RuntimeError, match="is given back and has no owner"):
+        manager.close(again)
+    manager._blocks[0].ref_count = 1
+    with pytest.raises(RuntimeError, match="is free and has 1 owners"):
+        manager.grow(BlockTable(), 8)
+
+
 def test_a_prefix_is_shared_while_both_live():
     manager = BlockManager(8, 4)
     prompt = list(range(10))

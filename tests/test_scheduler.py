@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ class Runtime:
         prefill_chunk=8,
         exact=False,
         reuse=True,
+        ids=None,
     ):
         multiple = tokens_per_block if exact else prefill_chunk
         self.blocks = BlockManager(num_blocks, tokens_per_block, reuse, multiple)
@@ -65,13 +67,14 @@ class Runtime:
         self.limits = (max_batch_size, max_num_tokens, prefill_chunk)
         self.model = FakeModel(exact, tokens_per_block)
         self.finished = {}
-        self.num_ids = 0
+        self.ids = count() if ids is None else ids
+        self.queued = []
 
     def add(self, prompt, max_tokens, **params):
-        sequence = Sequence(self.num_ids, list(prompt), SamplingParams(max_tokens=max_tokens, **params))
+        sequence = Sequence(next(self.ids), list(prompt), SamplingParams(max_tokens=max_tokens, **params))
         self.scheduler.check(sequence)
         self.scheduler.add(sequence)
-        self.num_ids += 1
+        self.queued.append(sequence)
         return sequence
 
     @property
@@ -106,7 +109,7 @@ class Runtime:
         assert sum(len(s.inputs.token_ids) for s in step) <= max_num_tokens
         kinds = [s.inputs.kind for s in step]
         assert kinds == sorted(kinds)
-        oldest = min(unfinished, key=lambda s: s.request_id)
+        oldest = next(s for s in self.queued if s in unfinished)
         assert oldest in sequences, "the oldest request does not come on"
         for s in step:
             inputs, sequence = s.inputs, s.sequence
@@ -116,6 +119,7 @@ class Runtime:
             assert inputs.start == sequence.num_computed
             assert inputs.prompt_len == len(sequence.prompt)
             assert len(inputs.block_table) * self.blocks.tokens_per_block >= end
+            assert inputs.block_table is sequence.table.blocks, "a sequence of the step was preempted by it"
             if inputs.kind == DECODE:
                 assert len(inputs.token_ids) == 1
                 assert inputs.start >= len(sequence.prompt)
@@ -224,6 +228,34 @@ def test_the_last_arrived_is_preempted_and_comes_back_first():
     assert runtime.finished == {i: alone([i] * 4, 12) for i in range(3)} | {3: alone([4] * 4, 1)}
 
 
+@pytest.mark.parametrize("num_blocks", [6, 7, 9])
+def test_the_queue_gives_the_order_and_not_the_ids(num_blocks):
+    """Two threads may queue in another order than they named their requests in."""
+    runtime = Runtime(num_blocks=num_blocks, reuse=False, ids=count(3, -1))
+    for i in range(4):
+        runtime.add([i] * 4, 12)
+    finished = runtime.run()
+    assert runtime.scheduler.num_preemptions > 0
+    assert next(iter(finished)) == 3
+    assert finished == {3 - i: alone([i] * 4, 12) for i in range(4)}
+
+
+def test_a_step_that_preempts_its_own_sequence_is_an_error(monkeypatch):
+    """Two of its sequences would write to one block, and both would go on with wrong tokens."""
+    runtime = Runtime(num_blocks=6, reuse=False)
+    for i in range(3):
+        runtime.add([i] * 4, 12)
+    make_room = runtime.scheduler._make_room
+
+    def preempt_the_first(part):
+        runtime.scheduler._preempt(runtime.scheduler.running[0])
+        return make_room(part)
+
+    monkeypatch.setattr(runtime.scheduler, "_make_room", preempt_the_first)
+    with pytest.raises(RuntimeError, match="request 0 was preempted by the step that it is part of"):
+        runtime.run()
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_preempted_sequence_replays_as_it_was_computed(exact):
     runtime = Runtime(num_blocks=9, tokens_per_block=4, prefill_chunk=8, exact=exact, reuse=False)
@@ -321,6 +353,7 @@ def check_random_load(make_runtime, load, cancelled_share, penalized_share=0.0, 
         prefill_chunk=chunk,
         exact=exact,
         reuse=load["reuse"],
+        ids=iter(rng.sample(range(1000), 25)),
     )
     stem = [rng.randrange(VOCAB) for _ in range(30)]
     requests, cancelled = {}, set()

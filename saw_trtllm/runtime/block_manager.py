@@ -107,7 +107,13 @@ class BlockManager:
         return num_tokens
 
     def grow(self, table: BlockTable, num_tokens: int) -> bool:
-        """Make room for ``num_tokens`` in all. False, with nothing changed, when the free blocks do not suffice."""
+        """Make room for ``num_tokens`` in all. False, with nothing changed, when the free blocks do not suffice.
+
+        Raises
+        ------
+        RuntimeError
+            If a free block has an owner.
+        """
         held = len(table.blocks)
         if num_tokens <= held * self.tokens_per_block:  # mostly so: a decode needs a block now and then
             return True
@@ -117,6 +123,8 @@ class BlockManager:
         for _ in range(missing):
             index, _ = self._free.popitem(last=False)
             block = self._blocks[index]
+            if block.ref_count:
+                raise RuntimeError(f"block {index} is free and has {block.ref_count} owners")
             if block.key is not None:
                 del self._by_key[block.key]
                 block.key = None
@@ -135,9 +143,17 @@ class BlockManager:
         table.num_registered = max(table.num_registered, end)
 
     def close(self, table: BlockTable) -> None:
-        """Give a sequence's blocks back. The last are evicted first: a prefix outlives its continuations."""
+        """Give a sequence's blocks back. The last are evicted first: a prefix outlives its continuations.
+
+        Raises
+        ------
+        RuntimeError
+            If a block has no owner: it has already been given back.
+        """
         for index in reversed(table.blocks):
             block = self._blocks[index]
+            if block.ref_count < 1:
+                raise RuntimeError(f"block {index} is given back and has no owner")
             block.ref_count -= 1
             if block.ref_count == 0:
                 self._free[index] = None

@@ -1,6 +1,8 @@
 """Which sequences compute which tokens in the next step.
 
-Decodes go first, then prefills that have begun, then new requests in the order of their arrival. What a sequence
+Decodes go first, then prefills that have begun, then new requests in the order in which they were queued. That order,
+and no number that a sequence bears, decides who is preempted: those that run are kept in it, each step's decodes are
+taken from its front, and what has to make room is taken from its back, up to where the two meet. What a sequence
 computes never depends on the others, so neither does its result:
 
 - A prompt's chunks end at multiples of ``prefill_chunk``, counted from the prompt's start. A chunk that does not fit
@@ -33,7 +35,7 @@ class Sequence:
     Attributes
     ----------
     request_id : int
-        Ascending by arrival.
+        Its name. It says nothing of its place in the queue.
     prompt, generated : list of int
     params : SamplingParams
     table : BlockTable
@@ -155,7 +157,7 @@ class Scheduler:
             )
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence that :meth:`check` has let pass."""
+        """Queue a sequence that :meth:`check` has let pass, at the end of the queue."""
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Scheduled]:
@@ -190,7 +192,9 @@ class Scheduler:
             self.waiting.popleft()
             budget -= len(part.inputs.token_ids)
             step[part.inputs.kind].append(part)
-        return step[PREFILL] + step[DECODE]
+        chosen = step[PREFILL] + step[DECODE]
+        _check_whole(chosen)
+        return chosen
 
     def launched(self, step: list[Scheduled]) -> None:
         """Note that a step is under way: the next one may be scheduled now."""
@@ -248,9 +252,9 @@ class Scheduler:
         return Scheduled(s, StepSequence(tokens, start, prompt, kind, s.table.blocks), end, samples, total - prompt)
 
     def _make_room(self, part: Scheduled) -> bool:
-        """Blocks for the sequence's next tokens, from the last-arrived others if need be."""
+        """Blocks for the sequence's next tokens, from those that were queued last if need be."""
         while not self.blocks.grow(part.sequence.table, part.end):
-            victim = max(self.running, key=lambda s: s.request_id)
+            victim = self.running[-1]
             self._preempt(victim)
             if victim is part.sequence:
                 return False
@@ -277,3 +281,10 @@ class Scheduler:
         self.blocks.grow(table, sequence.num_tokens)
         self.running.append(sequence)
         return part
+
+
+def _check_whole(step: list[Scheduled]) -> None:
+    """Raise RuntimeError if a sequence was preempted for another one of its step: two would write to one block."""
+    for part in step:
+        if part.inputs.block_table is not part.sequence.table.blocks:
+            raise RuntimeError(f"request {part.sequence.request_id} was preempted by the step that it is part of")
