@@ -1,20 +1,31 @@
 """The model repository, and how a server is found and started."""
 
+import itertools
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 import sysconfig
 import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
+import psutil
 import pytest
 from fake_triton import model_config
 
+import saw_trtllm
 from saw_trtllm.cli import triton as cli
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError
-from saw_trtllm.serve import installation, metrics, names, repository
-from saw_trtllm.serve.installation import Installation, find_server
+from saw_trtllm.serve import installation, launcher, metrics, names, repository
+from saw_trtllm.serve import log as log_module
+from saw_trtllm.serve.canary import Canary
+from saw_trtllm.serve.installation import Installation, check_flags, find_server
+from saw_trtllm.serve.log import ServerLog
 from saw_trtllm.serve.parameters import Parameters
 from saw_trtllm.serve.ports import Ports
 from saw_trtllm.serve.server import Server
@@ -219,7 +230,6 @@ def test_server_on_path_is_preferred_and_keeps_its_backends(tmp_path, monkeypatc
     monkeypatch.setenv("PATH", str(server.parent), prepend=os.pathsep)
     found = find_server(None, tmp_path / "backends")
     assert (found.executable, found.backends) == (server, None)
-    assert not (tmp_path / "backends").exists()
 
 
 def test_server_for_another_python_is_refused(tmp_path):
@@ -250,10 +260,9 @@ def test_interpreter_without_shared_library(tmp_path, monkeypatch):
 
 def test_environment_puts_its_folders_in_front(monkeypatch):
     monkeypatch.setenv("LD_LIBRARY_PATH", "/theirs")
-    env = Installation(Path("tritonserver"), libraries=(Path("/ours"),)).environment()
+    env = Installation(Path("tritonserver"), libraries=(Path("/ours"),), python=Path("/python/bin")).environment()
     assert env["LD_LIBRARY_PATH"] == "/ours:/theirs"
-    assert env["PATH"].split(":")[0] == str(Path(sys.executable).parent)
-    assert (Path(env["PYTHONPATH"].split(":")[0]) / "saw_trtllm").is_dir()
+    assert env["PATH"].split(":")[0] == "/python/bin"
 
 
 def free_ports():
@@ -268,21 +277,278 @@ def test_server_that_ends_before_it_is_ready(tmp_path, capfd):
     script = executable(tmp_path / "tritonserver", f'import sys\nsys.stderr.write("{failure}\\n")\nsys.exit(1)')
     with Server(Installation(script), tmp_path, free_ports()) as server, pytest.raises(EngineError) as e:
         server.wait_ready()
-    assert str(e.value) == "tritonserver ended before it was ready: no engine here: build one"
-    assert "model_lifecycle" in capfd.readouterr().err
+    assert str(e.value).startswith("tritonserver ended before it was ready: no engine here: build one (its log: ")
+    assert capfd.readouterr().err == ""  # the sentence is enough
+    [log] = tmp_path.parent.glob(f"{tmp_path.name}.*.log")
+    assert str(log) in str(e.value)
+    assert "model_lifecycle" in log.read_text()
 
 
 def test_waiting_for_a_server_can_be_given_up(tmp_path):
     script = executable(tmp_path / "tritonserver", "import time\ntime.sleep(600)")
-    stop = threading.Event()
-    stop.set()
     with Server(Installation(script), tmp_path, free_ports()) as server:
-        assert server.wait_ready(stop) is False
+        assert server.wait_ready(lambda: True) is False
         assert server.poll() is None
     assert server.poll() is not None
 
 
+# A server that ends badly, and its processes
+
+#: Ignores SIGTERM, leaves an orphan that holds its stderr, and a region as Triton's Python backend names them.
+STUBBORN = """\
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:
+    if os.fork() == 0:
+        time.sleep(600)
+    os._exit(0)
+os.wait()
+[prefix] = [a.partition("prefix-name=")[2] for a in sys.argv if "prefix-name=" in a]
+open(f"/dev/shm/{prefix}region", "w").write(sys.argv[0])
+time.sleep(600)
+"""
+
+
+def traces(script):
+    """Processes and regions of a server."""
+    processes = [p.pid for p in psutil.process_iter(["cmdline"]) if str(script) in (p.info["cmdline"] or [])]
+    return processes, [f for f in Path("/dev/shm").glob("saw_triton_*region") if f.read_text() == str(script)]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_nothing_is_left_of_a_server_that_does_not_end(tmp_path):
+    script = executable(tmp_path / "tritonserver", STUBBORN)
+    server = Server(Installation(script), tmp_path, free_ports())
+    wait_for(lambda: all(traces(script)))
+    assert len(traces(script)[0]) == 2
+    server.stop()
+    assert traces(script) == ([], [])
+
+
+def test_nothing_is_left_of_a_launcher_that_is_killed(tmp_path):
+    script = executable(tmp_path / "tritonserver", STUBBORN)
+    code = (
+        "import sys, time; from pathlib import Path; from saw_trtllm.serve import server as s;"
+        "s.EXIT_TIMEOUT = 0.5; ports = s.Ports('127.0.0.1', *map(int, sys.argv[3:]));"
+        "server = s.Server(s.Installation(Path(sys.argv[1])), Path(sys.argv[2]), ports); time.sleep(600)"
+    )
+    ports = map(str, (free_port(), free_port(), free_port()))
+    launcher = subprocess.Popen([sys.executable, "-c", code, script, tmp_path, *ports])
+    wait_for(lambda: all(traces(script)))
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: traces(script) == ([], []))
+
+
+class FakeServer:
+    """A server whose failures are given: as it starts (an error), or while it runs (a sentence)."""
+
+    endpoints: ClassVar = {"HTTP": "here"}
+
+    def __init__(self, outcome):
+        self._outcome = outcome
+        self.stopped = False
+
+    def wait_ready(self, stopped):
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return True
+
+    def watch(self, stopped):
+        return self._outcome
+
+    def stop(self, hurry):
+        self.stopped = True
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """Run ``launch`` with servers of these outcomes; gives its exit code and how many were started."""
+    monkeypatch.setattr(launcher.session, "become_subreaper", lambda: None)  # pytest's orphans are not ours
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(outcomes, restart):
+        servers = []
+
+        def start():
+            servers.append(FakeServer(outcomes[len(servers)]))
+            return servers[-1]
+
+        try:
+            return launcher.launch(start, restart), len(servers)
+        finally:
+            assert all(server.stopped for server in servers)
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_failed_server_is_started_again(launch, capsys):
+    outcomes = ["tritonserver crashed", EngineError("no port"), "tritonserver is stuck", None]
+    assert launch(outcomes, restart=3) == (0, 4)
+    assert capsys.readouterr().out == "ready: HTTP here\n" * 3
+
+
+def test_restarts_come_to_an_end(launch, capsys):
+    assert launch(["tritonserver crashed"] * 3, restart=2) == (1, 3)
+    assert capsys.readouterr().err == "error: tritonserver crashed\n"
+    with pytest.raises(EngineError, match="no engine"):  # a first start that fails will fail again
+        launch([EngineError("no engine")], restart=2)
+
+
+class FakeTriton(BaseHTTPRequestHandler):
+    """Answers the canary's request with an error if the class has one, and shows its tokens in the metrics."""
+
+    error: ClassVar[str | None] = None
+    tokens: ClassVar[itertools.count | list] = itertools.count()
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(400 if self.error else 200, json.dumps({"error": self.error}))
+
+    def do_GET(self):
+        self._answer(200, f'saw_generated_tokens_total{{model="tensorrt_llm"}} {next(self.tokens)}\n')
+
+    def _answer(self, status, body):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def canary():
+    """Start a canary against a fake of its own."""
+    started = []
+
+    def start(timeout):
+        fake = type("Fake", (FakeTriton,), {})
+        http = ThreadingHTTPServer(("127.0.0.1", 0), fake)
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{http.server_port}"
+        started.append((Canary(url, f"{url}/metrics", timeout), http))
+        return started[-1][0], fake
+
+    yield start
+    for canary, http in started:
+        canary.stop()
+        http.shutdown()
+        http.server_close()
+
+
+def test_canary_tells_that_the_first_request_failed(canary):
+    bird, fake = canary(60)
+    fake.error = "Stub process 'preprocessing_0_0' is not healthy."
+    bird.start(60)
+    wait_for(lambda: bird.failure)
+    assert bird.failure == f"failed its first request: {fake.error}"
+    assert not bird.answered
+
+
+def test_canary_fails_only_without_answers_and_without_tokens(canary):
+    bird, fake = canary(0.1)
+    bird.start(60)
+    wait_for(lambda: bird.answered)
+    fake.error = "the queue is full"
+    seen = next(fake.tokens)
+    wait_for(lambda: next(fake.tokens) > seen + 20)  # texts grow: a full queue is no failure
+    assert bird.failure is None
+    fake.tokens = itertools.repeat(7)
+    wait_for(lambda: bird.failure)
+    assert bird.failure.endswith("the queue is full")
+
+
+@pytest.mark.parametrize(
+    ("lines", "cause"),
+    [
+        (
+            "E1 model_lifecycle.cc:642] \"failed to load 'preprocessing' version 1: Internal: ModuleNotFoundError: "
+            "No module named 'pydantic'\\n\\nAt:\\n  model.py(5)\"\nerror: creating server: Internal - failed to load",
+            "ModuleNotFoundError: No module named 'pydantic'",
+        ),
+        ("/bin/tritonserver: unrecognized option '--rate'\nUsage: tritonserver", "unrecognized option '--rate'"),
+        ("tritonserver: error while loading shared libraries: libdcgm.so.4: cannot open", "libdcgm.so.4"),
+        ("Usage: tritonserver\ninvalid argument for --log-format\n\n", "invalid argument for --log-format"),
+    ],
+)
+def test_cause_of_a_failed_start_is_found_in_the_log(tmp_path, lines, cause):
+    log = ServerLog(tmp_path / "log")
+    log.path.write_text(lines)
+    assert cause in log.cause()
+    assert "\n" not in log.cause()
+
+
+def test_log_does_not_fill_the_disk(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(log_module, "_MAX_BYTES", 100)
+    log = ServerLog(tmp_path / "log")
+    with log.open() as server:
+        for n in range(50):
+            server.write(b"line %d\n" % n)
+            log.follow()
+    assert log.path.stat().st_size <= 108
+    assert capsys.readouterr().err == "".join(f"line {n}\n" for n in range(50))
+
+
+def test_models_can_import_what_the_launcher_can(tmp_path, monkeypatch):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "by_pythonpath.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "target")
+    found = find_server(executable(tmp_path / "bin" / "tritonserver"), tmp_path / "backends")
+    # Isolated, as Triton's Python backend runs from Python 3.11 on.
+    code = "import by_pythonpath, psutil, saw_trtllm; print(psutil.__file__, saw_trtllm.__file__)"
+    python = [found.python / "python3", "-I", "-c", code]
+    done = subprocess.run(python, capture_output=True, text=True, cwd="/", env={})
+    assert done.stdout == f"{psutil.__file__} {saw_trtllm.__file__}\n", done.stderr
+
+
+def test_numpy_2_is_named_before_the_server_starts(tmp_path, monkeypatch):
+    pytest.importorskip("pytriton", reason="nvidia-pytriton is not installed")
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(installation.np, "__version__", "2.3.1")
+    with pytest.raises(BackendUnavailableError, match=r"is for NumPy 1 and this is 2\.3\.1"):
+        find_server(None, tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--http-port=1"], "--http-port cannot be passed on: use --http_port"),
+        (["--rate-limit=off", "--log-verb", "1"], "--log-verbose cannot be passed on: use --log_level"),
+        (["--backend-config=python,shm-region-prefix-name=x"], "gives each server its own"),
+        (["rate-limit"], "'rate-limit' is no flag"),
+    ],
+)
+def test_flags_that_contradict_ours_are_not_passed_on(flags, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        check_flags(flags)
+
+
 # saw-triton
+
+
+def test_cli_passes_flags_on_and_warns_of_what_is_open(engine_dir, tmp_path, capsys, monkeypatch):
+    server = str(executable(tmp_path / "bin" / "tritonserver"))
+    argv = ["--engine_dir", str(engine_dir), "--model_repo", str(tmp_path / "repo"), "--tritonserver", server]
+    for host, release, warned in (
+        ("127.0.0.2", "", False),
+        ("0.0.0.0", "", True),
+        ("0.0.0.0", "25.07", True),
+        ("0.0.0.0", "25.08", False),
+    ):
+        monkeypatch.setenv("NVIDIA_TRITON_SERVER_VERSION", release)
+        assert cli.main([*argv, "--host", host, "--", "--rate-limit=off"]) == 0
+        out, err = capsys.readouterr()
+        assert out.endswith(" --rate-limit=off\n")
+        assert ("CVE-2025-23310" in err) == warned
 
 
 def test_cli_writes_a_repository_and_says_how_to_start(engine_dir, tmp_path, capsys):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
-import signal
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +15,8 @@ from saw_trtllm.errors import BackendUnavailableError, ConfigError
 from saw_trtllm.plugins import PRELOAD_LIBRARY, library_path
 from saw_trtllm.runtime.llm import KvCacheConfig
 from saw_trtllm.runtime.tokenizer import Tokenizer
-from saw_trtllm.serve.installation import Installation, find_server
+from saw_trtllm.serve.installation import ADVICE, Installation, check_flags, find_server
+from saw_trtllm.serve.launcher import launch
 from saw_trtllm.serve.parameters import Parameters
 from saw_trtllm.serve.ports import Ports
 from saw_trtllm.serve.repository import model_configs, write_repository
@@ -57,7 +56,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="the server to start (default: that on PATH, else nvidia-pytriton's)",
         **{**unset, "metavar": "FILE"},
     )
-    parser.add_argument("--host", default=Ports.host, help="address to listen on; 0.0.0.0 is all")
+    parser.add_argument(
+        "--host",
+        default=Ports.host,
+        help=f"address to listen on; 0.0.0.0 is all, but {ADVICE}",
+    )
     parser.add_argument("--grpc_port", type=int, metavar="N", default=Ports.grpc, help="port for gRPC")
     parser.add_argument("--http_port", type=int, metavar="N", default=Ports.http, help="port for HTTP")
     parser.add_argument("--metrics_port", type=int, metavar="N", default=Ports.metrics, help="port for metrics")
@@ -85,7 +88,23 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--triton_max_batch_size", type=int, metavar="N", default=64, help="prompts that one request may hold"
     )
+    parser.add_argument(
+        "--restart",
+        type=int,
+        metavar="N",
+        default=3,
+        help="with --launch: how often in a row to start a server again that has crashed, lost a model's process or "
+        "got stuck; 0 ends with code 1 instead",
+    )
+    parser.add_argument(
+        "--canary_timeout",
+        type=float,
+        metavar="SECONDS",
+        default=120.0,
+        help="with --launch: without an answer or a token for so long, the server counts as stuck; 0 is never",
+    )
     add_log_level(parser)
+    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags for tritonserver itself")
     return parser
 
 
@@ -99,6 +118,10 @@ def main(argv: list[str] | None = None) -> int:
 def serve(args: argparse.Namespace) -> int:
     """Write the repository, then start the server or say how to."""
     ports = Ports(args.host, args.grpc_port, args.http_port, args.metrics_port)
+    check_flags(args.flags)
+    for name in ("restart", "canary_timeout"):
+        if not getattr(args, name) >= 0:
+            raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least 0")
     if args.launch:
         ports.check()  # before anything is written
     repository = getattr(args, "model_repo", args.engine_dir / "triton_model_repo").absolute()
@@ -109,11 +132,15 @@ def serve(args: argparse.Namespace) -> int:
         installation = _installation(args, repository)
     else:
         installation = _tensorrtllm(args, repository)
+    if not ports.local and installation.vulnerable():
+        logger.warning("the server will listen on %s, and %s", ports.host, ADVICE)
     if not args.launch:
-        command = _shell_command(installation, repository, ports, args.log_level)
+        command = _shell_command(installation, repository, ports, args.log_level, args.flags)
         print(f"wrote {repository}; to start the server:\n  {command}")
         return 0
-    return _launch(installation, repository, ports, args.log_level)
+    return launch(
+        lambda: Server(installation, repository, ports, args.log_level, args.flags, args.canary_timeout), args.restart
+    )
 
 
 def _parameters(args: argparse.Namespace) -> Parameters:
@@ -161,30 +188,14 @@ def _installation(args: argparse.Namespace, repository: Path) -> Installation:
         return Installation(Path("tritonserver"))
 
 
-def _shell_command(installation: Installation, repository: Path, ports: Ports, log_level: str) -> str:
+def _shell_command(installation: Installation, repository: Path, ports: Ports, log_level: str, flags: list[str]) -> str:
     """The command to start the server, with the variables that it needs, for a shell."""
     variables = [
         f'{variable}="{":".join(map(str, folders))}${{{variable}:+:${variable}}}"'
         for variable, folders in installation.search_paths.items()
         if folders
     ]
-    return " ".join([*variables, shlex.join(installation.command(repository, ports, log_level))])
-
-
-def _launch(installation: Installation, repository: Path, ports: Ports, log_level: str) -> int:
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    with Server(installation, repository, ports, log_level) as server:
-        if server.wait_ready(stop):
-            print("ready: " + ", ".join(f"{name} {where}" for name, where in server.endpoints.items()), flush=True)
-        while server.poll() is None and not stop.wait(0.1):
-            pass
-        code = server.poll()
-    if stop.is_set():
-        return 0
-    print(f"error: tritonserver ended by itself with exit code {code}: see its log above", file=sys.stderr)
-    return 1
+    return " ".join([*variables, shlex.join(installation.command(repository, ports, log_level, flags))])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import socket
 from dataclasses import dataclass
 
@@ -16,6 +18,13 @@ class Ports:
     grpc: int = 8001
     http: int = 8000
     metrics: int = 8002
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine reaches the server."""
+        with contextlib.suppress(ValueError):
+            return ipaddress.ip_address(self.host).is_loopback
+        return self.host == "localhost"
 
     def check(self) -> None:
         """Refuse ports that cannot be had.

@@ -1,36 +1,45 @@
-"""Starts a tritonserver, waits until it is ready, and stops it."""
+"""Starts a tritonserver, waits until a request goes through it, sees whether it is well, and stops it."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import re
-import shutil
+import secrets
 import signal
 import subprocess
-import sys
-import threading
 import time
 import urllib.request
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 
+import psutil
+
 from saw_trtllm.errors import EngineError
-from saw_trtllm.serve.installation import EXIT_TIMEOUT, Installation
+from saw_trtllm.serve import session
+from saw_trtllm.serve.canary import Canary
+from saw_trtllm.serve.installation import EXIT_TIMEOUT, STUB, Installation
+from saw_trtllm.serve.log import ServerLog
 from saw_trtllm.serve.ports import Ports
 
 logger = logging.getLogger(__name__)
 
-#: What Triton complains about on a machine without a GPU, though nothing is missing.
-_NO_GPU_COMPLAINTS = re.compile(
-    r"CudaDriverHelper has not been|unable to create stream|initialize NVML|DCGM unable|pinned system memory"
-)
+#: Log levels at which a start is to be watched; at the others only its outcome counts.
+_LOUD = ("info", "verbose", "debug")
+
+#: Seconds between two looks at a server.
+_TICK = 0.1
+
+
+def _never() -> bool:
+    return False
 
 
 class Server:
     """A tritonserver that this process has started.
+
+    Its processes end with :meth:`stop`, and also when this process dies.
 
     Parameters
     ----------
@@ -38,86 +47,148 @@ class Server:
     repository : Path
     ports : Ports
     log_level : str
-        One of the commands' log levels. The log goes to stderr.
+        One of the commands' log levels. The log goes to stderr, and to a file beside the repository.
+    flags : sequence of str
+        Further flags of tritonserver.
+    canary_timeout : float
+        Seconds without an answer or a token after which the server counts as stuck; 0 is never.
 
     Raises
     ------
     ConfigError
-        If a port is in use.
+        If a port is in use, or the log cannot be written.
     """
 
-    def __init__(self, installation: Installation, repository: Path, ports: Ports, log_level: str = "warning") -> None:
+    def __init__(
+        self,
+        installation: Installation,
+        repository: Path,
+        ports: Ports,
+        log_level: str = "warning",
+        flags: Sequence[str] = (),
+        canary_timeout: float = 120.0,
+    ) -> None:
         ports.check()
         self._ports = ports
-        self._failures: deque[str] = deque(maxlen=20)
-        self._quiet_gpu = not Path("/dev/nvidiactl").exists()
-        command = installation.command(repository, ports, log_level)
+        self._loud = log_level in _LOUD
+        self._ready = self._loaded = False
+        self._stubs: dict[str, psutil.Process] = {}
+        self._log = ServerLog(repository.with_name(f"{repository.name}.{ports.http}.log"))
+        self._canary = Canary(self.endpoints["HTTP"], self.endpoints["metrics"], canary_timeout)
+        # A name of its own, so that what a crash leaves in /dev/shm is known to be this server's.
+        self._shared_memory = f"saw_triton_{secrets.token_hex(6)}_"
+        command = installation.command(repository, ports, log_level, flags)
+        command.append(f"--backend-config=python,shm-region-prefix-name={self._shared_memory}")
         logger.info("starting %s", " ".join(command))
-        # In a session of its own, Ctrl-C reaches only this process, which then stops the server in good order. Should
-        # this process be killed, util-linux's setpriv has the kernel stop the server.
-        follow = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-        self._process = subprocess.Popen(
-            [*follow, *command],
-            env=installation.environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        self._reader = threading.Thread(target=self._read_log, name="saw-triton-log", daemon=True)
-        self._reader.start()
+        with self._log.open() as log:
+            # In a session of its own, Ctrl-C reaches only this process, which then stops the server in good order.
+            self._process = subprocess.Popen(
+                command,
+                env=installation.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._guard = session.start_guard(self._process.pid, self._shared_memory, EXIT_TIMEOUT)
 
-    def wait_ready(self, stop: threading.Event | None = None, timeout: float = 600.0) -> bool:
-        """Wait until all models are loaded.
+    def wait_ready(self, stopped: Callable[[], bool] = _never, timeout: float = 600.0) -> bool:
+        """Wait until all models are loaded and have answered a first request.
 
         Parameters
         ----------
-        stop : threading.Event, optional
-            Ends the wait when set.
+        stopped : callable
+            Ends the wait when it gives True.
         timeout : float
             Seconds.
 
         Returns
         -------
         bool
-            False if ``stop`` ended the wait.
+            False if ``stopped`` ended the wait.
 
         Raises
         ------
         EngineError
-            If the server ends instead, or takes too long.
+            If the server ends instead, fails at the request, or takes too long.
         """
-        stop = stop or threading.Event()
         url = f"{self.endpoints['HTTP']}/v2/health/ready"
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
         deadline = time.monotonic() + timeout
-        while not stop.wait(0.1):
-            if self.poll() is not None:
-                self._reader.join()
-                raise EngineError(f"tritonserver ended before it was ready: {self._why()}")
+        while not stopped():
+            if (failure := self.failure()) is not None:
+                raise EngineError(self._start_failure(failure))
             if time.monotonic() > deadline:
-                raise EngineError(f"tritonserver was not ready within {timeout:.0f} s: --log_level info shows more")
-            # Refused while the server starts, 400 while it loads: both are OSErrors.
-            with contextlib.suppress(OSError), opener.open(url, timeout=5):
+                raise EngineError(f"tritonserver was not ready within {timeout:.0f} s: its log is {self._log.path}")
+            if self._canary.answered:
+                self._ready = True
                 return True
+            if not self._loaded:
+                # Connections are rejected while the server starts; it says 400 while it loads: both are OSErrors.
+                with contextlib.suppress(OSError, HTTPException), opener.open(url, timeout=5):
+                    self._loaded, self._stubs = True, self._find_stubs()
+                    self._canary.start(deadline - time.monotonic())
+            time.sleep(_TICK)
         return False
+
+    def watch(self, stopped: Callable[[], bool] = _never) -> str | None:
+        """Stay with a server that is ready.
+
+        Parameters
+        ----------
+        stopped : callable
+            Ends the watch when it gives True.
+
+        Returns
+        -------
+        str or None
+            What went wrong with the server, as a sentence; None if ``stopped`` ended the watch.
+        """
+        while not stopped():
+            if (failure := self.failure()) is not None:
+                return f"tritonserver {failure}: its log is {self._log.path}"
+            time.sleep(_TICK)
+        return None
+
+    def failure(self) -> str | None:
+        """Why the server is unfit, in words that follow "tritonserver "; None while it is well."""
+        if self._ready or self._loud:
+            self._log.follow()
+        code = self.poll()
+        if code is not None:
+            return f"ended by itself with {_exit_name(code)}"
+        for model, stub in self._stubs.items():
+            # Triton never replaces a model's process, and still says that it is ready.
+            if not stub.is_running() or stub.status() == psutil.STATUS_ZOMBIE:
+                return f"has lost the process of its model {model}"
+        return self._canary.failure
 
     def poll(self) -> int | None:
         """The exit code, or None while the server runs."""
         return self._process.poll()
 
-    def stop(self) -> None:
-        """End the server and wait until it has ended."""
-        self._process.terminate()
-        try:
-            self._process.wait(EXIT_TIMEOUT + 20)
-        except subprocess.TimeoutExpired:
-            logger.warning("tritonserver does not end: killing it")
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        self._reader.join()
-        self._process.stderr.close()
+    def stop(self, hurry: Callable[[], bool] = _never) -> None:
+        """End the server and wait until all its processes have ended.
+
+        Parameters
+        ----------
+        hurry : callable
+            Ends the wait for requests in flight when it gives True.
+        """
+        self._canary.stop()
+        # Only a server that is well has requests that it could finish.
+        grace = EXIT_TIMEOUT if self._ready and self.failure() is None else 0
+        in_time = session.end(self._process.pid, self._shared_memory, grace, hurry)
+        if grace and not in_time:
+            logger.warning("what still ran after the grace of %d s was cut off", grace)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_TICK)
+        self._guard.kill()
+        self._guard.wait()
+        self._guard.stdin.close()
+        if self._ready or self._loud:
+            self._log.follow()
+        self._log.close()
 
     def __enter__(self) -> Server:
         return self
@@ -135,18 +206,24 @@ class Server:
             "metrics": f"http://{host}:{self._ports.metrics}/metrics",
         }
 
-    def _read_log(self) -> None:
-        for line in self._process.stderr:
-            if self._quiet_gpu and _NO_GPU_COMPLAINTS.search(line):
-                continue
-            if "failed to load" in line or line.startswith("error:"):
-                self._failures.append(line)
-            sys.stderr.write(line)
-            sys.stderr.flush()
+    def _find_stubs(self) -> dict[str, psutil.Process]:
+        """The process of each model: the stub is called with the path ``.../MODEL/VERSION/model.py``."""
+        stubs = {}
+        for process in session.members(self._process.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                command = process.cmdline()
+                if os.path.basename(command[0]) == STUB:
+                    stubs[Path(command[1]).parts[-3]] = process
+        return stubs
 
-    def _why(self) -> str:
-        """The first failure that Triton logged, in short."""
-        if not self._failures:
-            return f"its exit code was {self._process.returncode}, and --log_level info shows more"
-        message = re.search(r"TritonModelException: (.*?)(?:\"|\\n|$)", self._failures[0])
-        return message[1].strip() if message else self._failures[0].strip()
+    def _start_failure(self, failure: str) -> str:
+        cause = self._log.cause()
+        if self.poll() is not None:
+            failure = f"ended before it was ready: {cause or _exit_name(self.poll())}"
+        elif cause is not None and cause not in failure:
+            failure = f"{failure}: {cause}"
+        return f"tritonserver {failure} (its log: {self._log.path})"
+
+
+def _exit_name(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"

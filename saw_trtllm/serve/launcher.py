@@ -1,0 +1,86 @@
+"""Keeps a tritonserver running until a signal comes."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from saw_trtllm.errors import EngineError
+from saw_trtllm.serve import session
+from saw_trtllm.serve.server import Server
+
+logger = logging.getLogger(__name__)
+
+#: Seconds after which a run counts as a good one, and earlier failures are forgotten.
+_GOOD_RUN = 600.0
+
+
+class Signals:
+    """Counts SIGINT and SIGTERM: the first asks for an end, another one for a fast end.
+
+    A handler runs in the middle of whatever the main thread does, so that it must take no lock; an Event's are ones.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, *_: object) -> None:
+        self._count += 1
+
+    def stopped(self) -> bool:
+        """Whether an end is asked for."""
+        return self._count > 0
+
+    def hurried(self) -> bool:
+        """Whether it is to come at once."""
+        return self._count > 1
+
+
+def launch(start: Callable[[], Server], restart: int) -> int:
+    """Run a server until SIGINT or SIGTERM.
+
+    Parameters
+    ----------
+    start : callable
+        Starts a server.
+    restart : int
+        How often in a row to start it again after it has failed.
+
+    Returns
+    -------
+    int
+        The exit code: 0 after a signal, 1 after a failure.
+
+    Raises
+    ------
+    SawError
+        If the server cannot be started in the first place.
+    """
+    signals = Signals()
+    session.become_subreaper()
+    failures = 0
+    while True:
+        began = time.monotonic()
+        server = start()
+        try:
+            if server.wait_ready(signals.stopped):
+                print("ready: " + ", ".join(f"{name} {where}" for name, where in server.endpoints.items()), flush=True)
+            failure = server.watch(signals.stopped)
+        except EngineError as e:
+            if not failures:
+                raise
+            failure = str(e)
+        finally:
+            server.stop(signals.hurried)
+        if failure is None or signals.stopped():
+            return 0
+        failures = 1 if time.monotonic() - began > _GOOD_RUN else failures + 1
+        if failures > restart:
+            print(f"error: {failure}", file=sys.stderr)
+            return 1
+        logger.warning("%s; starting it again, %d of %d", failure, failures, restart)
