@@ -109,8 +109,8 @@ class BuildOptions(BaseModel):
     workers: int = Field(1, ge=1, description="threads that read the weights and fold into them (tensorrt)")
     gemm_plugin: GemmPlugin = Field(
         "auto",
-        description="GEMMs by cuBLASLt, in the model's dtype: a build of a large model then takes seconds where "
-        "TensorRT 8.6 takes many minutes; auto is for 8.6 only, disable leaves them to TensorRT (tensorrt)",
+        description="GEMMs by cuBLASLt, in the model's dtype: builds and decodes are then faster; auto takes it where "
+        "cuBLASLt loads, disable leaves GEMMs to TensorRT (tensorrt)",
     )
 
 

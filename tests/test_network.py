@@ -422,16 +422,16 @@ def test_the_folder_holds_an_engine(plan, tensorrt, tensorrt_86, machine, tmp_pa
 
 
 @pytest.mark.parametrize(("choice", "there"), [("auto", 1), ("auto", 0), ("disable", 1), ("float16", 1)])
-def test_the_gemm_plugin_is_for_8_6_unless_asked_for(choice, there, plan, tensorrt, tensorrt_86, monkeypatch, caplog):
+def test_the_gemm_plugin_is_taken_where_cublaslt_loads(choice, there, plan, tensorrt, tensorrt_86, monkeypatch, caplog):
     pretend_gpu(monkeypatch)
     monkeypatch.setattr("saw_trtllm.network.build.load_cublas_lt", lambda: there)
     made = plan(backend="tensorrt", gemm_plugin=choice)
     made.output_dir.mkdir()
-    due = {"auto": {"8": "float16" if there else None, "1": None}, "disable": {"8": None, "1": None}}
+    due = None if choice == "disable" or not there else "float16"
     for version in (tensorrt_86, tensorrt):
         build_engine(made, None, None, version)
         switches = EngineConfig.load(made.output_dir).build_config.plugin_config
-        assert switches.gemm_plugin == due.get(choice, {}).get(version.version[0], "float16")
+        assert switches.gemm_plugin == due
         assert switches.tokens_per_block == TOKENS_PER_BLOCK
         network = fake_tensorrt.Builder.networks[-1]
         assert network.builder_config.num_optimization_profiles == (1 if switches.gemm_plugin else 2)

@@ -90,6 +90,12 @@ def _add_engine(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="of the engines (default: %(default)s)",
     )
+    engine.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16"),
+        default="float16",
+        help="of the engines; bfloat16 is for TensorRT 10 and newer (default: %(default)s)",
+    )
     for name, known in (("batch", engine_cases.BATCHES), ("context", engine_cases.CONTEXTS)):
         default = ",".join(map(str, known))
         engine.add_argument(f"--{name}", metavar="NUMBERS", help=f"comma-separated (default: {default})")
@@ -112,7 +118,9 @@ def _add_engine(commands: argparse._SubParsersAction) -> None:
         "--builder_optimization_level", type=int, choices=range(6), metavar="N", help="as saw-build's, for all engines"
     )
     engine.add_argument("--multiple_profiles", choices=("enable", "disable"), help="as saw-build's")
-    engine.add_argument("--gemm_plugin", choices=("auto", "float16", "disable"), default="auto", help="as saw-build's")
+    engine.add_argument(
+        "--gemm_plugin", choices=("auto", "float16", "bfloat16", "disable"), default="auto", help="as saw-build's"
+    )
     engine.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write the record to")
     engine.add_argument("--commit", metavar="HASH", help="what is measured, where there is no git repository to say it")
     add_log_level(engine)
@@ -187,7 +195,7 @@ def _engine(args: argparse.Namespace, command: str) -> None:
         plan = Plan.of(
             args.engine_dir or Path(temporary),
             kvs,
-            engine_cases.llama_config(args.num_layers, args.vocab_size),
+            engine_cases.llama_config(args.num_layers, args.vocab_size, args.dtype),
             batches=numbers["batch"],
             contexts=numbers["context"],
             optimization_level=args.builder_optimization_level,

@@ -26,8 +26,7 @@ class NetworkOptions:
         Threads that read the weights and fold into them.
     gemm_plugin : str
         ``auto``, ``disable``, or the model's dtype. With it, nearly all layers are plugins, of which TensorRT compiles
-        nothing: 8.6 takes seconds for each hundred MB of weights, and for the elementwise kernels of
-        each layer. ``auto`` takes it for 8.6, if there is cuBLASLt.
+        nothing. ``auto`` takes it if there is cuBLASLt.
     """
 
     decode_profile: bool | None = None

@@ -37,6 +37,11 @@ class Case:
     options: tuple[tuple[str, Any], ...] = field(default=())
 
     @property
+    def dtype(self) -> str:
+        """Of the engine's activations."""
+        return dict(self.options).get("dtype", "float16")
+
+    @property
     def name(self) -> str:
         return "-".join(map(str, (self.family, self.head_dim, self.kv, *(v for _, v in self.options))))
 
@@ -75,9 +80,14 @@ def _centred(plan: BuildPlan) -> BuildPlan:
     return dataclasses.replace(plan, config=config, calibration=Calibration(centers, smoothing, {}, {}, 0))
 
 
+#: TensorRT 8.6 has no bfloat16.
+_BF16 = (("dtype", "bfloat16"),)
+KVS = ("saw_int4", "int4", "fp16")
+
+
 def _each_once() -> list[Case]:
     """Each family with each kv and each head_dim, in a third of the combinations."""
-    kvs, dims = ("saw_int4", "int4", "fp16"), (64, 128, 256)
+    kvs, dims = KVS, (64, 128, 256)
     turned = [(f, dims[i], kvs[(i + j) % 3]) for j, f in enumerate(FAMILIES) for i in range(3)]
     every = [(f, d, k) for f in FAMILIES for d in dims for k in kvs]
     return [Case(*x) for x in (every if os.environ.get("SAW_TEST_ALL_ENGINES") == "1" else turned)]
@@ -88,9 +98,13 @@ STEP_CASES = [
     Case("mistral", 128, "saw_int4", (("gather_context_logits", True),)),
     Case("llama", 128, "saw_int4", (("kv_skip_layers", "last"), ("centred", True))),
     Case("llama", 128, "saw_int4", (("gemm_plugin", "disable"),)),
+    *(Case(f, d, kv, _BF16) for f, d, kv in zip(FAMILIES, (128, 64, 256, 128), KVS + KVS, strict=False)),
+    Case("llama", 64, "saw_int4", (*_BF16, ("gemm_plugin", "disable"))),
 ]
 _SERVED = (("max_batch_size", 64), ("max_num_tokens", 4096), ("max_seq_len", 1024), ("gather_all_token_logits", True))
-SERVED_CASES = {kv: Case("example", 128, kv, _SERVED) for kv in ("fp16", "int4", "saw_int4")}
+SERVED_CASES = {kv: Case("example", 128, kv, _SERVED) for kv in KVS} | {
+    f"{kv}, bfloat16": Case("example", 128, kv, (*_SERVED, *_BF16)) for kv in ("saw_int4", "fp16")
+}
 
 IDS = np.random.default_rng(3).integers(3, VOCAB, (3, 190)).tolist()
 #: What a step takes: sequence, first token, count, kind.

@@ -55,6 +55,20 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def supported():
+    """Skips a case whose dtype this TensorRT does not have."""
+    from saw_trtllm.network.versions import TensorRT
+
+    def check(case) -> None:
+        try:
+            TensorRT.load().check_activations(case.dtype)
+        except SawError as e:
+            pytest.skip(str(e))
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def reference(work: Path):
     """What the reference makes of a case."""
 

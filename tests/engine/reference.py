@@ -32,6 +32,7 @@ from cases import (
 from saw_trtllm.builder import BuildPlan
 from saw_trtllm.reference import model as reference_model
 from saw_trtllm.reference.cache import PagedCache
+from saw_trtllm.reference.int4 import TORCH_DTYPES
 from saw_trtllm.reference.model import ReferenceModel
 
 #: Logits that are kept of each token, the largest.
@@ -58,15 +59,16 @@ def steps(case: Case, folder: Path) -> dict[str, np.ndarray]:
 
 
 def texts(case: Case, folder: Path) -> dict[str, np.ndarray]:
-    """Greedy tokens, the largest logits that chose them, and what rounding to fp16 makes of those."""
+    """Greedy tokens, the largest logits that chose them, and what rounding to the engine's dtype makes of those."""
     plan = case.plan(folder, "reference")
     tokens, logits = greedy(plan)
     top = np.argsort(-logits, axis=2)[..., :TOP]
     values = np.take_along_axis(logits, top, axis=2)
-    with rounded():
+    with rounded(TORCH_DTYPES[case.dtype]):
         _, coarse = greedy(plan, tokens)
     errors = np.abs(np.take_along_axis(coarse, top, axis=2) - values)
-    return {"tokens": tokens, "top": top, "values": values, "errors": errors}
+    differ = (coarse.argmax(axis=2) != tokens).mean()
+    return {"tokens": tokens, "top": top, "values": values, "errors": errors, "rounded_differ": differ}
 
 
 def greedy(plan: BuildPlan, forced: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -84,11 +86,11 @@ def greedy(plan: BuildPlan, forced: np.ndarray | None = None) -> tuple[np.ndarra
 
 
 @contextmanager
-def rounded() -> Iterator[None]:
-    """Have the reference round to fp16 whatever an engine keeps in it."""
+def rounded(dtype: torch.dtype) -> Iterator[None]:
+    """Have the reference round whatever an engine keeps in 16 bits."""
 
     def halved(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        return lambda *args, **kwargs: function(*args, **kwargs).half().float()
+        return lambda *args, **kwargs: function(*args, **kwargs).to(dtype).float()
 
     functional = types.SimpleNamespace(linear=halved(F.linear), embedding=F.embedding, pad=F.pad)
     with (

@@ -23,8 +23,9 @@ FOLDER = Path(__file__).parent
 
 
 @pytest.fixture(scope="module", params=SERVED_CASES)
-def served(request, work):
-    """A kv, and its engine folder."""
+def served(request, work, supported):
+    """A case, and its engine folder."""
+    supported(SERVED_CASES[request.param])
     return request.param, SERVED_CASES[request.param].engine(work)
 
 
@@ -32,8 +33,8 @@ def served(request, work):
 def expected(served, reference):
     """The reference's greedy texts, and ``close``: so far apart may two logits be that change places.
 
-    That is twice what rounding to fp16 makes of the reference's. With rows in 4 bits a rounding that moves a code is
-    seen by all tokens behind it, so there it is some twenty times as much.
+    That is twice what rounding to the engine's dtype makes of the reference's. With rows in 4 bits a rounding that
+    moves a code is seen by all tokens after it, so there it is some twenty times as much.
     """
     found = reference(SERVED_CASES[served[0]])
     return found | {"close": 2 * found["errors"].max()}
@@ -80,7 +81,8 @@ def test_200_greedy_tokens_are_the_references(served, expected):
     different = tokens != expected["tokens"]
     print(f"{served[0]}: {different.sum()} of {different.size} tokens differ, gaps {np.sort(gaps[different])[-3:]}")
     assert (gaps[different] <= expected["close"]).all()
-    assert different.mean() < 0.05
+    # The reference, rounded as the engine is, takes so many others; the engine rounds in more places.
+    assert different.mean() < max(0.05, 3 * expected["rounded_differ"])
 
 
 def test_64_requests_with_preemption_give_what_each_gives_alone(served, expected):

@@ -41,11 +41,11 @@ PARTS: dict[Part, str] = {
 }
 
 
-def llama_config(num_layers: int, vocab_size: int = LLAMA_VOCAB) -> ModelConfig:
+def llama_config(num_layers: int, vocab_size: int = LLAMA_VOCAB, dtype: str = "float16") -> ModelConfig:
     """The shape of Llama 3 8B with so many layers and words."""
     return ModelConfig(
         architecture="LlamaForCausalLM",
-        dtype="float16",
+        dtype=dtype,
         hidden_size=4096,
         num_hidden_layers=num_layers,
         num_attention_heads=32,

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 
 from saw_trtllm import __version__
-from saw_trtllm.checkpoint import expected_shapes
+from saw_trtllm.checkpoint import NUMPY_DTYPES, expected_shapes
 from saw_trtllm.config import ModelConfig
 from saw_trtllm.engine import BuildConfig, EngineConfig, SawSection, engine_file
 from saw_trtllm.errors import ConfigError, EngineError, SawError
@@ -44,16 +44,17 @@ class RandomWeights:
     """
 
     def __init__(self, model: ModelConfig) -> None:
+        self._dtype = NUMPY_DTYPES[model.dtype]
         self._shapes = expected_shapes(model)
         self._block = np.random.default_rng(0).standard_normal(_BLOCK, np.float32)
         self._starts = {name: i * _STRIDE for i, name in enumerate(self._shapes)}
         self._numbers: dict[int, np.ndarray] = {}
 
     def load(self, name: str) -> np.ndarray:
-        """A tensor in float16, which is not to be written to."""
+        """A tensor in the model's dtype, which is not to be written to."""
         shape = self._shapes[name]
         if len(shape) == 1:
-            return np.ones(shape, np.float16)
+            return np.ones(shape, self._dtype)
         start, size = self._starts[name], math.prod(shape)
         return self._of_width(shape[-1])[start : start + size].reshape(shape)
 
@@ -61,7 +62,7 @@ class RandomWeights:
         """Numbers for all matrices of a width."""
         if width not in self._numbers:
             largest = max(math.prod(shape) for shape in self._shapes.values() if shape[-1] == width)
-            block = (self._block * width**-0.5).astype(np.float16)
+            block = (self._block * width**-0.5).astype(self._dtype)
             self._numbers[width] = np.resize(block, largest + len(self._shapes) * _STRIDE)
         return self._numbers[width]
 

@@ -37,6 +37,7 @@ class Shape(RecordPart):
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+    dtype: str = "float16"
 
     @classmethod
     def of(cls, model: ModelConfig) -> Shape:
@@ -49,12 +50,13 @@ class Shape(RecordPart):
             num_kv_heads=model.num_key_value_heads,
             head_dim=model.head_size,
             vocab_size=model.vocab_size,
+            dtype=model.dtype,
         )
 
     @property
     def is_llama(self) -> bool:
         """Whether it is Llama 3 8B's, but for the number of layers."""
-        return self == Shape.of(llama_config(self.num_layers))
+        return self == Shape.of(llama_config(self.num_layers, dtype=self.dtype))
 
     def __str__(self) -> str:
         if self.is_llama:
