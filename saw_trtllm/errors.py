@@ -54,6 +54,12 @@ class KernelError(SawError, RuntimeError):
     triton_code = "INTERNAL"
 
 
+class QueueFullError(SawError):
+    """A request that came when as many as are allowed were waiting."""
+
+    triton_code = "UNAVAILABLE"
+
+
 class ShutdownError(SawError):
     """A request that came when the runtime was already shut down."""
 

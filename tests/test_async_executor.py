@@ -166,7 +166,7 @@ def test_aborted_while_a_step_is_under_way(open_async):
     for handle in handles:
         handle.abort()
     used = llm.stats().used_blocks
-    wait_until(lambda: not llm._core._inbox or len(executor._under_way) == 2)
+    wait_until(lambda: not llm._core._aborted or len(executor._under_way) == 2)
     assert llm.stats().used_blocks >= used > 0
     executor.gate.set()
     assert {h.result(60).outputs[0].finish_reason for h in handles} == {"cancelled"}

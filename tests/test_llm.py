@@ -11,10 +11,10 @@ import pytest
 from example_engine import EXAMPLE, build_example
 
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
-from saw_trtllm.errors import ConfigError, EngineError, RequestError, ShutdownError
+from saw_trtllm.errors import ConfigError, EngineError, QueueFullError, RequestError, ShutdownError
 from saw_trtllm.runtime.detokenizer import Detokenizer, decode_piece
 from saw_trtllm.runtime.engine_core import Request
-from saw_trtllm.runtime.outputs import GenerationResult
+from saw_trtllm.runtime.outputs import GenerationResult, OutputQueue
 from saw_trtllm.runtime.scheduler import Sequence
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
@@ -72,6 +72,29 @@ def test_chunks_do_not_change_a_token_of_an_exact_cache(open_llm):
     prompts, params = requests(8, 10)
     texts = [token_ids(open_llm("fp16", prefill_chunk=c).generate(prompts, params)) for c in (32, 96, 512)]
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_the_order_of_queueing_does_not_change_a_token(open_llm):
+    """In a cache that is too small for all: queued in another order than they were made in, and by threads."""
+    prompts, params = requests(4, 60, shared=(0, 20, 70))
+    alone = token_ids(open_llm("fp16", prefill_chunk=32).generate(prompts, params))
+    llm = open_llm("fp16", prefill_chunk=32, kv_cache_config=KvCacheConfig(224))
+    made = [llm._request(p, s, streaming=False) for p, s in zip(prompts, params, strict=True)]
+    results = [llm._submit(request) for request in reversed(made)]
+    assert token_ids(r.result(60) for r in results) == alone[::-1]
+    assert llm.stats().preemptions_total > 0
+
+    texts = {}
+
+    def work(i):
+        texts[i] = token_ids([llm.generate(prompts[i], params[i])])[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert texts == dict(enumerate(alone))
 
 
 def test_one_seed_one_text(open_llm):
@@ -233,8 +256,9 @@ def test_logits_survive_preemption_chunks_and_company(open_llm, kv, chunk):
 def test_a_prompt_begun_anew_gives_its_logits_once():
     """Preempted in the midst of its prompt, a request computes the first chunks twice."""
     params = SamplingParams(max_tokens=1, return_context_logits=True)
-    result = GenerationResult(0, abort=lambda: None)
-    request = Request(Sequence(0, [5] * 5, params), None, set(), Detokenizer(None), False, result)
+    outputs = OutputQueue()
+    result = GenerationResult(0, outputs, abort=lambda: None)
+    request = Request(Sequence(0, [5] * 5, params), None, set(), Detokenizer(None), False, outputs)
     logits = np.arange(10, dtype=np.float32).reshape(5, 2)
     for start, end in ((0, 2), (2, 4), (0, 2), (2, 4), (4, 5)):
         request.keep_logits(logits[start:end], start, samples=end == 5)
@@ -393,7 +417,220 @@ def test_requests_from_many_threads(open_llm):
     assert texts == {i: [expected[i]] * 3 for i in range(8)}
 
 
+# -- who does not wait any more, and who may not wait
+
+
+def nothing_runs(llm):
+    stats = llm.stats()
+    return (stats.num_running, stats.num_waiting, stats.used_blocks) == (0, 0, 0)
+
+
+def assert_nothing_runs(llm):
+    for _ in range(400):
+        if nothing_runs(llm):
+            return
+        time.sleep(0.05)
+    raise AssertionError("a request that nobody waits for goes on")
+
+
+def test_a_dropped_handle_ends_its_request(open_llm):
+    llm = open_llm()
+    for streaming in (False, True):
+        handles = [llm.generate_async(STEM, ENDLESS, streaming) for _ in range(3)]
+        first = next(iter(handles[0])) if streaming else None
+        assert not nothing_runs(llm)
+        del handles
+        assert_nothing_runs(llm)
+    assert not first.finished
+    assert llm.stats().generated_tokens_total < ENDLESS.max_tokens
+
+
+def test_an_exception_in_the_midst_of_reading_ends_the_request(open_llm):
+    llm = open_llm()
+
+    def read():
+        for _ in llm.generate_async(STEM, ENDLESS, streaming=True):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read()
+    assert_nothing_runs(llm)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_cancelled_reader_ends_its_request(open_llm, streaming):
+    """By ``wait_for`` as by ``cancel``; the handle is held all the while."""
+    llm = open_llm()
+
+    async def read():
+        handles = [llm.generate_async(STEM, ENDLESS, streaming) for _ in range(2)]
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(handles[0].aresult(), 0.3)
+        task = asyncio.ensure_future(handles[1].aresult())
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return handles
+
+    handles = asyncio.run(read())
+    assert_nothing_runs(llm)
+    assert {h.result(60).outputs[0].finish_reason for h in handles} == {"cancelled"}
+
+
+def test_a_reader_that_is_cancelled_leaves_the_others_theirs(open_llm):
+    llm = open_llm()
+    params = SamplingParams(max_tokens=200, ignore_eos=True)
+
+    async def read():
+        handle = llm.generate_async(STEM, params)
+        others = asyncio.ensure_future(handle.aresult())
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(handle.aresult(), 0.05)
+        return await others
+
+    assert asyncio.run(read()).outputs[0].finish_reason == "length"
+
+
+def test_more_than_may_wait_are_rejected(open_llm):
+    llm = open_llm(max_queue_size=3)
+    execute, gate, begun = llm._core._executor.execute, threading.Event(), threading.Event()
+
+    def gated(*args):
+        begun.set()
+        assert gate.wait(60)
+        return execute(*args)
+
+    llm._core._executor.execute = gated
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    running = llm.generate_async(STEM, params)
+    assert begun.wait(60)  # now it waits no more, and nobody else begins
+    waiting = [llm.generate_async(STEM, params) for _ in range(3)]
+    with pytest.raises(QueueFullError, match="3 requests wait already, and max_queue_size is 3"):
+        llm.generate_async(STEM, params)
+    assert llm.stats().num_waiting == 3
+    whole = []
+    patient = threading.Thread(target=lambda: whole.extend(llm.generate([STEM] * 9, params)))
+    patient.start()
+    time.sleep(0.1)
+    assert llm.stats().num_waiting == 3
+    gate.set()
+    patient.join(60)
+    results = [h.result(60) for h in (running, *waiting)] + whole
+    assert len(results) == 13
+    assert len({r.outputs[0].text for r in results}) == 1
+
+
+@pytest.mark.parametrize("size", [-1, 1.5, "many", None])
+def test_a_queue_of_no_size_is_rejected(engine, size):
+    with pytest.raises(ConfigError, match="max_queue_size is"):
+        LLM(engine("saw_int4"), max_queue_size=size)
+
+
+def test_who_waits_for_room_is_told_of_the_end(open_llm):
+    llm = open_llm(max_queue_size=1, kv_cache_config=KvCacheConfig(max_tokens=2048))
+    errors = []
+
+    def generate():
+        try:
+            llm.generate([[5] * 100] * 4, SamplingParams(max_tokens=1900, ignore_eos=True))
+        except ShutdownError as e:
+            errors.append(e)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    while llm.stats().num_waiting == 0:
+        time.sleep(0.01)
+    llm.shutdown()
+    thread.join(60)
+    assert len(errors) == 1
+
+
+def test_a_forked_child_is_told_that_it_has_no_engine(engine):
+    """It would wait for ever: no thread of the parent's is there. Nor may its end harm the parent."""
+    code = """
+import multiprocessing, sys, threading
+from saw_trtllm import LLM, SamplingParams
+from saw_trtllm.errors import EngineError
+
+def child(say):
+    for ask in (lambda: llm.generate([5]), lambda: llm.generate_async([5]), lambda: handle.result()):
+        try:
+            ask()
+        except EngineError as e:
+            say.send(str(e))
+    llm.shutdown()
+
+llm = LLM(sys.argv[1])
+handle = llm.generate_async([5], SamplingParams(max_tokens=30, ignore_eos=True))
+hear, say = multiprocessing.Pipe()
+held, release = threading.Event(), threading.Event()
+
+def hold():  # as any thread may at that moment
+    with llm._core._changed:
+        held.set()
+        release.wait()
+
+threading.Thread(target=hold).start()
+held.wait()
+process = multiprocessing.get_context("fork").Process(target=child, args=(say,))
+process.start()
+release.set()
+process.join(60)
+print(process.exitcode)
+print(*[hear.recv() for _ in range(3)], sep=chr(10))
+print(handle.result(60).outputs[0].finish_reason)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code, str(engine("saw_int4"))]
+    forked = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert forked.stderr == ""
+    status, *said, reason = forked.stdout.splitlines()
+    assert (status, reason) == ("0", "length")
+    assert len(said) == 3
+    assert all("is a fork of it: make the LLM in the process that uses it" in s for s in said)
+
+
 # -- failure and end
+
+
+class BrokenDetokenizer(Detokenizer):
+    """One that fails at the third token, or when it is asked for the rest."""
+
+    def __init__(self, broken):
+        super().__init__(None)
+        self.left = 3
+        self.broken = broken
+
+    def push(self, *args):
+        self.left -= 1
+        if self.broken == "push" and not self.left:
+            raise ValueError("no such character")
+        return super().push(*args)
+
+    def flush(self):
+        if self.broken == "flush":
+            raise ValueError("no such character")
+        return super().flush()
+
+
+@pytest.mark.parametrize("broken", ["push", "flush"])
+def test_a_text_that_cannot_be_made_ends_its_request_alone(open_llm, broken, caplog):
+    llm = open_llm()
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    expected = llm.generate(STEM, params).outputs
+    bad = [llm._request([5, 6], ENDLESS, streaming) for streaming in (False, True)]
+    for request in bad:
+        request._detokenizer = BrokenDetokenizer(broken)
+    with caplog.at_level(logging.CRITICAL):
+        good = [llm.generate_async(STEM, params) for _ in range(3)]
+        failing = [llm._submit(request) for request in bad]
+        for result in failing:
+            result.abort() if broken == "flush" else None
+            with pytest.raises(EngineError, match="while it made this request's text: no such character"):
+                result.result(60)
+    assert [h.result(60).outputs for h in good] == [expected] * 3
+    assert_nothing_runs(llm)
+    assert llm.generate(STEM, params).outputs == expected
 
 
 def fail_on(llm, token):

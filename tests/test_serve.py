@@ -11,7 +11,7 @@ from fake_triton import InferenceRequest, Request, SeriesRecorder, i32, model_co
 from saw_trtllm import LLM, SamplingParams
 from saw_trtllm.errors import EngineError, RequestError
 from saw_trtllm.runtime.detokenizer import Detokenizer
-from saw_trtllm.runtime.engine_core import Stats
+from saw_trtllm.runtime.stats import Stats
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve import metrics, names, tensorrt_llm
 from saw_trtllm.serve.parameters import Parameters
@@ -490,6 +490,31 @@ def test_failure_of_the_runtime_is_answered(engine_dir, tokenizer, monkeypatch):
     monkeypatch.setattr(model._llm._core._executor, "execute", execute)
     [fine] = run(model, Request(llm_inputs(ids)))
     assert fine[0].error is None
+    model.finalize()
+
+
+def test_more_requests_than_may_wait_are_unavailable(engine_dir, tokenizer, monkeypatch):
+    """Those of one request too; those that wait are answered."""
+    model = TensorrtLlmModel(pb_utils, Parameters(gpt_model_path=engine_dir, max_queue_size=2))
+    executor, gate, begun = model._llm._core._executor, threading.Event(), threading.Event()
+    execute, ids = executor.execute, tokenizer.encode(PROMPT)
+
+    def gated(*args):
+        begun.set()
+        assert gate.wait(60)
+        return execute(*args)
+
+    monkeypatch.setattr(executor, "execute", gated)
+    requests = [Request(llm_inputs(ids, 4)) for _ in range(4)]
+    model.execute(requests[:1])
+    assert begun.wait(60)
+    model.execute(requests[1:])
+    full = requests[3].sender.wait_final()[-1]
+    assert code_of(full) == "UNAVAILABLE"
+    assert "2 requests wait already, and max_queue_size is 2" in full.error.message
+    gate.set()
+    for request in requests[:3]:
+        assert request.sender.wait_final()[0].error is None
     model.finalize()
 
 

@@ -153,6 +153,7 @@ def test_the_repository_is_filled_in(capsys, template, engine_dir, preload, tmp_
         "kv_cache_free_gpu_mem_fraction": "0.7",
     }
     assert wanted.items() <= values(model).items()
+    assert model.dynamic_batching.default_queue_policy.max_queue_size == 4096
     # Left to TensorRT-LLM's defaults.
     assert not {"max_tokens_in_paged_kv_cache", "kv_cache_onboard_blocks", "decoding_mode"} & values(model).keys()
     before = values(read(repo, "preprocessing"))

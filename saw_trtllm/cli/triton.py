@@ -13,7 +13,7 @@ from saw_trtllm.cli.common import add_log_level, run, set_log_level
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
 from saw_trtllm.plugins import PRELOAD_LIBRARY, library_path
-from saw_trtllm.runtime.llm import KvCacheConfig
+from saw_trtllm.runtime.llm import MAX_QUEUE_SIZE, KvCacheConfig
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve.installation import ADVICE, Installation, check_flags, find_server
 from saw_trtllm.serve.launcher import launch
@@ -77,6 +77,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="F",
         default=KvCacheConfig.free_gpu_memory_fraction,
         help="share of the free memory for the KV cache",
+    )
+    parser.add_argument(
+        "--max_queue_size",
+        type=int,
+        metavar="N",
+        default=MAX_QUEUE_SIZE,
+        help="requests that may wait; beyond that they are rejected; 0 is any number",
     )
     parser.add_argument("--kv_cache_reuse", choices=_SWITCH, default="enable", help="share blocks of equal prefixes")
     parser.add_argument(
@@ -156,6 +163,7 @@ def _parameters(args: argparse.Namespace) -> Parameters:
         add_special_tokens=args.add_special_tokens == "enable",
         max_tokens_in_paged_kv_cache=getattr(args, "kv_cache_max_tokens", None),
         kv_cache_free_gpu_mem_fraction=args.kv_cache_free_gpu_memory_fraction,
+        max_queue_size=args.max_queue_size,
         enable_kv_cache_reuse=args.kv_cache_reuse == "enable",
         exclude_input_in_output=args.exclude_input_in_output == "enable",
     )

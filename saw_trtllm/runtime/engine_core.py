@@ -8,56 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
-from saw_trtllm.errors import EngineError, ShutdownError
+from saw_trtllm.errors import EngineError, QueueFullError, ShutdownError
 from saw_trtllm.runtime.detokenizer import Detokenizer, Piece
 from saw_trtllm.runtime.executor import Executor, PendingStep, StepOutput
-from saw_trtllm.runtime.outputs import CompletionOutput, FinishReason, GenerationResult, RequestOutput
+from saw_trtllm.runtime.outputs import (
+    CompletionOutput,
+    FinishReason,
+    OutputQueue,
+    RequestOutput,
+    require_process,
+)
 from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.scheduler import Scheduled, Scheduler, Sequence
+from saw_trtllm.runtime.stats import Stats
 from saw_trtllm.runtime.step import PREFILL, StepPacker
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Stats:
-    """Gauges and counters of a runtime.
-
-    Attributes
-    ----------
-    num_running, num_waiting : int
-        Sequences now.
-    used_blocks, free_blocks, max_blocks, tokens_per_block : int
-        The KV cache. Free blocks may still hold prefixes for reuse.
-    requests_total, preemptions_total : int
-    prompt_tokens_total, reused_tokens_total, generated_tokens_total : int
-        Tokens of prompts, those of them found in the cache, and generated tokens.
-    ttft_seconds_sum, ttft_count : float, int
-        Time from a request's arrival to its first token.
-    """
-
-    num_running: int = 0
-    num_waiting: int = 0
-    used_blocks: int = 0
-    free_blocks: int = 0
-    max_blocks: int = 0
-    tokens_per_block: int = 0
-    requests_total: int = 0
-    preemptions_total: int = 0
-    prompt_tokens_total: int = 0
-    reused_tokens_total: int = 0
-    generated_tokens_total: int = 0
-    ttft_seconds_sum: float = 0.0
-    ttft_count: int = 0
 
 
 class Request:
@@ -73,7 +48,8 @@ class Request:
     detokenizer : Detokenizer
     streaming : bool
         Whether each piece is handed out, or only the whole.
-    result : GenerationResult
+    outputs : OutputQueue
+        Where what is handed out goes.
     """
 
     def __init__(
@@ -83,11 +59,11 @@ class Request:
         end_ids: set[int],
         detokenizer: Detokenizer,
         streaming: bool,
-        result: GenerationResult,
+        outputs: OutputQueue,
     ) -> None:
         self.sequence = sequence
         self.end_ids = end_ids
-        self.result = result
+        self.outputs = outputs
         self.arrival = time.monotonic()
         self._prompt = prompt
         # A copy, since what is handed out may be changed by who gets it.
@@ -157,7 +133,7 @@ class Request:
         self._texts.append(piece.text)
         shown = len(self.sequence.generated) - hidden if reason else self._shown + len(piece.token_ids)
         new, self._shown = slice(self._shown, shown), shown
-        self.result.put(partial(self._output, piece, new, len(self._texts), reason, stop))
+        self.outputs.put(partial(self._output, piece, new, len(self._texts), reason, stop))
 
     def _output(
         self, piece: Piece, new: slice, texts: int, reason: FinishReason | None, stop: str | int | None
@@ -202,28 +178,69 @@ class EngineCore:
     scheduler : Scheduler
     num_layers : list of int
         Layers of each pool, for the block offsets.
+    max_queue_size : int
+        Requests that may wait for their first step; 0 is any number.
     """
 
-    def __init__(self, executor: Executor, scheduler: Scheduler, num_layers: list[int]) -> None:
+    def __init__(
+        self, executor: Executor, scheduler: Scheduler, num_layers: list[int], max_queue_size: int = 0
+    ) -> None:
         self._executor = executor
         self._scheduler = scheduler
         self._packer = StepPacker(num_layers)
         self._under_way: deque[_Step] = deque()
         self._requests: dict[int, Request] = {}
-        self._inbox: deque[Callable[[], None]] = deque()
-        self._changed = threading.Condition()
+        self._max_queue_size = max_queue_size
+        self._arrived: deque[Request] = deque()
+        self._aborted: deque[int] = deque()
+        lock = threading.RLock()  # a handle that is collected while its thread holds the lock may be an LLM's last
+        self._changed = threading.Condition(lock)
+        self._has_room = threading.Condition(lock)
         self._closing = False
+        self._pid = os.getpid()
         self._stats = Stats()
         self._thread = threading.Thread(target=self._run, name="saw-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request) -> None:
-        """Queue a request whose size the scheduler has been asked about."""
-        self._post(lambda: self._add(request))
+    def submit(self, request: Request, wait: bool = False) -> None:
+        """Queue a request whose size the scheduler has been asked about. Requests run in the order of these calls.
+
+        Parameters
+        ----------
+        request : Request
+        wait : bool
+            Whether to wait while the queue is full.
+
+        Raises
+        ------
+        QueueFullError
+            If the queue is full.
+        ShutdownError
+            If the runtime has been shut down.
+        EngineError
+            In a forked child, which has no engine.
+        """
+        require_process(self._pid)  # before the lock, which the fork may have left taken
+        with self._changed:
+            if wait:
+                self._has_room.wait_for(lambda: self._closing or not self._is_full)
+            if self._closing:
+                raise ShutdownError("the runtime has been shut down: make a new LLM")
+            if self._is_full:
+                raise QueueFullError(
+                    f"{self._num_waiting} requests wait already, and max_queue_size is {self._max_queue_size}: send "
+                    "this one again later, or raise max_queue_size"
+                )
+            self._arrived.append(request)
+            self._changed.notify()
 
     def abort(self, request_id: int) -> None:
-        """End a request; nothing happens if it has already ended."""
-        self._post(lambda: self._cancel(request_id), quietly=True)
+        """End a request; nothing happens if it has already ended.
+
+        It takes no lock, so that the collector of garbage may call it at any point of any thread. Nor does it wake the
+        engine's thread: while there is a request to end, that does not sleep.
+        """
+        self._aborted.append(request_id)
 
     def stats(self) -> Stats:
         """The gauges as they are now, and the counters."""
@@ -231,7 +248,7 @@ class EngineCore:
         return replace(
             self._stats,
             num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting) + len(self._inbox),
+            num_waiting=self._num_waiting,
             used_blocks=blocks.num_blocks - blocks.num_free,
             free_blocks=blocks.num_free,
             max_blocks=blocks.num_blocks,
@@ -241,19 +258,25 @@ class EngineCore:
 
     def shutdown(self) -> None:
         """Cancel what runs, stop the thread, release the executor."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
+        if os.getpid() != self._pid:  # all of them are the parent's
+            return
+        self._close()
         if threading.current_thread() is not self._thread:  # it may be the last that lets go of an LLM
             self._thread.join()
 
-    def _post(self, action: Callable[[], None], quietly: bool = False) -> None:
+    def _close(self) -> None:
         with self._changed:
-            if not self._closing:
-                self._inbox.append(action)
-                self._changed.notify()
-            elif not quietly:
-                raise ShutdownError("the runtime has been shut down: make a new LLM")
+            self._closing = True
+            self._changed.notify()
+            self._has_room.notify_all()
+
+    @property
+    def _num_waiting(self) -> int:
+        return len(self._scheduler.waiting) + len(self._arrived)
+
+    @property
+    def _is_full(self) -> bool:
+        return 0 < self._max_queue_size <= self._num_waiting
 
     def _run(self) -> None:
         try:
@@ -264,12 +287,11 @@ class EngineCore:
             self._finish(steps_left=0)
         except Exception as e:
             logger.exception("the runtime failed")
-            with self._changed:
-                self._closing = True
+            self._close()
             # Nobody may wait for ever, those who have just come neither.
             self._take_in()
             for request in self._requests.values():
-                request.result.put(EngineError(f"the runtime failed ({e}): make a new LLM"))
+                request.outputs.put(EngineError(f"the runtime failed ({e}): make a new LLM"))
             for step in self._under_way:
                 with contextlib.suppress(Exception):  # it may be what failed
                     step.pending.result()
@@ -278,7 +300,9 @@ class EngineCore:
     def _turn(self) -> bool:
         """Take in what has come, begin a step and end one; false when it is time to close."""
         with self._changed:
-            self._changed.wait_for(lambda: self._inbox or self._closing or self._has_work)
+            if not self._is_full:
+                self._has_room.notify_all()
+            self._changed.wait_for(lambda: self._arrived or self._closing or self._has_work)
             closing = self._closing
         self._take_in()
         if not closing and self._has_work:
@@ -291,8 +315,11 @@ class EngineCore:
         return self._scheduler.has_work or bool(self._under_way)
 
     def _take_in(self) -> None:
-        while self._inbox:
-            self._inbox.popleft()()
+        with self._changed:  # so that each request is counted as waiting, and once
+            while self._arrived:
+                self._add(self._arrived.popleft())
+        while self._aborted:
+            self._cancel(self._aborted.popleft())
 
     def _add(self, request: Request) -> None:
         self._stats.requests_total += 1
@@ -302,7 +329,16 @@ class EngineCore:
 
     def _cancel(self, request_id: int) -> None:
         if request_id in self._requests:
-            self._drop(request_id).cancel()
+            request = self._drop(request_id)
+            try:
+                request.cancel()
+            except Exception as e:
+                self._report_lost_text(request, e)
+
+    def _report_lost_text(self, request: Request, e: Exception) -> None:
+        """One text that cannot be made must not take the server down: its request ends with the error."""
+        logger.error("the text of request %d could not be made", request.sequence.request_id, exc_info=e)
+        request.outputs.put(EngineError(f"the runtime failed while it made this request's text: {e}"))
 
     def _drop(self, request_id: int) -> Request:
         request = self._requests.pop(request_id)
@@ -354,7 +390,7 @@ class EngineCore:
         for s in parts:
             if s.sequence.request_id in self._requests:
                 error = EngineError(f"the engine failed while it computed this request: {e}")
-                self._drop(s.sequence.request_id).result.put(error)
+                self._drop(s.sequence.request_id).outputs.put(error)
 
     def _advance(self, s: Scheduled, output: StepOutput, i: int) -> None:
         request = self._requests.get(s.sequence.request_id)
@@ -373,5 +409,10 @@ class EngineCore:
             self._stats.ttft_seconds_sum += time.monotonic() - request.arrival
             self._stats.ttft_count += 1
         self._stats.generated_tokens_total += 1
-        if request.push(output.token_ids[i], output.logprobs[i]):
+        try:
+            ended = request.push(output.token_ids[i], output.logprobs[i])
+        except Exception as e:
+            self._report_lost_text(request, e)
+            ended = True
+        if ended:
             self._drop(s.sequence.request_id)

@@ -17,12 +17,13 @@ from saw_trtllm.engine import EngineConfig
 from saw_trtllm.errors import ConfigError, EngineError, RequestError
 from saw_trtllm.runtime.block_manager import BlockManager
 from saw_trtllm.runtime.detokenizer import Detokenizer
-from saw_trtllm.runtime.engine_core import EngineCore, Request, Stats
+from saw_trtllm.runtime.engine_core import EngineCore, Request
 from saw_trtllm.runtime.executor import Executor
-from saw_trtllm.runtime.outputs import GenerationResult, RequestOutput
+from saw_trtllm.runtime.outputs import GenerationResult, OutputQueue, RequestOutput
 from saw_trtllm.runtime.prompt import check_input_len, encode_prompt
 from saw_trtllm.runtime.sampling_params import SamplingParams
 from saw_trtllm.runtime.scheduler import Scheduler, Sequence
+from saw_trtllm.runtime.stats import Stats
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
 Prompt = str | SequenceABC[int]
@@ -30,6 +31,9 @@ Prompt = str | SequenceABC[int]
 #: Tokens of a prefill chunk at most. Long enough to fill a GPU's matrix units, short enough that decodes beside it do
 #: not stall, and the grain in which a 4-bit cache's prefixes are reused.
 PREFILL_CHUNK = 512
+
+#: Requests that may wait. A prompt that waits holds about 40 bytes for each of its tokens.
+MAX_QUEUE_SIZE = 4096
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,9 @@ class LLM:
     prefill_chunk : int, optional
         Tokens of a prefill chunk: a multiple of ``tokens_per_block``. By default 512, or what ``max_num_tokens``
         leaves.
+    max_queue_size : int
+        Requests of :meth:`generate_async` that may wait for their first step; 0 is any number. :meth:`generate` waits
+        for room instead.
 
     Attributes
     ----------
@@ -98,7 +105,10 @@ class LLM:
         tokenizer: Path | str | Tokenizer | None = None,
         kv_cache_config: KvCacheConfig | None = None,
         prefill_chunk: int | None = None,
+        max_queue_size: int = MAX_QUEUE_SIZE,
     ) -> None:
+        if not isinstance(max_queue_size, numbers.Integral) or max_queue_size < 0:
+            raise ConfigError(f"max_queue_size is {max_queue_size!r}: it must be a whole number, or 0 for any number")
         folder = Path(model)
         self.config = EngineConfig.load(folder)
         self.tokenizer = _load_tokenizer(folder, tokenizer)
@@ -114,7 +124,8 @@ class LLM:
             reuse_multiple=build.tokens_per_block if exact else chunk,
         )
         self._scheduler = Scheduler(blocks, build.max_batch_size, build.max_num_tokens, chunk, exact)
-        self._core = EngineCore(self.executor, self._scheduler, [len(pool.layers) for pool in self.config.pools])
+        num_layers = [len(pool.layers) for pool in self.config.pools]
+        self._core = EngineCore(self.executor, self._scheduler, num_layers, max_queue_size)
         self._ids = itertools.count()
         # An interpreter that exits under a thread that computes would abort.
         self._shutdown = weakref.finalize(self, self._core.shutdown)
@@ -164,10 +175,8 @@ class LLM:
                 f"{len(params)} sampling parameters came with {len(prompts)} prompts: give one, or one each"
             )
         requests = [self._request(p, s, streaming=False) for p, s in zip(prompts, params, strict=True)]
-        for request in requests:
-            self._core.submit(request)
-        waiting = tqdm(requests, desc="generate", unit="req", disable=not use_tqdm)
-        outputs = [request.result.result() for request in waiting]
+        results = [self._submit(request, wait=True) for request in requests]
+        outputs = [result.result() for result in tqdm(results, desc="generate", unit="req", disable=not use_tqdm)]
         return outputs[0] if single else outputs
 
     def generate_async(
@@ -186,10 +195,10 @@ class LLM:
         ------
         RequestError
             If the prompt or its parameters do not fit the engine.
+        QueueFullError
+            If ``max_queue_size`` requests wait already.
         """
-        request = self._request(inputs, sampling_params, streaming)
-        self._core.submit(request)
-        return request.result
+        return self._submit(self._request(inputs, sampling_params, streaming))
 
     def stats(self) -> Stats:
         """Gauges and counters for metrics."""
@@ -222,10 +231,15 @@ class LLM:
         request_id = next(self._ids)
         sequence = Sequence(request_id, ids, params)
         self._scheduler.check(sequence)
-        result = GenerationResult(request_id, abort=lambda: self._core.abort(request_id))
         detokenizer = Detokenizer(self.tokenizer, params.stop_strings, params.include_stop_str_in_output)
         text = prompt if isinstance(prompt, str) else None
-        return Request(sequence, text, end_ids, detokenizer, streaming, result)
+        return Request(sequence, text, end_ids, detokenizer, streaming, OutputQueue())
+
+    def _submit(self, request: Request, wait: bool = False) -> GenerationResult:
+        request_id = request.sequence.request_id
+        result = GenerationResult(request_id, request.outputs, abort=lambda: self._core.abort(request_id))
+        self._core.submit(request, wait)
+        return result
 
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
+
+from saw_trtllm.errors import EngineError
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -78,46 +81,76 @@ class RequestOutput:
     context_logits: np.ndarray | None = None
 
 
+class OutputQueue:
+    """A request's pieces, on their way from the engine to the :class:`GenerationResult` that gives them out.
+
+    The engine knows this end alone, so that a handle which nobody holds any more is collected.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: deque[Callable[[], RequestOutput] | Exception] = deque()
+        self.changed = threading.Condition()
+        self.wakers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    def put(self, piece: Callable[[], RequestOutput] | Exception) -> None:
+        """Called by the engine, from its thread; the output is made when it is read."""
+        with self.changed:
+            self.pieces.append(piece)
+            self.changed.notify_all()
+            for loop, event in self.wakers:
+                with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits there
+                    loop.call_soon_threadsafe(event.set)
+
+
+def require_process(pid: int) -> None:
+    """Raise EngineError in another process than ``pid``, where the engine runs."""
+    if os.getpid() != pid:
+        raise EngineError(
+            f"the engine runs in process {pid}, and process {os.getpid()} is a fork of it: make the LLM in the process "
+            "that uses it, or start that one with the method spawn"
+        )
+
+
 class GenerationResult:
     """The handle of a running request.
 
     Iterate over it, with ``for`` or ``async for``, for its :class:`RequestOutput` pieces: each when streaming, else one
     at the end. Iterating again goes on where the last iteration stopped.
 
+    A request that nobody waits for ends: when its handle is dropped, and when the last task that waits for a piece is
+    cancelled, be it by ``asyncio.wait_for``.
+
     Parameters
     ----------
     request_id : int
+    outputs : OutputQueue
     abort : callable
         Ends the request.
     """
 
-    def __init__(self, request_id: int, abort: Callable[[], None]) -> None:
+    def __init__(self, request_id: int, outputs: OutputQueue, abort: Callable[[], None]) -> None:
         self.request_id = request_id
+        self._outputs = outputs
         self._abort = abort
-        self._pieces: deque[Callable[[], RequestOutput] | Exception] = deque()
-        self._changed = threading.Condition()
+        self._num_blocked = 0  # threads that wait for a piece
         self._done = False
         self._last: RequestOutput | Exception | None = None
-        self._wakers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._pid = os.getpid()
+
+    def __del__(self) -> None:
+        if not self._done:
+            self._abort()
 
     def abort(self) -> None:
         """Stop generating; the last piece has finish_reason ``cancelled``. Without effect on a finished request."""
         self._abort()
 
-    def put(self, piece: Callable[[], RequestOutput] | Exception) -> None:
-        """Called by the engine, from its thread; the output is made when it is read."""
-        with self._changed:
-            self._pieces.append(piece)
-            self._changed.notify_all()
-            for loop, event in self._wakers:
-                with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits there
-                    loop.call_soon_threadsafe(event.set)
-
     def join(self, output: RequestOutput) -> RequestOutput:
         """A piece just read and those that have come since, as one."""
         pieces = [output]
-        with self._changed:
-            while self._pieces and not self._done and not isinstance(self._pieces[0], Exception):
+        queue = self._outputs
+        with queue.changed:
+            while queue.pieces and not self._done and not isinstance(queue.pieces[0], Exception):
                 pieces.append(self._pop())
         if len(pieces) == 1:
             return output
@@ -155,37 +188,55 @@ class GenerationResult:
             yield piece
 
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        event = asyncio.Event()
+        require_process(self._pid)
+        event, queue = asyncio.Event(), self._outputs
         waker = (asyncio.get_running_loop(), event)
-        with self._changed:
-            self._wakers.append(waker)
+        with queue.changed:
+            queue.wakers.append(waker)
         try:
             while True:
                 event.clear()
-                with self._changed:
-                    ready = bool(self._pieces) or self._done
+                with queue.changed:
+                    ready = bool(queue.pieces) or self._done
                     piece = self._pop() if ready else None
                 if not ready:
-                    await event.wait()
+                    await self._wait(event)
                 elif piece is None:
                     return
                 else:
                     yield piece
         finally:
-            with self._changed:
-                self._wakers.remove(waker)
+            with queue.changed:
+                queue.wakers.remove(waker)
+
+    async def _wait(self, event: asyncio.Event) -> None:
+        """Wait for the next piece; the last that is cancelled while it does so ends the request."""
+        try:
+            await event.wait()
+        except asyncio.CancelledError:
+            with self._outputs.changed:
+                alone = len(self._outputs.wakers) == 1 and not self._num_blocked
+            if alone:
+                self.abort()
+            raise
 
     def _next(self, timeout: float | None) -> RequestOutput | None:
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._pieces or self._done, timeout):
-                raise TimeoutError(f"no output within {timeout} s")
+        require_process(self._pid)
+        queue = self._outputs
+        with queue.changed:
+            self._num_blocked += 1
+            try:
+                if not queue.changed.wait_for(lambda: queue.pieces or self._done, timeout):
+                    raise TimeoutError(f"no output within {timeout} s")
+            finally:
+                self._num_blocked -= 1
             return self._pop()
 
     def _pop(self) -> RequestOutput | None:
         """The next piece; None behind the last. The lock is held."""
         if self._done:
             return None
-        piece = self._pieces.popleft()
+        piece = self._outputs.pieces.popleft()
         self._last = piece if isinstance(piece, Exception) else piece()
         if isinstance(self._last, Exception):
             self._done = True

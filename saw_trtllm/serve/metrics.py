@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from saw_trtllm.runtime.engine_core import Stats
+from saw_trtllm.runtime.stats import Stats
 
 GAUGE, COUNTER = "GAUGE", "COUNTER"
 

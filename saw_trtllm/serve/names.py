@@ -168,6 +168,7 @@ TENSORRT_LLM_MODEL = Model(
         "kv_cache_free_gpu_mem_fraction",
         "enable_kv_cache_reuse",
         "exclude_input_in_output",
+        "max_queue_size",
         "cancellation_check_period_ms",
         "stats_check_period_ms",
     ),

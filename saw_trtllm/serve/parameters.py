@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saw_trtllm.config import first_error
 from saw_trtllm.errors import ConfigError
+from saw_trtllm.runtime.llm import MAX_QUEUE_SIZE
 
 
 class Parameters(BaseModel):
@@ -24,6 +25,9 @@ class Parameters(BaseModel):
     kv_cache_free_gpu_mem_fraction: float = Field(0.9, gt=0, le=1, description="share of the free memory for the cache")
     enable_kv_cache_reuse: bool = Field(True, description="whether prompts with the same beginning share blocks")
     exclude_input_in_output: bool = Field(False, description="for requests that do not say")
+    max_queue_size: int = Field(
+        MAX_QUEUE_SIZE, ge=0, description="requests that may wait for their first step; 0 is any number"
+    )
     cancellation_check_period_ms: int = Field(100, gt=0, description="how often to ask whether a client has gone")
     stats_check_period_ms: int = Field(100, gt=0, description="how often to update the metrics")
 

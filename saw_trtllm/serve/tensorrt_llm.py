@@ -110,7 +110,12 @@ class TensorrtLlmModel:
             free_gpu_memory_fraction=parameters.kv_cache_free_gpu_mem_fraction,
             enable_block_reuse=parameters.enable_kv_cache_reuse,
         )
-        self._llm = LLM(parameters.gpt_model_path, tokenizer=parameters.tokenizer_dir, kv_cache_config=kv_cache)
+        self._llm = LLM(
+            parameters.gpt_model_path,
+            tokenizer=parameters.tokenizer_dir,
+            kv_cache_config=kv_cache,
+            max_queue_size=parameters.max_queue_size,
+        )
         self._metrics = MetricsReporter(pb_utils, names.TENSORRT_LLM, names.VERSION)
         self._jobs: dict[int, Job] = {}
         self._streams = 0

@@ -12,9 +12,9 @@ import numpy as np
 from saw_trtllm.bench.engine.record import StartUp
 from saw_trtllm.engine import engine_file
 from saw_trtllm.errors import EngineError
-from saw_trtllm.runtime.engine_core import Stats
 from saw_trtllm.runtime.llm import LLM
 from saw_trtllm.runtime.sampling_params import SamplingParams
+from saw_trtllm.runtime.stats import Stats
 
 _POLL_S = 0.002
 #: So often in a row nothing runs or waits, though all was submitted: it has ended, or failed.

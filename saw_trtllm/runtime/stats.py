@@ -1,0 +1,37 @@
+"""What a runtime tells of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Stats:
+    """Gauges and counters of a runtime.
+
+    Attributes
+    ----------
+    num_running, num_waiting : int
+        Sequences now.
+    used_blocks, free_blocks, max_blocks, tokens_per_block : int
+        The KV cache. Free blocks may still hold prefixes for reuse.
+    requests_total, preemptions_total : int
+    prompt_tokens_total, reused_tokens_total, generated_tokens_total : int
+        Tokens of prompts, those of them found in the cache, and generated tokens.
+    ttft_seconds_sum, ttft_count : float, int
+        Time from a request's arrival to its first token.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    used_blocks: int = 0
+    free_blocks: int = 0
+    max_blocks: int = 0
+    tokens_per_block: int = 0
+    requests_total: int = 0
+    preemptions_total: int = 0
+    prompt_tokens_total: int = 0
+    reused_tokens_total: int = 0
+    generated_tokens_total: int = 0
+    ttft_seconds_sum: float = 0.0
+    ttft_count: int = 0
