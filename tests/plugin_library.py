@@ -12,8 +12,11 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping
 from ctypes import CDLL, c_char_p
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,19 +51,29 @@ def interfaces(include_dir: Path) -> list[str]:
     return ["V2"] * (major < 11) + ["V3"] * (major >= 10)
 
 
+@cache
+def nvcc() -> list[str]:
+    """How to call nvcc: the one on PATH, or the one of the extra `kernels`; empty where there is none."""
+    if shutil.which("nvcc"):
+        return ["nvcc"]
+    command = [sys.executable, str(ROOT / "plugins" / "pip_nvcc.py")]
+    folder = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    return [f"{folder}/bin/nvcc", f"-L{folder}/lib"] if folder else []
+
+
 def missing() -> str | None:
     """Why the plugins cannot be compiled here, if they cannot."""
     if not include_dirs():
         return "SAW_TENSORRT_INCLUDE_DIR does not name TensorRT's headers"
-    if shutil.which("nvcc") is None:
-        return "nvcc is not on PATH"
+    if not nvcc():
+        return "there is no nvcc: pip install 'saw-trtllm[kernels]'"
     if importlib.util.find_spec("pybind11") is None:
         return "pybind11 is not installed"
     return None
 
 
 def compile_library(target: Path, sources: list[Path], flags: list[str]) -> Path:
-    command = ["nvcc", *FLAGS, *flags, "-o", str(target), *map(str, sources)]
+    command = [*nvcc(), *FLAGS, *flags, "-o", str(target), *map(str, sources)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "warning" not in done.stderr, done.stderr[-4000:]
@@ -83,8 +96,14 @@ def build_driver(include_dir: Path, folder: Path) -> ModuleType:
     return module
 
 
-def build_recording_library(include_dir: Path, folder: Path) -> Path:
-    """The plugins over kernels that write down what they are called with."""
+_recording = tempfile.TemporaryDirectory(prefix="saw_plugins_")
+
+
+@cache
+def recording_library(include_dir: Path) -> Path:
+    """The plugins over kernels that write down what they are called with, built once for all tests."""
+    folder = Path(_recording.name) / str(tensorrt_major(include_dir))
+    folder.mkdir()
     # One translation unit: TensorRT's headers take most of the time.
     unit = folder / "plugins.cpp"
     sources = [*sorted(SOURCES.glob("*.cpp")), DRIVER / "recorder.cpp"]
