@@ -2,6 +2,8 @@
 // A part of decode_alone.cuh, which includes it.
 #pragma once
 
+#include "saw/decode_alone.cuh"
+
 namespace saw {
 
 // Cut the line, and find where this CTA's piece begins. Every warp adds up the tiles of all sequences for itself: that

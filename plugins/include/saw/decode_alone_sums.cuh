@@ -2,6 +2,8 @@
 // A part of decode_alone.cuh, which includes it.
 #pragma once
 
+#include "saw/decode_alone.cuh"
+
 namespace saw {
 
 // The sequence's tiles of this piece are done, and the warp's last was in used_slot (-1: it had none): give the

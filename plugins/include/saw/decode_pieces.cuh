@@ -2,6 +2,8 @@
 // A part of decode_attention.cuh, which includes it.
 #pragma once
 
+#include "saw/decode_attention.cuh"
+
 namespace saw {
 
 // Cut the line, and find where this CTA's piece begins. Every CTA adds up the tiles of all sequences for itself: that

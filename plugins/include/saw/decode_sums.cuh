@@ -2,6 +2,8 @@
 // A part of decode_attention.cuh, which includes it.
 #pragma once
 
+#include "saw/decode_attention.cuh"
+
 namespace saw {
 
 // A sequence's tiles of this piece are done, up to `done` on the line; `more` follow. Give its output, and true, or

@@ -2,6 +2,8 @@
 // A part of decode_attention.cuh, which includes it.
 #pragma once
 
+#include "saw/decode_attention.cuh"
+
 namespace saw {
 
 // Q as the B operand: query g of each tile of 8, the dims of words t, t + 4, ... in the order that a masked word of

@@ -99,17 +99,6 @@ __device__ inline float2 unpack_pair(uint32_t bits) {
 }
 
 template <typename T>
-__device__ inline uint32_t pack_pair(float low, float high) {
-    if constexpr (std::is_same_v<T, __half>) {
-        __half2 const pair = __floats2half2_rn(low, high);
-        return reinterpret_cast<uint32_t const&>(pair);
-    } else {
-        __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
-        return reinterpret_cast<uint32_t const&>(pair);
-    }
-}
-
-template <typename T>
 __device__ inline void unpack_chunk(uint4 bits, float (&x)[8]) {
     uint32_t const words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll

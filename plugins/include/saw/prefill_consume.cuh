@@ -2,6 +2,8 @@
 // A part of prefill_attention.cuh, which includes it.
 #pragma once
 
+#include "saw/prefill_attention.cuh"
+
 namespace saw {
 
 constexpr int kTurnBarrier = 1;   // and 2: a consumer group's turn at the tensor cores

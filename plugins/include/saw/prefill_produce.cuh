@@ -2,6 +2,8 @@
 // A part of prefill_attention.cuh, which includes it.
 #pragma once
 
+#include "saw/prefill_attention.cuh"
+
 namespace saw {
 
 template <typename Config>

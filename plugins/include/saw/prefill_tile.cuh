@@ -82,16 +82,6 @@ __device__ inline PrefillTile find_prefill_tile(PrefillParams const& p, int quer
     return found;
 }
 
-template <typename U>
-__device__ inline uint32_t pack_pair(float low, float high) {
-    if constexpr (std::is_same_v<U, __half>) {
-        return pack_half2(low, high);
-    } else {
-        __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
-        return reinterpret_cast<uint32_t const&>(pair);
-    }
-}
-
 // Lane t of each four gets the t-th value of each, in the order of the lanes.
 __device__ inline void transpose_4x4(uint32_t (&x)[4], int t) {
 #pragma unroll

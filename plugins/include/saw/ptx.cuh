@@ -211,6 +211,16 @@ __device__ inline uint32_t pack_half2(float low, float high) {
 }
 
 template <typename T>
+__device__ inline uint32_t pack_pair(float low, float high) {
+    if constexpr (std::is_same_v<T, __half>) {
+        return pack_half2(low, high);
+    } else {
+        __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
+        return reinterpret_cast<uint32_t const&>(pair);
+    }
+}
+
+template <typename T>
 __device__ inline T from_float(float x) {
     if constexpr (std::is_same_v<T, __half>) {
         return __float2half_rn(x);
