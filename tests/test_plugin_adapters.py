@@ -79,7 +79,7 @@ def build(tmp_path_factory):
     def build_(include_dir: Path) -> SimpleNamespace:
         folder = tmp_path_factory.mktemp("plugins")
         driver = lib.build_driver(include_dir, folder)
-        library = lib.build_recording_library(include_dir, folder)
+        library = lib.recording_library(include_dir)
         return SimpleNamespace(driver=driver, library=library, creators=lib.creators(driver, library))
 
     return build_
@@ -318,10 +318,34 @@ BAD_FIELDS = [
     (GEMM, {"weight": 1}, "the fields are dtype, in_features, out_features, output_dtype"),
     (LOOKUP, {"hidden_size": -1}, "hidden_size is -1: it must be at least 1"),
     (LOOKUP, {"vocab_size": 0}, "vocab_size is 0: it must be at least 1"),
-    (RMS_NORM, {"epsilon": -1.0}, "epsilon is -1.0+: it must be at least 0"),
+    (RMS_NORM, {"epsilon": -1.0}, "epsilon is -1.0+: it must be finite and at least 0"),
     (RMS_NORM, {"num_heads": 2, "num_normed": 3}, "num_heads is 2 and num_normed 3: num_normed must be from 1 to"),
     (RMS_NORM, {"use_residual": 2}, "use_residual is 2: it must be 0 or 1"),
     (LOOKUP, {"dtype": "float32"}, "dtype is float32"),
+    (RMS_NORM, {"epsilon": float("inf")}, "epsilon is inf: it must be finite"),
+    # Products of fields, which the kernels count in int.
+    (
+        WRITE,
+        {"num_heads": 1 << 30, "num_kv_heads": 1 << 30},
+        f"Q, K and V are {3 << 37}, and must be at most {1 << 30}",
+    ),
+    (ATTENTION, {"num_heads": 1 << 30, "num_kv_heads": 1 << 26}, "give smaller num_heads, num_kv_heads or head_dim"),
+    (ATTENTION, {"num_heads": 1 << 17, "num_kv_heads": 1 << 17, "tokens_per_block": 128}, "the bytes of a block are"),
+    (
+        WRITE,
+        {"num_heads": 1 << 16, "num_kv_heads": 1 << 16, "tokens_per_block": 128, "head_dim": 256, "hadamard_order": 1}
+        | {"kv": "fp16"},
+        f"the bytes of a block are {1 << 32}",
+    ),
+    (
+        RMS_NORM,
+        {"hidden_size": 1 << 20, "num_heads": 1 << 11},
+        f"the numbers of a row are {1 << 31}, and must be at most",
+    ),
+    (SILU_MUL, {"hidden_size": (1 << 31) - 1}, "the numbers of a row are 2147483647"),
+    (LOOKUP, {"hidden_size": (1 << 30) + 1}, "give smaller hidden_size"),
+    (GEMM, {"in_features": (1 << 31) - 1}, "give smaller in_features"),
+    (GEMM, {"out_features": (1 << 31) - 1}, "give smaller out_features"),
 ]
 
 
@@ -387,16 +411,39 @@ def test_an_engine_of_another_library_is_refused(name, built, interface, make, s
     assert "field head_siz is unknown: rebuild the engine with this library" in said()
 
 
-def test_an_engine_of_a_smaller_gpu_is_refused(built, interface, make, said):
-    plugin = make(ATTENTION)
-    data, bytes_ = plugin.serialized(), plugin.workspace_bytes()
+def with_value(data, interface: str, field: str, value: int):
+    """An engine's fields with another value of one."""
     if interface == "V2":
-        at = data.index(b"workspace_bytes") + 32
-        small = data[:at] + struct.pack("<i", bytes_ - 1) + data[at + 4 :]
-    else:
-        small = [data[0], (*data[1][:2], struct.pack("<i", bytes_ - 1), 1), *data[2:]]
-    assert built.creators[interface, ATTENTION].deserialize(small) is None
-    assert f"a workspace of {bytes_ - 1} bytes and this GPU needs {bytes_}: rebuild the engine on this GPU" in said()
+        at = data.index(field.encode()) + 32
+        return data[:at] + struct.pack("<i", value) + data[at + 4 :]
+    return [(*f[:2], struct.pack("<i", value), 1) if f[0] == field else f for f in data]
+
+
+@pytest.mark.parametrize("less", [1, None], ids=["smaller", "negative"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_engine_with_too_small_a_workspace_is_refused(name, less, built, interface, make, said):
+    """An engine of a smaller GPU, or one with a negative size, which is beyond any as an unsigned number."""
+    plugin = make(name)
+    needed = plugin.workspace_bytes()
+    given = -1 if less is None else needed - less
+    other = with_value(plugin.serialized(), interface, "workspace_bytes", given)
+    assert built.creators[interface, name].deserialize(other) is None
+    assert f"a workspace of {given} bytes and this GPU needs {needed}: rebuild the engine on this GPU" in said()
+
+
+@pytest.mark.parametrize("version", [0, -1, 1 << 30])
+def test_an_engine_of_another_format_is_refused(version, built, interface, make, said):
+    other = with_value(make(WRITE).serialized(), interface, "format_version", version)
+    assert built.creators[interface, WRITE].deserialize(other) is None
+    assert f"the engine stores cache format {version} and this library writes format 1: rebuild" in said()
+
+
+def test_an_engine_whose_products_overflow_is_refused(built, interface, make, said):
+    data = make(ATTENTION).serialized()
+    for field in ("num_heads", "num_kv_heads"):
+        data = with_value(data, interface, field, 1 << 30)
+    assert built.creators[interface, ATTENTION].deserialize(data) is None
+    assert "the numbers of a token's Q, K and V are" in said()
 
 
 def test_no_workspace_is_an_error(built, make, said):

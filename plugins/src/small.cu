@@ -1,5 +1,6 @@
 // What a decoder has beside its GEMMs and its attention: rows of a table, norms, the gate.
 #include <algorithm>
+#include <limits>
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -122,6 +123,7 @@ cudaError_t lookup(void const* table, int32_t const* rows, void* out, int num_to
 
 cudaError_t rms_norm(RmsNormParams const& p, cudaStream_t stream) {
     if (p.num_rows == 0) return cudaSuccess;
+    if (int64_t(p.num_rows) * p.num_heads > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
     bool const half = p.dtype == DType::kFloat16, packed = p.width % kWide == 0;
     auto* const launch = half ? (packed ? &launch_rms_norm<__half, kWide> : &launch_rms_norm<__half, 1>)
                               : (packed ? &launch_rms_norm<__nv_bfloat16, kWide> : &launch_rms_norm<__nv_bfloat16, 1>);

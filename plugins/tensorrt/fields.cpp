@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "names.h"
 #include "saw/layout.h"
@@ -113,10 +114,18 @@ struct Header {
 };
 constexpr char kMagic[4] = {'S', 'A', 'W', 'P'};
 
+int32_t serialized_workspace(Op const& op) {
+    size_t const bytes = op.workspace_bytes();
+    if (bytes > size_t(std::numeric_limits<int32_t>::max()))
+        throw PluginError(std::string(op.name()) + ": it needs a workspace of " + std::to_string(bytes) +
+                          " bytes, and an engine keeps sizes below 2 GiB: give it fewer heads");
+    return int32_t(bytes);
+}
+
 }  // namespace
 
 FieldList::FieldList(Op& op, bool for_engine)
-    : format_version_(kFormatVersion), workspace_bytes_(for_engine ? int32_t(op.workspace_bytes()) : 0) {
+    : format_version_(kFormatVersion), workspace_bytes_(for_engine ? serialized_workspace(op) : 0) {
     if (for_engine) {
         fields_.emplace_back(names::kFormatVersionField, &format_version_, PluginFieldType::kINT32, 1);
         fields_.emplace_back(names::kWorkspaceBytesField, &workspace_bytes_, PluginFieldType::kINT32, 1);
@@ -140,18 +149,18 @@ std::unique_ptr<Op> make_op_of_engine(OpFactory factory, nvinfer1::PluginFieldCo
     auto op = factory();
     std::string const name = op->name();
     char const* const advice = ": rebuild the engine with this library, or load the library it was built with";
-    int32_t format_version = 0, workspace_bytes = 0;
+    int32_t format_version = kFormatVersion, workspace_bytes = 0;
     auto fields = op->fields();
     fields.insert(fields.begin(), {{names::kFormatVersionField, &format_version, true},
                                    {names::kWorkspaceBytesField, &workspace_bytes, true}});
     auto const unset = set_all(*op, fields, given, advice);
-    if (format_version != 0 && format_version != kFormatVersion)
+    if (format_version != kFormatVersion)
         throw PluginError(name + ": the engine stores cache format " + std::to_string(format_version) +
                           " and this library writes format " + std::to_string(kFormatVersion) + advice);
     if (!unset.empty()) throw PluginError(name + ": the engine lacks field " + unset[0]->name + advice);
     op->validate();
     // It grows with the GPU: an engine may come from one with fewer SMs.
-    if (size_t const needed = op->workspace_bytes(); needed > size_t(workspace_bytes))
+    if (auto const needed = int64_t(op->workspace_bytes()); workspace_bytes < 0 || workspace_bytes < needed)
         throw PluginError(name + ": the engine gives it a workspace of " + std::to_string(workspace_bytes) +
                           " bytes and this GPU needs " + std::to_string(needed) + ": rebuild the engine on this GPU");
     return op;

@@ -120,6 +120,8 @@ void Gemm::validate() const {
     if (in_features_ < 1 || out_features_ < 1)
         refuse("in_features is " + std::to_string(in_features_) + " and out_features " + std::to_string(out_features_) +
                ": both must be at least 1");
+    check_count("the numbers of a row", in_features_, names::kInFeatures);
+    check_count("the numbers of a row", out_features_, names::kOutFeatures);
     if (output_dtype_ != dtype_ && output_dtype_ != "float32")
         refuse("output_dtype is " + output_dtype_ + ": it must be float32 or dtype, " + dtype_);
 }

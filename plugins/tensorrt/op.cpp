@@ -12,6 +12,13 @@ void Op::check_flag(char const* field, int32_t value) const {
     if (value != 0 && value != 1) refuse(std::string(field) + " is " + std::to_string(value) + ": it must be 0 or 1");
 }
 
+void Op::check_count(char const* what, int64_t count, char const* fields) const {
+    constexpr int64_t kMost = int64_t(1) << 30;
+    if (count > kMost)
+        refuse(std::string(what) + " are " + std::to_string(count) + ", and must be at most " + std::to_string(kMost) +
+               ": give smaller " + fields);
+}
+
 void Op::check_dtype(std::string const& dtype) const {
     if (dtype != "float16" && dtype != "bfloat16") refuse("dtype is " + dtype + ": it must be float16 or bfloat16");
 #if NV_TENSORRT_MAJOR < 10

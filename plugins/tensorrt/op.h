@@ -72,6 +72,8 @@ class Op {
   protected:
     [[noreturn]] void refuse(std::string const& message) const;
     void check_flag(char const* field, int32_t value) const;
+    // What the kernels count in int, with room for what they round up: `what`, a product of `fields`.
+    void check_count(char const* what, int64_t count, char const* fields) const;
     // float16 or bfloat16, and one that this TensorRT has.
     void check_dtype(std::string const& dtype) const;
     static nvinfer1::DataType activation_type(std::string const& dtype);

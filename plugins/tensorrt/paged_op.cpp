@@ -35,8 +35,12 @@ void PagedOp::validate() const {
     if (tokens_per_block_ != 16 && tokens_per_block_ != 32 && tokens_per_block_ != 64 && tokens_per_block_ != 128)
         refuse(text(names::kTokensPerBlock, tokens_per_block_) + ": it must be one of 16, 32, 64, 128");
     check_dtype(dtype_);
+    check_count("the numbers of a token's Q, K and V", (num_heads_ + 2 * int64_t(num_kv_heads_)) * head_dim_,
+                "num_heads, num_kv_heads or head_dim");
     if (kv_ != "fp16" && kv_ != "int4" && kv_ != "saw_int4")
         refuse("kv is " + kv_ + ": it must be one of fp16, int4, saw_int4");
+    check_count("the bytes of a block", int64_t(tokens_per_block_) * row_bytes(cache(), head_dim_) * num_kv_heads_,
+                "tokens_per_block, num_kv_heads or head_dim");
 }
 
 std::vector<Tensor> PagedOp::pool_inputs() {
@@ -55,7 +59,7 @@ PagedPool PagedOp::pool(Launch const& launch, int first_input) const {
     if (layer_idx_ >= num_layers)
         refuse(text(names::kLayerIdx, layer_idx_) + ": host_kv_cache_pool_mapping has " + std::to_string(num_layers) +
                " layers");
-    auto const* const mapping = static_cast<int32_t const*>(launch.inputs[first_input + 2]) + 2 * layer_idx_;
+    auto const* const mapping = static_cast<int32_t const*>(launch.inputs[first_input + 2]) + 2 * int64_t(layer_idx_);
     if (mapping[0] < 0 || mapping[0] >= num_pools || mapping[1] < 0)
         refuse("host_kv_cache_pool_mapping puts layer " + std::to_string(layer_idx_) + " in place " +
                std::to_string(mapping[1]) + " of pool " + std::to_string(mapping[0]) + ": kv_cache_block_offsets has " +

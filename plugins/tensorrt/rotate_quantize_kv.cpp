@@ -35,7 +35,7 @@ void RotateQuantizeKv::validate() const {
 std::vector<Tensor> RotateQuantizeKv::inputs() const {
     using nvinfer1::DataType;
     std::vector<Tensor> tensors{
-        {names::kQkv, activation_type(), {kTokens, int64_t(num_heads_ + 2 * num_kv_heads_) * head_dim_}},
+        {names::kQkv, activation_type(), {kTokens, (num_heads_ + 2 * int64_t(num_kv_heads_)) * head_dim_}},
         {names::kPositionIds, DataType::kINT32, {kTokens}},
         {names::kLastTokenIds, DataType::kINT32, {kSequences}},
         {names::kSequenceLength, DataType::kINT32, {kSequences}},

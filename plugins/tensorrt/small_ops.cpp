@@ -1,5 +1,7 @@
 #include "small_ops.h"
 
+#include <cmath>
+
 #include "names.h"
 
 namespace saw::trt {
@@ -11,6 +13,7 @@ std::vector<Field> SmallOp::fields() {
 void SmallOp::validate() const {
     check_dtype(dtype_);
     if (hidden_size_ < 1) refuse("hidden_size is " + std::to_string(hidden_size_) + ": it must be at least 1");
+    check_count("the numbers of a row", hidden_size_, names::kHiddenSize);
 }
 
 char const* Lookup::name() const { return names::kLookup; }
@@ -52,11 +55,13 @@ std::vector<Field> RmsNorm::fields() {
 
 void RmsNorm::validate() const {
     SmallOp::validate();
-    if (!(epsilon_ >= 0.0f)) refuse("epsilon is " + std::to_string(epsilon_) + ": it must be at least 0");
+    if (!(std::isfinite(epsilon_) && epsilon_ >= 0.0f))
+        refuse("epsilon is " + std::to_string(epsilon_) + ": it must be finite and at least 0");
     check_flag(names::kUseResidual, use_residual_);
     if (num_normed_ < 1 || num_heads_ < num_normed_)
         refuse("num_heads is " + std::to_string(num_heads_) + " and num_normed " + std::to_string(num_normed_) +
                ": num_normed must be from 1 to num_heads");
+    check_count("the numbers of a row", int64_t(num_heads_) * hidden_size_, "num_heads or hidden_size");
 }
 
 Tensor RmsNorm::rows(char const* name) const {
