@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import psutil
 
 import saw_trtllm
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
@@ -65,27 +66,54 @@ def load_plugins(trt: ModuleType | None = None) -> None:
         If the library is missing or does not fit this TensorRT.
     """
     trt = trt or importlib.import_module("tensorrt")
-    if _registered(trt):
+    if not _missing(trt):
         return
     path = library_path()
     try:
-        init = ctypes.CDLL(str(path)).initSawTrtllmPlugins
-    except OSError as e:
+        library = ctypes.CDLL(str(path))
+        init, built_for = library.initSawTrtllmPlugins, library.getSawTrtllmTensorRtMajor()
+    except (OSError, AttributeError) as e:
         raise BackendUnavailableError(f"{path} cannot be loaded ({e}): build it anew (docs/plugins.md)") from e
-    init.restype, init.argtypes = ctypes.c_bool, [ctypes.c_void_p]
-    if not init(None) or not _registered(trt):
+    if built_for != _major(trt):
         raise BackendUnavailableError(
-            f"{path} does not register with TensorRT {trt.__version__}: build it with that version's headers"
+            f"{path} was built for TensorRT {built_for}, and this is TensorRT {trt.__version__}: build it with that "
+            "version's headers (docs/plugins.md)"
+        )
+    init.restype, init.argtypes = ctypes.c_bool, [ctypes.c_void_p]
+    if not init(None):
+        raise BackendUnavailableError(
+            f"{path} could not register its plugins with TensorRT {trt.__version__}, whose log says why"
+        )
+    if missing := _missing(trt):
+        loaded = _tensorrt_libraries()
+        if len(loaded) > 1:
+            raise BackendUnavailableError(
+                f"this process has loaded {len(loaded)} TensorRTs, {' and '.join(loaded)}, and {path} has registered "
+                f"with another than that of Python, {trt.__version__}: keep one of them on LD_LIBRARY_PATH"
+            )
+        raise BackendUnavailableError(
+            f"{path} lacks the plugins {', '.join(missing)} of version {VERSION}: build it anew (docs/plugins.md)"
         )
 
 
-def _registered(trt: ModuleType) -> bool:
-    if has_v3(trt):
-        return all(find_creator(trt, name) is not None for name in NAMES)
-    # Looked for in the list, since 8.6 logs an error for each that it is asked for in vain.
-    creators = trt.get_plugin_registry().plugin_creator_list
-    found = {(creator.name, creator.plugin_version, creator.plugin_namespace) for creator in creators}
-    return found >= {(name, VERSION, NAMESPACE) for name in NAMES}
+def _missing(trt: ModuleType) -> list[str]:
+    """Our plugins that TensorRT does not have."""
+    found = _creators(trt)
+    return [name for name in NAMES if name not in found]
+
+
+def _creators(trt: ModuleType) -> dict[str, Any]:
+    """Creators of our plugins by name."""
+    # From the registry's list: TensorRT logs an error for each that it is asked for in vain.
+    registry = trt.get_plugin_registry()
+    creators = registry.all_creators if has_v3(trt) else registry.plugin_creator_list
+    return {c.name: c for c in creators if (c.plugin_version, c.plugin_namespace) == (VERSION, NAMESPACE)}
+
+
+def _tensorrt_libraries() -> list[str]:
+    """Files of TensorRT's library that this process has loaded."""
+    files = {region.path for region in psutil.Process().memory_maps()}
+    return sorted(file for file in files if Path(file).name.startswith("libnvinfer.so"))
 
 
 def load_cublas_lt() -> bool:
@@ -110,14 +138,16 @@ def load_cublas_lt() -> bool:
 
 def has_v3(trt: ModuleType) -> bool:
     """Whether plugins are V3, as from TensorRT 10 on, or V2."""
-    return int(trt.__version__.split(".")[0]) >= 10
+    return _major(trt) >= 10
+
+
+def _major(trt: ModuleType) -> int:
+    return int(trt.__version__.split(".")[0])
 
 
 def find_creator(trt: ModuleType, name: str) -> Any:
     """The creator of one of our plugins, or None while the library is not loaded."""
-    registry = trt.get_plugin_registry()
-    get = registry.get_creator if has_v3(trt) else registry.get_plugin_creator
-    return get(name, VERSION, NAMESPACE)
+    return _creators(trt).get(name)
 
 
 def make_plugin(trt: ModuleType, name: str, fields: Mapping[str, int | float | str]) -> Any:

@@ -129,6 +129,12 @@ class INetworkDefinition:
         return self._add(IPluginV3Layer(self, inputs, plugin))
 
 
+def log_missing_creator(type, version):
+    """Log as TensorRT does where a registry is asked for what it does not have."""
+    text = f"[ERROR] TensorRT: IPluginRegistry::getCreator: Cannot find plugin: {type}, version: {version}"
+    print(text, file=sys.stderr)
+
+
 class _Registry:
     """TensorRT-LLM's plugins are there, this project's once they have been registered."""
 
@@ -138,11 +144,18 @@ class _Registry:
     def get_plugin_creator(self, type, version, plugin_namespace=""):
         return IPluginCreator(type, plugin_namespace) if plugin_namespace == "tensorrt_llm" else None
 
+    @property
+    def all_creators(self):
+        return [IPluginCreatorV3One(name, "saw") for name in FIELDS] if self.saw else []
+
     def get_creator(self, type, version, plugin_namespace=""):
-        if plugin_namespace == "saw":
-            known = self.saw and type in FIELDS and version == "1"
-            return IPluginCreatorV3One(type, "saw") if known else None
-        return self.get_plugin_creator(type, version, plugin_namespace)
+        if plugin_namespace == "tensorrt_llm":
+            return self.get_plugin_creator(type, version, plugin_namespace)
+        for creator in self.all_creators:
+            if (creator.name, creator.plugin_version, creator.plugin_namespace) == (type, version, plugin_namespace):
+                return creator
+        log_missing_creator(type, version)
+        return None
 
 
 _registry = _Registry()

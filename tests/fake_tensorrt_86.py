@@ -63,11 +63,10 @@ class _Creator(fake.IPluginCreator):
 class _Registry:
     @property
     def plugin_creator_list(self):
-        return [self.get_plugin_creator(name, "1", "saw") for name in NAMES]
+        return [_Creator(name, "saw") for name in NAMES]
 
     def get_plugin_creator(self, type, version, plugin_namespace=""):
-        known = plugin_namespace == "saw" and type in NAMES and version == "1"
-        return _Creator(type, "saw") if known else None
+        fake.log_missing_creator(type, version)
 
 
 class _ShapeLayer(fake.IShapeLayer):

@@ -39,13 +39,12 @@ def build(tmp_path_factory):
     @cache
     def build_(include_dir: Path) -> SimpleNamespace:
         folder = tmp_path_factory.mktemp("libraries")
-        tensorrt = folder / "tensorrt"
-        tensorrt.mkdir()
+        plugins = lib.recording_library(include_dir)
         return SimpleNamespace(
             major=lib.tensorrt_major(include_dir),
-            plugins=lib.build_recording_library(include_dir, folder),
-            preload=lib.build_preload_library(include_dir, folder),
-            nvinfer=lib.build_fake_tensorrt(include_dir, tensorrt),
+            plugins=plugins,
+            preload=lib.build_preload_library(include_dir, plugins.parent),
+            nvinfer=lib.build_fake_tensorrt(include_dir, folder),
         )
 
     return build_

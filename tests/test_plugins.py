@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
+from types import SimpleNamespace
 
+import fake_tensorrt
+import fake_tensorrt_86
 import pytest
 from plugin_library import NAMES, SOURCES
 
 from saw_trtllm import plugins
+from saw_trtllm.errors import BackendUnavailableError
 from saw_trtllm.format import FORMAT_VERSION
 
 
@@ -19,7 +24,13 @@ def test_the_versions_are_one():
 def test_only_the_entry_points_are_exported():
     exports = (SOURCES / "exports.map").read_text()
     names = re.search(r"global:(.*?)local:\s*\*;", exports, re.S)[1].replace(";", " ").split()
-    assert names == ["initSawTrtllmPlugins", "getCreators", "getPluginCreators", "setLoggerFinder"]
+    assert names == [
+        "initSawTrtllmPlugins",
+        "getSawTrtllmTensorRtMajor",
+        "getCreators",
+        "getPluginCreators",
+        "setLoggerFinder",
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,3 +60,108 @@ def test_cublas_lt_is_found_on_the_loaders_path_and_in_packages(folder, name, tm
     monkeypatch.setattr("ctypes.CDLL", load)
     assert plugins.load_cublas_lt() == (there is not None)
     assert opened == [there] * (there is not None)
+
+
+class Process:
+    """A process that may load a plugin library and has TensorRT 8.6 or 10, which lists what was registered."""
+
+    def __init__(self, monkeypatch, tmp_path, version):
+        self.registered, self.tensorrts = [], [f"/usr/lib/libnvinfer.so.{version.split('.')[0]}"]
+        self.registers, self.built_for = list(plugins.NAMES), int(version.split(".")[0])
+        self.loaded = 0
+        self.path = tmp_path / plugins.LIBRARY
+        self.path.touch()
+        registry = fake_tensorrt_86._Registry() if self.built_for < 10 else fake_tensorrt._Registry()
+        listed = property(lambda _: [fake_tensorrt.IPluginCreator(name, "saw") for name in self.registered])
+        kind = type("Registry", (type(registry),), {"plugin_creator_list": listed, "all_creators": listed})
+        module = SimpleNamespace(__version__=version, get_plugin_registry=kind)
+        monkeypatch.setitem(sys.modules, "tensorrt", module)
+        monkeypatch.setattr(plugins.saw_trtllm, "__file__", str(tmp_path / "__init__.py"))
+        monkeypatch.setattr("ctypes.CDLL", self.load)
+        maps = lambda: [SimpleNamespace(path=path) for path in ["/usr/lib/libc.so.6", *self.tensorrts]]  # noqa: E731
+        monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(memory_maps=maps))
+
+    def load(self, path):
+        assert path == str(self.path)
+        self.loaded += 1
+
+        def init(logger):
+            self.registered.extend(self.registers or [])
+            return self.registers is not None
+
+        return SimpleNamespace(initSawTrtllmPlugins=init, getSawTrtllmTensorRtMajor=lambda: self.built_for)
+
+
+@pytest.fixture(params=["8.6.0", "10.6.0"])
+def process(request, monkeypatch, tmp_path):
+    return Process(monkeypatch, tmp_path, request.param)
+
+
+def test_plugins_are_loaded_once_and_in_silence(process, capsys):
+    plugins.load_plugins()
+    plugins.load_plugins()
+    assert process.loaded == 1
+    assert plugins.find_creator(sys.modules["tensorrt"], plugins.GEMM).name == plugins.GEMM
+    assert plugins.find_creator(sys.modules["tensorrt"], "SawNoSuchPlugin") is None
+    assert capsys.readouterr() == ("", "")
+
+
+def no_file(process):
+    process.path.unlink()
+
+
+def another_major(process):
+    process.built_for = 11
+
+
+def another_build(process):
+    process.registers.remove(plugins.SILU_MUL)
+
+
+def no_registry(process):
+    process.registers = None
+
+
+def two_tensorrts(process):
+    process.registers = []
+    process.tensorrts.append("/opt/libnvinfer.so.10.6.0")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (no_file, "{library} is missing: build it with SAW_TENSORRT_INCLUDE_DIR=DIR"),
+        (
+            another_major,
+            "{library} was built for TensorRT 11, and this is TensorRT {version}: build it with that",
+        ),
+        (another_build, "{library} lacks the plugins SawSiluMul of version 1: build it anew"),
+        (no_registry, "{library} could not register its plugins with TensorRT {version}, whose log says why"),
+        (
+            two_tensorrts,
+            "this process has loaded 2 TensorRTs, /opt/libnvinfer.so.10.6.0 and /usr/lib/libnvinfer.so.{major}, and "
+            "{library} has registered with another than that of Python, {version}: keep one of them on LD_LIBRARY_PATH",
+        ),
+    ],
+)
+def test_plugins_that_are_not_there_are_one_sentence(change, message, process, capsys):
+    change(process)
+    with pytest.raises(BackendUnavailableError) as raised:
+        plugins.load_plugins()
+    version = sys.modules["tensorrt"].__version__
+    places = {"library": process.path, "version": version, "major": version.split(".")[0]}
+    assert str(raised.value).startswith(message.format(**places))
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("content", ["no library", None])
+def test_a_library_that_cannot_be_loaded_is_one_sentence(content, process, monkeypatch):
+    if content is None:  # of a time when it had no such function
+        monkeypatch.setattr("ctypes.CDLL", lambda path: SimpleNamespace(initSawTrtllmPlugins=None))
+    else:
+        monkeypatch.undo()
+        monkeypatch.setattr(plugins.saw_trtllm, "__file__", str(process.path.with_name("__init__.py")))
+        process.path.write_text(content)
+    trt = SimpleNamespace(__version__="10.6.0", get_plugin_registry=lambda: SimpleNamespace(all_creators=[]))
+    with pytest.raises(BackendUnavailableError, match=r"libsaw_trtllm_plugins.so cannot be loaded \(.*: build it anew"):
+        plugins.load_plugins(trt)

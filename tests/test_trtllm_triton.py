@@ -4,8 +4,6 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
-import types
 import urllib.request
 from pathlib import Path
 
@@ -281,26 +279,6 @@ def test_the_server_gets_the_library_preloaded(monkeypatch):
     assert environment["LD_PRELOAD"].split(":") == ["/ours.so", "/theirs.so"]
     monkeypatch.delenv("LD_PRELOAD")
     assert "LD_PRELOAD" not in cli.Installation(Path("tritonserver")).environment()
-
-
-def test_plugins_are_loaded_once(monkeypatch, tmp_path):
-    from saw_trtllm import plugins
-    from saw_trtllm.errors import BackendUnavailableError
-
-    asked = []
-    registry = types.SimpleNamespace(get_creator=lambda *key: asked.append(key) or object())
-    monkeypatch.setitem(
-        sys.modules, "tensorrt", types.SimpleNamespace(__version__="10.14.1", get_plugin_registry=lambda: registry)
-    )
-    plugins.load_plugins()
-    assert asked == [(name, "1", "saw") for name in plugins.NAMES]
-    registry.get_creator = lambda *key: None
-    monkeypatch.setattr(plugins.saw_trtllm, "__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(BackendUnavailableError, match=r"libsaw_trtllm_plugins.so is missing: build it with"):
-        plugins.load_plugins()
-    (tmp_path / plugins.LIBRARY).write_text("no library")
-    with pytest.raises(BackendUnavailableError, match="cannot be loaded"):
-        plugins.load_plugins()
 
 
 def test_unknown_template_is_named():

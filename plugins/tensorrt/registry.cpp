@@ -1,11 +1,13 @@
 // How TensorRT finds the plugins: what this library exports.
 //
 //   initSawTrtllmPlugins               called by who loads the library (ctypes, a program)
+//   getSawTrtllmTensorRtMajor          likewise
 //   getCreators, getPluginCreators     asked for by IPluginRegistry::loadLibrary (trtexec --dynamicPlugins): V3's, V2's
 //   setLoggerFinder                    likewise
 //
 // With SAW_TRTLLM_LOAD_PLUGINS=1 in the environment the library registers them when it is opened, for a program that
 // only does that (trtexec --plugins). For LD_PRELOAD there is preload/.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -69,17 +71,36 @@ auto& creators_v2() {
 }
 #endif
 
-template <typename Creator>
-void register_creator(nvinfer1::IPluginRegistry& registry, Creator& creator) {
-    char const *const name = creator.getPluginName(), *const version = creator.getPluginVersion();
+bool same(char const* a, char const* b) { return a != nullptr && b != nullptr && std::strcmp(a, b) == 0; }
+
+// Looked for in the registry's list: TensorRT logs an error for a creator that it is asked for in vain.
+template <typename Interface>
+bool is_registered(nvinfer1::IPluginRegistry const& registry, Interface const& creator) {
+    int32_t count = 0;
 #if NV_TENSORRT_MAJOR >= 10
-    bool const known = registry.getCreator(name, version, names::kNamespace) != nullptr;
+    AnyCreator const* const* const all = registry.getAllCreators(&count);
+    auto const is_of_interface = [&](AnyCreator const& other) {
+        return same(other.getInterfaceInfo().kind, creator.getInterfaceInfo().kind);
+    };
 #else
-    bool const known = registry.getPluginCreator(name, version, names::kNamespace) != nullptr;
+    AnyCreator const* const* const all = registry.getPluginCreatorList(&count);
+    auto const is_of_interface = [](AnyCreator const&) { return true; };
 #endif
-    if (!known && !registry.registerCreator(static_cast<AnyCreator&>(creator), names::kNamespace))
-        throw PluginError(std::string(name) + ": TensorRT's registry refused version " + version +
-                          ": see its own message in the log");
+    return std::any_of(all, all + count, [&](AnyCreator const* any) {
+        if (!is_of_interface(*any)) return false;
+        auto const& other = static_cast<Interface const&>(*any);
+        return same(other.getPluginName(), creator.getPluginName()) &&
+               same(other.getPluginVersion(), creator.getPluginVersion()) &&
+               same(other.getPluginNamespace(), names::kNamespace);
+    });
+}
+
+template <typename Interface>
+void register_creator(nvinfer1::IPluginRegistry& registry, Interface& creator) {
+    if (!is_registered(registry, creator) &&
+        !registry.registerCreator(static_cast<AnyCreator&>(creator), names::kNamespace))
+        throw PluginError(std::string(creator.getPluginName()) + ": TensorRT's registry refused version " +
+                          creator.getPluginVersion() + ": see its own message in the log");
 }
 
 void register_all() {
@@ -95,10 +116,10 @@ void register_all() {
                           " first, or add its folder to LD_LIBRARY_PATH");
     }
 #if NV_TENSORRT_MAJOR >= 10
-    for (auto* creator : creators_v3().all) register_creator(*registry, *creator);
+    for (auto* creator : creators_v3().all) register_creator<nvinfer1::IPluginCreatorV3One>(*registry, *creator);
 #endif
 #if NV_TENSORRT_MAJOR < 11
-    for (auto* creator : creators_v2().all) register_creator(*registry, *creator);
+    for (auto* creator : creators_v2().all) register_creator<nvinfer1::IPluginCreator>(*registry, *creator);
 #endif
 }
 
@@ -122,6 +143,9 @@ SAW_EXPORT bool initSawTrtllmPlugins(void* logger) noexcept {
         return true;
     });
 }
+
+// The major version that the library was built for: what loads it can say which TensorRT it has instead.
+SAW_EXPORT int32_t getSawTrtllmTensorRtMajor() noexcept { return NV_TENSORRT_MAJOR; }
 
 SAW_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept { saw::trt::use_logger_finder(finder); }
 

@@ -9,10 +9,21 @@ using namespace nvinfer1;
 
 namespace {
 
+#if NV_TENSORRT_MAJOR >= 10
+using AnyCreator = IPluginCreatorInterface;
+#else
+using AnyCreator = IPluginCreator;
+#endif
+
 struct Entry {
     std::string name, version, name_space;
-    void* creator;
+    AnyCreator* creator;
 };
+
+class Log : public ILogger {
+  public:
+    void log(Severity, char const* message) noexcept override { std::printf("logged: %s\n", message); }
+} logger;
 
 class Registry : public IPluginRegistry {
   public:
@@ -20,11 +31,16 @@ class Registry : public IPluginRegistry {
 
 #if NV_TENSORRT_MAJOR < 11
     bool registerCreator(IPluginCreator& creator, char const* name_space) noexcept override {
+        creator.setPluginNamespace(name_space);
         return add(creator.getPluginName(), creator.getPluginVersion(), name_space, &creator);
     }
+#if NV_TENSORRT_MAJOR < 10
+    IPluginCreator* const* getPluginCreatorList(int32_t* count) const noexcept override { return listed(count); }
+#else
     IPluginCreator* const* getPluginCreatorList(int32_t*) const noexcept override { return nullptr; }
+#endif
     IPluginCreator* getPluginCreator(char const* name, char const* version, char const* name_space) noexcept override {
-        return static_cast<IPluginCreator*>(find(name, version, name_space));
+        return static_cast<IPluginCreator*>(asked_for(name, version, name_space));
     }
     bool deregisterCreator(IPluginCreator const&) noexcept override { return false; }
 #endif
@@ -35,14 +51,14 @@ class Registry : public IPluginRegistry {
         if (kind == "PLUGIN CREATOR_V1") return registerCreator(static_cast<IPluginCreator&>(creator), name_space);
 #endif
         auto& v3 = static_cast<IPluginCreatorV3One&>(creator);
-        return kind == "PLUGIN CREATOR_V3ONE" &&
-               add(v3.getPluginName(), v3.getPluginVersion(), name_space, static_cast<IPluginCreatorInterface*>(&v3));
+        return kind == "PLUGIN CREATOR_V3ONE" && add(v3.getPluginName(), v3.getPluginVersion(), name_space, &v3);
     }
-    IPluginCreatorInterface* const* getAllCreators(int32_t*) const noexcept override { return nullptr; }
-    IPluginCreatorInterface* const* getAllCreatorsRecursive(int32_t*) noexcept override { return nullptr; }
+    IPluginCreatorInterface* const* getAllCreators(int32_t* count) const noexcept override { return listed(count); }
+    // As of 10.7: before that it overrides nothing.
+    IPluginCreatorInterface* const* getAllCreatorsRecursive(int32_t*) noexcept { return nullptr; }
     IPluginCreatorInterface* getCreator(char const* name, char const* version,
                                         char const* name_space) noexcept override {
-        return static_cast<IPluginCreatorInterface*>(find(name, version, name_space));
+        return asked_for(name, version, name_space);
     }
     bool deregisterCreator(IPluginCreatorInterface const&) noexcept override { return false; }
     IPluginResource* acquirePluginResource(char const*, IPluginResource*) noexcept override { return nullptr; }
@@ -64,25 +80,35 @@ class Registry : public IPluginRegistry {
 
   private:
     std::vector<Entry> entries_;
+    std::vector<AnyCreator*> listed_;
 
-    void* find(std::string const& name, std::string const& version, std::string const& name_space) const {
+    AnyCreator* const* listed(int32_t* count) const {
+        *count = int32_t(listed_.size());
+        return listed_.data();
+    }
+    // As the real one does it.
+    AnyCreator* asked_for(char const* name, char const* version, char const* name_space) const {
+        auto* const found = find(name, version, name_space);
+        if (found == nullptr) {
+            std::string const text = std::string("Cannot find plugin: ") + name + ", version: " + version;
+            logger.log(ILogger::Severity::kERROR, text.c_str());
+        }
+        return found;
+    }
+    AnyCreator* find(std::string const& name, std::string const& version, std::string const& name_space) const {
         for (Entry const& e : entries_)
             if (e.name == name && e.version == version && e.name_space == name_space) return e.creator;
         return nullptr;
     }
-    bool add(char const* name, char const* version, char const* name_space, void* creator) {
+    bool add(char const* name, char const* version, char const* name_space, AnyCreator* creator) {
         if (refuses || find(name, version, name_space) != nullptr) return false;
         entries_.push_back({name, version, name_space, creator});
+        listed_.push_back(creator);
         return true;
     }
 };
 
 Registry registry;
-
-class Log : public ILogger {
-  public:
-    void log(Severity, char const* message) noexcept override { std::printf("logged: %s\n", message); }
-} logger;
 
 }  // namespace
 
