@@ -19,10 +19,10 @@ from saw_trtllm.checkpoint import (
     Checkpoint,
     SafetensorsWriter,
     cast,
-    check_finite,
     copy_tokenizer_files,
+    tokenizer_files,
 )
-from saw_trtllm.config import MODELS, DTypeName, first_error, read_json
+from saw_trtllm.config import MODELS, DTypeName, ModelConfig, first_error, read_json
 from saw_trtllm.engine import (
     CONFIG_FILE,
     BackendName,
@@ -36,6 +36,8 @@ from saw_trtllm.errors import ConfigError
 from saw_trtllm.fold import fold_smoothing, fold_v_rotation, layer_of
 from saw_trtllm.format import RANGE_FACTORS, TOKENS_PER_BLOCK, KVFormat, KvName
 from saw_trtllm.network.options import NetworkOptions, Phases
+from saw_trtllm.paths import is_file, is_folder
+from saw_trtllm.rope import table_bytes
 from saw_trtllm.runtime.llm import KvCacheConfig
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
@@ -129,6 +131,8 @@ class BuildPlan:
         What is folded into the weights and centres the keys.
     network : NetworkOptions
         How TensorRT builds the engine, for the backend ``tensorrt``.
+    warning : str or None
+        What will not work, though the engine is built.
     """
 
     checkpoint: Checkpoint
@@ -137,6 +141,7 @@ class BuildPlan:
     backend_reason: str
     calibration: Calibration | None = None
     network: NetworkOptions = field(default_factory=NetworkOptions)
+    warning: str | None = None
 
     @property
     def num_steps(self) -> int:
@@ -157,15 +162,15 @@ class BuildPlan:
         """Read a tensor of the engine, with all that is folded in."""
         if self.calibration is not None and name in self.calibration.centers:
             return self.calibration.centers[name]
-        folder, model = self.checkpoint.folder, self.config.pretrained_config
-        tensor = check_finite(self.checkpoint.load(name), name, folder)
+        model = self.config.pretrained_config
+        tensor = self.checkpoint.load_finite(name)
         # Folded before it is cast, so that a 16-bit weight is rounded once.
         if self.calibration is not None:
             tensor = fold_smoothing(name, tensor, model, self.calibration.smoothing)
         layer = layer_of(name)
         if layer is not None:
             tensor = fold_v_rotation(name, tensor, model, self.config.layer_format(layer))
-        return cast(tensor, model.dtype, name, folder)
+        return cast(tensor, model.dtype, self.checkpoint.where(name))
 
     def bytes_per_token(self, kv: str | None = None) -> int:
         """KV bytes of a token over all layers, in the plan's format or in another."""
@@ -216,7 +221,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     config = EngineConfig(
         version=__version__,
         pretrained_config=model,
-        build_config=_build_config(options, model.max_position_embeddings),
+        build_config=_build_config(options, model, backend),
         saw_int4=SawSection.of(kv_format, backend, __version__).model_copy(
             update={
                 "kv_skip_layers": parse_layers(options.kv_skip_layers, model.num_hidden_layers),
@@ -224,8 +229,8 @@ def plan_build(options: BuildOptions) -> BuildPlan:
             }
         ),
     )
-    _check_tokenizer(checkpoint)
-    return BuildPlan(checkpoint, options.output_dir, config, reason, calibration, network)
+    warning = _tokenizer_warning(checkpoint)
+    return BuildPlan(checkpoint, options.output_dir, config, reason, calibration, network, warning)
 
 
 def parse_layers(text: str | None, num_layers: int) -> list[int]:
@@ -340,7 +345,7 @@ def _check_replaceable(plan: BuildPlan) -> None:
     if folder.resolve() == plan.checkpoint.folder.resolve():
         raise ConfigError(f"{folder} is the folder that the model is read from: choose another --output_dir")
     config = folder / CONFIG_FILE
-    if config.exists() and "build_config" not in read_json(config):
+    if is_file(config) and "build_config" not in read_json(config):
         raise ConfigError(f"{folder} holds a model, not an engine to replace: choose another --output_dir")
 
 
@@ -357,13 +362,22 @@ def _open_checkpoint(options: BuildOptions) -> Checkpoint:
     return checkpoint
 
 
-def _build_config(options: BuildOptions, max_positions: int) -> BuildConfig:
-    max_seq_len = max_positions if options.max_seq_len is None else options.max_seq_len
+def _build_config(options: BuildOptions, model: ModelConfig, backend: BackendName) -> BuildConfig:
+    max_seq_len = model.max_position_embeddings if options.max_seq_len is None else options.max_seq_len
     max_input_len = max_seq_len - 1 if options.max_input_len is None else options.max_input_len
-    if max_seq_len > max_positions:
+    # TensorRT-LLM's own table of positions ends at max_position_embeddings.
+    longest = model.max_position_embeddings if backend == "tensorrt_llm" else model.max_positions
+    if max_seq_len > longest:
+        scaled = "" if longest == model.max_position_embeddings else f", which RoPE scaling stretches to {longest}"
         raise ConfigError(
-            f"max_seq_len {max_seq_len} is beyond the model's max_position_embeddings {max_positions}: lower it, or "
-            "give the checkpoint a RoPE scaling that reaches so far"
+            f"max_seq_len {max_seq_len} is beyond the model's max_position_embeddings {model.max_position_embeddings}"
+            f"{scaled}: lower it, or give the checkpoint a RoPE scaling that reaches so far"
+        )
+    table = table_bytes(model, max_seq_len)
+    if backend != "tensorrt_llm" and table > free_memory(backend):
+        raise ConfigError(
+            f"max_seq_len {max_seq_len} needs a RoPE table of {table:,} bytes, more than is free here: give a smaller "
+            "--max_seq_len"
         )
     if options.max_beam_width != 1:
         raise ConfigError(f"max_beam_width {options.max_beam_width} is not supported: give --max_beam_width 1")
@@ -397,10 +411,10 @@ def _network_options(options: BuildOptions, backend: BackendName, dtype: str) ->
     if options.gemm_plugin not in ("auto", "disable", dtype):
         raise ConfigError(f"--gemm_plugin {options.gemm_plugin} was given and the model is in {dtype}: give auto")
     source = options.input_timing_cache
-    if source is not None and not source.is_file():
+    if source is not None and not is_file(source):
         raise ConfigError(f"--input_timing_cache {source} is not a file: give what --output_timing_cache wrote")
     target = options.output_timing_cache
-    if target is not None and (target.is_dir() or not target.absolute().parent.is_dir()):
+    if target is not None and (is_folder(target) or not is_folder(target.absolute().parent)):
         raise ConfigError(f"--output_timing_cache {target} cannot be written: give a file in a folder that is there")
     return NetworkOptions(
         decode_profile=None if options.multiple_profiles is None else options.multiple_profiles == "enable",
@@ -412,13 +426,18 @@ def _network_options(options: BuildOptions, backend: BackendName, dtype: str) ->
     )
 
 
-def _check_tokenizer(checkpoint: Checkpoint) -> None:
-    """A tokenizer that does not fit its model would only show in the first answers."""
-    if not (checkpoint.folder / "tokenizer.json").is_file():
-        return
-    size, vocab = Tokenizer.load(checkpoint.folder).vocab_size, checkpoint.config.vocab_size
-    if size > vocab:
-        raise ConfigError(
-            f"{checkpoint.folder / 'tokenizer.json'} has {size} tokens and the model {vocab}: give the model its own "
-            "tokenizer"
+def _tokenizer_warning(checkpoint: Checkpoint) -> str | None:
+    """Say what will not work for want of a tokenizer that fits; reject one that cannot be read or copied."""
+    folder, vocab = checkpoint.folder, checkpoint.config.vocab_size
+    if "tokenizer.json" not in tokenizer_files(folder):
+        return (
+            f"{folder} holds no tokenizer.json: the engine takes token ids, and text (saw-run, saw-triton) needs a "
+            "folder that holds one, as transformers' save_pretrained writes it, with --tokenizer_dir"
         )
+    size = Tokenizer.load(folder).vocab_size
+    if size > vocab:
+        return (
+            f"{folder / 'tokenizer.json'} has {size} tokens and the model {vocab}: a prompt with a token beyond the "
+            "model's will be rejected"
+        )
+    return None

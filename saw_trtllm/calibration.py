@@ -20,9 +20,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from saw_trtllm.checkpoint import Checkpoint, check_finite
+from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.engine import k_center_name
 from saw_trtllm.errors import ConfigError
+from saw_trtllm.paths import is_file
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +145,7 @@ class Calibration:
             If it is missing, damaged or no calibration.
         """
         path = Path(path)
-        if not path.is_file():
+        if not is_file(path):
             raise ConfigError(f"{path} is not a file: give the --output of saw-calibrate")
         try:
             with safe_open(path, framework="np") as file:
@@ -225,10 +226,8 @@ def calibrate(
         )
     config = checkpoint.config
 
-    def load(name: str) -> np.ndarray:
-        return check_finite(checkpoint.load(name), name, checkpoint.folder)
-
-    model = WindowModel(config, load, windows.shape[1], device)
+    model = WindowModel(config, checkpoint.load_finite, windows.shape[1], device)
+    model.check_ids(windows)
     statistics = KeyStatistics(config.num_hidden_layers)
     for window in windows:
         model.hidden(window[None], observe=statistics.add)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import reprlib
 import zlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from saw_trtllm.errors import CheckpointError, ConfigError
+from saw_trtllm.paths import is_file, reject_lfs_pointer
 
 DTypeName = Literal["float16", "bfloat16", "float32"]
 
@@ -23,6 +25,16 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 MODELS = tuple(ARCHITECTURES.values())
+#: Far above any published model, and low enough that work for each layer or position ends.
+MAX_LAYERS = 1024
+MAX_POSITIONS = 1 << 24
+#: Far deeper than any config, and what JSON and pydantic can write again.
+_MAX_NESTING = 64
+
+#: A scaling's number. The bounds keep a table of cosines finite; a string or a bool is none.
+_Number = Annotated[float, Field(gt=1e-6, lt=1e9, strict=True)]
+_NumberOrZero = Annotated[float, Field(ge=0, lt=1e9, strict=True)]
+_TokenId = Annotated[int, Field(lt=1 << 31, strict=True)]
 
 
 def check_architecture(name: str, path: Path) -> None:
@@ -43,6 +55,45 @@ class Mapping(BaseModel):
     pp_size: int = Field(1, ge=1)
 
 
+class RotaryScaling(BaseModel):
+    """A scaled RoPE, in Hugging Face's words and with what transformers takes for a key that is left out."""
+
+    model_config = ConfigDict(extra="allow")
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    factor: _Number
+    original_max_position_embeddings: _Number | None = None
+    low_freq_factor: _Number | None = None
+    high_freq_factor: _Number | None = None
+    beta_fast: _NumberOrZero | None = None
+    beta_slow: _NumberOrZero | None = None
+    mscale: _NumberOrZero | None = None
+    mscale_all_dim: _NumberOrZero | None = None
+    attention_factor: _Number | None = None
+    truncate: bool = Field(True, strict=True)
+
+    @model_validator(mode="after")
+    def _check(self) -> RotaryScaling:
+        if self.rope_type == "llama3":
+            for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+                if getattr(self, key) is None:
+                    raise ValueError(f"llama3 scaling needs {key}, which is missing")
+            if self.high_freq_factor <= self.low_freq_factor:
+                raise ValueError(
+                    f"llama3 scaling needs high_freq_factor {self.high_freq_factor} above low_freq_factor "
+                    f"{self.low_freq_factor}"
+                )
+        return self
+
+
+class _TokenIds(BaseModel):
+    """Keys that a model's config may have; one that it leaves out stays out, which is not the same as null."""
+
+    bos_token_id: _TokenId | None = None
+    eos_token_id: _TokenId | list[_TokenId] | None = None
+    pad_token_id: _TokenId | None = None
+
+
 class ModelConfig(BaseModel):
     """A decoder's shape. Unknown keys are kept, so that a TensorRT-LLM config survives a round trip."""
 
@@ -51,18 +102,18 @@ class ModelConfig(BaseModel):
     architecture: str
     dtype: DTypeName = "float16"
     hidden_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0, le=MAX_LAYERS)
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(gt=0)
     head_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
     vocab_size: int = Field(gt=0)
     hidden_act: str = "silu"
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = Field(1e-5, gt=0, lt=1)
     position_embedding_type: Literal["rope_gpt_neox"] = "rope_gpt_neox"
-    max_position_embeddings: int = Field(gt=0)
-    rotary_base: float = 10000.0
-    #: Hugging Face's ``rope_scaling`` with the key ``rope_type``: ``linear``, ``llama3`` or ``yarn``.
+    max_position_embeddings: int = Field(gt=0, le=MAX_POSITIONS)
+    rotary_base: float = Field(10000.0, gt=1, lt=1e30)
+    #: A checked :class:`RotaryScaling` with the keys that were given.
     rotary_scaling: dict[str, Any] | None = None
     #: Bias on Q, K and V (Qwen2).
     attn_bias: bool = False
@@ -74,8 +125,16 @@ class ModelConfig(BaseModel):
     mapping: Mapping = Field(default_factory=Mapping)
     quantization: dict[str, Any] = Field(default_factory=lambda: {"quant_algo": None, "kv_cache_quant_algo": None})
 
+    @field_validator("rotary_scaling")
+    @classmethod
+    def _check_scaling(cls, scaling: dict[str, Any] | None) -> dict[str, Any] | None:
+        if scaling is not None:
+            _validate(RotaryScaling, scaling)
+        return scaling
+
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
+        _validate(_TokenIds, self.model_extra or {})
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -95,9 +154,30 @@ class ModelConfig(BaseModel):
         """Query heads that share a KV head."""
         return self.num_attention_heads // self.num_key_value_heads
 
+    @property
+    def max_positions(self) -> int:
+        """Tokens of the longest sequence: ``max_position_embeddings``, or what linear and yarn scaling stretch it to.
+
+        Published long-context settings leave ``max_position_embeddings`` at the original length, which a factor
+        multiplies; vLLM derives its longest sequence so, and transformers sets no limit.
+        """
+        scaling = self.rotary_scaling or {}
+        if scaling.get("rope_type") not in ("linear", "yarn"):
+            return self.max_position_embeddings
+        original = scaling.get("original_max_position_embeddings") or self.max_position_embeddings
+        return max(self.max_position_embeddings, min(int(scaling["factor"] * original), MAX_POSITIONS))
+
     def window(self, layer: int) -> int | None:
         """Tokens that ``layer`` sees, or None for all."""
         return self.sliding_window[layer] if self.sliding_window is not None else None
+
+
+def _validate(model: type[BaseModel], values: dict[str, Any]) -> None:
+    """Check values within another model's validator, which takes a one-line ValueError."""
+    try:
+        model.model_validate(values)
+    except ValidationError as e:
+        raise ValueError(first_error(e)) from None
 
 
 def first_error(error: ValidationError) -> str:
@@ -105,18 +185,36 @@ def first_error(error: ValidationError) -> str:
     e = error.errors()[0]
     where = ".".join(str(p) for p in e["loc"])
     what = e["msg"].removeprefix("Value error, ")
+    given = e["input"]
+    if e["type"] != "value_error" and (given is None or isinstance(given, str | int | float)):
+        what += f", and {reprlib.repr(given)} was given"
     return f"{where}: {what}" if where else what
 
 
 def read_json(path: Path, error: type[Exception] = ConfigError) -> dict[str, Any]:
     """Read a JSON object, compressed if the name ends in ``.gz``, or raise ``error`` in one sentence."""
+    if not is_file(path, error):
+        raise error(f"{path} does not exist")
     try:
         data = path.read_bytes()
         value = json.loads((gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8"))
-    except FileNotFoundError:
-        raise error(f"{path} does not exist") from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise error(f"{path} cannot be read as JSON: {e}") from e
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
+        reject_lfs_pointer(path, error)
+        # The interpreter's limit on digits comes as a plain ValueError, with advice for programmers.
+        why = "a number has thousands of digits" if type(e) is ValueError else e
+        raise error(f"{path} cannot be read as JSON: {why}") from e
     if not isinstance(value, dict):
         raise error(f"{path} holds {type(value).__name__}, not a JSON object")
+    if _nested_deeper(value, _MAX_NESTING):
+        raise error(f"{path} cannot be read: its values are nested deeper than {_MAX_NESTING} levels")
     return value
+
+
+def _nested_deeper(value: dict[str, Any], depth: int) -> bool:
+    level: list[Any] = [value]
+    for _ in range(depth):
+        nested = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for values in nested for v in values if isinstance(v, dict | list)]
+        if not level:
+            return False
+    return True

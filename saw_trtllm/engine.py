@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from saw_trtllm.config import ModelConfig, first_error, read_json
+from saw_trtllm.config import MAX_POSITIONS, ModelConfig, first_error, read_json
 from saw_trtllm.errors import ConfigError, EngineError
 from saw_trtllm.format import FORMAT_VERSION, TOKENS_PER_BLOCK, KVFormat
+from saw_trtllm.paths import is_folder
 from saw_trtllm.trtllm.engine_config import as_built
 
 CONFIG_FILE = "config.json"
@@ -52,8 +53,8 @@ class BuildConfig(BaseModel):
     max_batch_size: int = Field(2048, gt=0)
     max_beam_width: Literal[1] = 1
     max_input_len: int = Field(gt=0)
-    max_seq_len: int = Field(gt=1)
-    max_num_tokens: int = Field(8192, gt=0)
+    max_seq_len: int = Field(gt=1, le=MAX_POSITIONS)
+    max_num_tokens: int = Field(8192, gt=0, le=MAX_POSITIONS)
     kv_cache_type: Literal["paged"] = "paged"
     gather_context_logits: bool = False
     gather_generation_logits: bool = False
@@ -152,7 +153,7 @@ class EngineConfig(BaseModel):
             If there is no engine, it is not one of ours, or its cache format is another version's.
         """
         folder = Path(folder)
-        if not folder.is_dir():
+        if not is_folder(folder, EngineError):
             raise EngineError(f"{folder} is not a folder: give the --output_dir of saw-build")
         raw = as_built(read_json(folder / CONFIG_FILE, EngineError))
         section = raw.get("saw_int4")

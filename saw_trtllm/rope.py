@@ -14,6 +14,7 @@ from saw_trtllm.config import ModelConfig
 from saw_trtllm.errors import ConfigError
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROWS_AT_ONCE = 1 << 14
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
@@ -93,5 +94,14 @@ def rotary_cos_sin(config: ModelConfig, num_positions: int) -> np.ndarray:
         float32 ``[num_positions, head_size / 2, 2]``, the last axis (cos, sin), the scaling's factor in both.
     """
     inv_freq, factor = inverse_frequencies(config)
-    angle = np.arange(num_positions, dtype=np.float64)[:, None] * inv_freq
-    return (np.stack([np.cos(angle), np.sin(angle)], axis=-1) * factor).astype(np.float32)
+    table = np.empty((num_positions, len(inv_freq), 2), np.float32)
+    for start in range(0, num_positions, _ROWS_AT_ONCE):  # so that fp64 takes no memory worth naming
+        rows = table[start : start + _ROWS_AT_ONCE]
+        angle = np.arange(start, start + len(rows), dtype=np.float64)[:, None] * inv_freq
+        rows[:] = np.stack([np.cos(angle), np.sin(angle)], axis=-1) * factor
+    return table
+
+
+def table_bytes(config: ModelConfig, num_positions: int) -> int:
+    """Size of :func:`rotary_cos_sin`'s table."""
+    return num_positions * config.head_size * 4

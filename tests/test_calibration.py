@@ -339,7 +339,7 @@ def test_weights_that_are_not_numbers_are_named(value, tmp_path, capsys):
     weights = load_torch(model / "model.safetensors")
     weights["model.layers.2.self_attn.v_proj.weight"][3, 7] = value
     save_torch(weights, model / "model.safetensors", {"format": "pt"})
-    said = "tensor 'transformer.layers.2.attention.qkv.weight' holds NaN or infinite weights"
+    said = "tensor 'model.layers.2.self_attn.v_proj.weight' holds NaN or infinite weights"
     argv = ["--model_dir", model, "--text", argparse.__file__, "--output", tmp_path / "c"]
     assert said in refused(capsys, saw_calibrate.main, *argv)
     assert said in refused(capsys, saw_build.main, "--model_dir", model, "--output_dir", tmp_path / "engine")

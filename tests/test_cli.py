@@ -1,6 +1,7 @@
 """``saw-build`` and ``saw-run`` as a user types them."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from saw_trtllm import LLM, SamplingParams
 from saw_trtllm.builder import BuildOptions, plan_build
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.cli import build as saw_build
+from saw_trtllm.cli import convert as saw_convert
 from saw_trtllm.cli import run as saw_run
 from saw_trtllm.cli.common import parse_fields
 from saw_trtllm.engine import EngineConfig
@@ -218,11 +220,42 @@ BAD_MODELS = {
     "unknown architecture": (lambda m: edit(m / "config.json", architectures=["MambaForCausalLM"]), "MambaForCausalLM"),
     "config of another model": (lambda m: edit(m / "config.json", head_dim=128), "has shape [512, 96], but [1024, 96]"),
     "broken tokenizer": (lambda m: (m / "tokenizer.json").write_text("{}"), "tokenizer.json"),
-    "tokenizer beyond the vocabulary": (
-        lambda m: shutil.copyfile(EXAMPLE / "tokenizer.json", m / "tokenizer.json"),
-        "1024 tokens and the model 203",
-    ),
 }
+
+
+def test_without_a_tokenizer_the_next_command_takes_ids(model, tmp_path, capsys):
+    """What will not work is said at the end of the build, and what comes next works."""
+    for flags in ([], ["--max_seq_len", "8"]):
+        out = tmp_path / "out'put"
+        assert saw_build.main(["--model_dir", str(model), "--output_dir", str(out), *flags]) == 0
+        stdout, stderr = capsys.readouterr()
+        assert stderr.startswith(f"[WARNING] {model} holds no tokenizer.json: the engine takes token ids")
+        assert stderr.count("\n") == 1
+        command = shlex.split(stdout.splitlines()[-1][17:])
+        assert command[:2] == ["python", "-c"]
+        run = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, timeout=300)
+        assert (run.returncode, run.stderr) == (0, "")
+        assert 1 <= len(json.loads(run.stdout)) <= 64
+
+
+def test_a_tokenizer_larger_than_the_model_is_a_warning(model, tmp_path, capsys):
+    """An added pad token, say; the tokens beyond the model's are rejected in prompts."""
+    shutil.copyfile(EXAMPLE / "tokenizer.json", model / "tokenizer.json")
+    out = tmp_path / "out"
+    assert saw_build.main(["--model_dir", str(model), "--output_dir", str(out)]) == 0
+    assert "has 1024 tokens and the model 203: a prompt with a token beyond" in capsys.readouterr().err
+    assert "ids go from 0 to 202" in refused(capsys, saw_run.main, "--engine_dir", out, "--input_text", "def main():")
+
+
+def test_weights_that_are_not_finite_are_named_as_in_the_users_file(model, tmp_path, capsys):
+    path, name = model / "model.safetensors", "model.layers.1.self_attn.k_proj.weight"
+    weights = load_file(path)
+    weights[name][3, 4] = np.nan
+    save_file(weights, path)
+    for main, out in ((saw_build.main, tmp_path / "engine"), (saw_convert.main, tmp_path / "ckpt")):
+        said = refused(capsys, main, "--model_dir", model, "--output_dir", out)
+        assert f"{path}: tensor {name!r} holds NaN or infinite weights" in said
+        assert no_engine(out)
 
 
 @pytest.mark.parametrize("damage", BAD_MODELS)

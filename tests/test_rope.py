@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from saw_trtllm.config import ModelConfig
-from saw_trtllm.errors import ConfigError
-from saw_trtllm.rope import inverse_frequencies, rotary_cos_sin
+from saw_trtllm.rope import rotary_cos_sin, table_bytes
 
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512}
 LLAMA3 = {
@@ -65,5 +65,39 @@ def test_table_is_transformers(head_dim, base, scaling):
 
 
 def test_unknown_scaling_is_refused():
-    with pytest.raises(ConfigError, match="dynamic"):
-        inverse_frequencies(model_config(64, 10000.0, {"rope_type": "dynamic", "factor": 2.0}))
+    with pytest.raises(ValidationError, match="dynamic"):
+        model_config(64, 10000.0, {"rope_type": "dynamic", "factor": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("base", "scaling"),
+    [
+        (0.0, None),
+        (-1.0, None),
+        (float("nan"), None),
+        (float("inf"), None),
+        (10000.0, {"rope_type": "linear"}),
+        *(
+            (10000.0, {"rope_type": "linear", "factor": bad})
+            for bad in (0, -2.0, 1e-300, float("nan"), "2", True, None)
+        ),
+        *((10000.0, {k: v for k, v in LLAMA3.items() if k != key}) for key in LLAMA3),
+        (10000.0, LLAMA3 | {"high_freq_factor": 1.0}),
+        (10000.0, YARN | {"attention_factor": float("nan")}),
+        (10000.0, YARN | {"beta_fast": -1.0}),
+        (10000.0, YARN | {"original_max_position_embeddings": 0}),
+    ],
+)
+def test_what_would_give_a_table_of_garbage_is_rejected(base, scaling):
+    with pytest.raises(ValidationError):
+        model_config(64, base, scaling)
+
+
+@pytest.mark.parametrize(("head_dim", "scaling"), [(64, None), (128, YARN)])
+def test_a_table_is_the_same_in_pieces(monkeypatch, head_dim, scaling):
+    """1000 rows at once or 64 at a time, of which the last piece is not full."""
+    config = model_config(head_dim, 10000.0, scaling)
+    whole = rotary_cos_sin(config, 1000)
+    monkeypatch.setattr("saw_trtllm.rope._ROWS_AT_ONCE", 64)
+    np.testing.assert_array_equal(rotary_cos_sin(config, 1000), whole)
+    assert table_bytes(config, 1000) == whole.nbytes

@@ -1,7 +1,7 @@
 """Reading Hugging Face and TensorRT-LLM checkpoints, and writing TensorRT-LLM's."""
 
 from saw_trtllm.checkpoint.checkpoint import Checkpoint
-from saw_trtllm.checkpoint.convert import TOKENIZER_FILES, cast, check_finite, copy_tokenizer_files, save_checkpoint
+from saw_trtllm.checkpoint.convert import TOKENIZER_FILES, cast, copy_tokenizer_files, save_checkpoint, tokenizer_files
 from saw_trtllm.checkpoint.layout import expected_shapes, shard, unshard
 from saw_trtllm.checkpoint.reader import NUMPY_DTYPES
 from saw_trtllm.checkpoint.writer import SafetensorsWriter
@@ -12,10 +12,10 @@ __all__ = [
     "Checkpoint",
     "SafetensorsWriter",
     "cast",
-    "check_finite",
     "copy_tokenizer_files",
     "expected_shapes",
     "save_checkpoint",
     "shard",
+    "tokenizer_files",
     "unshard",
 ]

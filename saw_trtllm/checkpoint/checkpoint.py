@@ -11,6 +11,7 @@ from saw_trtllm.checkpoint.layout import EMBEDDING, LM_HEAD, expected_shapes, la
 from saw_trtllm.checkpoint.reader import NUMPY_DTYPES, StoredTensor
 from saw_trtllm.config import ModelConfig, read_json
 from saw_trtllm.errors import CheckpointError
+from saw_trtllm.paths import is_file, is_folder
 
 
 class Checkpoint:
@@ -42,13 +43,12 @@ class Checkpoint:
             If something is missing, damaged or not supported.
         """
         folder = Path(folder)
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder} is not a folder: give the folder that holds the model's config.json")
+        if not is_folder(folder, CheckpointError):
+            what = "a GGUF file, which cannot be read" if folder.suffix == ".gguf" else "not a folder"
+            raise CheckpointError(f"{folder} is {what}: give the folder that holds the model's config.json")
         path = folder / "config.json"
-        if not path.is_file():
-            raise CheckpointError(
-                f"{folder} holds no config.json: give the folder of a Hugging Face model or a TensorRT-LLM checkpoint"
-            )
+        if not is_file(path, CheckpointError):
+            raise CheckpointError(f"{folder} holds no config.json{_instead(folder)}")
         raw = read_json(path, CheckpointError)
         if isinstance(raw.get("architecture"), str):
             return cls(folder, *tensorrt_llm.read(folder, raw), sharded=True)
@@ -81,15 +81,48 @@ class Checkpoint:
         """Read a whole tensor, in the dtype that it is stored in."""
         if name not in self._shapes:
             raise CheckpointError(f"{self.folder} has no tensor {name!r}: use one of names()")
-        source = EMBEDDING if name == LM_HEAD and self.config.share_embedding_table else name
-        parts = [part.load() for part in self._parts[source]]
+        parts = [part.load() for part in self._stored(name)]
         if self._sharded:
-            return unshard(source, parts, self.config)
+            return unshard(self._stored_name(name), parts, self.config)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def load_finite(self, name: str) -> np.ndarray:
+        """Read a whole tensor, and reject one that holds NaN or infinity."""
+        array = self.load(name)
+        if not np.isfinite(array).all():
+            culprits = [part for part in self._stored(name) if not np.isfinite(part.load()).all()]
+            raise CheckpointError(
+                f"{self._where(name, culprits)} holds NaN or infinite weights: copy or download it again"
+            )
+        return array
+
+    def where(self, name: str) -> str:
+        """Name the file and the tensors in it that a tensor comes from, for messages."""
+        return self._where(name, self._stored(name))
 
     def layer(self, i: int) -> dict[str, np.ndarray]:
         """Read the tensors of layer ``i``, by full name."""
         return {name: self.load(name) for name in self._shapes if name.startswith(layer_prefix(i))}
 
+    def _where(self, name: str, parts: list[StoredTensor]) -> str:
+        names = dict.fromkeys(repr(part.name) for part in parts) or [repr(name)]
+        return f"{parts[0].path if parts else self.folder}: tensor {' and '.join(names)}"
+
+    def _stored(self, name: str) -> list[StoredTensor]:
+        """The parts on disk; none of a tensor that a subclass computes."""
+        return self._parts.get(self._stored_name(name), [])
+
+    def _stored_name(self, name: str) -> str:
+        return EMBEDDING if name == LM_HEAD and self.config.share_embedding_table else name
+
     def _unique_names(self) -> list[str]:
         return [n for n in self._shapes if not (n == LM_HEAD and self.config.share_embedding_table)]
+
+
+def _instead(folder: Path) -> str:
+    """Say what a folder without a config is, as far as its files tell, and what to give."""
+    if is_file(folder / "adapter_config.json", CheckpointError):
+        return " but an adapter's: merge it into its base model with PEFT's merge_and_unload, and give that folder"
+    if any(folder.glob("*.gguf")):
+        return " but a GGUF file, which cannot be read: give the Hugging Face folder that it was made from"
+    return ": give the folder of a Hugging Face model or a TensorRT-LLM checkpoint"

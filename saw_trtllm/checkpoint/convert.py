@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,6 +19,7 @@ from saw_trtllm.checkpoint.tensorrt_llm import rank_file, write_config
 from saw_trtllm.checkpoint.writer import SafetensorsWriter
 from saw_trtllm.config import read_json
 from saw_trtllm.errors import CheckpointError, ConfigError
+from saw_trtllm.paths import is_file
 
 #: What stands beside the weights and is copied with them, as far as it is there.
 TOKENIZER_FILES = (
@@ -86,17 +89,47 @@ def save_checkpoint(
 
 def copy_tokenizer_files(source: Path, output_dir: Path) -> list[str]:
     """Copy the tokenizer's files that ``source`` has, and return their names."""
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    names = tokenizer_files(source)
     for name in names:
         shutil.copyfile(source / name, output_dir / name)
     return names
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Name the tokenizer's files that ``folder`` has.
+
+    They are copied as they are and served, so none may be a link to somewhere else: a model's folder from anywhere
+    could name any file of this machine. A folder of the Hugging Face hub's cache has nothing but links, from
+    ``models--ORG--NAME/snapshots/COMMIT`` to files that are named by their hash in ``models--ORG--NAME/blobs``; links
+    to such files are taken, as are those that stay in the folder.
+
+    Raises
+    ------
+    CheckpointError
+        If one is a link to elsewhere, no regular file, or may not be read.
+    """
+    names = [name for name in TOKENIZER_FILES if is_file(folder / name, CheckpointError)]
+    home = Path(os.path.realpath(folder))
+    for name in names:
+        target = Path(os.path.realpath(folder / name))
+        if not target.is_relative_to(home) and not _in_hub_cache(target):
+            raise CheckpointError(
+                f"{folder / name} is a link to {target}, outside the model's folder: put a copy of the file there"
+            )
+    return names
+
+
+def _in_hub_cache(path: Path) -> bool:
+    blobs = path.parent
+    named_by_hash = re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", path.name)
+    return named_by_hash is not None and blobs.name == "blobs" and blobs.parent.name.startswith("models--")
 
 
 def _check_replaceable(ckpt: Checkpoint, output_dir: Path) -> None:
     if output_dir.resolve() == ckpt.folder.resolve():
         raise ConfigError(f"{output_dir} is the folder that the model is read from: choose another output folder")
     config = output_dir / "config.json"
-    if config.exists() and "architecture" not in read_json(config, ConfigError):
+    if is_file(config) and "architecture" not in read_json(config, ConfigError):
         raise ConfigError(f"{output_dir} holds another kind of model or engine: choose another output folder")
 
 
@@ -111,7 +144,7 @@ def _write(ckpt: Checkpoint, output_dir: Path, tp_size: int, dtype: str, progres
         stack.callback(lambda: [path.unlink(missing_ok=True) for path in partial])
         writers = [stack.enter_context(SafetensorsWriter(path, shapes, dtype)) for path in partial]
         for name in ckpt.names():
-            array = cast(ckpt.load(name), dtype, name, ckpt.folder)
+            array = cast(ckpt.load_finite(name), dtype, ckpt.where(name))
             for rank, writer in enumerate(writers):
                 writer.write(name, shard(name, array, config, tp_size, rank))
             if progress is not None:
@@ -131,15 +164,8 @@ def _write(ckpt: Checkpoint, output_dir: Path, tp_size: int, dtype: str, progres
     return len(text.encode()) + sum((output_dir / rank_file(rank)).stat().st_size for rank in range(tp_size))
 
 
-def check_finite(array: np.ndarray, name: str, folder: Path) -> np.ndarray:
-    """Give the tensor back, and refuse one that holds NaN or infinity."""
-    if not np.isfinite(array).all():
-        raise CheckpointError(f"{folder}: tensor {name!r} holds NaN or infinite weights: copy or download it again")
-    return array
-
-
-def cast(array: np.ndarray, dtype: str, name: str, folder: Path) -> np.ndarray:
-    """Bring a tensor to ``dtype``, and refuse a finite weight that would become infinite."""
+def cast(array: np.ndarray, dtype: str, where: str) -> np.ndarray:
+    """Bring a tensor to ``dtype``, and reject a finite weight that would become infinite; ``where`` it comes from."""
     target = NUMPY_DTYPES[dtype]
     if array.dtype == target:
         return array
@@ -147,7 +173,5 @@ def cast(array: np.ndarray, dtype: str, name: str, folder: Path) -> np.ndarray:
         result = array.astype(target)
     infinite = np.isinf(result)
     if infinite.any() and not np.isinf(array[infinite]).all():
-        raise CheckpointError(
-            f"{folder}: tensor {name!r} has weights too large for {dtype}: convert with --dtype bfloat16"
-        )
+        raise CheckpointError(f"{where} has weights too large for {dtype}: give --dtype bfloat16")
     return result

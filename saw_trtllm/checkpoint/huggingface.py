@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import AliasChoices, BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from saw_trtllm.checkpoint.config_keys import honored
 from saw_trtllm.checkpoint.layout import EMBEDDING, FINAL_NORM, LM_HEAD, expected_shapes
-from saw_trtllm.checkpoint.reader import NUMPY_DTYPES, StoredTensor, open_huggingface
+from saw_trtllm.checkpoint.reader import (
+    NUMPY_DTYPES,
+    StoredTensor,
+    check_dtypes,
+    open_huggingface,
+    reject_quantized,
+    reject_unknown,
+)
 from saw_trtllm.checkpoint.rope_scaling import rotary_scaling
 from saw_trtllm.config import ARCHITECTURES, ModelConfig, check_architecture, first_error
 from saw_trtllm.errors import CheckpointError
@@ -35,14 +44,28 @@ _NAMES = {
     FINAL_NORM: "model.norm.weight",
     LM_HEAD: "lm_head.weight",
 }
+#: What exports of older transformers stored beside the weights, and its classes compute themselves.
+_HARMLESS = re.compile(r"\brotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)$")
+#: Of the classes that do not take num_attention_heads where the key is left out.
+_DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+#: What our words for some fields are in a Hugging Face config.
+_THEIR_WORDS = {
+    "norm_epsilon": "rms_norm_eps",
+    "rotary_base": "rope_theta",
+    "rotary_scaling": "rope_scaling",
+    "head_size": "head_dim",
+}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class HuggingFaceConfig(BaseModel):
     """What is read of a Hugging Face ``config.json``, with transformers' own defaults for what it leaves out."""
 
-    architectures: list[str] | None
-    dtype: str | None = Field(None, validation_alias=AliasChoices("dtype", "torch_dtype"))
+    model_config = ConfigDict(strict=True)
+
+    architectures: list[str]
+    dtype: str | None = None
+    torch_dtype: str | None = None
     hidden_size: int = Field(gt=0)
     num_hidden_layers: int = Field(gt=0)
     num_attention_heads: int = Field(gt=0)
@@ -54,18 +77,15 @@ class HuggingFaceConfig(BaseModel):
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     hidden_act: str = "silu"
-    attention_bias: bool = False
-    mlp_bias: bool = False
     rope_theta: float | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
     partial_rotary_factor: float | None = None
     original_max_position_embeddings: int | None = None
     use_sliding_window: bool = False
-    sliding_window: int | None = Field(4096, gt=0)
+    sliding_window: int | None = 4096
     max_window_layers: int = 28
-    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
-    quantization_config: dict[str, Any] | None = None
+    layer_types: list[str] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -82,8 +102,12 @@ def read(folder: Path, raw: dict[str, Any]) -> tuple[ModelConfig, dict[str, list
     """
     path = folder / "config.json"
     config = read_config(raw, path)
-    stored = open_huggingface(folder)
-    parts = {name: _stored_parts(name, shape, config, stored, folder) for name, shape in _needed(config, stored)}
+    stored, absent = open_huggingface(folder)
+    tensors = stored.values()
+    reject_quantized(tensors)
+    parts = {n: _stored_parts(n, shape, config, stored, absent, folder) for n, shape in _needed(config, stored)}
+    model = f"{config.architecture} of {config.num_hidden_layers} layers"
+    reject_unknown(tensors, {part.name for found in parts.values() for part in found}, _HARMLESS, model)
     if config.share_embedding_table and LM_HEAD in parts:
         # Transformers ties a head that is stored nevertheless only if it equals the embedding.
         if _equal(parts[LM_HEAD][0], parts[EMBEDDING][0]):
@@ -91,7 +115,7 @@ def read(folder: Path, raw: dict[str, Any]) -> tuple[ModelConfig, dict[str, list
         else:
             log.warning("%s says tie_word_embeddings, but lm_head.weight differs from the embedding: not tied", path)
             config = config.model_copy(update={"share_embedding_table": False})
-    if raw.get("dtype") not in NUMPY_DTYPES and raw.get("torch_dtype") not in NUMPY_DTYPES:
+    if _dtype(raw) is None:
         config = config.model_copy(update={"dtype": parts[EMBEDDING][0].dtype})
     return config, parts
 
@@ -101,50 +125,63 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     # First of all: another architecture's config has other keys, and the lack of ours would be the wrong complaint.
     architectures = raw.get("architectures")
     check_architecture(str(architectures[0]) if isinstance(architectures, list) and architectures else "none", path)
+    family = ARCHITECTURES[architectures[0]]
+    _reject_quantized_model(raw, path)
     try:
-        hf = HuggingFaceConfig(**raw)
+        hf = HuggingFaceConfig(**honored(raw, family, path))
     except ValidationError as e:
         raise CheckpointError(f"{path}: {first_error(e)}") from None
-    _refuse_unsupported(hf, path)
-    architecture = hf.architectures[0]
-    default_head_dim = 128 if architecture == "Qwen3ForCausalLM" else hf.hidden_size // hf.num_attention_heads
+    if hf.hidden_act not in ("silu", "swish"):
+        raise CheckpointError(f"{path} sets hidden_act to {hf.hidden_act!r}, but only 'silu' is supported")
+    architecture, heads = hf.architectures[0], hf.num_attention_heads
+    kv_heads = hf.num_key_value_heads
+    if kv_heads is None:
+        kv_heads = heads if "num_key_value_heads" in raw else _DEFAULT_KV_HEADS.get(family, heads)
+    head_dim = hf.head_dim
+    if head_dim is None:
+        head_dim = 128 if family == "qwen3" else hf.hidden_size // heads
     base, scaling = rotary_scaling(hf, path)
     try:
         return ModelConfig(
             architecture=architecture,
-            dtype=hf.dtype if hf.dtype in NUMPY_DTYPES else "float32",
+            dtype=_dtype(raw) or "float32",
             hidden_size=hf.hidden_size,
             num_hidden_layers=hf.num_hidden_layers,
-            num_attention_heads=hf.num_attention_heads,
-            num_key_value_heads=hf.num_key_value_heads or hf.num_attention_heads,
-            head_size=hf.head_dim or default_head_dim,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_size=head_dim,
             intermediate_size=hf.intermediate_size,
             vocab_size=hf.vocab_size,
             max_position_embeddings=hf.max_position_embeddings,
-            hidden_act=hf.hidden_act,
+            hidden_act="silu",
             norm_epsilon=hf.rms_norm_eps,
             rotary_base=base,
             rotary_scaling=scaling,
-            attn_bias=architecture == "Qwen2ForCausalLM",
-            qk_layernorm=architecture == "Qwen3ForCausalLM",
+            attn_bias=family == "qwen2",
+            qk_layernorm=family == "qwen3",
             sliding_window=_sliding_window(hf, path),
             share_embedding_table=hf.tie_word_embeddings,
             **{key: getattr(hf, key) for key in _TOKEN_IDS if getattr(hf, key) is not None},
         )
     except ValidationError as e:
-        raise CheckpointError(f"{path}: {first_error(e)}") from None
+        field, _, what = first_error(e).partition(":")
+        raise CheckpointError(f"{path}: {_THEIR_WORDS.get(field, field)}:{what}") from None
 
 
-def _refuse_unsupported(hf: HuggingFaceConfig, path: Path) -> None:
-    if hf.quantization_config:
-        method = hf.quantization_config.get("quant_method", "unknown method")
-        raise CheckpointError(f"{path} is of a quantized model ({method}): use the fp16, bf16 or fp32 weights instead")
-    if hf.hidden_act != "silu":
-        raise CheckpointError(f"{path} sets hidden_act to {hf.hidden_act!r}, but only 'silu' is supported")
-    # Biases beyond those of Q, K and V, which Llama's and Qwen3's configs can ask for.
-    for key in ("attention_bias", "mlp_bias"):
-        if getattr(hf, key):
-            raise CheckpointError(f"{path} sets {key}, which is not supported: use a model without it")
+def _reject_quantized_model(raw: dict[str, Any], path: Path) -> None:
+    quantization = raw.get("quantization_config")
+    if isinstance(quantization, dict) and quantization:
+        method = quantization.get("quant_method", "unknown method")
+        raise CheckpointError(
+            f"{path} has a quantization_config ({method}), and quantized checkpoints are not supported yet: use the "
+            "fp16, bf16 or fp32 weights instead"
+        )
+
+
+def _dtype(raw: dict[str, Any]) -> str | None:
+    """The dtype that a config names, ``dtype`` before its old name, if it is one that weights can have here."""
+    name = raw.get("dtype") if raw.get("dtype") is not None else raw.get("torch_dtype")
+    return name if isinstance(name, str) and name in NUMPY_DTYPES else None
 
 
 def _sliding_window(hf: HuggingFaceConfig, path: Path) -> list[int | None] | None:
@@ -159,6 +196,11 @@ def _sliding_window(hf: HuggingFaceConfig, path: Path) -> list[int | None] | Non
     elif family in ("qwen2", "qwen3") and hf.use_sliding_window:
         sliding = [i >= hf.max_window_layers for i in range(layers)]
         if hf.layer_types is not None:
+            odd = next((kind for kind in hf.layer_types if kind not in ("full_attention", "sliding_attention")), None)
+            if odd is not None:
+                raise CheckpointError(
+                    f"{path} has {odd!r} among its layer_types, but full_attention and sliding_attention are supported"
+                )
             sliding = [kind == "sliding_attention" for kind in hf.layer_types]
     else:
         return None
@@ -166,7 +208,11 @@ def _sliding_window(hf: HuggingFaceConfig, path: Path) -> list[int | None] | Non
         raise CheckpointError(
             f"{path} names {len(sliding)} layer_types for {layers} layers, but one for each is needed"
         )
-    return [hf.sliding_window if s else None for s in sliding] if hf.sliding_window and any(sliding) else None
+    if hf.sliding_window is None or not any(sliding):
+        return None
+    if hf.sliding_window < 1:
+        raise CheckpointError(f"{path} sets sliding_window to {hf.sliding_window}, but at least 1 is needed")
+    return [hf.sliding_window if s else None for s in sliding]
 
 
 def _needed(config: ModelConfig, stored: dict[str, StoredTensor]) -> list[tuple[str, tuple[int, ...]]]:
@@ -176,19 +222,33 @@ def _needed(config: ModelConfig, stored: dict[str, StoredTensor]) -> list[tuple[
     return list(shapes.items())
 
 
+def _their_names(name: str) -> list[str]:
+    """The stored tensors that make one up."""
+    if name in _NAMES:
+        return [_NAMES[name]]
+    _, _, layer, kind = name.split(".", 3)
+    return [f"model.layers.{layer}.{source}" for source in _LAYER_NAMES[kind]]
+
+
 def _stored_parts(
-    name: str, shape: tuple[int, ...], config: ModelConfig, stored: dict[str, StoredTensor], folder: Path
+    name: str,
+    shape: tuple[int, ...],
+    config: ModelConfig,
+    stored: dict[str, StoredTensor],
+    absent: dict[str, str],
+    folder: Path,
 ) -> list[StoredTensor]:
     """Look up the stored tensors that make up ``name``, and check their shapes."""
-    if name in _NAMES:
-        sources, rows = [_NAMES[name]], [shape[0]]
-    else:
-        _, _, layer, kind = name.split(".", 3)
-        sources = [f"model.layers.{layer}.{source}" for source in _LAYER_NAMES[kind]]
-        kv_rows = config.num_key_value_heads * config.head_size
-        rows = [shape[0]] if len(sources) == 1 else [shape[0] - 2 * kv_rows, kv_rows, kv_rows]
+    sources = _their_names(name)
+    kv_rows = config.num_key_value_heads * config.head_size
+    rows = [shape[0]] if len(sources) == 1 else [shape[0] - 2 * kv_rows, kv_rows, kv_rows]
     parts = []
     for source, n in zip(sources, rows, strict=True):
+        if source in absent:
+            raise CheckpointError(
+                f"{folder / 'model.safetensors.index.json'} says that {source!r} is in {absent[source]}, which does "
+                "not hold it: download both again"
+            )
         if source not in stored:
             raise CheckpointError(
                 f"{folder} lacks the tensor {source!r}, which a {config.architecture} of {config.num_hidden_layers} "
@@ -196,6 +256,7 @@ def _stored_parts(
             )
         stored[source].check((n, *shape[1:]))
         parts.append(stored[source])
+    check_dtypes(parts)
     return parts
 
 

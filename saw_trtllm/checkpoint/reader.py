@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import ml_dtypes
@@ -12,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from saw_trtllm.config import read_json
 from saw_trtllm.errors import CheckpointError
+from saw_trtllm.paths import is_file, reject_lfs_pointer
 
 #: NumPy's dtype for each of the names that a config may give.
 NUMPY_DTYPES = {
@@ -21,6 +24,11 @@ NUMPY_DTYPES = {
 }
 #: The same dtypes as a safetensors header spells them.
 SAFETENSORS_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+#: Ends of the names that quantizers give to what they store beside, or instead of, a weight.
+_QUANTIZED = re.compile(
+    r"(_scale|_scale_inv|_zero_point|_packed|_shape|qweight|qzeros|[._]scales|g_idx|absmax|quant_map|quant_state\.\w+|"
+    r"SCB|scaling_factor|per_channel_scale)$"
+)
 _DTYPE_NAMES = {code: name for name, code in SAFETENSORS_DTYPES.items()}
 
 
@@ -47,11 +55,11 @@ class StoredTensor:
             raise CheckpointError(f"{self.path}: tensor {self.name!r} cannot be read ({e}): copy the file again") from e
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Refuse a tensor of another shape, or one that is quantized."""
+        """Reject a tensor of another shape, or one that is quantized."""
         if self.dtype not in NUMPY_DTYPES:
             raise CheckpointError(
                 f"{self.path}: tensor {self.name!r} is stored as {self.dtype}, but F16, BF16 or F32 is needed: "
-                "use a checkpoint that is not quantized"
+                "quantized checkpoints are not supported yet, use the model in one of these"
             )
         if self.shape != shape:
             raise CheckpointError(
@@ -60,8 +68,40 @@ class StoredTensor:
             )
 
 
+def check_dtypes(parts: list[StoredTensor]) -> None:
+    """Reject parts of one tensor that are stored in several dtypes."""
+    odd = next((part for part in parts if part.dtype != parts[0].dtype), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"{odd.path}: tensor {odd.name!r} is stored as {odd.dtype} and {parts[0].name!r} as {parts[0].dtype}, but "
+            "they need one dtype: save the model in one"
+        )
+
+
+def reject_quantized(stored: Iterable[StoredTensor]) -> None:
+    """Reject weights that came quantized, by what a quantizer stores beside them."""
+    scale = next((t for t in stored if _QUANTIZED.search(t.name)), None)
+    if scale is not None:
+        raise CheckpointError(
+            f"{scale.path}: tensor {scale.name!r} belongs to quantized weights, and quantized checkpoints are not "
+            "supported yet: use the fp16, bf16 or fp32 model"
+        )
+
+
+def reject_unknown(stored: Iterable[StoredTensor], used: Iterable[str], harmless: re.Pattern[str], model: str) -> None:
+    """Reject a tensor that the model has no place for, since what it would change is lost."""
+    unknown = next((t for t in stored if t.name not in used and not harmless.search(t.name)), None)
+    if unknown is not None:
+        raise CheckpointError(
+            f"{unknown.path}: tensor {unknown.name!r} is none that a {model} has: use the config.json that belongs to "
+            "these weights, or a model without it"
+        )
+
+
 def open_file(path: Path) -> dict[str, StoredTensor]:
     """Read the header of one safetensors file: its tensors by name."""
+    if not is_file(path, CheckpointError):
+        raise CheckpointError(f"{path} does not exist: copy the checkpoint again")
     try:
         file = safe_open(path, framework="np")
         tensors = {}
@@ -69,43 +109,58 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
             header = file.get_slice(name)
             code = header.get_dtype()
             tensors[name] = StoredTensor(path, name, tuple(header.get_shape()), _DTYPE_NAMES.get(code, code), file)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: copy the checkpoint again") from None
     except (SafetensorError, OSError) as e:
+        reject_lfs_pointer(path, CheckpointError)
         raise CheckpointError(f"{path} is not a whole safetensors file ({e}): copy or download it again") from e
     return tensors
 
 
-def open_huggingface(folder: Path) -> dict[str, StoredTensor]:
-    """Read the headers of a Hugging Face folder: ``model.safetensors``, or the shards that its index names."""
-    if (folder / "model.safetensors").exists():
-        return open_file(folder / "model.safetensors")
+def open_huggingface(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Read the headers of a Hugging Face folder: ``model.safetensors``, or the shards that its index names.
+
+    Returns
+    -------
+    stored : dict[str, StoredTensor]
+    absent : dict[str, str]
+        Files of the tensors that the index names and that are not in them, as old exports do for buffers and tied
+        weights.
+    """
+    if is_file(folder / "model.safetensors", CheckpointError):
+        return open_file(folder / "model.safetensors"), {}
     index = folder / "model.safetensors.index.json"
-    if index.exists():
+    if is_file(index, CheckpointError):
         return _open_index(index)
-    pickles = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
-    if pickles:
-        raise CheckpointError(
-            f"{folder} holds {pickles[0]} but no safetensors file: load the model in transformers, save it with "
-            "save_pretrained, and use that folder"
-        )
+    for pattern, advice in _OTHER_WEIGHTS.items():
+        found = sorted(p.name for p in folder.glob(pattern))
+        if found:
+            raise CheckpointError(f"{folder} holds {found[0]}, no model.safetensors and no index of shards: {advice}")
     raise CheckpointError(
         f"{folder} holds neither model.safetensors nor model.safetensors.index.json: download the weights too"
     )
 
 
-def _open_index(index: Path) -> dict[str, StoredTensor]:
+_SAVE = "load the model in transformers, save it with save_pretrained, and use that folder"
+#: What else a folder may hold, and what to do about it.
+_OTHER_WEIGHTS = {
+    "model-*.safetensors": "download model.safetensors.index.json too, which says what is where",
+    "pytorch_model*.bin": _SAVE,
+    "adapter_model.*": "an adapter is not a model: merge it into its base model with PEFT's merge_and_unload",
+    "*.gguf": "a GGUF file cannot be read: use the Hugging Face folder that it was made from",
+    "consolidated*": "download the model in Hugging Face's layout",
+    "*.safetensors": _SAVE,
+}
+
+
+def _open_index(index: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     weight_map = read_json(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to files: download it again")
     files = {}
     for filename in sorted(set(weight_map.values())):
-        if not (index.parent / filename).is_file():
+        if PurePath(filename).is_absolute() or ".." in PurePath(filename).parts:
+            raise CheckpointError(f"{index} names {filename!r}, which is outside its folder: download both again")
+        if not is_file(index.parent / filename, CheckpointError):
             raise CheckpointError(f"{index} names {filename}, which is not in the folder: download that file too")
         files[filename] = open_file(index.parent / filename)
-    missing = next((name for name, filename in weight_map.items() if name not in files[filename]), None)
-    if missing is not None:
-        raise CheckpointError(
-            f"{index} says that {missing!r} is in {weight_map[missing]}, which does not hold it: download both again"
-        )
-    return {name: files[filename][name] for name, filename in weight_map.items()}
+    stored = {name: files[filename][name] for name, filename in weight_map.items() if name in files[filename]}
+    return stored, {name: filename for name, filename in weight_map.items() if name not in stored}

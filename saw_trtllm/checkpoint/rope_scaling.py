@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +10,7 @@ from saw_trtllm.errors import CheckpointError
 if TYPE_CHECKING:
     from saw_trtllm.checkpoint.huggingface import HuggingFaceConfig
 
-#: What each supported type cannot do without.
-_REQUIRED = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
-}
+SCALINGS = ("linear", "llama3", "yarn")
 
 
 def rotary_scaling(hf: HuggingFaceConfig, path: Path) -> tuple[float, dict[str, Any] | None]:
@@ -34,44 +28,45 @@ def rotary_scaling(hf: HuggingFaceConfig, path: Path) -> tuple[float, dict[str, 
     Raises
     ------
     CheckpointError
-        For another type, a missing parameter, or RoPE on a part of the head only.
+        For another type, or RoPE on a part of the head only.
     """
     given = dict(hf.rope_scaling or hf.rope_parameters or {})
     if any(isinstance(value, dict) for value in given.values()):
         raise CheckpointError(f"{path} sets RoPE parameters per layer type, but one set for all layers is needed")
-    base = _positive(given.pop("rope_theta", None) or hf.rope_theta or 10000.0, "rope_theta", path)
-    partial = given.pop("partial_rotary_factor", None) or hf.partial_rotary_factor or 1.0
+    base = _first(given.pop("rope_theta", None), hf.rope_theta, 10000.0)
+    partial = _first(given.pop("partial_rotary_factor", None), hf.partial_rotary_factor, 1.0)
     if partial != 1.0:
         raise CheckpointError(f"{path} sets partial_rotary_factor to {partial}, but only 1.0 is supported")
     if _rope_type(given) in ("llama3", "yarn"):
-        original = hf.original_max_position_embeddings or given.get("original_max_position_embeddings")
-        given["original_max_position_embeddings"] = original or hf.max_position_embeddings
+        given["original_max_position_embeddings"] = _first(
+            hf.original_max_position_embeddings,
+            given.get("original_max_position_embeddings"),
+            hf.max_position_embeddings,
+        )
     return base, normalize_scaling(given, path)
 
 
 def normalize_scaling(given: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """Check a scaling dict, and spell its type ``rope_type`` (old configs say ``type``); None for the default RoPE."""
+    """Spell a scaling's type ``rope_type`` (old configs say ``type``), without nulls; None for the default RoPE.
+
+    :class:`~saw_trtllm.config.RotaryScaling` checks the parameters.
+    """
     rope_type = _rope_type(given)
     if rope_type in ("default", "none"):
         return None
-    if rope_type not in _REQUIRED:
+    if rope_type not in SCALINGS:
         raise CheckpointError(
             f"{path} asks for RoPE scaling of type {rope_type!r}, which is not supported: use a model with one of "
-            f"default, {', '.join(_REQUIRED)}"
+            f"default, {', '.join(SCALINGS)}"
         )
     scaling = {key: value for key, value in given.items() if value is not None and key != "type"}
-    for key in _REQUIRED[rope_type]:
-        if key not in scaling:
-            raise CheckpointError(f"{path} asks for {rope_type} RoPE scaling without {key!r}, which it needs")
-        _positive(scaling[key], key, path)
     return scaling | {"rope_type": rope_type}
+
+
+def _first(*values: Any) -> Any:
+    """The first that is given: 0 is given, and wrong."""
+    return next(value for value in values if value is not None)
 
 
 def _rope_type(scaling: dict[str, Any]) -> str:
     return str(scaling.get("rope_type") or scaling.get("type") or "default")
-
-
-def _positive(value: Any, key: str, path: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise CheckpointError(f"{path} sets {key} to {value!r}, but a number above 0 is needed")
-    return float(value)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from saw_trtllm.checkpoint.layout import EMBEDDING, LM_HEAD, check_tp_size, expected_shapes, shard_shape
-from saw_trtllm.checkpoint.reader import StoredTensor, open_file
+from saw_trtllm.checkpoint.reader import StoredTensor, check_dtypes, open_file, reject_quantized, reject_unknown
 from saw_trtllm.checkpoint.rope_scaling import normalize_scaling
 from saw_trtllm.config import ARCHITECTURES, Mapping, ModelConfig, check_architecture, first_error
 from saw_trtllm.errors import CheckpointError, ConfigError
@@ -32,6 +33,8 @@ _SUPPORTED_VALUES = {
     "use_last_layernorm": True,
     "use_logn_attn": False,
 }
+#: Constants that TensorRT-LLM computes anew, and what is read from another place.
+_HARMLESS = re.compile(r"(rotary_inv_freq|embed_positions|embed_positions_for_gpt_attention)$|^lm_head\.weight$")
 #: What TensorRT-LLM takes where scaling leaves something out, as a checkpoint from Meta's format does.
 _SCALING_DEFAULTS = {
     "llama3": {
@@ -66,6 +69,8 @@ def read(folder: Path, raw: dict[str, Any]) -> tuple[ModelConfig, dict[str, list
     except ConfigError as e:
         raise CheckpointError(f"{folder / 'config.json'}: {e}") from None
     ranks = [open_file(folder / rank_file(rank)) for rank in range(tp_size)]
+    for stored in ranks:
+        reject_quantized(stored.values())
     shapes = expected_shapes(config)
     if LM_HEAD not in ranks[0] and EMBEDDING in ranks[0]:
         # TensorRT-LLM reads a checkpoint without it as one whose embedding is shared.
@@ -83,6 +88,9 @@ def read(folder: Path, raw: dict[str, Any]) -> tuple[ModelConfig, dict[str, list
                 )
             stored[name].check(shape)
         parts[name] = [stored[name] for stored in ranks]
+        check_dtypes(parts[name])
+    for stored in ranks:
+        reject_unknown(stored.values(), parts, _HARMLESS, f"{config.architecture} of {config.num_hidden_layers} layers")
     return config, parts
 
 
@@ -95,6 +103,8 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     if llama and raw.get("attn_bias"):
         # TensorRT-LLM's Llama would have the bias on attention.dense as well.
         raise CheckpointError(f"{path} sets attn_bias, which {architecture} cannot have here: use a model without it")
+    if raw.get("qk_layernorm") and architecture != "Qwen3ForCausalLM":
+        raise CheckpointError(f"{path} sets qk_layernorm, which {architecture} has not: use a model without it")
     scaling = _section(raw, "rotary_scaling", path)
     scaling = _SCALING_DEFAULTS.get(str(scaling.get("type", scaling.get("rope_type"))), {}) | scaling
     fields["architecture"] = architecture

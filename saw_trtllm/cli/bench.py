@@ -16,6 +16,7 @@ from saw_trtllm.bench.record import Results, check_writable
 from saw_trtllm.cli.common import add_log_level, run, set_log_level
 from saw_trtllm.config import read_json
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError, KernelError
+from saw_trtllm.paths import is_folder
 
 _EXAMPLES = """\
 examples:
@@ -211,7 +212,7 @@ def _engine(args: argparse.Namespace, command: str) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    if not args.output.is_dir():
+    if not is_folder(args.output):
         raise ConfigError(f"--output {args.output} is not a folder: give the docs folder, or make one")
     raw = read_json(args.results)
     if raw.get("kind") == "engine":

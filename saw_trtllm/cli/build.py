@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 import sys
 import time
@@ -11,6 +12,9 @@ from tqdm import tqdm
 
 from saw_trtllm.builder import BuildOptions, BuildPlan, build, plan_build, tokens_that_fit
 from saw_trtllm.cli.common import add_fields, add_log_level, format_bytes, parse_fields, print_table, run, set_log_level
+from saw_trtllm.paths import is_file
+
+log = logging.getLogger(__name__)
 
 _EXAMPLES = """\
 examples:
@@ -44,6 +48,7 @@ def _build(options: BuildOptions, dry_run: bool) -> None:
     if dry_run:
         print_table(describe(plan))
         print(f"dry run: nothing was written to {plan.output_dir}")
+        _warn(plan)
         return
     terminal = sys.stderr.isatty()
     with tqdm(total=plan.num_steps, desc="saw-build", unit="tensor", disable=not terminal) as bar:
@@ -51,12 +56,28 @@ def _build(options: BuildOptions, dry_run: bool) -> None:
     rows = describe(plan)
     rows["engine"] = f"{format_bytes(engine_bytes)} in {plan.output_dir}"
     rows["wall time"] = f"{time.monotonic() - start:.1f} s"
-    if plan.config.saw_int4.backend == "tensorrt_llm":
-        following = ["saw-triton", "--backend", "tensorrtllm", "--engine_dir", str(plan.output_dir)]
-    else:
-        following = ["saw-run", "--engine_dir", str(plan.output_dir), "--input_text", "Hello", "--max_output_len", "64"]
-    rows["next"] = shlex.join(following)
+    rows["next"] = shlex.join(_next_command(plan))
     print_table(rows)
+    _warn(plan)
+
+
+def _next_command(plan: BuildPlan) -> list[str]:
+    """A command that works with the engine as it is."""
+    folder, length = str(plan.output_dir), min(64, plan.config.build_config.max_seq_len // 2)
+    has_tokenizer = is_file(plan.output_dir / "tokenizer.json")
+    if plan.config.saw_int4.backend == "tensorrt_llm":
+        tokenizer = [] if has_tokenizer else ["--tokenizer_dir", "FOLDER"]
+        return ["saw-triton", "--backend", "tensorrtllm", "--engine_dir", folder, *tokenizer]
+    if has_tokenizer:
+        return ["saw-run", "--engine_dir", folder, "--input_text", "Hello", "--max_output_len", str(length)]
+    generate = f"LLM({folder!r}).generate([0], SamplingParams({length})).outputs[0].token_ids"
+    return ["python", "-c", f"from saw_trtllm import LLM, SamplingParams; print({generate})"]
+
+
+def _warn(plan: BuildPlan) -> None:
+    # At the end, where it is seen, and not in front of the sentence of a build that fails.
+    if plan.warning is not None:
+        log.warning("%s", plan.warning)
 
 
 class PhaseBars:

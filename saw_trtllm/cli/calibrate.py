@@ -17,6 +17,7 @@ from saw_trtllm.calibration import calibrate
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.cli.common import add_fields, add_log_level, parse_fields, print_table, run, set_log_level
 from saw_trtllm.errors import ConfigError
+from saw_trtllm.paths import is_folder
 
 if TYPE_CHECKING:
     import torch
@@ -95,13 +96,13 @@ def _open(options: CalibrateOptions) -> tuple[Checkpoint, torch.Tensor]:
         raise ConfigError(f"{given} of --checkpoint_dir and --model_dir was given: give one of them")
     if options.text is None:
         raise ConfigError("no text was given: give a UTF-8 file with --text")
-    if not options.output.parent.is_dir():
+    if not is_folder(options.output.parent):
         raise ConfigError(f"{options.output.parent} is not a folder: choose another --output")
     checkpoint = Checkpoint.open(options.checkpoint_dir or options.model_dir)
     choose_backend("reference")  # says so if PyTorch is missing
     from saw_trtllm.eval.text import load_tokenizer, make_windows, read_text
 
     ids = load_tokenizer(checkpoint, options.tokenizer_dir).encode(read_text(options.text))
-    longest = checkpoint.config.max_position_embeddings
+    longest = checkpoint.config.max_positions
     length = min(longest, 2048) if options.max_seq_len is None else options.max_seq_len
     return checkpoint, make_windows(ids, longest, length, options.max_tokens)

@@ -124,7 +124,7 @@ def _run_text(options: EvalOptions, checkpoint: Checkpoint, as_json: bool) -> No
     suggest_for = _suggest_for(options, variants)
     tokenizer = load_tokenizer(checkpoint, options.tokenizer_dir)
     ids = tokenizer.encode(read_text(options.text))
-    windows = make_windows(ids, checkpoint.config.max_position_embeddings, options.max_seq_len, options.max_tokens)
+    windows = make_windows(ids, checkpoint.config.max_positions, options.max_seq_len, options.max_tokens)
     session = Session(checkpoint, windows, options.device, options.greedy_tokens)
     quantizers = {v.name: v.quantizer(session.model.exact, calibrations.get(v.calibration)) for v in variants}
     total = session.num_steps(len(variants), with_suggestion=options.suggest)
@@ -206,7 +206,7 @@ def _run_tasks(options: EvalOptions, checkpoint: Checkpoint, as_json: bool) -> N
         raise ConfigError("--report and --suggest belong to --text: leave them out with --tasks")
     variants, calibrations = _variants(options, checkpoint)
     tokenizer = load_tokenizer(checkpoint, options.tokenizer_dir)
-    longest = checkpoint.config.max_position_embeddings
+    longest = checkpoint.config.max_positions
     length = min(longest, DEFAULT_TASK_LENGTH) if options.max_seq_len is None else options.max_seq_len
     if not 2 <= length <= longest:
         raise ConfigError(f"max_seq_len is {length}: it must be from 2 to the model's {longest} positions")

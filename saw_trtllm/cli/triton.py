@@ -12,6 +12,7 @@ from pathlib import Path
 from saw_trtllm.cli.common import add_log_level, run, set_log_level
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
+from saw_trtllm.paths import is_file
 from saw_trtllm.plugins import PRELOAD_LIBRARY, library_path
 from saw_trtllm.runtime.llm import MAX_QUEUE_SIZE, KvCacheConfig
 from saw_trtllm.runtime.tokenizer import Tokenizer
@@ -154,7 +155,7 @@ def _parameters(args: argparse.Namespace) -> Parameters:
     """The models' settings, once the engine and the tokenizer are known to be there."""
     EngineConfig.load(args.engine_dir)
     tokenizer = getattr(args, "tokenizer_dir", args.engine_dir)
-    if tokenizer == args.engine_dir and not (tokenizer / "tokenizer.json").is_file():
+    if tokenizer == args.engine_dir and not is_file(tokenizer / "tokenizer.json"):
         raise ConfigError(f"{tokenizer} has no tokenizer.json: give the folder of the model's with --tokenizer_dir")
     Tokenizer.load(tokenizer)
     return Parameters.of(

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from saw_trtllm.config import ModelConfig
+from saw_trtllm.errors import ConfigError
 from saw_trtllm.eval.quantizers import Exact, KVQuantizer
 from saw_trtllm.reference.attention import apply_rope
 from saw_trtllm.reference.model import ReferenceModel, rms_norm
@@ -106,6 +107,15 @@ class WindowModel(ReferenceModel):
         return super()._tensor(name).to(self.device)
 
     @torch.inference_mode()
+    def check_ids(self, ids: torch.Tensor) -> None:
+        """Reject a text with tokens that the model does not have, as a tokenizer of another model gives."""
+        largest, vocab = int(ids.max()), self.config.vocab_size
+        if largest >= vocab:
+            raise ConfigError(
+                f"the text holds token {largest} and the model has 0 to {vocab - 1}: give the model's own tokenizer "
+                "with --tokenizer_dir"
+            )
+
     def hidden(
         self,
         ids: torch.Tensor,

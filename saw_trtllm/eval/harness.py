@@ -89,6 +89,7 @@ class CacheScorer:
         if not continuation:
             return 0.0, True
         ids = torch.tensor([*context, *continuation])[-self.max_length - 1 :]
+        self._model.check_ids(ids)
         hidden = self._model.hidden(ids[None, :-1], self._quantizer)[0]
         targets = ids[-min(len(continuation), len(hidden)) :].to(hidden.device)
         log_probs = self._model.logits(hidden[-len(targets) :]).log_softmax(-1)

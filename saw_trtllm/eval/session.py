@@ -8,11 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from saw_trtllm import __version__
-from saw_trtllm.checkpoint import Checkpoint, check_finite
+from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.errors import BackendUnavailableError
 from saw_trtllm.eval.analysis import LayerErrors, Outliers, analyse
 from saw_trtllm.eval.forward import WindowModel
@@ -102,11 +101,12 @@ class Session:
         self.windows = windows
         self.device = choose_device(device)
         self.greedy_tokens = greedy_tokens
-        self.prompts = _prompts(windows, config.max_position_embeddings - greedy_tokens) if greedy_tokens else None
+        self.prompts = _prompts(windows, config.max_positions - greedy_tokens) if greedy_tokens else None
         positions = windows.shape[1]
         if self.prompts is not None:
             positions = max(positions, self.prompts.shape[1] + greedy_tokens)
         self.model = open_model(checkpoint, positions, self.device)
+        self.model.check_ids(windows)
         self._detail = windows[: max(1, _DETAIL_TOKENS // windows.shape[1])]
 
     def num_steps(self, num_variants: int, *, with_suggestion: bool = False) -> int:
@@ -175,12 +175,8 @@ class Session:
 
 def open_model(checkpoint: Checkpoint, max_seq_len: int, device: str | torch.device = "auto") -> WindowModel:
     """Load a checkpoint's weights onto a device; NaN or infinite ones are refused by name."""
-
-    def load(name: str) -> np.ndarray:
-        return check_finite(checkpoint.load(name), name, checkpoint.folder)
-
     device = choose_device(device) if isinstance(device, str) else device
-    return WindowModel(checkpoint.config, load, max_seq_len, device)
+    return WindowModel(checkpoint.config, checkpoint.load_finite, max_seq_len, device)
 
 
 def choose_device(name: str) -> torch.device:

@@ -24,15 +24,8 @@ def read_text(path: Path) -> str:
 
 
 def load_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> Tokenizer:
-    """The checkpoint's tokenizer, or the one in ``folder``; one that does not fit the vocabulary is refused."""
-    folder = folder or checkpoint.folder
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size > checkpoint.config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the model's vocabulary "
-            f"{checkpoint.config.vocab_size}: give the model its own tokenizer with --tokenizer_dir"
-        )
-    return tokenizer
+    """The checkpoint's tokenizer, or the one in ``folder``."""
+    return Tokenizer.load(folder or checkpoint.folder)
 
 
 def make_windows(

@@ -13,6 +13,7 @@ from saw_trtllm.gpu.cuda import memory_info
 from saw_trtllm.network.device import compute_capability
 from saw_trtllm.network.tensors import LOGITS, step_inputs
 from saw_trtllm.network.versions import TensorRT
+from saw_trtllm.paths import is_file
 
 _AGAIN = "build it anew with saw-build on this machine"
 
@@ -73,6 +74,8 @@ def read_engine(folder: Path, config: EngineConfig, tensorrt: TensorRT, runtime:
         If there is no such file, it is not whole, it is of another config, or the GPU has no room for it.
     """
     path = folder / engine_file()
+    if not is_file(path, EngineError):
+        raise EngineError(f"{path} does not exist: {_AGAIN}")
     try:
         size = path.stat().st_size
         # Mapped: TensorRT reads through it once, so a second copy of the weights in memory would be for nothing.

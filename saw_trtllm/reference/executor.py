@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from saw_trtllm.engine import CONFIG_FILE, EngineConfig, engine_file, k_center_name
 from saw_trtllm.errors import BackendUnavailableError, EngineError
+from saw_trtllm.paths import is_file
 from saw_trtllm.runtime.executor import FinishedStep, StepOutput
 from saw_trtllm.runtime.sampling import SamplingState, sample
 from saw_trtllm.runtime.step import StepInputs
@@ -51,6 +52,8 @@ class ReferenceExecutor:
     def __init__(self, folder: Path, config: EngineConfig, max_tokens: int | None, memory_fraction: float) -> None:
         model, build = config.pretrained_config, config.build_config
         path = folder / engine_file()
+        if not is_file(path, EngineError):
+            raise EngineError(f"{path} does not exist: build it anew with saw-build")
         try:
             with safe_open(path, framework="np") as weights:
                 center = _k_center(weights.get_tensor, config) if config.saw_int4.k_center else None

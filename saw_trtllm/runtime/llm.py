@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.errors import ConfigError, EngineError, RequestError
+from saw_trtllm.paths import is_file
 from saw_trtllm.runtime.block_manager import BlockManager
 from saw_trtllm.runtime.detokenizer import Detokenizer
 from saw_trtllm.runtime.engine_core import EngineCore, Request
@@ -278,7 +279,7 @@ def _load_tokenizer(folder: Path, tokenizer: Path | str | Tokenizer | None) -> T
         return tokenizer
     if tokenizer is not None:
         return Tokenizer.load(tokenizer)
-    return Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    return Tokenizer.load(folder) if is_file(folder / "tokenizer.json", EngineError) else None
 
 
 def _prefill_chunk(config: EngineConfig, asked: int | None) -> int:

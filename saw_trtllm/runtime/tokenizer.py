@@ -10,6 +10,7 @@ import tokenizers
 
 from saw_trtllm.config import read_json
 from saw_trtllm.errors import CheckpointError
+from saw_trtllm.paths import is_file, is_folder, reject_lfs_pointer
 
 
 class Tokenizer:
@@ -37,12 +38,13 @@ class Tokenizer:
             If there is no tokenizer.json, or it cannot be read.
         """
         path = Path(path)
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
+        file = path / "tokenizer.json" if is_folder(path, CheckpointError) else path
+        if not is_file(file, CheckpointError):
             raise CheckpointError(f"{file} does not exist: a tokenizer in Hugging Face's tokenizer.json form is needed")
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as e:  # the library raises bare Exception
+            reject_lfs_pointer(file, CheckpointError)
             raise CheckpointError(f"{file} cannot be read as a tokenizer: {e}") from e
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -73,7 +75,7 @@ class Tokenizer:
 
 
 def _optional(path: Path) -> dict:
-    return read_json(path, CheckpointError) if path.is_file() else {}
+    return read_json(path, CheckpointError) if is_file(path, CheckpointError) else {}
 
 
 def _token_id(tokenizer: tokenizers.Tokenizer, token: str | dict | None) -> int | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError
+from saw_trtllm.paths import is_file
 from saw_trtllm.serve.names import TENSORRT_LLM, VERSION
 from saw_trtllm.serve.parameters import Parameters
 from saw_trtllm.trtllm.release import LAST_RELEASE
@@ -70,7 +71,7 @@ def find_template(folder: Path | None) -> Path:
         If it does not hold them.
     """
     template = CONTAINER_TEMPLATE if folder is None else folder
-    missing = [name for name in MODELS if not (template / name / _CONFIG).is_file()]
+    missing = [name for name in MODELS if not is_file(template / name / _CONFIG)]
     if missing:
         raise ConfigError(
             f"{template} has no {missing[0]}/{_CONFIG}: give TensorRT-LLM {LAST_RELEASE}'s folder "
