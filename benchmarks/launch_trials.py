@@ -30,6 +30,7 @@ import psutil
 
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.serve.installation import STUB
+from saw_trtllm.serve.session import alive
 
 #: Seconds in which everything must be gone.
 LIMIT = 15.0
@@ -106,8 +107,8 @@ class Launch:
         return [process for process in self._seen if process.is_running()]
 
     def find(self, name: str) -> psutil.Process:
-        """One of its processes by its program's name, any one of several."""
-        return random.choice([p for p in self.processes() if p.name() == name[:15] or name in p.cmdline()[0]])
+        """A running process of a program, any one of several."""
+        return random.choice([p for p in self.processes() if alive(p) and Path(p.cmdline()[0]).name == name])
 
     def regions(self) -> list[Path]:
         """Its files in ``/dev/shm``."""

@@ -21,7 +21,7 @@ from fake_triton import model_config
 import saw_trtllm
 from saw_trtllm.cli import triton as cli
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError
-from saw_trtllm.serve import installation, launcher, metrics, names, repository
+from saw_trtllm.serve import installation, launcher, metrics, names, repository, session
 from saw_trtllm.serve import log as log_module
 from saw_trtllm.serve.canary import Canary
 from saw_trtllm.serve.installation import Installation, check_flags, find_server
@@ -344,6 +344,20 @@ def test_nothing_is_left_of_a_launcher_that_is_killed(tmp_path):
     launcher.kill()
     launcher.wait()
     wait_for(lambda: traces(script) == ([], []))
+
+
+def test_a_server_that_waits_for_nothing_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(session, "_REST_GRACE", 0.2)
+    code = (
+        "import os, signal, time; child = os.fork();"
+        "handler = lambda *_: child and os.kill(child, 9);"  # the models unload, and the server stays
+        "signal.signal(signal.SIGTERM, handler); print(flush=True); time.sleep(600)"
+    )
+    server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    assert server.stdout.read(2) == b"\n\n"
+    assert session.end(server.pid, "none", grace=60)
+    assert server.wait() == -signal.SIGKILL
+    server.stdout.close()
 
 
 class FakeServer:

@@ -24,7 +24,7 @@ _CAUSES = (
     r"failed to load '(?!ensemble')[^']*' version \d+: \w[\w ]*: (?:TritonModelException: )?(.*?)(?:\\n|\"?$)",
     r"failed to load '[^']*'[^:]*: (.*?)(?:\\n|\"?$)",
     r"failed to start (.*?)\"?$",
-    r"^(?:terminate called .*|  what\(\): .*)$",
+    r"^what\(\): (.*)$",
     r"tritonserver: (unrecognized .*|.* requires an argument|option .*)$",
     r"error while loading shared libraries: .*$",
     r"^error: (.*)$",
@@ -81,8 +81,9 @@ class ServerLog:
     def cause(self) -> str | None:
         """What a failed start comes from, in one sentence: the log's last line if nothing tells it better."""
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = [line.strip() for line in lines if line.strip() and not _NO_GPU_COMPLAINTS.search(line)]
         for pattern in _CAUSES:
             for line in lines:
                 if match := re.search(pattern, line):
                     return match[match.lastindex or 0].replace('\\"', '"').strip()
-        return next((line.strip() for line in reversed(lines) if line.strip()), None)
+        return lines[-1] if lines else None

@@ -159,7 +159,7 @@ class Server:
             return f"ended by itself with {_exit_name(code)}"
         for model, stub in self._stubs.items():
             # Triton never replaces a model's process, and still says that it is ready.
-            if not stub.is_running() or stub.status() == psutil.STATUS_ZOMBIE:
+            if not session.alive(stub):
                 return f"has lost the process of its model {model}"
         return self._canary.failure
 
@@ -217,11 +217,9 @@ class Server:
         return stubs
 
     def _start_failure(self, failure: str) -> str:
-        cause = self._log.cause()
-        if self.poll() is not None:
-            failure = f"ended before it was ready: {cause or _exit_name(self.poll())}"
-        elif cause is not None and cause not in failure:
-            failure = f"{failure}: {cause}"
+        code = self.poll()
+        if code is not None:
+            failure = f"ended before it was ready: {self._log.cause() or _exit_name(code)}"
         return f"tritonserver {failure} (its log: {self._log.path})"
 
 
