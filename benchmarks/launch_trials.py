@@ -247,22 +247,20 @@ def main() -> int:
     parser.add_argument("--tries", type=int, default=50, metavar="N", help="of each case (default: %(default)s)")
     parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES))
     args = parser.parse_args()
-    rows, failed = [], 0
-    for name in args.case:
-        times, errors = [], []
-        for n in range(args.tries):
+    times: dict[str, list[float]] = {name: [] for name in args.case}
+    for n in range(1, args.tries + 1):
+        for name in args.case:
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    times.append(CASES[name](args.engine_dir, Path(folder)))
+                    times[name].append(CASES[name](args.engine_dir, Path(folder)))
                 except Exception as e:
-                    errors.append(f"{name} {n}: {e}")
-                    print(errors[-1], file=sys.stderr, flush=True)
-        slowest = f", gone after {max(times):.1f} s at most" if times else ""
-        rows.append(f"{name:<22}{len(times)} of {args.tries}{slowest}")
-        print(rows[-1], file=sys.stderr, flush=True)
-        failed += len(errors)
-    print("\n".join(rows))
-    return 1 if failed else 0
+                    print(f"{name} {n}: {e}", file=sys.stderr, flush=True)
+        counts = ", ".join(f"{name} {len(seconds)}" for name, seconds in times.items())
+        print(f"of {n}: {counts}", file=sys.stderr, flush=True)
+    for name, seconds in times.items():
+        slowest = f", gone after {max(seconds):.1f} s at most" if seconds else ""
+        print(f"{name:<22}{len(seconds)} of {args.tries}{slowest}")
+    return 0 if all(len(seconds) == args.tries for seconds in times.values()) else 1
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ _CAUSES = (
     r"failed to load '(?!ensemble')[^']*' version \d+: \w[\w ]*: (?:TritonModelException: )?(.*?)(?:\\n|\"?$)",
     r"failed to load '[^']*'[^:]*: (.*?)(?:\\n|\"?$)",
     r"failed to start (.*?)\"?$",
-    r"^what\(\): (.*)$",
+    r"^what\(\): *(.*)$",
     r"tritonserver: (unrecognized .*|.* requires an argument|option .*)$",
     r"error while loading shared libraries: .*$",
+    r"^invalid argument .*$",
     r"^error: (.*)$",
 )
 
@@ -79,11 +80,10 @@ class ServerLog:
         self._reader.close()
 
     def cause(self) -> str | None:
-        """What a failed start comes from, in one sentence: the log's last line if nothing tells it better."""
+        """What a failed start comes from, in one sentence, if the log tells."""
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        lines = [line.strip() for line in lines if line.strip() and not _NO_GPU_COMPLAINTS.search(line)]
         for pattern in _CAUSES:
             for line in lines:
-                if match := re.search(pattern, line):
-                    return match[match.lastindex or 0].replace('\\"', '"').strip()
-        return lines[-1] if lines else None
+                if match := re.search(pattern, line.strip()):
+                    return match[match.lastindex or 0].replace('\\"', '"')
+        return None

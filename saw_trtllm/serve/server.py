@@ -86,8 +86,8 @@ class Server:
                 command,
                 env=installation.environment(),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
                 start_new_session=True,
             )
         self._guard = session.start_guard(self._process.pid, self._shared_memory, EXIT_TIMEOUT)
@@ -217,9 +217,11 @@ class Server:
         return stubs
 
     def _start_failure(self, failure: str) -> str:
-        code = self.poll()
+        code, cause = self.poll(), self._log.cause()
         if code is not None:
-            failure = f"ended before it was ready: {self._log.cause() or _exit_name(code)}"
+            failure = f"ended before it was ready: {cause or _exit_name(code)}"
+        elif cause is not None:
+            failure = f"{failure}: {cause}"
         return f"tritonserver {failure} (its log: {self._log.path})"
 
 
