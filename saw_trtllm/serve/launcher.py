@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import sys
@@ -69,7 +70,9 @@ def launch(start: Callable[[], Server], restart: int) -> int:
         server = start()
         try:
             if server.wait_ready(signals.stopped):
-                print("ready: " + ", ".join(f"{name} {where}" for name, where in server.endpoints.items()), flush=True)
+                with contextlib.suppress(BrokenPipeError):  # whoever waited for the first such line may have gone
+                    endpoints = ", ".join(f"{name} {where}" for name, where in server.endpoints.items())
+                    print(f"ready: {endpoints}", flush=True)
             failure = server.watch(signals.stopped)
         except EngineError as e:
             if not failures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -65,11 +66,11 @@ class ServerLog:
     def follow(self) -> None:
         """Copy what is new to stderr, whole lines only."""
         *lines, self._rest = (self._rest + self._reader.read()).split(b"\n")
-        for line in lines:
-            text = line.decode("utf-8", "replace")
-            if not (self._quiet_gpu and _NO_GPU_COMPLAINTS.search(text)):
-                sys.stderr.write(f"{text}\n")
-        if lines:
+        texts = [line.decode("utf-8", "replace") for line in lines]
+        with contextlib.suppress(BrokenPipeError):  # whoever read it has seen enough, and the server goes on
+            sys.stderr.writelines(
+                f"{text}\n" for text in texts if not (self._quiet_gpu and _NO_GPU_COMPLAINTS.search(text))
+            )
             sys.stderr.flush()
         if self._reader.tell() > _MAX_BYTES:
             os.truncate(self.path, 0)
