@@ -8,16 +8,19 @@ Each query's result is independent of what else is in the step, down to the last
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import reduce
 
 import torch
 
 from saw_trtllm.reference.cache import KEY_TILE, K, PagedPool, StepPlan, V
 from saw_trtllm.reference.int4 import rotate
-from saw_trtllm.reference.invariant import pad_rows
+from saw_trtllm.reference.invariant import exp, pad_rows, products, row_sum, tanh
 
 #: Queries of a prefill that are attended at a time, so that scores do not grow with chunk x context.
 _QUERY_TILE = 512
+#: Elements of keys that decodes read at a time, 1 MiB of fp32.
+_DECODE_ELEMENTS = 1 << 18
 
 
 def apply_rope(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
@@ -130,14 +133,22 @@ def paged_attention(
             last_key = plan.slots[tile].repeat(rows.shape[1])[:, None]
             heads = _attend(rows.flatten(1, 2), keys, values, last_key, scale, window, softcap)
             out[tile] = heads.unflatten(1, rows.shape[1:3]).permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
-    if len(plan.decode_lengths):
-        keys = pool.read(layer, K, plan.decode_blocks, plan.decode_lengths)
-        values = pool.read(layer, V, plan.decode_blocks, plan.decode_lengths)
-        rows = q[plan.decode_tokens].float().unflatten(1, (keys.shape[1], -1))
-        last_key = (plan.decode_lengths - 1)[:, None, None, None, None]
-        heads = _attend(rows, keys, values, last_key, scale, window, softcap)
-        out[plan.decode_tokens] = heads.flatten(1, 2).to(q.dtype)
+    for group in _decode_groups(plan, k[0].numel() * pool.tokens_per_block):
+        lengths, blocks = plan.decode_lengths[group], plan.decode_blocks[group]
+        keys, values = pool.read(layer, K, blocks, lengths), pool.read(layer, V, blocks, lengths)
+        first = plan.decode_tokens.start
+        tokens = slice(first + group.start, first + group.start + len(lengths))
+        rows = q[tokens].float().unflatten(1, (keys.shape[1], -1))
+        last_key = (lengths - 1)[:, None, None, None, None]
+        out[tokens] = _attend(rows, keys, values, last_key, scale, window, softcap).flatten(1, 2).to(q.dtype)
     return out
+
+
+def _decode_groups(plan: StepPlan, block_elements: int) -> Iterator[slice]:
+    """So many decodes at a time that their keys stay in a core's own cache."""
+    num_decodes, num_blocks = plan.decode_blocks.shape
+    size = max(1, _DECODE_ELEMENTS // max(1, num_blocks * block_elements))
+    return (slice(start, start + size) for start in range(0, num_decodes, size))
 
 
 def _with_history(history: torch.Tensor, length: int, current: torch.Tensor) -> torch.Tensor:
@@ -165,18 +176,17 @@ def _attend(
     last_key : torch.Tensor
         int64 ``[..., num_kv_heads or 1, tiles or 1, n or 1, 1]``.
     """
-    n = q.shape[-2]
     keys, values = keys.unflatten(-2, (-1, KEY_TILE)), values.unflatten(-2, (-1, KEY_TILE))
-    scores = pad_rows(q).unsqueeze(-3) @ keys.transpose(-1, -2)
-    scores = scores[..., :n, :] * scale
+    scores = products(q, keys.mT) * scale
     if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+        scores = softcap * tanh(scores / softcap)
     position = torch.arange(keys.shape[-3] * KEY_TILE).view(-1, 1, KEY_TILE)
     hidden = position > last_key
     if window is not None:
         hidden |= position <= last_key - window
     scores.masked_fill_(hidden, -torch.inf)
-    weights = torch.exp(scores - scores.amax((-3, -1), keepdim=True))
+    weights = exp(scores - scores.amax((-3, -1), keepdim=True))
     # One tile after the other: the order of a longer sum would depend on the longest sequence of the batch.
-    total = reduce(torch.add, weights.sum(-1, keepdim=True).unbind(-3))
-    return reduce(torch.add, (pad_rows(weights) @ values).unbind(-3))[..., :n, :] / total
+    total = reduce(torch.add, row_sum(weights).unbind(-3))
+    heads = products(weights, values.unsqueeze(-3)).squeeze(-3)
+    return reduce(torch.add, heads.unbind(-3)) / total

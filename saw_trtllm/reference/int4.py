@@ -8,7 +8,7 @@ import torch
 
 from saw_trtllm import format as fmt
 from saw_trtllm.format import KVFormat
-from saw_trtllm.reference.invariant import pad_rows
+from saw_trtllm.reference.invariant import linear
 
 TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _FP16_MAX = torch.finfo(torch.float16).max
@@ -24,8 +24,7 @@ def rotate(x: torch.Tensor, order: int) -> torch.Tensor:
     x = x.float()
     if order == 1:
         return x
-    rows = x.reshape(-1, order)
-    return (pad_rows(rows) @ _hadamard(order, x.device))[: len(rows)].view(x.shape)
+    return linear(x.reshape(-1, order), _hadamard(order, x.device)).view(x.shape)
 
 
 def quantize(y: torch.Tensor, range_factor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

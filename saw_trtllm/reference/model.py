@@ -13,7 +13,7 @@ from saw_trtllm.config import ModelConfig
 from saw_trtllm.reference.attention import paged_attention, rotate_quantize_kv
 from saw_trtllm.reference.cache import PagedCache, StepPlan
 from saw_trtllm.reference.int4 import TORCH_DTYPES
-from saw_trtllm.reference.invariant import ROW_MULTIPLE, pad_rows, silu
+from saw_trtllm.reference.invariant import aligned, linear, row_sum, silu
 from saw_trtllm.rope import rotary_cos_sin
 from saw_trtllm.runtime.step import StepInputs
 
@@ -27,7 +27,7 @@ def to_torch(x: np.ndarray) -> torch.Tensor:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """``x / rms(x) · weight`` over the last axis."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    return x / torch.sqrt(row_sum(x.square()) / x.shape[-1] + eps) * weight
 
 
 class ReferenceModel:
@@ -69,7 +69,7 @@ class ReferenceModel:
         self._lm_head = self._embedding if config.share_embedding_table else self._tensor("lm_head.weight")
 
     def _tensor(self, name: str) -> torch.Tensor:
-        tensor = to_torch(self._load(name)).float()
+        tensor = aligned(to_torch(self._load(name)).float())
         if tensor.shape != self._shapes[name]:
             raise ValueError(f"{name} has the shape {list(tensor.shape)} where {list(self._shapes[name])} is due")
         return tensor
@@ -96,26 +96,23 @@ class ReferenceModel:
             fp32 ``[B, vocab_size]``, or ``[num_tokens, vocab_size]``.
         """
         plan = StepPlan.make(step, cache.pools[0])
-        num_tokens = len(step.input_ids)
-        ids = torch.from_numpy(step.input_ids).long()
-        x = F.embedding(F.pad(ids, (0, -num_tokens % ROW_MULTIPLE)), self._embedding)
+        x = F.embedding(torch.from_numpy(step.input_ids).long(), self._embedding)
         eps = self.config.norm_epsilon
         for i, w in enumerate(self._layers):
             x = x + self._attention(i, w, rms_norm(x, w["input_layernorm.weight"], eps), plan, cache)
             h = rms_norm(x, w["post_layernorm.weight"], eps)
-            h = silu(F.linear(h, w["mlp.fc.weight"])) * F.linear(h, w["mlp.gate.weight"])
-            x = x + F.linear(h, w["mlp.proj.weight"])
-        x = rms_norm(x, self._ln_f, eps)
-        rows = torch.arange(num_tokens) if all_logits else torch.from_numpy(step.last_token_ids).long() - 1
-        padded = F.pad(rows, (0, -len(rows) % ROW_MULTIPLE))
-        return F.linear(x[padded], self._lm_head)[: len(rows)]
+            h = silu(linear(h, w["mlp.fc.weight"])) * linear(h, w["mlp.gate.weight"])
+            x = x + linear(h, w["mlp.proj.weight"])
+        if not all_logits:
+            x = x[torch.from_numpy(step.last_token_ids).long() - 1]
+        return linear(rms_norm(x, self._ln_f, eps), self._lm_head)
 
     def _attention(
         self, layer: int, w: dict[str, torch.Tensor], x: torch.Tensor, plan: StepPlan, cache: PagedCache
     ) -> torch.Tensor:
         c = self.config
         heads = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]
-        qkv = F.linear(x, w["attention.qkv.weight"], w.get("attention.qkv.bias"))[: len(plan.positions)]
+        qkv = linear(x, w["attention.qkv.weight"], w.get("attention.qkv.bias"))
         q, k, v = qkv.unflatten(-1, (-1, c.head_size)).split(heads, dim=1)
         if c.qk_layernorm:
             q = rms_norm(q, w["attention.q_layernorm.weight"], c.norm_epsilon)
@@ -125,4 +122,4 @@ class ReferenceModel:
         center = None if self._k_center is None else self._k_center[layer]
         q, k, v = rotate_quantize_kv(q, k, v, self._cos_sin, pool, index, plan, k_center=center)
         out = paged_attention(q, k, v, pool, index, plan, window=c.window(layer))
-        return F.linear(pad_rows(out.flatten(1).float()), w["attention.dense.weight"])
+        return linear(out.flatten(1).float(), w["attention.dense.weight"])

@@ -37,7 +37,7 @@ class SamplingParams:
     top_p : float, optional
         Choose among the likeliest that hold this share of the probability.
     seed : int, optional
-        The same seed gives the same text, whatever else runs; 0 by default.
+        The same logits and the same seed give the same text, whatever else runs; 0 by default.
     stop : str or list of str, optional
         Strings that end the text.
     stop_token_ids : list of int, optional
