@@ -16,6 +16,13 @@ from saw_trtllm.trtllm.engine_config import as_built
 
 CONFIG_FILE = "config.json"
 
+#: What else has a config.json: a key of it, what it is, and saw-build's flag for it.
+_NOT_ENGINES = (
+    ("architectures", "a Hugging Face model", "--model_dir"),
+    ("model_type", "a Hugging Face model", "--model_dir"),
+    ("architecture", "a checkpoint of TensorRT-LLM", "--checkpoint_dir"),
+)
+
 BackendName = Literal["tensorrt_llm", "tensorrt", "reference"]
 
 
@@ -157,6 +164,12 @@ class EngineConfig(BaseModel):
             raise EngineError(f"{folder} is not a folder: give the --output_dir of saw-build")
         raw = as_built(read_json(folder / CONFIG_FILE, EngineError))
         section = raw.get("saw_int4")
+        for key, what, flag in _NOT_ENGINES:
+            if key in raw and "build_config" not in raw:
+                raise EngineError(
+                    f"{folder} holds {what}, not an engine: build one with saw-build {flag} {folder} --output_dir "
+                    "engine, and give that"
+                )
         if not isinstance(section, dict):
             raise EngineError(f"{folder} holds no engine of saw-build: its {CONFIG_FILE} has no section saw_int4")
         version = section.get("format_version")

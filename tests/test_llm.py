@@ -11,6 +11,7 @@ import pytest
 from example_engine import EXAMPLE, build_example
 
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
+from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.errors import ConfigError, EngineError, QueueFullError, RequestError, ShutdownError
 from saw_trtllm.runtime.detokenizer import Detokenizer, decode_piece
 from saw_trtllm.runtime.engine_core import Request
@@ -767,7 +768,16 @@ def test_stats_count(open_llm):
         ([5, 1024], {}, "token 1024: ids go from 0 to 1023"),
         ([5, -1], {}, "token -1"),
         ([1.5], {}, "list of token ids"),
-        (7, {}, "list of token ids"),
+        (7, {}, "the prompt is 7: give text, a list of token ids"),
+        (None, {}, "the prompt is None: give text"),
+        (b"text", {}, "list of token ids"),
+        ([10**5000], {}, "token a number of 16610 bits"),
+        ({}, {}, "the prompt's dict is empty: give text"),
+        ({"text": "x"}, {}, "the prompt's dict has 'text': give text"),
+        ({"prompt": [5, 6]}, {}, "the prompt is .5, 6.: give text, or token ids as prompt_token_ids"),
+        ({"prompt_token_ids": "abc"}, {}, "the prompt is 'abc'"),
+        ({"prompt": "x", "multi_modal_data": {}}, {}, "has 'multi_modal_data'"),
+        ([5], {"min_tokens": 1, "stop_token_ids": range(1024)}, "every token ends the text"),
     ],
 )
 def test_requests_that_do_not_fit_are_refused_at_once(open_llm, prompt, params, said):
@@ -775,6 +785,54 @@ def test_requests_that_do_not_fit_are_refused_at_once(open_llm, prompt, params, 
     with pytest.raises(RequestError, match=said):
         llm.generate_async(prompt, SamplingParams(**params))
     assert llm.stats().requests_total == 0
+
+
+def test_prompts_of_other_apis_are_taken(open_llm):
+    llm, params = open_llm(), SamplingParams(max_tokens=4, ignore_eos=True)
+    ids = llm.tokenizer.encode(STEM)
+    expected = llm.generate(STEM, params)
+    assert llm.generate({"prompt": STEM, "multi_modal_data": None}, params).outputs == expected.outputs
+    several = [{"prompt": STEM}, {"prompt_token_ids": ids}, {"prompt": "told", "prompt_token_ids": np.array(ids)}, ids]
+    outputs = llm.generate(several, params)
+    assert [o.prompt for o in outputs] == [STEM, None, "told", None]
+    assert all(o.outputs == expected.outputs for o in outputs)
+    assert llm.generate((i for i in ids), params).outputs == expected.outputs
+    assert llm.generate_async({"prompt": STEM}, params).result(60).outputs == expected.outputs
+
+
+def test_arguments_of_other_apis_are_rejected_in_one_sentence(open_llm, engine, tmp_path):
+    llm = open_llm()
+    for inputs in (None, 5, b"text"):
+        with pytest.raises(RequestError, match=r"inputs is .*: give text, a list of token ids"):
+            llm.generate(inputs)
+    for params in ({"max_tokens": 3}, "greedy"):
+        with pytest.raises(RequestError, match=r"sampling_params is .*: give SamplingParams"):
+            llm.generate_async([5], params)
+    for options, said in (
+        ({"kv_cache_config": {"max_tokens": 0}}, "max_tokens is 0"),
+        ({"kv_cache_config": {"max_token": 64}}, "KvCacheConfig has no max_token: write max_tokens"),
+        ({"kv_cache_config": 0.5}, "kv_cache_config is 0.5: give a KvCacheConfig, or its fields as a dict"),
+        ({"tensor_parallel_size": 2}, "LLM has no tensor_parallel_size"),
+        ({"max_model_len": 2}, "LLM has no max_model_len: build the engine with saw-build --max_seq_len"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            LLM(engine("saw_int4"), **options)
+    for model in (None, 5):
+        with pytest.raises(EngineError, match=r"model is .*: give the --output_dir of saw-build"):
+            LLM(model)
+    with pytest.raises(
+        EngineError, match="holds a Hugging Face model, not an engine: build one with saw-build --model"
+    ):
+        LLM(EXAMPLE)
+    save_checkpoint(Checkpoint.open(EXAMPLE), tmp_path)
+    with pytest.raises(
+        EngineError, match=r"holds a checkpoint of TensorRT-LLM, .*: build one with saw-build --checkpoi"
+    ):
+        LLM(tmp_path)
+
+
+def test_a_cache_may_be_given_as_a_dict(open_llm):
+    assert open_llm(kv_cache_config={"max_tokens": 64}).stats().max_blocks == 2
 
 
 def test_a_bad_request_among_others_starts_none(open_llm):
@@ -817,7 +875,13 @@ def test_logits_need_an_engine_built_for_them(tmp_path):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"max_tokens": 0}, {"max_tokens": -32}, {"free_gpu_memory_fraction": float("nan")}]
+    [
+        {"max_tokens": 0},
+        {"max_tokens": -32},
+        {"max_tokens": "64"},
+        {"enable_block_reuse": "no"},
+        {"free_gpu_memory_fraction": float("nan")},
+    ]
     + [{"free_gpu_memory_fraction": f} for f in (0, -1, 1.1)],
 )
 def test_bad_cache_sizes_are_refused(fields):

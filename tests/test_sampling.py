@@ -1,10 +1,15 @@
+import copy
+import dataclasses
+import itertools
 import math
+import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from saw_trtllm.errors import RequestError
-from saw_trtllm.runtime.sampling import SamplingState, sample
+from saw_trtllm.runtime.sampling import SamplingState, _penalize, sample
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
 LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -1.0, 1.5, -3.0, 0.9], dtype=np.float32)
@@ -203,6 +208,21 @@ def test_broken_logits_give_some_token(params):
         ({"top_p": math.nan}, "top_p"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"repetition_penalty": math.nan}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-45}, "repetition_penalty is 1e-45: it must be a number from 0.001 to 1000"),
+        ({"repetition_penalty": np.float32(1e-45)}, "repetition_penalty"),
+        ({"repetition_penalty": 1e30}, "repetition_penalty"),
+        ({"presence_penalty": -1e300}, "presence_penalty"),
+        ({"frequency_penalty": 1e300}, "frequency_penalty"),
+        ({"temperature": 10**400}, "temperature is a number of 1329 bits"),
+        ({"temperature": Fraction(1, 2)}, "temperature"),
+        ({"min_tokens": 10**5000}, "min_tokens is a number of 16610 bits"),
+        ({"logprobs": 5}, "logprobs is 5: it must be True or False, since an engine gives one log-probability"),
+        ({"logprobs": None}, "logprobs is None"),
+        ({"ignore_eos": "no"}, "ignore_eos is 'no': it must be True or False"),
+        ({"n": 2}, "SamplingParams has no n: a request gives one text; send the prompt several times"),
+        ({"min_p": 0.1}, "SamplingParams has no min_p: leave it out"),
+        ({"temprature": 0.1}, "SamplingParams has no temprature: write temperature"),
+        ({"zzz": 0.1}, "SamplingParams has no zzz: leave it out; there are max_tokens, min_tokens"),
         ({"presence_penalty": math.inf}, "presence_penalty"),
         ({"frequency_penalty": None}, "frequency_penalty"),
         ({"seed": -1}, "seed"),
@@ -222,6 +242,38 @@ def test_broken_logits_give_some_token(params):
 def test_bad_parameters_are_refused(params, said):
     with pytest.raises(RequestError, match=said):
         SamplingParams(**params)
+
+
+EXTREMES = {
+    "temperature": [None, 0.0, 5e-324, np.float32(1e-45), 1.0, 1.7e308],
+    "top_p": [None, 0.0, 5e-324, np.float32(1e-45), 1.0],
+    "repetition_penalty": [1.0, 1e-3, 1e3],
+    "presence_penalty": [0.0, 5e-324, -1e3, 1e3],
+    "frequency_penalty": [0.0, 5e-324, -1e3, 1e3],
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 65504.0, 1e30])
+def test_what_is_accepted_gives_finite_logits(scale):
+    """NaN would choose a token at random, without a word; warnings are errors here."""
+    logits = (LOGITS / np.abs(LOGITS).max() * scale).astype(np.float32)
+    generated = [0] * 1000 + [4, 6]
+    for values in itertools.product(*EXTREMES.values()):
+        params = SamplingParams(logprobs=True, **dict(zip(EXTREMES, values, strict=True)))
+        state = SamplingState(params, [1], generated, banned=(5,))
+        penalized = _penalize(logits.astype(np.float64), state)
+        assert np.isfinite(np.delete(penalized, 5)).all()
+        token, logprob = sample(logits, state)
+        assert 0 <= token < 8
+        assert token != 5
+        assert math.isfinite(logprob)
+
+
+def test_copies_and_pickles_are_the_same():
+    params = SamplingParams(max_tokens=3, top_p=0.5)
+    assert (
+        pickle.loads(pickle.dumps(params)) == copy.copy(params) == dataclasses.replace(params, max_tokens=3) == params
+    )
 
 
 def test_numpys_numbers_are_numbers():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
-import numbers
-import operator
+import os
 import weakref
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,14 +21,23 @@ from saw_trtllm.runtime.block_manager import BlockManager
 from saw_trtllm.runtime.detokenizer import Detokenizer
 from saw_trtllm.runtime.engine_core import EngineCore, Request
 from saw_trtllm.runtime.executor import Executor
+from saw_trtllm.runtime.keywords import check_keywords, is_number, shown
+from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.runtime.outputs import GenerationResult, OutputQueue, RequestOutput
-from saw_trtllm.runtime.prompt import check_input_len, encode_prompt
+from saw_trtllm.runtime.prompt import Prompt, check_input_len, encode_prompt, read_prompt, split_prompts
 from saw_trtllm.runtime.sampling_params import SamplingParams
 from saw_trtllm.runtime.scheduler import Scheduler, Sequence
 from saw_trtllm.runtime.stats import Stats
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
-Prompt = str | SequenceABC[int]
+_ADVICE = {
+    "tensor_parallel_size": "leave it out; an engine of its own runtime is on one GPU",
+    "gpu_memory_utilization": "give kv_cache_config={'free_gpu_memory_fraction': ...}",
+    "dtype": "build the engine with saw-build --dtype",
+    "quantization": "choose the cache with saw-build --kv",
+    "max_model_len": "build the engine with saw-build --max_seq_len",
+    "max_num_seqs": "build the engine with saw-build --max_batch_size",
+}
 
 #: Tokens of a prefill chunk at most. Long enough to fill a GPU's matrix units, short enough that decodes beside it do
 #: not stall, and the grain in which a 4-bit cache's prefixes are reused.
@@ -35,40 +45,6 @@ PREFILL_CHUNK = 512
 
 #: Requests that may wait. A prompt that waits holds about 40 bytes for each of its tokens.
 MAX_QUEUE_SIZE = 4096
-
-
-@dataclass(frozen=True)
-class KvCacheConfig:
-    """How large the KV cache is, and whether its blocks are found again.
-
-    Parameters
-    ----------
-    max_tokens : int, optional
-        Tokens that the pool holds. By default what the memory allows, and at most what ``max_batch_size`` sequences of
-        ``max_seq_len`` need.
-    free_gpu_memory_fraction : float
-        Share of the free memory (the host's, for the reference backend) that the pool may take.
-    enable_block_reuse : bool
-        Whether prompts with the same beginning share its blocks.
-
-    Raises
-    ------
-    ConfigError
-        If a size is not above 0, or the fraction above 1.
-    """
-
-    max_tokens: int | None = None
-    free_gpu_memory_fraction: float = 0.9
-    enable_block_reuse: bool = True
-
-    def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ConfigError(f"the KV cache's max_tokens is {self.max_tokens}: it must be at least 1")
-        if not 0 < self.free_gpu_memory_fraction <= 1:
-            raise ConfigError(
-                f"the KV cache's free_gpu_memory_fraction is {self.free_gpu_memory_fraction}: it must be above 0 and "
-                "at most 1"
-            )
 
 
 class LLM:
@@ -81,7 +57,8 @@ class LLM:
     tokenizer : path or Tokenizer, optional
         A folder with ``tokenizer.json``, or the file. By default the engine folder's own; an engine without one takes
         and gives token ids only.
-    kv_cache_config : KvCacheConfig, optional
+    kv_cache_config : KvCacheConfig or dict, optional
+        A dict holds its fields.
     prefill_chunk : int, optional
         Tokens of a prefill chunk: a multiple of ``tokens_per_block``. By default 512, or what ``max_num_tokens``
         leaves.
@@ -98,23 +75,33 @@ class LLM:
     ------
     EngineError
         If the folder holds no engine that this machine can run.
+    ConfigError
+        If another argument is wrong.
     """
+
+    def __new__(cls, *_: Any, **named: Any) -> LLM:
+        """Reject the names of arguments that it does not have."""
+        known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+        check_keywords("LLM", named, known, ConfigError, _ADVICE)
+        return super().__new__(cls)
 
     def __init__(
         self,
         model: Path | str,
         tokenizer: Path | str | Tokenizer | None = None,
-        kv_cache_config: KvCacheConfig | None = None,
+        kv_cache_config: KvCacheConfig | Mapping[str, Any] | None = None,
         prefill_chunk: int | None = None,
         max_queue_size: int = MAX_QUEUE_SIZE,
     ) -> None:
-        if not isinstance(max_queue_size, numbers.Integral) or max_queue_size < 0:
-            raise ConfigError(f"max_queue_size is {max_queue_size!r}: it must be a whole number, or 0 for any number")
+        if not (is_number(max_queue_size, whole=True) and max_queue_size >= 0):
+            raise ConfigError(f"max_queue_size is {shown(max_queue_size)}: it must be a whole number, 0 for any number")
+        if not isinstance(model, str | os.PathLike):
+            raise EngineError(f"model is {shown(model)}: give the --output_dir of saw-build")
+        kv_cache_config = KvCacheConfig.of(kv_cache_config)
         folder = Path(model)
         self.config = EngineConfig.load(folder)
         self.tokenizer = _load_tokenizer(folder, tokenizer)
         build = self.config.build_config
-        kv_cache_config = kv_cache_config or KvCacheConfig()
         chunk = _prefill_chunk(self.config, prefill_chunk)
         exact = not self.config.kv_format.quantized
         self.executor = open_executor(folder, self.config, kv_cache_config)
@@ -151,8 +138,8 @@ class LLM:
 
         Parameters
         ----------
-        inputs : str, list of int, or a list of these
-            Text or token ids.
+        inputs : str, list of int, dict, or a list of these
+            Text, token ids, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``; of both the ids count.
         sampling_params : SamplingParams or list of SamplingParams, optional
             One for all, or one each. Greedy with 32 tokens by default.
         use_tqdm : bool
@@ -168,8 +155,7 @@ class LLM:
         RequestError
             If a prompt or its parameters do not fit the engine; then nothing is generated.
         """
-        single = isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], numbers.Integral))
-        prompts = [inputs] if single else list(inputs)
+        prompts, single = split_prompts(inputs)
         params = sampling_params if isinstance(sampling_params, SequenceABC) else [sampling_params] * len(prompts)
         if len(params) != len(prompts):
             raise RequestError(
@@ -187,7 +173,8 @@ class LLM:
 
         Parameters
         ----------
-        inputs : str or list of int
+        inputs : str, list of int or dict
+            As for :meth:`generate`.
         sampling_params : SamplingParams, optional
         streaming : bool
             Whether the result gives each piece, or only the whole.
@@ -216,8 +203,11 @@ class LLM:
         self.shutdown()
 
     def _request(self, prompt: Prompt, params: SamplingParams | None, streaming: bool) -> Request:
-        params = params or SamplingParams()
-        ids = self._encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params is {shown(params)}: give SamplingParams(...), or nothing")
+        text, ids = read_prompt(prompt)
+        ids = self._encode(text) if ids is None else ids
         self._check(ids, params)
         if params.stop_strings and self.tokenizer is None:
             raise RequestError(
@@ -228,12 +218,14 @@ class LLM:
             default = self.tokenizer.eos_ids if self.tokenizer else ()
             end_ids.update(default if params.end_id is None else {params.end_id})
         # What the model cannot say ends nothing; the sampler must not look it up.
-        end_ids = {i for i in end_ids if 0 <= i < self.config.pretrained_config.vocab_size}
+        vocab = self.config.pretrained_config.vocab_size
+        end_ids = {i for i in end_ids if 0 <= i < vocab}
+        if params.min_tokens and len(end_ids) == vocab:
+            raise RequestError("min_tokens is given and every token ends the text: leave a token out of stop_token_ids")
         request_id = next(self._ids)
         sequence = Sequence(request_id, ids, params)
         self._scheduler.check(sequence)
         detokenizer = Detokenizer(self.tokenizer, params.stop_strings, params.include_stop_str_in_output)
-        text = prompt if isinstance(prompt, str) else None
         return Request(sequence, text, end_ids, detokenizer, streaming, OutputQueue())
 
     def _submit(self, request: Request, wait: bool = False) -> GenerationResult:
@@ -259,19 +251,12 @@ class LLM:
             )
         if min(ids) < 0 or max(ids) >= vocab:
             raise RequestError(
-                f"the prompt holds token {min(ids) if min(ids) < 0 else max(ids)}: ids go from 0 to {vocab - 1}"
+                f"the prompt holds token {shown(min(ids) if min(ids) < 0 else max(ids))}: ids go from 0 to {vocab - 1}"
             )
         wanted = [("context", params.return_context_logits), ("generation", params.return_generation_logits)]
         for name, asked in wanted:
             if asked and not getattr(build, f"gather_{name}_logits"):
                 raise RequestError(f"return_{name}_logits needs an engine built with --gather_{name}_logits")
-
-
-def _token_ids(prompt: SequenceABC[int]) -> list[int]:
-    try:
-        return [operator.index(i) for i in prompt]
-    except TypeError:
-        raise RequestError(f"the prompt is {type(prompt).__name__}: give text or a list of token ids") from None
 
 
 def _load_tokenizer(folder: Path, tokenizer: Path | str | Tokenizer | None) -> Tokenizer | None:

@@ -1,9 +1,71 @@
-"""A prompt's text to token ids, with its length checked before the work that it would cost."""
+"""Prompts in all their forms, and their text to token ids: its length is checked before the work that it would cost."""
 
 from __future__ import annotations
 
+import numbers
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
 from saw_trtllm.errors import RequestError
+from saw_trtllm.runtime.keywords import shown
 from saw_trtllm.runtime.tokenizer import Tokenizer
+
+#: Text, token ids, or a dict of TensorRT-LLM's and vLLM's form.
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+_FORMS = 'text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}'
+
+
+def split_prompts(inputs: Prompt | Iterable[Prompt]) -> tuple[list[Prompt], bool]:
+    """The prompts, and whether it is one, not in a list.
+
+    Raises
+    ------
+    RequestError
+        If it is neither a prompt nor a list of them.
+    """
+    if isinstance(inputs, str | Mapping):
+        return [inputs], True
+    try:
+        if isinstance(inputs, bytes | bytearray):
+            raise TypeError
+        prompts = list(inputs)
+    except TypeError:
+        raise RequestError(f"inputs is {shown(inputs)}: give {_FORMS}, or a list of these") from None
+    return ([prompts], True) if prompts and isinstance(prompts[0], numbers.Integral) else (prompts, False)
+
+
+def read_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:
+    """A prompt's text and its token ids, the one that was not given being None.
+
+    Raises
+    ------
+    RequestError
+        If it has none of the forms.
+    """
+    if isinstance(prompt, str):
+        return prompt, None
+    if not isinstance(prompt, Mapping):
+        return None, _token_ids(prompt)
+    given = {name: value for name, value in prompt.items() if value is not None}
+    unknown = given.keys() - {"prompt", "prompt_token_ids"}
+    if unknown or not given:
+        what = f"has {shown(next(iter(unknown)))}" if unknown else "is empty"
+        raise RequestError(f"the prompt's dict {what}: give {_FORMS}")
+    text, ids = given.get("prompt"), given.get("prompt_token_ids")
+    if not isinstance(text, str | None):
+        raise RequestError(f"the prompt is {shown(text)}: give text, or token ids as prompt_token_ids")
+    return text, None if ids is None else _token_ids(ids)
+
+
+def _token_ids(prompt: Iterable[int]) -> list[int]:
+    try:
+        if isinstance(prompt, bytes | bytearray):
+            raise TypeError
+        return [operator.index(i) for i in prompt]
+    except TypeError:
+        raise RequestError(f"the prompt is {shown(prompt)}: give {_FORMS}") from None
 
 
 def encode_prompt(

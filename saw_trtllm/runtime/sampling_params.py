@@ -3,18 +3,60 @@
 from __future__ import annotations
 
 import math
-import numbers
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from saw_trtllm.errors import RequestError
+from saw_trtllm.runtime.keywords import check_keywords, is_number, shown
 
-_MAX_SEED = 2**64 - 1
-_NUMBERS = dict.fromkeys(("max_tokens", "min_tokens", "top_k", "seed", "end_id"), numbers.Integral) | dict.fromkeys(
-    ("temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty"), numbers.Real
+_LARGEST = sys.float_info.max
+
+
+class _Range(NamedTuple):
+    """What a number may be; ``words`` says it."""
+
+    low: float
+    high: float
+    words: str
+    whole: bool = False
+    optional: bool = False
+
+
+#: The penalties' ranges keep the logits of any model finite in fp32, on the CPU as on the GPU: 16-bit logits end at
+#: 65504 or are those of a sane model in 32, and a text of 2**31 tokens takes 2e12 off one.
+_RANGES = {
+    "max_tokens": _Range(1, math.inf, "a whole number of at least 1", whole=True),
+    "min_tokens": _Range(0, math.inf, "a whole number of at least 0", whole=True),
+    "temperature": _Range(0, _LARGEST, "a finite number of at least 0", optional=True),
+    "top_k": _Range(0, math.inf, "a whole number of at least 0", whole=True, optional=True),
+    "top_p": _Range(0, 1, "a number from 0 to 1", optional=True),
+    "seed": _Range(0, 2**64 - 1, "a whole number from 0 to 2**64 - 1", whole=True, optional=True),
+    "repetition_penalty": _Range(1e-3, 1e3, "a number from 0.001 to 1000"),
+    "presence_penalty": _Range(-1e3, 1e3, "a number from -1000 to 1000"),
+    "frequency_penalty": _Range(-1e3, 1e3, "a number from -1000 to 1000"),
+    "end_id": _Range(-math.inf, math.inf, "a whole number, the id of a token or -1", whole=True, optional=True),
+}
+_SWITCHES = (
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "return_context_logits",
+    "return_generation_logits",
+    "logprobs",
 )
-_OPTIONAL = ("temperature", "top_k", "top_p", "seed", "end_id")
+_ONE_TEXT = "a request gives one text; send the prompt several times, with a seed each"
+_NO_BEAMS = "there is no beam search; leave it out"
+_ADVICE = {
+    **dict.fromkeys(("n", "best_of"), _ONE_TEXT),
+    **dict.fromkeys(("use_beam_search", "beam_width", "length_penalty", "early_stopping"), _NO_BEAMS),
+    "min_p": "leave it out, or choose with top_p",
+    "max_new_tokens": "write max_tokens",
+    "prompt_logprobs": "ask for return_context_logits",
+    "skip_special_tokens": "leave it out; texts never hold special tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -45,9 +87,9 @@ class SamplingParams:
     stop_token_sequences : list of list of int, optional
         Runs of tokens that end the text (TensorRT-LLM's ``stop_words_list``).
     repetition_penalty : float
-        Divides the positive logits, and multiplies the negative ones, of tokens in prompt and text.
+        Divides the positive logits, and multiplies the negative ones, of tokens in prompt and text; 0.001 to 1000.
     presence_penalty, frequency_penalty : float
-        Subtracted from the logits of tokens in the text: once, and times their count.
+        Subtracted from the logits of tokens in the text: once, and times their count; -1000 to 1000.
     end_id : int, optional
         The end token; by default the tokenizer's. -1 is none.
     ignore_eos : bool
@@ -62,7 +104,7 @@ class SamplingParams:
     Raises
     ------
     RequestError
-        If a value is outside of its range.
+        If a value is outside of its range, or a name is not one of these.
     """
 
     max_tokens: int = 32
@@ -84,19 +126,24 @@ class SamplingParams:
     return_generation_logits: bool = False
     logprobs: bool = False
 
+    def __new__(cls, *_: Any, **named: Any) -> SamplingParams:
+        """Reject the names of arguments that it does not have."""
+        check_keywords(cls.__name__, named, [f.name for f in fields(cls)], RequestError, _ADVICE)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        for name, kind in _NUMBERS.items():
+        for name, limits in _RANGES.items():
             value = getattr(self, name)
-            valid = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-            needed = "a whole number" if kind is numbers.Integral else "a finite number"
-            self._need(valid or (value is None and name in _OPTIONAL), name, needed)
-        self._need(self.max_tokens >= 1, "max_tokens", "at least 1")
-        self._need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", f"from 0 to max_tokens ({self.max_tokens})")
-        self._need(self.temperature is None or self.temperature >= 0, "temperature", "at least 0")
-        self._need(self.top_k is None or self.top_k >= 0, "top_k", "at least 0")
-        self._need(self.top_p is None or 0 <= self.top_p <= 1, "top_p", "from 0 to 1")
-        self._need(self.repetition_penalty > 0, "repetition_penalty", "above 0")
-        self._need(self.seed is None or 0 <= self.seed <= _MAX_SEED, "seed", "from 0 to 2**64 - 1")
+            if value is None and limits.optional:
+                continue
+            valid = is_number(value, limits.whole) and limits.low <= value <= limits.high
+            self._need(valid, name, limits.words)
+        self._need(self.min_tokens <= self.max_tokens, "min_tokens", f"at most max_tokens, {shown(self.max_tokens)}")
+        for name in _SWITCHES:
+            needed = "True or False"
+            if name == "logprobs":
+                needed += ", since an engine gives one log-probability for each token, that of the token itself"
+            self._need(isinstance(getattr(self, name), (bool, np.bool_)), name, needed)
         self._check_stops()
 
     def _check_stops(self) -> None:
@@ -108,7 +155,7 @@ class SamplingParams:
 
     def _need(self, valid: bool, name: str, needed: str) -> None:
         if not valid:
-            raise RequestError(f"{name} is {getattr(self, name)!r}: it must be {needed}")
+            raise RequestError(f"{name} is {shown(getattr(self, name))}: it must be {needed}")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -138,7 +185,7 @@ def _is_string(value: Any) -> bool:
 
 
 def _is_token(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return is_number(value, whole=True)
 
 
 def _is_run(value: Any) -> bool:

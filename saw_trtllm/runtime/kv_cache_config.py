@@ -1,0 +1,66 @@
+"""How large the KV cache of an :class:`LLM` is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from saw_trtllm.errors import ConfigError
+from saw_trtllm.runtime.keywords import check_keywords, is_number, shown
+
+
+@dataclass(frozen=True)
+class KvCacheConfig:
+    """How large the KV cache is, and whether its blocks are found again.
+
+    Parameters
+    ----------
+    max_tokens : int, optional
+        Tokens that the pool holds. By default what the memory allows, and at most what ``max_batch_size`` sequences of
+        ``max_seq_len`` need.
+    free_gpu_memory_fraction : float
+        Share of the free memory (the host's, for the reference backend) that the pool may take.
+    enable_block_reuse : bool
+        Whether prompts with the same beginning share its blocks.
+
+    Raises
+    ------
+    ConfigError
+        If a size is not above 0, the fraction is above 1, or a name is not one of these.
+    """
+
+    max_tokens: int | None = None
+    free_gpu_memory_fraction: float = 0.9
+    enable_block_reuse: bool = True
+
+    def __new__(cls, *_: Any, **named: Any) -> KvCacheConfig:
+        """Reject the names of arguments that it does not have."""
+        check_keywords(cls.__name__, named, [f.name for f in fields(cls)], ConfigError)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        tokens, fraction, reuse = self.max_tokens, self.free_gpu_memory_fraction, self.enable_block_reuse
+        if tokens is not None and not (is_number(tokens, whole=True) and tokens >= 1):
+            raise ConfigError(f"the KV cache's max_tokens is {shown(tokens)}: it must be a whole number of at least 1")
+        if not (is_number(fraction) and 0 < fraction <= 1):
+            raise ConfigError(
+                f"the KV cache's free_gpu_memory_fraction is {shown(fraction)}: it must be above 0 and at most 1"
+            )
+        if not isinstance(reuse, bool):
+            raise ConfigError(f"the KV cache's enable_block_reuse is {shown(reuse)}: it must be True or False")
+
+    @classmethod
+    def of(cls, value: KvCacheConfig | Mapping[str, Any] | None) -> KvCacheConfig:
+        """Make one out of what a user gives: a config, its fields as a dict, or None for the defaults.
+
+        Raises
+        ------
+        ConfigError
+            If it is none of them.
+        """
+        if isinstance(value, cls):
+            return value
+        if value is None or (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
+            return cls(**(value or {}))
+        raise ConfigError(f"kv_cache_config is {shown(value)}: give a KvCacheConfig, or its fields as a dict")
