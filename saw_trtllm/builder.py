@@ -30,6 +30,7 @@ from saw_trtllm.engine import (
     EngineConfig,
     PluginConfig,
     SawSection,
+    StepLimits,
     engine_file,
 )
 from saw_trtllm.errors import ConfigError
@@ -85,14 +86,22 @@ class BuildOptions(BaseModel):
     dtype: Literal["auto"] | DTypeName = Field(
         "auto", description="dtype of weights and activations; auto keeps the model's"
     )
-    max_batch_size: int = Field(2048, description="sequences in a step")
+    max_batch_size: int | None = Field(
+        None, description="sequences in a step; by default 2048, or what a given max_num_tokens leaves"
+    )
     max_input_len: int | None = Field(None, description="tokens of a prompt; by default max_seq_len - 1")
     max_seq_len: int | None = Field(
         None, description="tokens of a sequence, prompt and text; by default the model's max_position_embeddings"
     )
-    max_num_tokens: int = Field(8192, description="tokens in a step, padding removed")
+    max_num_tokens: int | None = Field(
+        None, description="tokens in a step, padding removed; by default 8192, or what a given max_batch_size needs"
+    )
     max_beam_width: int = Field(1, description="beams; a 4-bit cache has 1")
-    tokens_per_block: int = Field(32, description=f"tokens of a KV block: {', '.join(map(str, TOKENS_PER_BLOCK))}")
+    tokens_per_block: int | None = Field(
+        None,
+        description=f"tokens of a KV block: {', '.join(map(str, TOKENS_PER_BLOCK))}; by default 32, or what a given "
+        "max_num_tokens leaves",
+    )
     gather_context_logits: bool = Field(False, description="keep the logits of all prompt tokens")
     gather_generation_logits: bool = Field(False, description="keep the logits of all generated tokens")
     gather_all_token_logits: bool = Field(False, description="both of the above")
@@ -363,10 +372,12 @@ def _open_checkpoint(options: BuildOptions) -> Checkpoint:
 
 
 def _build_config(options: BuildOptions, model: ModelConfig, backend: BackendName) -> BuildConfig:
-    max_seq_len = model.max_position_embeddings if options.max_seq_len is None else options.max_seq_len
-    max_input_len = max_seq_len - 1 if options.max_input_len is None else options.max_input_len
     # TensorRT-LLM's own table of positions ends at max_position_embeddings.
     longest = model.max_position_embeddings if backend == "tensorrt_llm" else model.max_positions
+    max_seq_len = options.max_seq_len
+    if max_seq_len is None:
+        max_seq_len = min(longest, max(model.max_position_embeddings, (options.max_input_len or 0) + 1))
+    max_input_len = max_seq_len - 1 if options.max_input_len is None else options.max_input_len
     if max_seq_len > longest:
         scaled = "" if longest == model.max_position_embeddings else f", which RoPE scaling stretches to {longest}"
         raise ConfigError(
@@ -382,15 +393,16 @@ def _build_config(options: BuildOptions, model: ModelConfig, backend: BackendNam
     if options.max_beam_width != 1:
         raise ConfigError(f"max_beam_width {options.max_beam_width} is not supported: give --max_beam_width 1")
     both = options.gather_all_token_logits
+    step = StepLimits.of(options.max_batch_size, options.max_num_tokens, options.tokens_per_block)
     try:
         return BuildConfig(
-            max_batch_size=options.max_batch_size,
+            max_batch_size=step.max_batch_size,
             max_input_len=max_input_len,
             max_seq_len=max_seq_len,
-            max_num_tokens=options.max_num_tokens,
+            max_num_tokens=step.max_num_tokens,
             gather_context_logits=options.gather_context_logits or both,
             gather_generation_logits=options.gather_generation_logits or both,
-            plugin_config=PluginConfig(tokens_per_block=options.tokens_per_block),
+            plugin_config=PluginConfig(tokens_per_block=step.tokens_per_block),
         )
     except ValidationError as e:
         raise ConfigError(first_error(e)) from e

@@ -93,6 +93,31 @@ class BuildConfig(BaseModel):
         return self.plugin_config.tokens_per_block
 
 
+class StepLimits(NamedTuple):
+    """What a step holds: the limits of :class:`BuildConfig` that bound one another."""
+
+    max_batch_size: int
+    max_num_tokens: int
+    tokens_per_block: int
+
+    @classmethod
+    def of(cls, max_batch_size: int | None, max_num_tokens: int | None, tokens_per_block: int | None) -> StepLimits:
+        """Fill in the defaults for None. Where they do not fit what is given, they give way to it."""
+        defaults = BuildConfig.model_fields
+        if tokens_per_block is None:
+            most = PluginConfig.model_fields["tokens_per_block"].default
+            room = most if max_num_tokens is None else max_num_tokens - (max_batch_size or 1)
+            fitting = [size for size in TOKENS_PER_BLOCK if size <= min(most, room)]
+            tokens_per_block = max(fitting, default=TOKENS_PER_BLOCK[0])
+        if max_batch_size is None:
+            most = defaults["max_batch_size"].default
+            room = most if max_num_tokens is None else max_num_tokens - tokens_per_block
+            max_batch_size = max(1, min(most, room))
+        if max_num_tokens is None:
+            max_num_tokens = max(defaults["max_num_tokens"].default, max_batch_size + tokens_per_block)
+        return cls(max_batch_size, max_num_tokens, tokens_per_block)
+
+
 class SawSection(BaseModel):
     """What a runtime must know of a SAW engine, and match.
 

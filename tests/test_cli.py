@@ -160,7 +160,7 @@ def test_every_option_is_a_flag_with_help(capsys):
         assert f"--{name}" in text
         assert field.description
     assert "{llama,mistral,qwen2,qwen3}" in text
-    assert "(default: 2048)" in text
+    assert "by default 2048" in " ".join(text.split())
 
 
 def test_an_engine_is_replaced_with_all_that_belongs_to_it(small, tmp_path):
@@ -291,7 +291,10 @@ def test_a_head_dim_that_no_cache_holds(tmp_path, capsys):
         ("--max_input_len 0", "max_input_len"),
         ("--max_input_len 256", "max_input_len 256 leaves no token to generate"),
         ("--max_batch_size 0", "max_batch_size"),
-        ("--max_num_tokens 100", "max_num_tokens 100 cannot hold"),
+        ("--max_num_tokens 16", "max_num_tokens 16 cannot hold a token of each of max_batch_size 1 sequences"),
+        ("--max_num_tokens 100 --max_batch_size 90", "max_num_tokens 100 cannot hold"),
+        ("--max_num_tokens 40 --tokens_per_block 64", "max_num_tokens 40 cannot hold"),
+        ("--max_num_tokens 0", "max_num_tokens"),
         ("--tokens_per_block 48", "tokens_per_block 48 is not supported"),
         ("--max_beam_width 4", "max_beam_width 4"),
         ("--backend tensorrt", "use --backend reference"),
@@ -304,6 +307,35 @@ def test_bad_flags_are_refused(flags, said, small, tmp_path, capsys):
     assert said in err
     assert "Value error" not in err
     assert no_engine(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("flags", "limits"),
+    [
+        ("", (2048, 8192, 32)),
+        ("--max_num_tokens 64", (32, 64, 32)),
+        ("--max_num_tokens 32", (16, 32, 16)),
+        ("--max_num_tokens 17", (1, 17, 16)),
+        ("--max_num_tokens 64 --tokens_per_block 16", (48, 64, 16)),
+        ("--max_num_tokens 64 --max_batch_size 40", (40, 64, 16)),
+        ("--max_batch_size 10000", (10000, 10032, 32)),
+        ("--max_batch_size 8192 --tokens_per_block 128", (8192, 8320, 128)),
+        ("--max_num_tokens 100000", (2048, 100000, 32)),
+    ],
+)
+def test_defaults_give_way_to_what_is_asked_for(flags, limits, small):
+    args = saw_build.make_parser().parse_args(["--model_dir", str(small), *flags.split()])
+    build = plan_build(parse_fields(args, BuildOptions)).config.build_config
+    assert (build.max_batch_size, build.max_num_tokens, build.tokens_per_block) == limits
+
+
+def test_a_default_length_gives_way_to_a_prompts(tmp_path):
+    """Where RoPE scaling stretches a model beyond what its max_position_embeddings says."""
+    scaling = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    folder, _ = make_hf_model(tmp_path, "llama", rope_parameters=scaling)
+    plan = plan_build(BuildOptions(model_dir=folder, max_input_len=300))
+    assert plan.config.build_config.max_seq_len == 301
+    assert plan_build(BuildOptions(model_dir=folder)).config.build_config.max_seq_len == 256
 
 
 def test_one_source_is_needed(small, tmp_path, capsys):
