@@ -2,32 +2,41 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Triton's Python backend loads the interpreter as a library, so one that is built as a library comes first.
-find_python() {
-    local candidate wanted
-    for wanted in 1 0; do
-        for candidate in python3 python3.12 python3.11 python3.10; do
-            if "$candidate" - "$wanted" 2>/dev/null <<'PYTHON'; then
-import sys, sysconfig
-shared = int(bool(sysconfig.get_config_var("Py_ENABLE_SHARED")))
-sys.exit(not ((3, 10) <= sys.version_info < (3, 13) and shared >= int(sys.argv[1])))
-PYTHON
-                echo "$candidate"
-                return
-            fi
-        done
+# Say what pip does now, as its log has it: on a terminal on one line, elsewhere every ten seconds. Ends with its parent.
+show_progress() {
+    local log="$1" begin="$SECONDS" next=2 line
+    while sleep 1 && kill -0 "$$" 2> /dev/null; do
+        [[ -t 2 || $((SECONDS - begin)) -ge "$next" ]] || continue
+        next=$((SECONDS - begin + 10))
+        line="$(grep -E '^ *(Collecting|Downloading|Using cached|Building|Preparing|Installing)' "$log" | tail -n 1 | sed 's/^ *//')"
+        line="   $((SECONDS - begin)) s: ${line:-looking for what is needed}"
+        if [[ -t 2 ]]; then printf '\r\033[K%.90s' "$line" >&2; else printf '%.90s\n' "$line" >&2; fi
     done
-    echo "error: no Python 3.10, 3.11 or 3.12 was found: install one (with its venv module) and put it on PATH" >&2
-    return 2
+}
+
+install_package() {
+    local log failed=0 progress
+    log="$(mktemp)"
+    show_progress "$log" &
+    progress=$!
+    .venv/bin/pip install --disable-pip-version-check --progress-bar off \
+        --editable '.[reference,eval,triton,client,kernels,test]' > "$log" 2>&1 || failed=$?
+    kill "$progress" && wait "$progress" 2> /dev/null || true
+    [[ ! -t 2 ]] || printf '\r\033[K' >&2
+    if [[ "$failed" != 0 ]]; then
+        grep -i '^ *error' "$log" >&2 || tail -n 20 "$log" >&2
+    fi
+    rm -f "$log"
+    return "$failed"
 }
 
 # The stamp names what was installed from, so that an unchanged environment is used again.
 stamp="$(cksum < pyproject.toml)"
 if [[ "$(cat .venv/stamp 2>/dev/null)" != "$stamp" ]]; then
-    python="$(find_python)"
-    echo "== making .venv with $("$python" --version)" >&2
+    python="$(build_scripts/find_python)"
+    echo "== making .venv with $("$python" --version): about 2 minutes, 6 GB" >&2
     "$python" -m venv --clear .venv
-    .venv/bin/pip install -qq --disable-pip-version-check --editable '.[reference,eval,triton,client,kernels,test]' >&2
+    install_package
     echo "$stamp" > .venv/stamp
 fi
 export PATH="$PWD/.venv/bin:$PATH"

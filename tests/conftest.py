@@ -2,6 +2,7 @@ from functools import cache
 
 import pytest
 from example_engine import build_example
+from fold_skips import pytest_terminal_summary  # noqa: F401
 
 from saw_trtllm import LLM
 
