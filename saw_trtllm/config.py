@@ -34,6 +34,7 @@ _MAX_NESTING = 64
 #: A scaling's number. The bounds keep a table of cosines finite; a string or a bool is none.
 _Number = Annotated[float, Field(gt=1e-6, lt=1e9, strict=True)]
 _NumberOrZero = Annotated[float, Field(ge=0, lt=1e9, strict=True)]
+_Size = Annotated[int, Field(gt=0, lt=1 << 31)]
 _TokenId = Annotated[int, Field(lt=1 << 31, strict=True)]
 
 
@@ -101,13 +102,13 @@ class ModelConfig(BaseModel):
 
     architecture: str
     dtype: DTypeName = "float16"
-    hidden_size: int = Field(gt=0)
+    hidden_size: _Size
     num_hidden_layers: int = Field(gt=0, le=MAX_LAYERS)
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0)
-    head_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    vocab_size: int = Field(gt=0)
+    num_attention_heads: _Size
+    num_key_value_heads: _Size
+    head_size: _Size
+    intermediate_size: _Size
+    vocab_size: _Size
     hidden_act: str = "silu"
     norm_epsilon: float = Field(1e-5, gt=0, lt=1)
     position_embedding_type: Literal["rope_gpt_neox"] = "rope_gpt_neox"
@@ -197,7 +198,10 @@ def read_json(path: Path, error: type[Exception] = ConfigError) -> dict[str, Any
         raise error(f"{path} does not exist")
     try:
         data = path.read_bytes()
-        value = json.loads((gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8"))
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # half a surrogate pair is JSON and no text: it cannot be written again
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
         reject_lfs_pointer(path, error)
         # The interpreter's limit on digits comes as a plain ValueError, with advice for programmers.

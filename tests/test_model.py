@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from saw_trtllm import LLM, SamplingParams
 from saw_trtllm.builder import BuildOptions, build, plan_build
 from saw_trtllm.checkpoint import Checkpoint
+from saw_trtllm.errors import ConfigError
 from saw_trtllm.fold import fold_v_rotation
 from saw_trtllm.format import KVFormat, rotate
 from saw_trtllm.reference.cache import PagedCache
@@ -80,6 +81,17 @@ def test_logits_are_transformers(name, tmp_path):
     np.testing.assert_allclose(answer.generation_logits, text[len(PROMPT) - 1 : -1], atol=TOLERANCE)
     with LLM(engine, prefill_chunk=16) as llm:
         np.testing.assert_allclose(context_logits(llm, PROMPT)[0], expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("rope", [YARN_ROPE | {"original_max_position_embeddings": 32}, LINEAR_ROPE | {"factor": 4.0}])
+def test_scaled_rope_reaches_beyond_the_original_length(tmp_path, rope):
+    """Published settings leave max_position_embeddings at the original length: the factor times it is the limit."""
+    folder, model = make_hf_model(tmp_path, "llama", max_position_embeddings=32, rope_parameters=rope)
+    with pytest.raises(ConfigError, match=r"max_seq_len 129 is beyond .* 32, which RoPE scaling stretches to 128"):
+        plan_build(BuildOptions(model_dir=folder, max_seq_len=129))
+    assert plan_build(BuildOptions(model_dir=folder)).config.build_config.max_seq_len == 32
+    with LLM(build_engine(folder, tmp_path / "engine", max_seq_len=128)) as llm:
+        np.testing.assert_allclose(context_logits(llm, PROMPT)[0], hf_logits(model, PROMPT), atol=TOLERANCE)
 
 
 def test_the_example_is_transformers(tmp_path):

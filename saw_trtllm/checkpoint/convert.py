@@ -75,6 +75,7 @@ def save_checkpoint(
         If a weight is too large for ``dtype``.
     """
     check_tp_size(ckpt.config, tp_size)
+    tokenizer_files(ckpt.folder)  # what cannot be copied is said before anything is written
     dtype = ckpt.config.dtype if dtype == "auto" else dtype
     output_dir = Path(output_dir)
     try:

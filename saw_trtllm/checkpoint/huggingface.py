@@ -21,7 +21,7 @@ from saw_trtllm.checkpoint.reader import (
     reject_unknown,
 )
 from saw_trtllm.checkpoint.rope_scaling import rotary_scaling
-from saw_trtllm.config import ARCHITECTURES, ModelConfig, check_architecture, first_error
+from saw_trtllm.config import ARCHITECTURES, MAX_LAYERS, ModelConfig, check_architecture, first_error
 from saw_trtllm.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class HuggingFaceConfig(BaseModel):
     dtype: str | None = None
     torch_dtype: str | None = None
     hidden_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0, le=MAX_LAYERS)
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int | None = None
     head_dim: int | None = None
