@@ -4,7 +4,7 @@ import pytest
 from example_engine import build_example
 from fold_skips import pytest_terminal_summary  # noqa: F401
 
-from saw_trtllm import LLM
+from saw_trtllm import LLM, progress
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +31,9 @@ def open_llm(engine):
     yield open_
     for llm in opened:
         llm.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_progress_lines(monkeypatch):
+    """A slow machine writes no lines where a test looks for none."""
+    monkeypatch.setattr(progress, "INTERVAL", 3600.0)

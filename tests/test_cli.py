@@ -1,10 +1,14 @@
 """``saw-build`` and ``saw-run`` as a user types them."""
 
 import json
+import pkgutil
+import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 
 import numpy as np
@@ -16,7 +20,7 @@ from hf_models import make_hf_model
 from refusal import refused
 from safetensors.numpy import load_file, save_file
 
-from saw_trtllm import LLM, SamplingParams
+from saw_trtllm import LLM, SamplingParams, cli, progress
 from saw_trtllm.builder import BuildOptions, plan_build
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.cli import build as saw_build
@@ -473,6 +477,58 @@ def test_run_prints_prompt_and_text(engine, open_llm, capsys):
     assert capsys.readouterr() == (f"{first}\n\n{second}\n\n", "")
 
 
+def test_run_streams_to_a_pipe(engine):
+    """The first piece comes while the engine still has most of the text to make: an endless one would never end."""
+    code = "import sys; from saw_trtllm.cli.run import main; sys.exit(main(sys.argv[1:]))"
+    flags = ["--engine_dir", str(engine("saw_int4")), "--max_output_len", "2000", "--min_tokens", "2000"]
+    command = [sys.executable, "-c", code, *flags, "--input_text", "def f(", "import"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(12).startswith(b"def f(")
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+
+
+# -- all commands
+
+
+COMMANDS = sorted({m.name for m in pkgutil.iter_modules(cli.__path__)} - {"common"})
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_a_module_to_run(name, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, f"saw_trtllm.cli.{name}", raising=False)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as e:
+        runpy.run_module(f"saw_trtllm.cli.{name}", run_name="__main__", alter_sys=True)
+    assert e.value.code == 0
+    assert f"usage: saw-{name}" in capsys.readouterr().out
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "INTERVAL", 0.01)
+    with progress.progress(4, "saw-eval", "windows") as bar:
+        bar.update(3)
+        while progress.ProgressLines is type(bar) and not bar._num_lines:  # a line comes without another step
+            time.sleep(0.01)
+        bar.update()
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert lines
+    assert all(line.startswith("saw-eval: 3/4 windows, 75%, 00:") for line in lines[:1])
+    assert last.startswith("saw-eval: 4/4 windows, 100%, 00:")
+
+    monkeypatch.setattr(progress, "INTERVAL", 60)
+    with progress.progress(1, "saw-eval", "windows") as bar:
+        bar.update()
+    assert capsys.readouterr().err == ""  # a short command has nothing to tell
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress.progress(1, "saw-eval", "windows") as bar:
+        bar.update()
+    assert "100%|" in capsys.readouterr().err
+
+
 def test_run_prints_json(engine, open_llm, capsys):
     sampling = "--temperature 1.0 --top_k 50 --top_p 0.9 --seed 7 --min_tokens 3 --repetition_penalty 1.1"
     argv = ["--engine_dir", str(engine("saw_int4")), "--json", "--max_output_len", "9", *sampling.split()]
@@ -547,7 +603,7 @@ def test_bad_requests_are_refused(flags, said, engine, capsys):
 def test_bad_prompts_are_refused(engine, tmp_path, capsys):
     argv = ["--engine_dir", engine("saw_int4")]
     assert "the prompt is empty" in refused(capsys, saw_run.main, *argv, "--input_text", "")
-    assert "the prompt is empty" in refused(capsys, saw_run.main, *argv, "--input_text", "good", "")
+    assert "prompt 2: the prompt is empty" in refused(capsys, saw_run.main, *argv, "--input_text", "good", "")
     # Bytes of a command line that are no UTF-8 come as lone surrogates.
     assert "not valid UTF-8" in refused(capsys, saw_run.main, *argv, "--input_text", "a\udcffb")
     long = "x = 1\n" * 3000
@@ -559,7 +615,9 @@ def test_bad_prompts_are_refused(engine, tmp_path, capsys):
     bad.write_bytes(b"")
     assert "holds no prompt" in refused(capsys, saw_run.main, *argv, "--input_file", bad)
     bad.write_bytes(b"one\n\ntwo\n")
-    assert "the prompt is empty" in refused(capsys, saw_run.main, *argv, "--input_file", bad)
+    assert f"line 2 of {bad} is empty: write a prompt" in refused(capsys, saw_run.main, *argv, "--input_file", bad)
+    bad.write_text(f"one\ntwo\n{long}".replace("x = 1\n", "x = 1;"), encoding="utf-8")
+    assert "line 3: the prompt has" in refused(capsys, saw_run.main, *argv, "--input_file", bad)
 
 
 def other_weights(path):

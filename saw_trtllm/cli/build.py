@@ -13,6 +13,7 @@ from tqdm import tqdm
 from saw_trtllm.builder import BuildOptions, BuildPlan, build, plan_build, tokens_that_fit
 from saw_trtllm.cli.common import add_fields, add_log_level, format_bytes, parse_fields, print_table, run, set_log_level
 from saw_trtllm.paths import is_file
+from saw_trtllm.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +51,8 @@ def _build(options: BuildOptions, dry_run: bool) -> None:
         print(f"dry run: nothing was written to {plan.output_dir}")
         _warn(plan)
         return
-    terminal = sys.stderr.isatty()
-    with tqdm(total=plan.num_steps, desc="saw-build", unit="tensor", disable=not terminal) as bar:
-        engine_bytes = build(plan, lambda _: bar.update(), PhaseBars() if terminal else None)
+    with progress(plan.num_steps, "saw-build", "tensors") as bar:
+        engine_bytes = build(plan, lambda _: bar.update(), PhaseBars() if sys.stderr.isatty() else None)
     rows = describe(plan)
     rows["engine"] = f"{format_bytes(engine_bytes)} in {plan.output_dir}"
     rows["wall time"] = f"{time.monotonic() - start:.1f} s"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
-from tqdm import tqdm
 
 from saw_trtllm.backend import choose_backend
 from saw_trtllm.calibration import calibrate
@@ -18,6 +17,7 @@ from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.cli.common import add_fields, add_log_level, parse_fields, print_table, run, set_log_level
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.paths import is_folder
+from saw_trtllm.progress import progress
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 def _calibrate(options: CalibrateOptions) -> None:
     start = time.monotonic()
     checkpoint, windows = _open(options)
-    with tqdm(total=windows.numel(), desc="saw-calibrate", unit="tok", disable=not sys.stderr.isatty()) as bar:
+    with progress(windows.numel(), "saw-calibrate", "tokens") as bar:
         calibration = calibrate(checkpoint, windows, progress=bar.update)
     calibration.save(options.output)
     source = ["--model_dir", options.model_dir] if options.model_dir else ["--checkpoint_dir", options.checkpoint_dir]
@@ -106,3 +106,7 @@ def _open(options: CalibrateOptions) -> tuple[Checkpoint, torch.Tensor]:
     longest = checkpoint.config.max_positions
     length = min(longest, 2048) if options.max_seq_len is None else options.max_seq_len
     return checkpoint, make_windows(ids, longest, length, options.max_tokens)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,10 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from saw_trtllm.checkpoint import NUMPY_DTYPES, Checkpoint, save_checkpoint
 from saw_trtllm.cli.common import LOG_LEVELS, run, set_log_level
+from saw_trtllm.progress import progress
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,8 +47,7 @@ def convert(args: argparse.Namespace) -> None:
     """Convert, and print what was written."""
     start = time.perf_counter()
     ckpt = Checkpoint.open(args.model_dir)
-    # disable=None: no bar where stderr is not a terminal.
-    with tqdm(total=len(ckpt.names()), unit="tensor", desc="converting", file=sys.stderr, disable=None) as bar:
+    with progress(len(ckpt.names()), "saw-convert", "tensors") as bar:
         written = save_checkpoint(ckpt, args.output_dir, args.tp_size, args.dtype, lambda _: bar.update())
     saved = Checkpoint.open(args.output_dir)
     next_command = ["saw-build", "--model", saved.config.model, "--kv", "saw_int4"]

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
-from tqdm import tqdm
 
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.cli.common import add_fields, add_log_level, parse_fields, run, set_log_level
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, SawError
+from saw_trtllm.progress import progress
 
 if TYPE_CHECKING:
     from saw_trtllm.calibration import Calibration
@@ -128,7 +128,7 @@ def _run_text(options: EvalOptions, checkpoint: Checkpoint, as_json: bool) -> No
     session = Session(checkpoint, windows, options.device, options.greedy_tokens)
     quantizers = {v.name: v.quantizer(session.model.exact, calibrations.get(v.calibration)) for v in variants}
     total = session.num_steps(len(variants), with_suggestion=options.suggest)
-    with tqdm(total=total, desc="saw-eval", unit="window", disable=not sys.stderr.isatty()) as bar:
+    with progress(total, "saw-eval", "windows") as bar:
         evaluation = session.run(variants, quantizers, suggest_for=suggest_for, progress=bar.update)
     page = None if options.report is None else write_report(evaluation, options.report)
     if as_json:
@@ -241,3 +241,7 @@ def print_columns(header: list[str], rows: list[list[str]]) -> None:
             cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         print("  ".join([first, *others]).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from saw_trtllm.cli.common import add_log_level, run, set_log_level
 from saw_trtllm.errors import RequestError
+from saw_trtllm.progress import progress
 from saw_trtllm.runtime.llm import LLM, KvCacheConfig
-from saw_trtllm.runtime.outputs import RequestOutput
+from saw_trtllm.runtime.outputs import GenerationResult, RequestOutput
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
 
@@ -78,15 +79,22 @@ def _run(args: argparse.Namespace) -> None:
     )
     prompts = given.get("input_text") or _read_prompts(args.input_file)
     cache = KvCacheConfig(given.get("kv_cache_max_tokens"), args.kv_cache_free_gpu_memory_fraction)
-    with LLM(args.engine_dir, given.get("tokenizer_dir"), cache) as llm:
+    with LLM(args.engine_dir, given.get("tokenizer_dir"), cache, max_queue_size=0) as llm:
         start = time.monotonic()
-        if len(prompts) == 1 and not args.json:
-            _stream(llm, prompts[0], params)
+        unit = "prompt" if "input_text" in given else "line"
+        results = []
+        for number, prompt in enumerate(prompts, 1):
+            try:
+                results.append(llm.generate_async(prompt, params, streaming=not args.json))
+            except RequestError as e:
+                raise (RequestError(f"{unit} {number}: {e}") if len(prompts) > 1 else e) from None
+        if args.json:
+            _print_json(results, start)
             return
-        outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
-        seconds = time.monotonic() - start
-    for output in outputs:
-        print(_as_json(output, seconds) if args.json else f"{output.prompt}{output.outputs[0].text}\n")
+        for prompt, result in zip(prompts, results, strict=True):
+            _stream(prompt, result)
+            if len(prompts) > 1:
+                print()
 
 
 def _read_prompts(path: Path) -> list[str]:
@@ -99,15 +107,28 @@ def _read_prompts(path: Path) -> list[str]:
         raise RequestError(f"{path} is not valid UTF-8 at byte {e.start}: save it as UTF-8") from e
     if not prompts:
         raise RequestError(f"{path} holds no prompt: write one a line")
+    if "" in prompts:
+        raise RequestError(f"line {prompts.index('') + 1} of {path} is empty: write a prompt there, or delete the line")
     return prompts
 
 
-def _stream(llm: LLM, prompt: str, params: SamplingParams) -> None:
-    result = llm.generate_async(prompt, params, streaming=True)
+def _stream(prompt: str, result: GenerationResult) -> None:
+    """Print a prompt, and its text as it grows: to a pipe too."""
     print(prompt, end="", flush=True)
     for output in result:
         print(output.outputs[0].text_diff, end="", flush=True)
     print()
+
+
+def _print_json(results: list[GenerationResult], start: float) -> None:
+    outputs = []
+    with progress(len(results), "saw-run", "prompts") as bar:
+        for result in results:
+            outputs.append(result.result())
+            bar.update()
+    seconds = time.monotonic() - start
+    for output in outputs:
+        print(_as_json(output, seconds))
 
 
 def _as_json(output: RequestOutput, seconds: float) -> str:

@@ -12,11 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.errors import ConfigError, EngineError, RequestError
 from saw_trtllm.paths import is_file
+from saw_trtllm.progress import progress
 from saw_trtllm.runtime.block_manager import BlockManager
 from saw_trtllm.runtime.detokenizer import Detokenizer
 from saw_trtllm.runtime.engine_core import EngineCore, Request
@@ -143,7 +142,7 @@ class LLM:
         sampling_params : SamplingParams or list of SamplingParams, optional
             One for all, or one each. Greedy with 32 tokens by default.
         use_tqdm : bool
-            Show a progress bar on stderr.
+            Show the progress on stderr: a bar on a terminal, elsewhere a line every few seconds.
 
         Returns
         -------
@@ -163,7 +162,11 @@ class LLM:
             )
         requests = [self._request(p, s, streaming=False) for p, s in zip(prompts, params, strict=True)]
         results = [self._submit(request, wait=True) for request in requests]
-        outputs = [result.result() for result in tqdm(results, desc="generate", unit="req", disable=not use_tqdm)]
+        outputs = []
+        with progress(len(results), "generate", "prompts", show=use_tqdm) as bar:
+            for result in results:
+                outputs.append(result.result())
+                bar.update()
         return outputs[0] if single else outputs
 
     def generate_async(
