@@ -4,9 +4,9 @@ import json
 import sys
 
 import numpy as np
-import torch
 
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
+from saw_trtllm.reference.executor import torch  # which says how its threads wait before it loads it
 
 
 def texts(folder, count, length, max_tokens):

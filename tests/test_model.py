@@ -6,6 +6,7 @@ import torch
 from example_engine import EXAMPLE
 from hf_models import LINEAR_ROPE, YARN_ROPE, make_hf_model
 from safetensors.numpy import load_file
+from tolerance import model_rounding
 from transformers import AutoModelForCausalLM
 
 from saw_trtllm import LLM, SamplingParams
@@ -38,7 +39,6 @@ MODELS = {
     "qwen3, untied": ("qwen3", {"tie_word_embeddings": False}),
 }
 PROMPT = np.random.default_rng(3).integers(3, 203, 70).tolist()
-TOLERANCE = 5e-5
 
 
 def build_engine(model_dir, output_dir, **options):
@@ -73,14 +73,14 @@ def test_logits_are_transformers(name, tmp_path):
     with LLM(engine) as llm:
         whole, part = context_logits(llm, PROMPT, PROMPT[:33])
         assert whole.dtype == np.float32
-        np.testing.assert_allclose(whole, expected, atol=TOLERANCE)
-        np.testing.assert_allclose(part, expected[:33], atol=TOLERANCE)
+        np.testing.assert_allclose(whole, expected, rtol=0, atol=model_rounding(expected))
+        np.testing.assert_allclose(part, expected[:33], rtol=0, atol=model_rounding(expected))
         params = SamplingParams(max_tokens=12, return_generation_logits=True, ignore_eos=True)
         answer = llm.generate(PROMPT, params).outputs[0]
     text = hf_logits(model, PROMPT + answer.token_ids)
-    np.testing.assert_allclose(answer.generation_logits, text[len(PROMPT) - 1 : -1], atol=TOLERANCE)
+    np.testing.assert_allclose(answer.generation_logits, text[len(PROMPT) - 1 : -1], rtol=0, atol=model_rounding(text))
     with LLM(engine, prefill_chunk=16) as llm:
-        np.testing.assert_allclose(context_logits(llm, PROMPT)[0], expected, atol=TOLERANCE)
+        np.testing.assert_allclose(context_logits(llm, PROMPT)[0], expected, rtol=0, atol=model_rounding(expected))
 
 
 @pytest.mark.parametrize("rope", [YARN_ROPE | {"original_max_position_embeddings": 32}, LINEAR_ROPE | {"factor": 4.0}])
@@ -105,7 +105,7 @@ def test_the_window_matters(tmp_path):
     model = make_hf_model(tmp_path, "mistral")[1]
     windowed = hf_logits(model, PROMPT)
     model.config.sliding_window = None
-    assert np.abs(hf_logits(model, PROMPT) - windowed).max() > 100 * TOLERANCE
+    assert np.abs(hf_logits(model, PROMPT) - windowed).max() > 100 * model_rounding(windowed)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -162,7 +162,7 @@ def test_folding_is_exact_to_fp32_rounding(family, order, tmp_path):
         return fold_v_rotation(name, checkpoint.load(name), checkpoint.config, rotated)
 
     plain = run_model(checkpoint, checkpoint.load, steps, exact)
-    np.testing.assert_allclose(run_model(checkpoint, folded, steps, exact), plain, atol=3e-5)
+    np.testing.assert_allclose(run_model(checkpoint, folded, steps, exact), plain, rtol=0, atol=model_rounding(plain))
 
 
 def test_folded_weights_rotate_v_and_nothing_else(tmp_path):

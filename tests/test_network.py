@@ -10,6 +10,7 @@ import pytest
 import torch
 from fake_gpu import pretend_gpu
 from hf_models import make_hf_model
+from tolerance import model_rounding
 
 from saw_trtllm.builder import BuildOptions, plan_build
 from saw_trtllm.calibration import calibrate
@@ -233,8 +234,9 @@ def test_logits_are_the_references(name, plan, tensorrt, monkeypatch):
 def check_differences(graph, plan, monkeypatch):
     """A prefill reads no row; later, sums in another order may round a row to another code, if seldom."""
     first, *later = differences(graph, plan, monkeypatch)
-    assert first < 1e-5
-    assert max(later) < (0.01 if plan.config.kv_format.quantized else 1e-5)
+    rounding = model_rounding(np.ones(1))  # logits are larger than 1
+    assert first < rounding
+    assert max(later) < (0.01 if plan.config.kv_format.quantized else rounding)
     assert min(later) < 2e-4
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from example_engine import EXAMPLE, build_example
 from hf_models import make_hf_model
+from tolerance import model_rounding
 
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
 from saw_trtllm.builder import BuildOptions, build, parse_layers, plan_build
@@ -112,7 +113,7 @@ def test_chunks_read_the_history_of_both_pools(tmp_path):
     steps = [25, 20, 1, 1, 13]
     first = cache_and_logits(checkpoint, [(quantized, [2]), (exact, [0, 1])], steps, prompt)[1]
     whole = cache_and_logits(checkpoint, [(exact, [0, 1, 2])], steps, prompt)[1]
-    torch.testing.assert_close(first[:25], whole[:25], atol=1e-5, rtol=0)  # no history yet
+    torch.testing.assert_close(first[:25], whole[:25], atol=model_rounding(whole), rtol=0)  # no history yet
     difference = (first - whole)[25:].abs().amax(-1)
     assert (difference > 1e-4).all()
     assert difference.max() < 1
