@@ -18,6 +18,7 @@ from refusal import refused
 from safetensors.numpy import load_file, save_file
 
 from saw_trtllm import LLM
+from saw_trtllm.bench.record import check_writable
 from saw_trtllm.calibration import Calibration
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.cli import build as saw_build
@@ -27,7 +28,7 @@ from saw_trtllm.cli import eval as saw_eval
 from saw_trtllm.cli import run as saw_run
 from saw_trtllm.cli import triton as saw_triton
 from saw_trtllm.engine import EngineConfig
-from saw_trtllm.errors import CheckpointError, SawError
+from saw_trtllm.errors import CheckpointError, ConfigError, SawError
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234\n"
@@ -417,6 +418,14 @@ def test_the_library_says_what_may_not_be_read(tmp_path, forbidden, open_):
     forbidden.append(str(tmp_path / "theirs"))
     with pytest.raises(SawError, match="may not be looked at by this user"):
         open_(tmp_path / "theirs")
+
+
+def test_a_record_in_a_folder_that_may_not_be_looked_at(tmp_path, monkeypatch, forbidden):
+    forbidden.append(str(tmp_path / "theirs" / "x"))
+    (tmp_path / "theirs").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "theirs")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        check_writable(tmp_path / "theirs" / "x" / "record.json")
 
 
 def test_a_file_that_may_not_be_read(model, tmp_path, capsys, monkeypatch):

@@ -27,8 +27,10 @@ def check_writable(path: Path) -> None:
     ConfigError
         If it may not.
     """
-    above = next(p for p in path.absolute().parents if p.exists())
-    if path.is_dir() or not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
+    # os.path's own answer where a folder may not be looked at is no; pathlib's is an exception.
+    above = next(p for p in path.absolute().parents if os.path.exists(p))
+    target = path if os.path.exists(path) else above
+    if os.path.isdir(path) or not os.path.isdir(above) or not os.access(target, os.W_OK):
         raise ConfigError(f"{path} cannot be written: give a file in a folder of yours")
 
 
