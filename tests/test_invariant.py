@@ -19,7 +19,7 @@ from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.step import DECODE, PREFILL, StepInputs, StepSequence
 
 EPS = torch.finfo(torch.float32).eps
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")
+PRODUCTS = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")
 #: What PyTorch computes in a way that it does not specify, element by element or over a row.
 UNSPECIFIED = ("rsqrt", "tanh", "sigmoid", "silu", "log", "pow", "sum", "mean", "_softmax", "cumsum", "addcmul", "lerp")
 
@@ -62,6 +62,9 @@ class HostileBlas(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
+        if name in ("linear", "matmul"):  # which inference mode leaves whole
+            with self:
+                return func.decompose(*args, **kwargs)
         if name not in ("mm", "addmm", "bmm"):
             return func(*args, **kwargs)
         bias, (x, matrix) = (args[0], args[1:3]) if name == "addmm" else (0, args)
