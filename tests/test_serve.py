@@ -23,6 +23,7 @@ from saw_trtllm.serve.triton import load_model
 
 PROMPT = "def read_config(path):"
 UNICODE = "naïve café, 日本語 and 🎉👩‍🚀 emoji"
+SAMPLED = {"temperature": np.float32(5), "runtime_top_k": 1000, "seed": 1}
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +102,62 @@ def test_preprocessing_answers_a_bad_request_and_the_others(preprocessing, tenso
     assert sentence in responses[1].error.message
 
 
-def test_unknown_json_keys_are_refused(preprocessing):
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"priority": 1, "timeout": 5, "triton_enable_empty_final_response": True}, None),
+        ({"Streaming": False}, None),  # TensorRT-LLM's own client sends it with every request
+        ({"user": "me", "model": "llama"}, None),
+        ({"temprature": 0.5}, "temprature, which this model does not know: if the input temperature is meant"),
+        ({"max_new_tokens": 5}, "max_new_tokens, which this model does not know: if the input max_tokens is meant"),
+        ({"lora_task_id": 1}, "lora_task_id is not supported"),
+        ({"user": "me", "guided_decoding_guide": "{}"}, "guided_decoding_guide is not supported"),
+    ],
+)
+def test_request_parameters_that_may_have_been_meant_as_options_are_rejected(preprocessing, parameters, sentence):
     tensors = {"QUERY": strings(["x"]), "REQUEST_OUTPUT_LEN": i32([1])}
-    known = Request(tensors, priority=1, timeout=5, triton_enable_empty_final_response=True)
-    unknown = Request(tensors, temprature=0.5, lora_task_id=1)
-    responses = preprocessing.execute([known, unknown])
-    assert [code_of(r) for r in responses] == [None, "INVALID_ARG"]
-    assert "lora_task_id, temprature" in responses[1].error.message
+    [response] = preprocessing.execute([Request(tensors, **parameters)])
+    assert code_of(response) == (sentence and "INVALID_ARG")
+    assert sentence is None or sentence in response.error.message
+
+
+def test_preprocessing_gives_all_that_tensorrt_llms_does(preprocessing, model):
+    # Who calls the three models in turn hands these on.
+    out = preprocessing.tokenize({"QUERY": strings(["x"], ["y z"]), "REQUEST_OUTPUT_LEN": i32([2], [2])})
+    assert out.keys() == {t.name for t in names.PREPROCESSING_MODEL.outputs}
+    assert out["STOP_WORDS_IDS"].shape == out["BAD_WORDS_IDS"].shape == (2, 2, 0)
+    assert out["EMBEDDING_BIAS"].shape == (2, 0)
+    assert out["DECODER_INPUT_ID"].tolist() == out["OUT_PAD_ID"].tolist()
+    assert out["REQUEST_DECODER_INPUT_LEN"].tolist() == [[1], [1]]
+    tensors = {
+        "input_ids": out["INPUT_ID"],
+        "input_lengths": out["REQUEST_INPUT_LEN"],
+        "request_output_len": out["REQUEST_OUTPUT_LEN"],
+        "stop_words_list": out["STOP_WORDS_IDS"],
+        "bad_words_list": out["BAD_WORDS_IDS"],
+        "embedding_bias": out["EMBEDDING_BIAS"],
+        "decoder_input_ids": out["DECODER_INPUT_ID"],
+        "decoder_input_lengths": out["REQUEST_DECODER_INPUT_LEN"],
+    }
+    [responses] = run(model, Request(tensors))
+    assert [code_of(r) for r in responses] == [None, None]
+
+
+def test_a_prompt_that_is_too_long_is_not_tokenized(engine_dir, monkeypatch):
+    model = PreprocessingModel(pb_utils, Parameters(gpt_model_path=engine_dir))
+    monkeypatch.setattr(model._tokenizer, "encode", lambda *a: [1] * 10)
+    prompts = strings(["x"], ["word " * 10**6])
+    [response] = model.execute([Request({"QUERY": prompts, "REQUEST_OUTPUT_LEN": i32([1], [1])})])
+    assert code_of(response) == "INVALID_ARG"
+    assert "5000000 bytes, too many for the 2047 tokens" in response.error.message
+
+
+def test_a_batch_is_never_filled_up_beyond_the_longest_prompt_that_fits(engine_dir):
+    model = PreprocessingModel(pb_utils, Parameters(gpt_model_path=engine_dir))
+    prompts = strings(*[["x"]] * 63, ["x1" * 4000])
+    [response] = model.execute([Request({"QUERY": prompts, "REQUEST_OUTPUT_LEN": i32(*[[1]] * 64)})])
+    assert code_of(response) == "INVALID_ARG"
+    assert "tokens and the engine takes 2047" in response.error.message
 
 
 def test_stop_words_survive_the_way_through_word_lists(preprocessing, tokenizer):
@@ -141,7 +191,7 @@ def test_pieces_join_to_the_text(postprocessing, tokenizer, stop):
                 "CONTEXT_IDS": i32(piece.context_ids),
             }
         )
-        trim = len(untrimmed[0, 0].decode()) - len(piece.text)
+        trim = len(untrimmed[0].decode()) - len(piece.text)
         # Padding behind SEQUENCE_LENGTH must not show.
         out = postprocessing.detokenize(
             {
@@ -151,7 +201,7 @@ def test_pieces_join_to_the_text(postprocessing, tokenizer, stop):
                 "TEXT_TRIM": i32([trim]),
             }
         )
-        joined += out[0, 0]
+        joined += out[0]
     expected = UNICODE
     for s in stop:
         expected = expected.split(s)[0]
@@ -166,8 +216,8 @@ def test_context_keeps_the_space_before_a_word(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     model = PostprocessingModel(pb_utils, Parameters(tokenizer_dir=tmp_path))
     tensors = {"TOKENS_BATCH": i32([[1]]), "SEQUENCE_LENGTH": i32([1])}
-    assert model.detokenize(tensors | {"CONTEXT_IDS": i32([0])})[0, 0] == b" world"
-    assert model.detokenize(tensors)[0, 0] == b"world"
+    assert model.detokenize(tensors | {"CONTEXT_IDS": i32([0])})[0] == b" world"
+    assert model.detokenize(tensors)[0] == b"world"
 
 
 def test_postprocessing_without_options_decodes(postprocessing, tokenizer):
@@ -175,7 +225,39 @@ def test_postprocessing_without_options_decodes(postprocessing, tokenizer):
     [response] = postprocessing.execute(
         [Request({"TOKENS_BATCH": i32([ids], [ids]).reshape(2, 1, -1), "SEQUENCE_LENGTH": i32([len(ids)], [2])})]
     )
-    assert response.tensors["OUTPUT"].tolist() == [[UNICODE.encode()], [tokenizer.decode(ids[:2]).encode()]]
+    assert response.tensors["OUTPUT"].tolist() == [UNICODE.encode(), tokenizer.decode(ids[:2]).encode()]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        ({"SEQUENCE_LENGTH": i32([1])}, "the request has no TOKENS_BATCH: the model postprocessing needs it"),
+        ({"TOKENS_BATCH": i32([[66]])}, "the request has no SEQUENCE_LENGTH"),
+        ({"TOKENS_BATCH": i32().reshape(0, 1, 3), "SEQUENCE_LENGTH": i32().reshape(0, 1)}, "TOKENS_BATCH has no rows"),
+        ({"TOKENS_BATCH": i32([[66]]), "SEQUENCE_LENGTH": i32([1], [1])}, "SEQUENCE_LENGTH has 2 rows for 1 prompts"),
+        ({"TOKENS_BATCH": i32([66]), "SEQUENCE_LENGTH": i32([1])}, "TOKENS_BATCH has the shape [1, 1]: it must be"),
+        ({"TOKENS_BATCH": i32([[66], [67]]), "SEQUENCE_LENGTH": i32([1])}, "it must have one beam"),
+        ({"TOKENS_BATCH": i32([[66]]), "SEQUENCE_LENGTH": i32([2])}, "SEQUENCE_LENGTH goes from 2 to 2"),
+        ({"TOKENS_BATCH": i32([[66]]), "SEQUENCE_LENGTH": i32([-1])}, "SEQUENCE_LENGTH goes from -1 to -1"),
+        ({"TOKENS_BATCH": i32([[66, -5]]), "SEQUENCE_LENGTH": i32([2])}, "TOKENS_BATCH holds the token -5"),
+        (
+            {"TOKENS_BATCH": i32([[66]]), "SEQUENCE_LENGTH": i32([1]), "CONTEXT_IDS": i32([-7])},
+            "CONTEXT_IDS holds the token -7",
+        ),
+        ({"TOKENS_BATCH": i32([[66]]), "SEQUENCE_LENGTH": i32([1]), "TEXT_TRIM": i32([-1])}, "TEXT_TRIM is -1"),
+    ],
+)
+def test_inputs_that_do_not_fit_together_get_one_sentence(postprocessing, tensors, sentence):
+    [response] = postprocessing.execute([Request(tensors)])
+    assert code_of(response) == "INVALID_ARG"
+    assert sentence in response.error.message
+
+
+def test_a_failure_of_the_model_itself_is_one_sentence(postprocessing, monkeypatch):
+    monkeypatch.setattr(postprocessing, "detokenize", lambda tensors: {}["a\nb"])
+    [response] = postprocessing.execute([Request({"TOKENS_BATCH": i32([[66]]), "SEQUENCE_LENGTH": i32([1])})])
+    assert code_of(response) == "INTERNAL"
+    assert response.error.message == r"the model failed (KeyError: 'a\nb')"
 
 
 @pytest.mark.parametrize(("key", "cancelled", "asked", "stops"), [(0, True, 0, 0), (7, False, 1, 0), (7, True, 1, 1)])
@@ -242,6 +324,20 @@ def test_defaults_are_greedy_and_0_switches_top_k_and_top_p_off():
     assert g.params.greedy
     [g] = parse(llm_inputs([3], max_tokens=4, runtime_top_k=0, runtime_top_p=np.float32(0)))
     assert g.params == SamplingParams(max_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "greedy"),
+    [
+        ({"temperature": np.float32(0.7)}, True),
+        ({"temperature": np.float32(0.7), "runtime_top_k": 0, "runtime_top_p": np.float32(0)}, True),
+        ({"temperature": np.float32(0.7), "runtime_top_k": 40}, False),
+        ({"temperature": np.float32(0.7), "runtime_top_p": np.float32(0.9)}, False),
+    ],
+)
+def test_a_temperature_without_top_k_and_top_p_is_greedy(options, greedy):
+    # As in TensorRT-LLM's executor, whose top_k and top_p are 0 by default: it takes that for top_k 1.
+    assert parse(llm_inputs([3], max_tokens=4, **options))[0].params.greedy is greedy
 
 
 @pytest.mark.parametrize(
@@ -324,14 +420,19 @@ def text_of(postprocessing, responses):
     for r in responses:
         assert r.error is None, r.error.message
         [out] = postprocessing.execute([Request({k: r.tensors[wiring[v]] for k, v in step.inputs.items()})])
-        text += out.tensors["OUTPUT"][0, 0]
+        text += out.tensors["OUTPUT"][0]
     return text.decode()
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, UNICODE])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"temperature": np.float32(1.5), "seed": 3}, {"stop_words": strings(["e", "zz"])}, {"end_id": -1}],
+    [
+        {},
+        SAMPLED,
+        {"stop_words": strings(["e", "zz"])},
+        {"end_id": -1},
+    ],
     ids=lambda o: "-".join(o) or "greedy",
 )
 def test_text_is_that_of_the_runtime(model, llm, postprocessing, tokenizer, prompt, options):
@@ -353,7 +454,8 @@ def test_text_is_that_of_the_runtime(model, llm, postprocessing, tokenizer, prom
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"stop_words": strings(["e", "zz"])}, {"temperature": np.float32(5), "seed": 1}]
+    "options",
+    [{}, {"stop_words": strings(["e", "zz"])}, SAMPLED],
 )
 def test_pieces_that_have_piled_up_go_out_as_one(model, llm, postprocessing, tokenizer, options, monkeypatch):
     monkeypatch.setattr(tensorrt_llm, "_RESPONSES_PER_S", 4)
@@ -383,7 +485,7 @@ def test_results_that_were_asked_for(model, llm, tokenizer):
     completion = expected.outputs[0]
     results = {t.name for t in names.RESULTS}
     assert not results & plain[0].tensors.keys()
-    assert results - whole[0].tensors.keys() == {"batch_index"}
+    assert results - whole[0].tensors.keys() == {"batch_index", "sequence_index"}
     out = whole[0].tensors
     np.testing.assert_array_equal(out["context_logits"], expected.context_logits[None])
     np.testing.assert_array_equal(out["generation_logits"], completion.generation_logits[None, None])
@@ -418,6 +520,7 @@ def test_several_prompts_in_one_request(model, llm, preprocessing, postprocessin
     assert streaming or len(responses) == 3
     for i, (prompt, max_tokens) in enumerate(zip(prompts, (5, 10, 15), strict=True)):
         mine = [r for r in responses if r.tensors["batch_index"].tolist() == [[i]]]
+        assert all(r.tensors["sequence_index"].tolist() == [[0]] for r in mine)
         expected = llm.generate(prompt, SamplingParams(max_tokens=max_tokens)).outputs[0].text
         assert text_of(postprocessing, mine) == expected
 
@@ -475,8 +578,9 @@ def test_cancellation(model, tokenizer, cancel, code):
 
 
 def test_stop_of_an_unknown_request_is_harmless(model):
-    [responses] = run(model, Request(llm_inputs([1], stop=True, request_key=np.uint64(10**9))))
-    assert responses == []
+    [[response]] = run(model, Request(llm_inputs([1], stop=True, request_key=np.uint64(10**9))))
+    assert response.error is None
+    assert response.tensors == {}
 
 
 def test_failure_of_the_runtime_is_answered(engine_dir, tokenizer, monkeypatch):
@@ -538,6 +642,59 @@ def test_loading_a_missing_engine_is_one_sentence(tmp_path):
         load_model(pb_utils, TensorrtLlmModel, {"model_config": model_config()})
     with pytest.raises(pb_utils.TritonModelException, match="tokenizer_dir"):
         load_model(pb_utils, PostprocessingModel, {"model_config": model_config()})
+
+
+# One response to a request: decoupled_mode false
+
+
+@pytest.fixture(scope="module")
+def unary(engine_dir):
+    model = TensorrtLlmModel(pb_utils, Parameters(gpt_model_path=engine_dir, decoupled_mode=False))
+    yield model
+    model.finalize()
+
+
+def test_one_response_holds_all_prompts(unary, llm, preprocessing, postprocessing):
+    prompts, lengths = [PROMPT, "The module provides", "x"], (5, 12, 3)
+    pre = preprocessing.tokenize(
+        {"QUERY": strings(*[[p] for p in prompts]), "REQUEST_OUTPUT_LEN": i32(*[[n] for n in lengths])}
+    )
+    tensors = {
+        "input_ids": pre["INPUT_ID"],
+        "input_lengths": pre["REQUEST_INPUT_LEN"],
+        "request_output_len": pre["REQUEST_OUTPUT_LEN"],
+        "exclude_input_in_output": np.full((3, 1), True),
+        "return_log_probs": np.array([[True], [False], [True]]),
+        "return_num_output_tokens": np.full((3, 1), True),
+        "end_id": i32([-1], [-1], [-1]),
+    }
+    [[response]] = run(unary, Request(tensors))
+    out = response.tensors
+    wiring = {ours: theirs for theirs, ours in names.STEPS[1].outputs.items()}
+    [text] = postprocessing.execute([Request({k: out[wiring[v]] for k, v in names.STEPS[2].inputs.items()})])
+    params = [SamplingParams(max_tokens=n, end_id=-1, logprobs=True) for n in lengths]
+    expected = [o.outputs[0] for o in llm.generate(prompts, params)]
+    assert [t.decode() for t in text.tensors["OUTPUT"]] == [e.text for e in expected]
+    assert out["sequence_length"].tolist() == out["num_output_tokens"].tolist() == [[n] for n in lengths]
+    assert out["output_ids"].shape == (3, 1, 12)
+    assert out["batch_index"].tolist() == [[0], [1], [2]]
+    np.testing.assert_allclose(out["output_log_probs"][0, 0, :5], expected[0].logprobs, rtol=1e-6)
+    np.testing.assert_allclose(out["output_log_probs"][2, 0, :3], expected[2].logprobs, rtol=1e-6)
+    assert not out["output_log_probs"][1].any()  # it was not asked for
+
+
+def test_streaming_needs_decoupled_mode(unary, tokenizer):
+    [[response]] = run(unary, Request(llm_inputs(tokenizer.encode(PROMPT), streaming=True)))
+    assert code_of(response) == "INVALID_ARG"
+    assert "start saw-triton with --decoupled_mode true" in response.error.message
+
+
+def test_every_request_has_one_response(unary, tokenizer):
+    ids = tokenizer.encode(PROMPT)
+    two = {k: np.repeat(v, 2, axis=0) for k, v in llm_inputs(ids, 8).items()}
+    bad = {**two, "request_output_len": i32([8], [0])}
+    answers = run(unary, Request(two), Request(bad), Request(llm_inputs([1], stop=True), request_id="no such"))
+    assert [[code_of(r) for r in responses] for responses in answers] == [[None], ["INVALID_ARG"], [None]]
 
 
 # Metrics

@@ -73,6 +73,7 @@ def test_names_are_those_of_tensorrt_llm():
             "context_logits": ("FP32", [-1, -1]),
             "generation_logits": ("FP32", [-1, -1, -1]),
             "batch_index": ("INT32", [1]),
+            "sequence_index": ("INT32", [1]),
             "num_input_tokens": ("INT32", [1]),
             "num_output_tokens": ("INT32", [1]),
         },
@@ -80,6 +81,10 @@ def test_names_are_those_of_tensorrt_llm():
             "QUERY": ("STRING", [1]),
             "INPUT_ID": ("INT32", [-1]),
             "REQUEST_INPUT_LEN": ("INT32", [1]),
+            "DECODER_INPUT_ID": ("INT32", [-1]),
+            "REQUEST_DECODER_INPUT_LEN": ("INT32", [1]),
+            "BAD_WORDS_IDS": ("INT32", [2, -1]),
+            "EMBEDDING_BIAS": ("FP32", [-1]),
             "STOP_WORDS_DICT": ("STRING", [-1]),
             "STOP_WORDS_IDS": ("INT32", [2, -1]),
         },
@@ -93,16 +98,18 @@ def test_names_are_those_of_tensorrt_llm():
             "len_penalty": ("FP32", [1]),
             "stop_words_list": ("INT32", [2, -1]),
             "bad_words_list": ("INT32", [2, -1]),
+            "embedding_bias": ("FP32", [-1]),
+            "decoder_input_ids": ("INT32", [-1]),
+            "decoder_input_lengths": ("INT32", [1]),
             "stop": ("BOOL", [1]),
             "output_ids": ("INT32", [-1, -1]),
-            "sequence_length": ("INT32", [-1]),
         },
         "postprocessing": {
             "TOKENS_BATCH": ("INT32", [-1, -1]),
-            "SEQUENCE_LENGTH": ("INT32", [-1]),
             "OUTPUT": ("STRING", [-1]),
         },
     }
+    theirs["tensorrt_llm_bls"] = theirs["ensemble"]
     for name, tensors in theirs.items():
         assert {k: ours[name].get(k) for k in tensors} == tensors
 
@@ -133,14 +140,14 @@ def test_config_files_are_what_protobuf_reads(tmp_path):
 
     configs = repository.model_configs(Parameters(gpt_model_path="/e", tokenizer_dir="/t"), 16)
     repository.write_repository(tmp_path, configs)
-    assert {p.name for p in tmp_path.iterdir()} == {"ensemble", "preprocessing", "tensorrt_llm", "postprocessing"}
+    assert {p.name for p in tmp_path.iterdir()} == {m.name for m in names.MODELS}
     for name, config in configs.items():
         text = (tmp_path / name / "config.pbtxt").read_text()
         read = text_format.Parse(text, model_config_pb2.ModelConfig())
         assert read == config
         assert (read.name, read.max_batch_size) == (name, 16)
         assert (tmp_path / name / "1").is_dir()
-        assert (tmp_path / name / "1" / "model.py").is_file() == (name != "ensemble")
+        assert (tmp_path / name / "1" / "model.py").is_file() == (name not in ("ensemble", "tensorrt_llm_bls"))
     assert configs["tensorrt_llm"].model_transaction_policy.decoupled
     assert configs["tensorrt_llm"].parameters["gpt_model_path"].string_value == "/e"
     assert configs["ensemble"].platform == "ensemble"

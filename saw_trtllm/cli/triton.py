@@ -94,6 +94,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--add_special_tokens", choices=_SWITCH, default="enable", help="whether a prompt gets the tokenizer's own"
     )
     parser.add_argument(
+        "--decoupled_mode",
+        choices=("true", "false"),
+        default="true",
+        help="true: requests may stream, over gRPC streams and generate_stream; false: each has one response, and "
+        "clients that wait for one (infer over gRPC and HTTP) work",
+    )
+    parser.add_argument(
         "--triton_max_batch_size", type=int, metavar="N", default=64, help="prompts that one request may hold"
     )
     parser.add_argument(
@@ -166,6 +173,7 @@ def _parameters(args: argparse.Namespace) -> Parameters:
         kv_cache_free_gpu_mem_fraction=args.kv_cache_free_gpu_memory_fraction,
         max_queue_size=args.max_queue_size,
         enable_kv_cache_reuse=args.kv_cache_reuse == "enable",
+        decoupled_mode=args.decoupled_mode == "true",
         exclude_input_in_output=args.exclude_input_in_output == "enable",
     )
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 ENSEMBLE = "ensemble"
 PREPROCESSING = "preprocessing"
 TENSORRT_LLM = "tensorrt_llm"
+TENSORRT_LLM_BLS = "tensorrt_llm_bls"
 POSTPROCESSING = "postprocessing"
 
 #: Of every model: its folder's name.
@@ -41,22 +42,36 @@ class Tensor(NamedTuple):
     optional: bool = False
 
 
-class Model(NamedTuple):
-    """A model of the repository; ``parameters`` are fields of :class:`saw_trtllm.serve.parameters.Parameters`."""
-
-    name: str
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    parameters: tuple[str, ...] = ()
-    decoupled: bool = False
-
-
 class Step(NamedTuple):
     """A step of the ensemble: tensors of ``model`` to tensors of the ensemble."""
 
     model: str
     inputs: dict[str, str]
     outputs: dict[str, str]
+
+
+class Model(NamedTuple):
+    """A model of the repository.
+
+    Attributes
+    ----------
+    name : str
+    inputs, outputs : tuple of Tensor
+        The first input says how many rows a request has.
+    parameters : tuple of str
+        Fields of :class:`saw_trtllm.serve.parameters.Parameters`.
+    steps : tuple of Step
+        Of an ensemble.
+    may_stream : bool
+        Whether ``--decoupled_mode true`` lets a request have several responses.
+    """
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    parameters: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
+    may_stream: bool = False
 
 
 def _optional(name: str, dtype: str, doc: str, dims: tuple[int, ...] = (1,)) -> Tensor:
@@ -67,7 +82,7 @@ def _optional(name: str, dtype: str, doc: str, dims: tuple[int, ...] = (1,)) -> 
 #: in :data:`RENAMED`.
 REQUEST_OPTIONS = (
     _optional("stream", "BOOL", "a response for each piece of text; by default one with the whole text"),
-    _optional("temperature", "FP32", "divides the logits; 0 is greedy"),
+    _optional("temperature", "FP32", "divides the logits; 0 is greedy, as is any without `top_k` and `top_p`"),
     _optional("top_k", "INT32", "choose among so many tokens; 1 is greedy, 0 is off"),
     _optional("top_p", "FP32", "choose among the likeliest tokens that hold this share of the probability; 0 is off"),
     _optional("seed", "UINT64", "the same seed gives the same text; 0 by default"),
@@ -96,6 +111,23 @@ REQUEST_OPTIONS = (
 #: The ensemble's name of an option to ``tensorrt_llm``'s, where they differ.
 RENAMED = {"stream": "streaming", "top_k": "runtime_top_k", "top_p": "runtime_top_p", "length_penalty": "len_penalty"}
 
+#: Further options of TensorRT-LLM's ensemble. A request that names one gets a sentence, for its text would be another.
+UNSUPPORTED = (
+    "decoder_text_input",
+    "embedding_bias_weights",
+    "embedding_bias_words",
+    "guided_decoding_guide",
+    "guided_decoding_guide_type",
+    "lora_config",
+    "lora_task_id",
+    "lora_weights",
+    "num_draft_tokens",
+    "prompt_embedding_table",
+    "prompt_table_extra_id",
+    "prompt_vocab_size",
+    "use_draft_logits",
+)
+
 #: Outputs of ``tensorrt_llm`` that the ensemble hands on to the client.
 RESULTS = (
     _optional("cum_log_probs", "FP32", "sum of the log-probabilities so far", (-1,)),
@@ -104,91 +136,9 @@ RESULTS = (
     _optional("generation_logits", "FP32", "`[1, tokens, vocabulary]`, with the last response", (-1, -1, -1)),
     _optional("num_input_tokens", "INT32", "tokens of the prompt"),
     _optional("num_output_tokens", "INT32", "generated tokens of this response"),
-    _optional("batch_index", "INT32", "which prompt of a request with several this response is for"),
+    _optional("batch_index", "INT32", "of a request with several prompts: which one this is for"),
+    _optional("sequence_index", "INT32", "with `batch_index`: 0, as a prompt has one text"),
 )
-
-ENSEMBLE_MODEL = Model(
-    ENSEMBLE,
-    inputs=(
-        Tensor("text_input", "STRING", (1,), "the prompt, UTF-8"),
-        Tensor("max_tokens", "INT32", (1,), "tokens to generate at most"),
-        *REQUEST_OPTIONS,
-        _optional("bad_words", "STRING", "not supported: anything but empty strings is refused", (-1,)),
-    ),
-    outputs=(Tensor("text_output", "STRING", (-1,), "the text, or this piece of it"), *RESULTS),
-)
-
-PREPROCESSING_MODEL = Model(
-    PREPROCESSING,
-    inputs=(
-        Tensor("QUERY", "STRING", (1,), "the prompt, UTF-8"),
-        Tensor("REQUEST_OUTPUT_LEN", "INT32", (1,), "handed on"),
-        _optional("STOP_WORDS_DICT", "STRING", "strings that end the text", (-1,)),
-        _optional("BAD_WORDS_DICT", "STRING", "not supported: anything but empty strings is refused", (-1,)),
-        _optional("END_ID", "INT32", "the end token; the tokenizer's by default"),
-        _optional("PAD_ID", "INT32", "fills up the shorter of several prompts; the end token by default"),
-    ),
-    outputs=(
-        Tensor("INPUT_ID", "INT32", (-1,), "token ids"),
-        Tensor("REQUEST_INPUT_LEN", "INT32", (1,), "how many of them are the prompt's"),
-        Tensor("REQUEST_OUTPUT_LEN", "INT32", (1,), "handed on"),
-        _optional("STOP_WORDS_IDS", "INT32", "with `STOP_WORDS_DICT`: its token ids, and where each ends", (2, -1)),
-        Tensor("OUT_END_ID", "INT32", (1,), "the end token, -1 for none"),
-        Tensor("OUT_PAD_ID", "INT32", (1,), "the padding"),
-    ),
-    parameters=("tokenizer_dir", "add_special_tokens"),
-)
-
-TENSORRT_LLM_MODEL = Model(
-    TENSORRT_LLM,
-    inputs=(
-        Tensor("input_ids", "INT32", (-1,), "the prompt's token ids"),
-        Tensor("input_lengths", "INT32", (1,), "how many of them count"),
-        Tensor("request_output_len", "INT32", (1,), "tokens to generate at most"),
-        *(t._replace(name=RENAMED.get(t.name, t.name)) for t in REQUEST_OPTIONS),
-        _optional(
-            "stop_words_list", "INT32", "runs of tokens that end the text: ids, and where each run ends", (2, -1)
-        ),
-        _optional("bad_words_list", "INT32", "not supported: anything but an empty list is refused", (2, -1)),
-        _optional("stop", "BOOL", "cancel the request that has this one's id, or `request_key`"),
-        _optional("request_key", "UINT64", "with `stop`: the `request_key` of a response"),
-    ),
-    outputs=(
-        Tensor("output_ids", "INT32", (-1, -1), "token ids `[1, tokens]`, new ones only when streaming"),
-        Tensor("sequence_length", "INT32", (-1,), "how many they are"),
-        Tensor("context_ids", "INT32", (-1,), "the tokens before, as far as detokenization needs them"),
-        Tensor("text_trim", "INT32", (1,), "characters that a stop string takes off the end of the text"),
-        Tensor("request_key", "UINT64", (1,), "0, or the key to cancel the request with: ask for cancellation now"),
-        *RESULTS,
-    ),
-    parameters=(
-        "gpt_model_path",
-        "tokenizer_dir",
-        "max_tokens_in_paged_kv_cache",
-        "kv_cache_free_gpu_mem_fraction",
-        "enable_kv_cache_reuse",
-        "exclude_input_in_output",
-        "max_queue_size",
-        "cancellation_check_period_ms",
-        "stats_check_period_ms",
-    ),
-    decoupled=True,
-)
-
-POSTPROCESSING_MODEL = Model(
-    POSTPROCESSING,
-    inputs=(
-        Tensor("TOKENS_BATCH", "INT32", (-1, -1), "token ids"),
-        Tensor("SEQUENCE_LENGTH", "INT32", (-1,), "how many of them count"),
-        _optional("CONTEXT_IDS", "INT32", "tokens before them", (-1,)),
-        _optional("TEXT_TRIM", "INT32", "characters to cut off the end"),
-        _optional("REQUEST_KEY", "UINT64", "if not 0: see whether the client has gone, and cancel the request then"),
-    ),
-    outputs=(Tensor("OUTPUT", "STRING", (-1,), "the text"),),
-    parameters=("tokenizer_dir",),
-)
-
-MODELS = (ENSEMBLE_MODEL, PREPROCESSING_MODEL, TENSORRT_LLM_MODEL, POSTPROCESSING_MODEL)
 
 STEPS = (
     Step(
@@ -229,6 +179,103 @@ STEPS = (
         outputs={"OUTPUT": "text_output"},
     ),
 )
+
+ENSEMBLE_MODEL = Model(
+    ENSEMBLE,
+    inputs=(
+        Tensor("text_input", "STRING", (1,), "the prompt, UTF-8"),
+        Tensor("max_tokens", "INT32", (1,), "tokens to generate at most"),
+        *REQUEST_OPTIONS,
+        _optional("bad_words", "STRING", "not supported: anything but empty strings is refused", (-1,)),
+    ),
+    outputs=(Tensor("text_output", "STRING", (-1,), "the text, or this piece of it"), *RESULTS),
+    steps=STEPS,
+)
+
+#: TensorRT-LLM has a Python model here, which calls the same three models in turn. To its clients it is the ensemble
+#: under another name, and so it is here.
+BLS_MODEL = ENSEMBLE_MODEL._replace(name=TENSORRT_LLM_BLS)
+
+PREPROCESSING_MODEL = Model(
+    PREPROCESSING,
+    inputs=(
+        Tensor("QUERY", "STRING", (1,), "the prompt, UTF-8"),
+        Tensor("REQUEST_OUTPUT_LEN", "INT32", (1,), "handed on"),
+        _optional("STOP_WORDS_DICT", "STRING", "strings that end the text", (-1,)),
+        _optional("BAD_WORDS_DICT", "STRING", "not supported: anything but empty strings is refused", (-1,)),
+        _optional("END_ID", "INT32", "the end token; the tokenizer's by default"),
+        _optional("PAD_ID", "INT32", "fills up the shorter of several prompts; the end token by default"),
+    ),
+    outputs=(
+        Tensor("INPUT_ID", "INT32", (-1,), "token ids"),
+        Tensor("REQUEST_INPUT_LEN", "INT32", (1,), "how many of them are the prompt's"),
+        Tensor("REQUEST_OUTPUT_LEN", "INT32", (1,), "handed on"),
+        Tensor("STOP_WORDS_IDS", "INT32", (2, -1), "token ids of `STOP_WORDS_DICT`, and where each ends"),
+        Tensor("BAD_WORDS_IDS", "INT32", (2, -1), "empty"),
+        Tensor("EMBEDDING_BIAS", "FP32", (-1,), "empty"),
+        Tensor("DECODER_INPUT_ID", "INT32", (-1,), "the padding: there is no encoder"),
+        Tensor("REQUEST_DECODER_INPUT_LEN", "INT32", (1,), "1"),
+        Tensor("OUT_END_ID", "INT32", (1,), "the end token, -1 for none"),
+        Tensor("OUT_PAD_ID", "INT32", (1,), "the padding"),
+    ),
+    parameters=("gpt_model_path", "tokenizer_dir", "add_special_tokens"),
+)
+
+TENSORRT_LLM_MODEL = Model(
+    TENSORRT_LLM,
+    inputs=(
+        Tensor("input_ids", "INT32", (-1,), "the prompt's token ids"),
+        Tensor("input_lengths", "INT32", (1,), "how many of them count"),
+        Tensor("request_output_len", "INT32", (1,), "tokens to generate at most"),
+        *(t._replace(name=RENAMED.get(t.name, t.name)) for t in REQUEST_OPTIONS),
+        _optional(
+            "stop_words_list", "INT32", "runs of tokens that end the text: ids, and where each run ends", (2, -1)
+        ),
+        _optional("bad_words_list", "INT32", "not supported: anything but an empty list is refused", (2, -1)),
+        _optional("embedding_bias", "FP32", "not supported: anything but an empty one is rejected", (-1,)),
+        _optional("decoder_input_ids", "INT32", "accepted and not needed: there is no encoder", (-1,)),
+        _optional("decoder_input_lengths", "INT32", "accepted and not needed"),
+        _optional("stop", "BOOL", "cancel the request that has this one's id, or `request_key`"),
+        _optional("request_key", "UINT64", "with `stop`: the `request_key` of a response"),
+    ),
+    outputs=(
+        Tensor("output_ids", "INT32", (-1, -1), "token ids `[1, tokens]`, new ones only when streaming"),
+        Tensor("sequence_length", "INT32", (1,), "how many they are"),
+        Tensor("context_ids", "INT32", (-1,), "the tokens before, as far as detokenization needs them"),
+        Tensor("text_trim", "INT32", (1,), "characters that a stop string takes off the end of the text"),
+        Tensor("request_key", "UINT64", (1,), "0, or the key to cancel the request with: ask for cancellation now"),
+        *RESULTS,
+    ),
+    parameters=(
+        "gpt_model_path",
+        "tokenizer_dir",
+        "max_tokens_in_paged_kv_cache",
+        "kv_cache_free_gpu_mem_fraction",
+        "enable_kv_cache_reuse",
+        "exclude_input_in_output",
+        "max_queue_size",
+        "cancellation_check_period_ms",
+        "stats_check_period_ms",
+    ),
+    may_stream=True,
+)
+
+POSTPROCESSING_MODEL = Model(
+    POSTPROCESSING,
+    inputs=(
+        Tensor("TOKENS_BATCH", "INT32", (-1, -1), "token ids"),
+        # TensorRT-LLM's is [-1], for beams. With a fixed size Triton itself rejects a batch of 0, which its Python
+        # backend drops without an answer.
+        Tensor("SEQUENCE_LENGTH", "INT32", (1,), "how many of them count"),
+        _optional("CONTEXT_IDS", "INT32", "tokens before them", (-1,)),
+        _optional("TEXT_TRIM", "INT32", "characters to cut off the end"),
+        _optional("REQUEST_KEY", "UINT64", "if not 0: see whether the client has gone, and cancel the request then"),
+    ),
+    outputs=(Tensor("OUTPUT", "STRING", (-1,), "the text"),),
+    parameters=("tokenizer_dir",),
+)
+
+MODELS = (ENSEMBLE_MODEL, BLS_MODEL, PREPROCESSING_MODEL, TENSORRT_LLM_MODEL, POSTPROCESSING_MODEL)
 
 
 def table(tensors: Iterable[Tensor], known: Iterable[Tensor] = ()) -> str:

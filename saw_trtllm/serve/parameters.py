@@ -25,6 +25,7 @@ class Parameters(BaseModel):
     kv_cache_free_gpu_mem_fraction: float = Field(0.9, gt=0, le=1, description="share of the free memory for the cache")
     enable_kv_cache_reuse: bool = Field(True, description="whether prompts with the same beginning share blocks")
     exclude_input_in_output: bool = Field(False, description="for requests that do not say")
+    decoupled_mode: bool = Field(True, description="whether a request may have several responses, and stream")
     max_queue_size: int = Field(
         MAX_QUEUE_SIZE, ge=0, description="requests that may wait for their first step; 0 is any number"
     )
@@ -43,7 +44,8 @@ class Parameters(BaseModel):
         config = json.loads(model_config)
         # An empty string is TensorRT-LLM's way to leave a parameter unset.
         strings = {k: v["string_value"] for k, v in config.get("parameters", {}).items() if v["string_value"]}
-        return cls.of(**strings)
+        decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
+        return cls.of(**{"decoupled_mode": decoupled, **strings})
 
     @classmethod
     def of(cls, **values: object) -> Parameters:

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.detokenizer import decode_piece
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve import names
 from saw_trtllm.serve.parameters import Parameters
-from saw_trtllm.serve.triton import AnsweringModel, Tensors, read_tensors, to_triton
+from saw_trtllm.serve.triton import AnsweringModel, Tensors, to_triton
 
 
 class PostprocessingModel(AnsweringModel):
@@ -27,16 +28,15 @@ class PostprocessingModel(AnsweringModel):
     """
 
     def __init__(self, pb_utils: Any, parameters: Parameters) -> None:
-        super().__init__(pb_utils)
+        super().__init__(pb_utils, names.POSTPROCESSING_MODEL)
         self._tokenizer = Tokenizer.load(parameters.tokenizer_folder)
 
-    def answer(self, request: Any) -> Tensors:
+    def answer(self, request: Any, tensors: Tensors) -> Tensors:
         """Text of a request's tokens.
 
         A cancelled request is answered like any other: Triton 2.51 never finishes an ensemble of which a step fails
         while an earlier one still has responses to give.
         """
-        tensors = read_tensors(request)
         key = int(tensors["REQUEST_KEY"].reshape(-1)[0]) if "REQUEST_KEY" in tensors else 0
         if key and request.is_cancelled():
             self._stop(key)
@@ -61,19 +61,43 @@ class PostprocessingModel(AnsweringModel):
         Parameters
         ----------
         tensors : dict
-            The model's inputs, ``TOKENS_BATCH`` of shape ``[batch, beams, tokens]``.
+            The model's inputs, ``TOKENS_BATCH`` of shape ``[batch, 1, tokens]``.
 
         Returns
         -------
         numpy.ndarray
-            UTF-8 bytes, object ``[batch, beams]``.
+            UTF-8 bytes, object ``[batch]``: as in TensorRT-LLM, without a dimension for beams.
+
+        Raises
+        ------
+        RequestError
+            If the inputs do not fit together.
         """
-        tokens, lengths = tensors["TOKENS_BATCH"], tensors["SEQUENCE_LENGTH"]
-        batch, beams = tokens.shape[:2]
+        _check(tensors)
+        tokens, lengths = tensors["TOKENS_BATCH"][:, 0], tensors["SEQUENCE_LENGTH"][:, 0]
+        batch = len(tokens)
         context = tensors.get("CONTEXT_IDS", np.empty((batch, 0), np.int32))
         trim = tensors.get("TEXT_TRIM", np.zeros((batch, 1), np.int32))
-        out = np.empty((batch, beams), object)
-        for b, beam in np.ndindex(batch, beams):
-            piece = decode_piece(self._tokenizer, context[b].tolist(), tokens[b, beam, : lengths[b, beam]].tolist())
-            out[b, beam] = piece[: len(piece) - int(trim[b, 0])].encode("utf-8")
+        out = np.empty(batch, object)
+        for b in range(batch):
+            piece = decode_piece(self._tokenizer, context[b].tolist(), tokens[b, : lengths[b]].tolist())
+            out[b] = piece[: max(len(piece) - int(trim[b, 0]), 0)].encode("utf-8")
         return out
+
+
+def _check(tensors: Tensors) -> None:
+    """Reject lengths that are none of their tokens, and tokens that no tokenizer can take."""
+    tokens, lengths = tensors["TOKENS_BATCH"], tensors["SEQUENCE_LENGTH"]
+    if tokens.shape[1] != 1:
+        raise RequestError(f"TOKENS_BATCH has the shape {list(tokens.shape)}: it must have one beam")
+    if lengths.min() < 0 or lengths.max() > tokens.shape[2]:
+        raise RequestError(
+            f"SEQUENCE_LENGTH goes from {lengths.min()} to {lengths.max()}: it must be from 0 to the "
+            f"{tokens.shape[2]} tokens of TOKENS_BATCH"
+        )
+    counted = np.where(np.arange(tokens.shape[2]) < lengths[..., None], tokens, 0)
+    for name, array in (("TOKENS_BATCH", counted), ("CONTEXT_IDS", tensors.get("CONTEXT_IDS"))):
+        if array is not None and (array < 0).any():
+            raise RequestError(f"{name} holds the token {array.min()}: it must be at least 0")
+    if "TEXT_TRIM" in tensors and tensors["TEXT_TRIM"].min() < 0:
+        raise RequestError(f"TEXT_TRIM is {tensors['TEXT_TRIM'].min()}: it must be at least 0")

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from saw_trtllm.engine import EngineConfig
 from saw_trtllm.errors import RequestError
+from saw_trtllm.runtime.prompt import encode_prompt
 from saw_trtllm.runtime.tokenizer import Tokenizer
+from saw_trtllm.serve import names
 from saw_trtllm.serve.parameters import Parameters
-from saw_trtllm.serve.triton import AnsweringModel, Tensors, read_tensors, text, texts
+from saw_trtllm.serve.triton import AnsweringModel, Tensors, text, texts
 
 NO_END_ID = -1
 
@@ -26,13 +29,15 @@ class PreprocessingModel(AnsweringModel):
     """
 
     def __init__(self, pb_utils: Any, parameters: Parameters) -> None:
-        super().__init__(pb_utils)
+        super().__init__(pb_utils, names.PREPROCESSING_MODEL)
         self._add_special_tokens = parameters.add_special_tokens
         self._tokenizer = Tokenizer.load(parameters.tokenizer_folder)
+        engine = parameters.gpt_model_path
+        self._max_input_len = EngineConfig.load(engine).build_config.max_input_len if engine else None
 
-    def answer(self, request: Any) -> Tensors:
+    def answer(self, request: Any, tensors: Tensors) -> Tensors:
         """Token ids for a request's prompts."""
-        return self.tokenize(read_tensors(request))
+        return self.tokenize(tensors)
 
     def tokenize(self, tensors: Tensors) -> dict[str, np.ndarray]:
         """Token ids for the prompts of a request.
@@ -49,29 +54,33 @@ class PreprocessingModel(AnsweringModel):
         """
         if texts(tensors.get("BAD_WORDS_DICT"), "bad_words"):
             raise RequestError("bad_words is not supported: leave it out")
+        # A prompt that is too long is rejected before the next: so a batch's array is never larger than so many of the
+        # longest that the engine takes.
         prompts = [self._encode(text(raw, "the prompt")) for raw in tensors["QUERY"].reshape(-1)]
+        count = len(prompts)
+        no_words = np.empty((count, 2, 0), np.int32)
         end_id = self._tokenizer.eos_ids[0] if self._tokenizer.eos_ids else NO_END_ID
-        end_ids = _given(tensors, "END_ID", np.full((len(prompts), 1), end_id, np.int32))
+        end_ids = _given(tensors, "END_ID", np.full((count, 1), end_id, np.int32))
         pad_ids = _given(tensors, "PAD_ID", np.maximum(end_ids, 0))
-        ids = np.empty((len(prompts), max(map(len, prompts))), np.int32)
+        ids = np.empty((count, max(map(len, prompts))), np.int32)
         for row, prompt, pad_id in zip(ids, prompts, pad_ids, strict=True):
             row[: len(prompt)], row[len(prompt) :] = prompt, pad_id
-        outputs = {
+        stop_words = tensors.get("STOP_WORDS_DICT")
+        return {
             "INPUT_ID": ids,
             "REQUEST_INPUT_LEN": np.array([[len(p)] for p in prompts], np.int32),
             "REQUEST_OUTPUT_LEN": tensors["REQUEST_OUTPUT_LEN"].astype(np.int32),
+            "STOP_WORDS_IDS": no_words if stop_words is None else self._word_lists(stop_words),
+            "BAD_WORDS_IDS": no_words,
+            "EMBEDDING_BIAS": np.empty((count, 0), np.float32),
+            "DECODER_INPUT_ID": pad_ids,
+            "REQUEST_DECODER_INPUT_LEN": np.ones((count, 1), np.int32),
             "OUT_END_ID": end_ids,
             "OUT_PAD_ID": pad_ids,
         }
-        if "STOP_WORDS_DICT" in tensors:
-            outputs["STOP_WORDS_IDS"] = self._word_lists(tensors["STOP_WORDS_DICT"])
-        return outputs
 
     def _encode(self, prompt: str) -> list[int]:
-        ids = self._tokenizer.encode(prompt, self._add_special_tokens) if prompt else []
-        if not ids:
-            raise RequestError("the prompt is empty: give at least one character")
-        return ids
+        return encode_prompt(self._tokenizer, prompt, self._max_input_len, self._add_special_tokens)
 
     def _word_lists(self, words: np.ndarray) -> np.ndarray:
         """Word lists, int32 ``[prompts, 2, n]``: the ids one after the other, and below where each word ends."""

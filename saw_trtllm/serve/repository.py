@@ -44,12 +44,7 @@ def model_configs(parameters: Parameters, max_batch_size: int) -> dict[str, Any]
         If tritonclient, which has the protobufs, is not installed.
     """
     pb = _protobufs()
-    configs = {model.name: _config(pb, model, parameters, max_batch_size) for model in names.MODELS}
-    for step in names.STEPS:
-        entry = configs[names.ENSEMBLE].ensemble_scheduling.step.add(model_name=step.model, model_version=-1)
-        entry.input_map.update(step.inputs)
-        entry.output_map.update(step.outputs)
-    return configs
+    return {model.name: _config(pb, model, parameters, max_batch_size) for model in names.MODELS}
 
 
 def _config(pb: Any, model: Model, parameters: Parameters, max_batch_size: int) -> Any:
@@ -58,14 +53,18 @@ def _config(pb: Any, model: Model, parameters: Parameters, max_batch_size: int) 
         config.input.add(name=t.name, data_type=_dtype(pb, t), dims=t.dims, optional=t.optional)
     for t in model.outputs:
         config.output.add(name=t.name, data_type=_dtype(pb, t), dims=t.dims)
-    if model.name == names.ENSEMBLE:
+    if model.steps:
         config.platform = "ensemble"
+        for step in model.steps:
+            entry = config.ensemble_scheduling.step.add(model_name=step.model, model_version=-1)
+            entry.input_map.update(step.inputs)
+            entry.output_map.update(step.outputs)
         return config
     # One instance and no dynamic batching: that way an ensemble keeps the order of a stream's pieces, and a cancelled
     # request reaches postprocessing instead of ending in a queue.
     config.backend = "python"
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
-    config.model_transaction_policy.decoupled = model.decoupled
+    config.model_transaction_policy.decoupled = model.may_stream and parameters.decoupled_mode
     for key, value in parameters.strings(model.parameters).items():
         config.parameters[key].string_value = value
     return config

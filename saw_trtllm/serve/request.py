@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,11 +41,7 @@ def parse(tensors: Tensors, exclude_input_in_output: bool = False) -> list[Gener
     RequestError
         If a value is out of range, or asks for what is not supported.
     """
-    count = len(tensors["input_ids"])
-    wrong = [name for name, array in tensors.items() if len(array) != count]
-    if wrong:
-        raise RequestError(f"{wrong[0]} has {len(tensors[wrong[0]])} rows for {count} prompts: give one for each")
-    return [_generation(_Row(tensors, i), exclude_input_in_output) for i in range(count)]
+    return [_generation(_Row(tensors, i), exclude_input_in_output) for i in range(len(tensors["input_ids"]))]
 
 
 class _Row:
@@ -76,6 +72,9 @@ def _generation(row: _Row, exclude_input_in_output: bool) -> Generation:
     _refuse(row, "len_penalty", {0.0, 1.0}, "it is for beam search, which is not supported")
     if _word_list(row.array("bad_words_list"), "bad_words_list"):
         raise RequestError("bad_words_list is not supported: leave it out")
+    bias = row.array("embedding_bias")
+    if bias is not None and bias.any():
+        raise RequestError("embedding_bias is not supported: leave it out")
     ids, length = row.array("input_ids"), row.scalar("input_lengths")
     if not 0 <= length <= len(ids):
         raise RequestError(f"input_lengths is {length}: input_ids holds {len(ids)} tokens")
@@ -110,7 +109,9 @@ def _sampling_params(row: _Row) -> SamplingParams:
     }
     same_name = ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty", "end_id")
     given |= {name: row.scalar(name) for name in (*same_name, "return_context_logits", "return_generation_logits")}
-    return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    params = SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    # As TensorRT-LLM's executor has it: who gives neither top_k nor top_p gets the likeliest token, at any temperature.
+    return params if params.top_k or params.top_p else replace(params, temperature=None)
 
 
 def _word_list(array: np.ndarray | None, name: str) -> list[list[int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
 from saw_trtllm.runtime.detokenizer import decode_piece
@@ -52,6 +54,30 @@ def answer(
     if piece.generation_logits is not None:
         tensors["generation_logits"] = piece.generation_logits[None, None].astype(np.float32)
     return tensors
+
+
+def stack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Outputs for several prompts in one.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        What :func:`answer` gave for each prompt.
+
+    Returns
+    -------
+    dict
+        Each tensor with as many rows, filled up with zeros where a prompt has less than the largest of it or none:
+        ``sequence_length`` says how many tokens count.
+    """
+    stacked = {}
+    for name, first in {k: v for row in rows for k, v in row.items()}.items():
+        arrays = [row.get(name, np.zeros((1, *[0] * (first.ndim - 1)), first.dtype))[0] for row in rows]
+        out = np.zeros((len(rows), *np.max([a.shape for a in arrays], axis=0)), first.dtype)
+        for i, array in enumerate(arrays):
+            out[(i, *map(slice, array.shape))] = array
+        stacked[name] = out
+    return stacked
 
 
 def _trim(piece: CompletionOutput, tokenizer: Tokenizer | None) -> int:

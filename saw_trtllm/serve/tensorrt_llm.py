@@ -1,4 +1,4 @@
-"""The model ``tensorrt_llm``: token ids to token ids, decoupled."""
+"""The model ``tensorrt_llm``: token ids to token ids."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import secrets
 import threading
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from saw_trtllm.errors import EngineError, SawError, ShutdownError
+from saw_trtllm.errors import EngineError, RequestError, SawError, ShutdownError
 from saw_trtllm.runtime.llm import LLM, KvCacheConfig
 from saw_trtllm.runtime.outputs import GenerationResult, RequestOutput
 from saw_trtllm.serve import names
 from saw_trtllm.serve.metrics import MetricsReporter
 from saw_trtllm.serve.parameters import Parameters
 from saw_trtllm.serve.request import Generation, parse
-from saw_trtllm.serve.response import answer
+from saw_trtllm.serve.response import answer, stack
 from saw_trtllm.serve.triton import Tensors, error_response, read_tensors, to_triton
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ class Job:
         One for each prompt.
     unfinished : int
         Prompts that have more to come.
+    rows : dict
+        Tensors of the finished prompts by their index, where they all go into one response.
     checked : float
         When ``postprocessing`` was last asked about cancellation.
     """
@@ -69,6 +71,7 @@ class Job:
     sender: Any
     parts: list[tuple[Generation, GenerationResult]]
     unfinished: int
+    rows: dict[int, Tensors] = field(default_factory=dict)
     checked: float = float("-inf")
     #: Whether the client itself has cancelled the request.
     cancelled: bool = False
@@ -154,12 +157,17 @@ class TensorrtLlmModel:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def _begin(self, request: Any, sender: Any) -> None:
-        tensors = read_tensors(request)
+        tensors = read_tensors(request, names.TENSORRT_LLM_MODEL)
         if "stop" in tensors and tensors["stop"].any():
             self._submit(self._stop(tensors, request.request_id()))
-            self._send(sender, None, final=True)
+            self._send(sender, self._pb_utils.InferenceResponse([]), final=True)
             return
         generations = parse(tensors, self._parameters.exclude_input_in_output)
+        if not self._parameters.decoupled_mode and any(g.streaming for g in generations):
+            raise RequestError(
+                "stream is true, and this server gives one response to a request: leave it out, or start saw-triton "
+                "with --decoupled_mode true"
+            )
         parts: list[tuple[Generation, GenerationResult]] = []
         job = Job(secrets.randbits(64) or 1, request.request_id(), sender, parts, unfinished=len(generations))
         try:
@@ -199,12 +207,14 @@ class TensorrtLlmModel:
                 return
             if output.outputs[0].finish_reason == "cancelled":
                 self._check_cancelled(job)
-            response = self._response(job, index, output)
+            tensors = self._tensors(job, index, output)
             job.unfinished -= output.finished
-            if job.unfinished:
-                self._send(job.sender, response)
+            if self._parameters.decoupled_mode or len(job.parts) == 1:
+                self._respond(job, tensors)
             else:
-                self._close(job, response)
+                job.rows[index] = tensors
+                if not job.unfinished:
+                    self._respond(job, stack([job.rows[i] for i in range(len(job.parts))]))
             if self._streams > 1 and not output.finished:
                 await asyncio.sleep((self._streams - 1) / _RESPONSES_PER_S)
 
@@ -215,7 +225,14 @@ class TensorrtLlmModel:
         if job.cancelled:
             raise RequestCancelledError("the request was cancelled")
 
-    def _response(self, job: Job, index: int, output: RequestOutput) -> Any:
+    def _respond(self, job: Job, tensors: Tensors) -> None:
+        response = self._pb_utils.InferenceResponse(to_triton(self._pb_utils, tensors))
+        if job.unfinished:
+            self._send(job.sender, response)
+        else:
+            self._close(job, response)
+
+    def _tensors(self, job: Job, index: int, output: RequestOutput) -> Tensors:
         generation, _ = job.parts[index]
         now = time.monotonic()
         ask = generation.streaming and now - job.checked >= self._parameters.cancellation_check_period_ms / 1000
@@ -224,7 +241,8 @@ class TensorrtLlmModel:
         tensors = answer(generation, output, self._llm.tokenizer, job.key if ask else 0)
         if len(job.parts) > 1:
             tensors["batch_index"] = np.array([[index]], np.int32)
-        return self._pb_utils.InferenceResponse(to_triton(self._pb_utils, tensors))
+            tensors["sequence_index"] = np.zeros((1, 1), np.int32)
+        return tensors
 
     def _close(self, job: Job, response: Any) -> None:
         """Send a job's last response."""
@@ -234,10 +252,7 @@ class TensorrtLlmModel:
 
     def _send(self, sender: Any, response: Any, final: bool = False) -> None:
         flags = self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
-        if response is None:
-            sender.send(flags=flags)
-        else:
-            sender.send(response, flags=flags)
+        sender.send(response, flags=flags)
 
     async def _stop(self, tensors: Tensors, request_id: str) -> None:
         key = int(tensors["request_key"].reshape(-1)[0]) if "request_key" in tensors else 0

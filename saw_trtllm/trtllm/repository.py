@@ -96,7 +96,7 @@ def template_values(parameters: Parameters, config: EngineConfig, backend: str, 
     values = {
         "triton_backend": BACKENDS[backend],
         "triton_max_batch_size": max_batch_size,
-        "decoupled_mode": True,
+        "decoupled_mode": parameters.decoupled_mode,
         "batching_strategy": "inflight_fused_batching",
         "engine_dir": parameters.gpt_model_path,
         "tokenizer_dir": parameters.tokenizer_folder,
