@@ -1,5 +1,6 @@
 """The Triton models' logic, without Triton."""
 
+import logging
 import threading
 
 import numpy as np
@@ -459,13 +460,18 @@ def test_text_is_that_of_the_runtime(model, llm, postprocessing, tokenizer, prom
 )
 def test_pieces_that_have_piled_up_go_out_as_one(model, llm, postprocessing, tokenizer, options, monkeypatch):
     monkeypatch.setattr(tensorrt_llm, "_RESPONSES_PER_S", 4)
-    ids, options = tokenizer.encode(UNICODE), {**options, "end_id": -1, "return_log_probs": True}
+    ids, options = (
+        tokenizer.encode(UNICODE),
+        {**options, "end_id": -1, "return_log_probs": True, "return_generation_logits": True},
+    )
     params = parse(llm_inputs(ids, 60, **options))[0].params
     expected = llm.generate(ids, params).outputs[0]
     for streamed in run(model, *(Request(llm_inputs(ids, 60, streaming=True, **options)) for _ in range(2))):
         assert text_of(postprocessing, streamed) == expected.text
         assert [t for r in streamed for t in r.tensors["output_ids"][0, 0]] == expected.token_ids
         assert [x for r in streamed for x in r.tensors["output_log_probs"][0, 0]] == pytest.approx(expected.logprobs)
+        logits = np.concatenate([r.tensors["generation_logits"][0, 0] for r in streamed])
+        np.testing.assert_array_equal(logits, expected.generation_logits)
         assert len(streamed) < max(3, len(expected.token_ids) // 2)
 
 
@@ -498,9 +504,11 @@ def test_results_that_were_asked_for(model, llm, tokenizer):
     )
     np.testing.assert_allclose(pieces[-1]["cum_log_probs"], [[sum(completion.logprobs)]], rtol=1e-6)
     assert sum(p["num_output_tokens"].item() for p in pieces) == 6
-    assert [("context_logits" in p, "generation_logits" in p) for p in pieces] == [(False, False)] * (
-        len(pieces) - 1
-    ) + [(True, True)]
+    # Each response has the logits of its own tokens; the prompt's come once.
+    logits = [p["generation_logits"] for p in pieces]
+    assert [p.shape[:3] for p in logits] == [(1, 1, p["output_ids"].shape[2]) for p in pieces]
+    np.testing.assert_array_equal(np.concatenate([p[0, 0] for p in logits]), completion.generation_logits)
+    assert ["context_logits" in p for p in pieces] == [False] * (len(pieces) - 1) + [True]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -635,7 +643,11 @@ def test_finalize_ends_what_runs(engine_dir, tokenizer):
     assert not [t for t in threading.enumerate() if t.name == "saw-serve" and not t.is_alive()]
 
 
-def test_loading_a_missing_engine_is_one_sentence(tmp_path):
+def test_loading_a_missing_engine_is_one_sentence(tmp_path, monkeypatch):
+    # A model takes over the package's log, for Triton's; the tests after this one want it back.
+    log = logging.getLogger("saw_trtllm")
+    for name, value in {"handlers": [], "propagate": True, "level": log.level}.items():
+        monkeypatch.setattr(log, name, value)
     with pytest.raises(pb_utils.TritonModelException, match="is not a folder: give the --output_dir of saw-build"):
         load_model(pb_utils, TensorrtLlmModel, {"model_config": model_config(gpt_model_path=str(tmp_path / "no"))})
     with pytest.raises(pb_utils.TritonModelException, match="gpt_model_path"):

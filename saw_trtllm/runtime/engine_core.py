@@ -153,8 +153,8 @@ class Request:
         if params.logprobs:
             logprobs = self._logprobs[: new.stop]
             output = replace(output, logprobs=logprobs, cumulative_logprob=sum(logprobs))
-        if reason and self._generation_logits:
-            output = replace(output, generation_logits=np.concatenate(self._generation_logits)[: new.stop])
+        if logits := self._generation_logits:
+            output = replace(output, generation_logits=np.concatenate(logits[new] or [logits[0][:0]]))
         context = np.concatenate(self._context_logits) if reason and self._context_logits else None
         return RequestOutput(
             sequence.request_id, self._prompt, self._prompt_token_ids, [output], reason is not None, context

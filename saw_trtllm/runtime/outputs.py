@@ -40,7 +40,7 @@ class CompletionOutput:
     cumulative_logprob, logprobs : float, list of float
         With ``logprobs=True``: log-probabilities of ``token_ids``, and their sum.
     generation_logits : numpy.ndarray or None
-        fp32 ``[len(token_ids), vocab_size]``, with the last piece.
+        fp32 ``[len(token_ids_diff), vocab_size]``: those of this piece.
     """
 
     text: str
@@ -161,6 +161,8 @@ class GenerationResult:
             token_ids_diff=[token for part in parts for token in part.token_ids_diff],
             context_ids=parts[0].context_ids,
         )
+        if joined.generation_logits is not None:
+            joined = replace(joined, generation_logits=np.concatenate([part.generation_logits for part in parts]))
         return replace(pieces[-1], outputs=[joined])
 
     def result(self, timeout: float | None = None) -> RequestOutput:

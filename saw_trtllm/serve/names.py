@@ -133,7 +133,7 @@ RESULTS = (
     _optional("cum_log_probs", "FP32", "sum of the log-probabilities so far", (-1,)),
     _optional("output_log_probs", "FP32", "log-probability of each new token `[1, tokens]`", (-1, -1)),
     _optional("context_logits", "FP32", "`[prompt tokens, vocabulary]`, with the last response", (-1, -1)),
-    _optional("generation_logits", "FP32", "`[1, tokens, vocabulary]`, with the last response", (-1, -1, -1)),
+    _optional("generation_logits", "FP32", "`[1, tokens, vocabulary]` of each new token", (-1, -1, -1)),
     _optional("num_input_tokens", "INT32", "tokens of the prompt"),
     _optional("num_output_tokens", "INT32", "generated tokens of this response"),
     _optional("batch_index", "INT32", "of a request with several prompts: which one this is for"),
