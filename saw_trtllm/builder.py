@@ -22,6 +22,7 @@ from saw_trtllm.checkpoint import (
     copy_tokenizer_files,
     tokenizer_files,
 )
+from saw_trtllm.checksums import record_checksums
 from saw_trtllm.config import MODELS, DTypeName, ModelConfig, first_error, read_json
 from saw_trtllm.engine import (
     CONFIG_FILE,
@@ -34,6 +35,7 @@ from saw_trtllm.engine import (
     engine_file,
 )
 from saw_trtllm.errors import ConfigError
+from saw_trtllm.files import replacing_folder
 from saw_trtllm.fold import fold_smoothing, fold_v_rotation, layer_of
 from saw_trtllm.format import RANGE_FACTORS, TOKENS_PER_BLOCK, KVFormat, KvName
 from saw_trtllm.network.options import NetworkOptions, Phases
@@ -43,6 +45,8 @@ from saw_trtllm.runtime.llm import KvCacheConfig
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
 Switch = Literal["enable", "disable"]
+#: What a build replaces in its folder; other files there stay.
+ENGINE_FILES = (CONFIG_FILE, engine_file("*"), *TOKENIZER_FILES)
 GemmPlugin = Literal["auto", "float16", "bfloat16", "disable"]
 
 
@@ -269,7 +273,7 @@ def parse_layers(text: str | None, num_layers: int) -> list[int]:
 def build(plan: BuildPlan, progress: Callable[[str], None] | None = None, phases: Phases | None = None) -> int:
     """Write the engine folder of a plan.
 
-    The config comes last, so that an interrupted build does not pass for an engine.
+    An engine that is there stays until the new one is whole.
 
     Parameters
     ----------
@@ -305,14 +309,16 @@ def build(plan: BuildPlan, progress: Callable[[str], None] | None = None, phases
             from saw_trtllm.network.build import build_engine
 
             return build_engine(plan, progress, phases)
-        with replacing_engine(plan, plan.config) as part:
+        with replacing_engine(plan) as part:
+            path = part / engine_file()
             centers = () if plan.calibration is None else plan.calibration.centers
-            with SafetensorsWriter(part, plan.engine_shapes, plan.config.pretrained_config.dtype, centers) as writer:
+            with SafetensorsWriter(path, plan.engine_shapes, plan.config.pretrained_config.dtype, centers) as writer:
                 for name in plan.engine_shapes:
                     writer.write(name, plan.load(name))
                     if progress is not None:
                         progress(name)
-        return (folder / engine_file()).stat().st_size
+            plan.config.save(part)
+            return path.stat().st_size
     except OSError as e:
         raise ConfigError(
             f"{folder} cannot be written ({e.strerror or e}): choose another --output_dir or make room"
@@ -320,24 +326,12 @@ def build(plan: BuildPlan, progress: Callable[[str], None] | None = None, phases
 
 
 @contextmanager
-def replacing_engine(plan: BuildPlan, config: EngineConfig) -> Iterator[Path]:
-    """Give a file to write the engine to, and make it the folder's once it is whole: until then an older one stays."""
-    path = plan.output_dir / engine_file()
-    part = path.with_suffix(".part")
-    try:
+def replacing_engine(plan: BuildPlan) -> Iterator[Path]:
+    """Give a folder to write the engine and its config to: with the tokenizer and checksums it becomes the plan's."""
+    with replacing_folder(plan.output_dir, ENGINE_FILES) as part:
         yield part
-        replace_tokenizer(plan)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    config.save(plan.output_dir)
-
-
-def replace_tokenizer(plan: BuildPlan) -> None:
-    """Take away an older engine's config and tokenizer, whose files this model may not have all, and copy its own."""
-    for name in (CONFIG_FILE, *TOKENIZER_FILES):
-        (plan.output_dir / name).unlink(missing_ok=True)
-    copy_tokenizer_files(plan.checkpoint.folder, plan.output_dir)
+        copy_tokenizer_files(plan.checkpoint.folder, part)
+        record_checksums(part)
 
 
 def tokens_that_fit(plan: BuildPlan, kv: str | None = None) -> int:

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.engine import k_center_name
 from saw_trtllm.errors import ConfigError
+from saw_trtllm.files import replacing_file
 from saw_trtllm.paths import is_file
 
 if TYPE_CHECKING:
@@ -123,17 +124,14 @@ class Calibration:
         ConfigError
             If it cannot be written.
         """
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
         tensors = {"k_center": self.k_center, "smoothing": self.smoothing}
         tensors |= {f"probe.{name}": sample for name, sample in self.probe.items()}
         metadata = {"format": "saw_trtllm calibration 1", "model": json.dumps(self.shape)}
         try:
-            save_file(tensors, part, metadata | {"num_tokens": str(self.num_tokens)})
-            part.replace(path)
-        except (OSError, SafetensorError) as e:
-            part.unlink(missing_ok=True)
-            raise ConfigError(f"{path} cannot be written ({e}): choose another --output") from e
+            with replacing_file(path) as file:
+                file.write(save(tensors, metadata | {"num_tokens": str(self.num_tokens)}))
+        except OSError as e:
+            raise ConfigError(f"{path} cannot be written ({e.strerror or e}): choose another --output") from e
 
     @classmethod
     def load(cls, path: Path | str) -> Calibration:

@@ -26,8 +26,8 @@ _NOT_ENGINES = (
 BackendName = Literal["tensorrt_llm", "tensorrt", "reference"]
 
 
-def engine_file(rank: int = 0) -> str:
-    """Name of a rank's engine."""
+def engine_file(rank: int | str = 0) -> str:
+    """Name of a rank's engine; of ``*`` the pattern of all."""
     return f"rank{rank}.engine"
 
 
@@ -140,6 +140,8 @@ class SawSection(BaseModel):
     plugin_version: str | None = None
     tensorrt_version: str | None = None
     compute_capability: str | None = None
+    #: By file name; :mod:`saw_trtllm.checksums` writes and compares them.
+    checksums: dict[str, str] = Field(default_factory=dict)
 
     @classmethod
     def of(cls, kv_format: KVFormat, backend: BackendName, package_version: str) -> SawSection:
@@ -224,11 +226,9 @@ class EngineConfig(BaseModel):
         return config
 
     def save(self, folder: Path) -> None:
-        """Write ``folder/config.json``, whole or not at all."""
-        text = json.dumps(self.model_dump(mode="json"), indent=2)
-        part = folder / f"{CONFIG_FILE}.part"
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(folder / CONFIG_FILE)
+        """Write ``folder/config.json``, without checksums: those are of the files beside an earlier one."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"saw_int4": {"checksums"}}), indent=2)
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
     @property
     def kv_format(self) -> KVFormat:

@@ -95,8 +95,8 @@ def test_a_checkpoint_is_replaced_whole(llama, tmp_path):
     assert (out / "rank0.safetensors").read_bytes() == (tmp_path / "resharded" / "rank0.safetensors").read_bytes()
 
 
-def test_interrupted_conversion_does_not_pass_for_a_checkpoint(llama, tmp_path, capsys, monkeypatch):
-    """Ctrl-C while writing weights, or between their appearance and that of config.json."""
+def test_interrupted_conversion_leaves_what_was_there(llama, tmp_path, monkeypatch):
+    """Ctrl-C while writing weights, or while copying what stands beside them."""
     real = convert.SafetensorsWriter.write
 
     def write(self, name, array):
@@ -104,19 +104,22 @@ def test_interrupted_conversion_does_not_pass_for_a_checkpoint(llama, tmp_path, 
             raise KeyboardInterrupt
         real(self, name, array)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(convert.SafetensorsWriter, "write", write)
-        assert command(llama, tmp_path / "out") == 130
-    assert list((tmp_path / "out").iterdir()) == []
-
     def copy(source, output_dir):
         raise KeyboardInterrupt
 
-    assert command(llama, tmp_path / "out") == 0
-    monkeypatch.setattr(convert, "copy_tokenizer_files", copy)
-    assert command(llama, tmp_path / "out") == 130
-    capsys.readouterr()
-    assert "config.json" in refused(capsys, tmp_path / "out", tmp_path / "other")
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.SafetensorsWriter, "write", write)
+        assert command(llama, out) == 130
+    assert list(out.iterdir()) == []
+    assert command(llama, out) == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    for target, name, stop in ((convert.SafetensorsWriter, "write", write), (convert, "copy_tokenizer_files", copy)):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, stop)
+            assert command(llama, out, tp_size=2) == 130
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_help_shows_defaults(capsys):

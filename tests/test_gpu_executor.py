@@ -362,7 +362,7 @@ def test_a_damaged_engine_file_is_refused(content, refused):
 
 def test_a_missing_engine_file_is_refused(refused):
     message = refused(lambda folder: (folder / "rank0.engine").unlink())
-    assert message == f"FOLDER/rank0.engine cannot be read as an engine (No such file or directory): {AGAIN}"
+    assert message == f"FOLDER/rank0.engine does not exist: {AGAIN}"
 
 
 def test_a_file_of_another_build_is_refused(refused):

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from saw_trtllm.bench.cases import Suite
 from saw_trtllm.config import first_error, read_json
 from saw_trtllm.errors import ConfigError
+from saw_trtllm.files import replacing_file
 
 SCHEMA_VERSION = 1
 
@@ -63,7 +64,8 @@ class Record(RecordPart):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             data = (json.dumps(filled, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
-            path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+            with replacing_file(path) as file:
+                file.write(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
         except OSError as e:
             raise ConfigError(f"{path} cannot be written ({e.strerror}): give a file in a folder of yours") from e
 

@@ -19,6 +19,7 @@ from saw_trtllm.checkpoint.tensorrt_llm import rank_file, write_config
 from saw_trtllm.checkpoint.writer import SafetensorsWriter
 from saw_trtllm.config import read_json
 from saw_trtllm.errors import CheckpointError, ConfigError
+from saw_trtllm.files import replacing_folder
 from saw_trtllm.paths import is_file
 
 #: What stands beside the weights and is copied with them, as far as it is there.
@@ -46,8 +47,7 @@ def save_checkpoint(
     """Write a checkpoint in TensorRT-LLM's format, split over ``tp_size`` ranks.
 
     All ranks are written side by side, one tensor after the other: each tensor is read once, and no more than one is in
-    memory. The tokenizer's files are copied along. Weights appear under their names only when they are whole, and
-    ``config.json`` comes last, so that an interrupted conversion does not pass for a checkpoint.
+    memory. The tokenizer's files are copied along. A checkpoint that is there stays until the new one is whole.
 
     Parameters
     ----------
@@ -140,29 +140,19 @@ def _write(ckpt: Checkpoint, output_dir: Path, tp_size: int, dtype: str, progres
     # A source with a split embedding is written with a whole one on each rank.
     (config.model_extra or {}).pop("use_parallel_embedding", None)
     shapes = {name: shard_shape(name, config, tp_size) for name in ckpt.names()}
-    partial = [output_dir / (rank_file(rank) + ".part") for rank in range(tp_size)]
-    with ExitStack() as stack:
-        stack.callback(lambda: [path.unlink(missing_ok=True) for path in partial])
-        writers = [stack.enter_context(SafetensorsWriter(path, shapes, dtype)) for path in partial]
-        for name in ckpt.names():
-            array = cast(ckpt.load_finite(name), dtype, ckpt.where(name))
-            for rank, writer in enumerate(writers):
-                writer.write(name, shard(name, array, config, tp_size, rank))
-            if progress is not None:
-                progress(name)
-        for writer in writers:
-            writer.close()
-        # From here to the last line the folder is no checkpoint: it has no config.json.
-        (output_dir / "config.json").unlink(missing_ok=True)
-        for old in output_dir.glob("rank*.safetensors"):
-            old.unlink()
-        for rank, path in enumerate(partial):
-            path.replace(output_dir / rank_file(rank))
-    copy_tokenizer_files(ckpt.folder, output_dir)
-    part = output_dir / "config.json.part"
-    part.write_text(text, encoding="utf-8")
-    part.replace(output_dir / "config.json")
-    return len(text.encode()) + sum((output_dir / rank_file(rank)).stat().st_size for rank in range(tp_size))
+    names = [rank_file(rank) for rank in range(tp_size)]
+    with replacing_folder(output_dir, ("config.json", rank_file("*"), *TOKENIZER_FILES)) as part:
+        with ExitStack() as stack:
+            writers = [stack.enter_context(SafetensorsWriter(part / name, shapes, dtype)) for name in names]
+            for name in ckpt.names():
+                array = cast(ckpt.load_finite(name), dtype, ckpt.where(name))
+                for rank, writer in enumerate(writers):
+                    writer.write(name, shard(name, array, config, tp_size, rank))
+                if progress is not None:
+                    progress(name)
+        copy_tokenizer_files(ckpt.folder, part)
+        (part / "config.json").write_text(text, encoding="utf-8")
+        return sum((part / name).stat().st_size for name in ("config.json", *names))
 
 
 def cast(array: np.ndarray, dtype: str, where: str) -> np.ndarray:

@@ -47,7 +47,7 @@ _SCALING_DEFAULTS = {
 }
 
 
-def rank_file(rank: int) -> str:
+def rank_file(rank: int | str) -> str:
     """Name the weights of one rank."""
     return f"rank{rank}.safetensors"
 

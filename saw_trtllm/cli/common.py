@@ -27,6 +27,11 @@ def add_log_level(parser: argparse.ArgumentParser, default: str = "warning") -> 
     parser.add_argument("--log_level", choices=LOG_LEVELS, default=default, help="what to log to stderr")
 
 
+def add_no_verify(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of the commands that open an engine."""
+    parser.add_argument("--no_verify", action="store_true", help="open the engine without checking its checksums")
+
+
 def set_log_level(name: str) -> None:
     """Log to stderr at one of TensorRT-LLM's level names."""
     level = _PYTHON_LEVELS.get(name, name).upper()

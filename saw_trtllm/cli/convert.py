@@ -49,15 +49,15 @@ def convert(args: argparse.Namespace) -> None:
     ckpt = Checkpoint.open(args.model_dir)
     with progress(len(ckpt.names()), "saw-convert", "tensors") as bar:
         written = save_checkpoint(ckpt, args.output_dir, args.tp_size, args.dtype, lambda _: bar.update())
-    saved = Checkpoint.open(args.output_dir)
-    next_command = ["saw-build", "--model", saved.config.model, "--kv", "saw_int4"]
+    config = ckpt.config
+    next_command = ["saw-build", "--model", config.model, "--kv", "saw_int4"]
     next_command += ["--checkpoint_dir", str(args.output_dir), "--output_dir", "engine"]
     rows = {
-        "architecture": saved.config.architecture,
-        "layers": saved.config.num_hidden_layers,
-        "parameters": f"{saved.num_parameters():,}",
-        "dtype": saved.config.dtype,
-        "tp_size": saved.config.mapping.tp_size,
+        "architecture": config.architecture,
+        "layers": config.num_hidden_layers,
+        "parameters": f"{ckpt.num_parameters():,}",
+        "dtype": config.dtype if args.dtype == "auto" else args.dtype,
+        "tp_size": args.tp_size,
         "written": f"{written:,} bytes to {args.output_dir}",
         "wall time": f"{time.perf_counter() - start:.1f} s",
         "next": shlex.join(next_command),

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from saw_trtllm.cli.common import add_log_level, run, set_log_level
+from saw_trtllm.cli.common import add_log_level, add_no_verify, run, set_log_level
 from saw_trtllm.errors import RequestError
 from saw_trtllm.progress import progress
 from saw_trtllm.runtime.llm import LLM, KvCacheConfig
@@ -53,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="F",
         help="its share of the free memory",
     )
+    add_no_verify(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     add_log_level(parser)
     return parser
@@ -79,7 +80,8 @@ def _run(args: argparse.Namespace) -> None:
     )
     prompts = given.get("input_text") or _read_prompts(args.input_file)
     cache = KvCacheConfig(given.get("kv_cache_max_tokens"), args.kv_cache_free_gpu_memory_fraction)
-    with LLM(args.engine_dir, given.get("tokenizer_dir"), cache, max_queue_size=0) as llm:
+    options = {"max_queue_size": 0, "verify": not args.no_verify}
+    with LLM(args.engine_dir, given.get("tokenizer_dir"), cache, **options) as llm:
         start = time.monotonic()
         unit = "prompt" if "input_text" in given else "line"
         results = []

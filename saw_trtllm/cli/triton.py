@@ -9,7 +9,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from saw_trtllm.cli.common import add_log_level, run, set_log_level
+from saw_trtllm.checksums import verify_engine
+from saw_trtllm.cli.common import add_log_level, add_no_verify, run, set_log_level
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
 from saw_trtllm.paths import is_file
@@ -118,6 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=120.0,
         help="with --launch: without an answer or a token for so long, the server counts as stuck; 0 is never",
     )
+    add_no_verify(parser)
     add_log_level(parser)
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags for tritonserver itself")
     return parser
@@ -164,6 +166,8 @@ def _parameters(args: argparse.Namespace) -> Parameters:
     tokenizer = getattr(args, "tokenizer_dir", args.engine_dir)
     if tokenizer == args.engine_dir and not is_file(tokenizer / "tokenizer.json"):
         raise ConfigError(f"{tokenizer} has no tokenizer.json: give the folder of the model's with --tokenizer_dir")
+    if not args.no_verify:
+        verify_engine(args.engine_dir, tokenizer=tokenizer == args.engine_dir)
     Tokenizer.load(tokenizer)
     return Parameters.of(
         gpt_model_path=args.engine_dir.absolute(),
@@ -175,6 +179,7 @@ def _parameters(args: argparse.Namespace) -> Parameters:
         enable_kv_cache_reuse=args.kv_cache_reuse == "enable",
         decoupled_mode=args.decoupled_mode == "true",
         exclude_input_in_output=args.exclude_input_in_output == "enable",
+        verify_engine=not args.no_verify,
     )
 
 

@@ -10,6 +10,7 @@ from saw_trtllm.errors import BackendUnavailableError, ConfigError
 from saw_trtllm.eval.analysis import HISTOGRAM_RANGE
 from saw_trtllm.eval.session import Evaluation
 from saw_trtllm.eval.tables import layer_table, quality_table, suggestion_table
+from saw_trtllm.files import replacing_folder
 
 try:
     import matplotlib.figure
@@ -21,6 +22,7 @@ except ImportError as e:
         f"--report needs {e.name}, which is not installed: pip install 'saw-trtllm[eval]'"
     ) from e
 
+_PAGE_FILE = "report.html"
 _PAGE = """\
 <!doctype html>
 <html lang="en">
@@ -81,13 +83,12 @@ def write_report(evaluation: Evaluation, folder: Path) -> Path:
     environment = Environment(autoescape=True)
     page = environment.from_string(_PAGE).render(about=evaluation.about, tables=tables, plots=_plots(evaluation))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").write_text(json.dumps(evaluation.as_dict(), indent=1) + "\n", encoding="utf-8")
-        path = folder / "report.html"
-        path.write_text(page, encoding="utf-8")
+        with replacing_folder(folder, (_PAGE_FILE, "results.json")) as part:
+            (part / "results.json").write_text(json.dumps(evaluation.as_dict(), indent=1) + "\n", encoding="utf-8")
+            (part / _PAGE_FILE).write_text(page, encoding="utf-8")
     except OSError as e:
         raise ConfigError(f"{folder} cannot be written ({e.strerror or e}): choose another --report folder") from e
-    return path
+    return folder / _PAGE_FILE
 
 
 def _plots(evaluation: Evaluation) -> list[tuple[str, str]]:

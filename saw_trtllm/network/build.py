@@ -13,6 +13,7 @@ import numpy as np
 from saw_trtllm.builder import BuildPlan, replacing_engine
 from saw_trtllm.engine import EngineConfig, engine_file
 from saw_trtllm.errors import BackendUnavailableError, EngineError
+from saw_trtllm.files import replacing_file
 from saw_trtllm.network.decoder import Load, define_decoder
 from saw_trtllm.network.device import compute_capability
 from saw_trtllm.network.graph import Graph
@@ -30,7 +31,7 @@ def build_engine(
     phases: Phases | None = None,
     tensorrt: TensorRT | None = None,
 ) -> int:
-    """Write the engine folder of a plan, its config last.
+    """Write the engine folder of a plan.
 
     Parameters
     ----------
@@ -60,9 +61,9 @@ def build_engine(
     with ThreadPoolExecutor(plan.network.workers) as pool:
         load = _Reader(plan, pool, progress or (lambda name: None)).load
         engine = serialize_engine(tensorrt, config, load, plan.network, phases)
-    with replacing_engine(plan, config) as part, part.open("wb") as file:
-        file.write(engine)
-    return (plan.output_dir / engine_file()).stat().st_size
+    with replacing_engine(plan) as part:
+        config.save(part)
+        return (part / engine_file()).write_bytes(engine)
 
 
 class _Reader:
@@ -177,6 +178,5 @@ def _use_timing_cache(builder_config: Any, options: NetworkOptions) -> None:
 def _write_timing_cache(builder_config: Any, path: Path | None) -> None:
     if path is None:
         return
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(bytes(memoryview(builder_config.get_timing_cache().serialize())))
-    part.replace(path)
+    with replacing_file(path) as file:
+        file.write(memoryview(builder_config.get_timing_cache().serialize()))

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from saw_trtllm.checksums import check_not_replaced, verify_engine
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.errors import ConfigError, EngineError, RequestError
 from saw_trtllm.paths import is_file
@@ -64,6 +65,8 @@ class LLM:
     max_queue_size : int
         Requests of :meth:`generate_async` that may wait for their first step; 0 is any number. :meth:`generate` waits
         for room instead.
+    verify : bool
+        Whether the folder's files are compared with the checksums that ``saw-build`` recorded.
 
     Attributes
     ----------
@@ -91,6 +94,7 @@ class LLM:
         kv_cache_config: KvCacheConfig | Mapping[str, Any] | None = None,
         prefill_chunk: int | None = None,
         max_queue_size: int = MAX_QUEUE_SIZE,
+        verify: bool = True,
     ) -> None:
         if not (is_number(max_queue_size, whole=True) and max_queue_size >= 0):
             raise ConfigError(f"max_queue_size is {shown(max_queue_size)}: it must be a whole number, 0 for any number")
@@ -99,11 +103,14 @@ class LLM:
         kv_cache_config = KvCacheConfig.of(kv_cache_config)
         folder = Path(model)
         self.config = EngineConfig.load(folder)
+        if verify:
+            verify_engine(folder, tokenizer=tokenizer is None)
         self.tokenizer = _load_tokenizer(folder, tokenizer)
         build = self.config.build_config
         chunk = _prefill_chunk(self.config, prefill_chunk)
         exact = not self.config.kv_format.quantized
         self.executor = open_executor(folder, self.config, kv_cache_config)
+        check_not_replaced(folder, self.config.saw_int4.checksums)  # its files are read by name
         blocks = BlockManager(
             self.executor.num_blocks,
             build.tokens_per_block,

@@ -254,6 +254,7 @@ TENSORRT_LLM_MODEL = Model(
         "enable_kv_cache_reuse",
         "exclude_input_in_output",
         "max_queue_size",
+        "verify_engine",
         "cancellation_check_period_ms",
         "stats_check_period_ms",
     ),

@@ -29,6 +29,7 @@ class Parameters(BaseModel):
     max_queue_size: int = Field(
         MAX_QUEUE_SIZE, ge=0, description="requests that may wait for their first step; 0 is any number"
     )
+    verify_engine: bool = Field(True, description="whether the engine's checksums are checked when it is opened")
     cancellation_check_period_ms: int = Field(100, gt=0, description="how often to ask whether a client has gone")
     stats_check_period_ms: int = Field(100, gt=0, description="how often to update the metrics")
 

@@ -118,6 +118,7 @@ class TensorrtLlmModel:
             tokenizer=parameters.tokenizer_dir,
             kv_cache_config=kv_cache,
             max_queue_size=parameters.max_queue_size,
+            verify=parameters.verify_engine,
         )
         self._metrics = MetricsReporter(pb_utils, names.TENSORRT_LLM, names.VERSION)
         self._jobs: dict[int, Job] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from tensorrt_llm.builder import BuildConfig, build
 from tensorrt_llm.models import PretrainedConfig
 from tensorrt_llm.plugin import PluginConfig
 
-from saw_trtllm.builder import BuildPlan, replace_tokenizer
+from saw_trtllm.builder import BuildPlan, replacing_engine
 from saw_trtllm.checkpoint.tensorrt_llm import write_config
 from saw_trtllm.engine import CONFIG_FILE, engine_file
 from saw_trtllm.trtllm.models import class_for
@@ -21,7 +20,7 @@ _TIMING_CACHE = "model.cache"
 
 
 def build_engines(plan: BuildPlan, progress: Callable[[str], None] | None = None) -> int:
-    """Write the engines of all ranks, and their config last.
+    """Write the engines of all ranks.
 
     Parameters
     ----------
@@ -37,24 +36,20 @@ def build_engines(plan: BuildPlan, progress: Callable[[str], None] | None = None
     """
     model = plan.config.pretrained_config
     cls, ranks = class_for(model), range(model.mapping.world_size)
-    with tempfile.TemporaryDirectory(dir=plan.output_dir, prefix=".part-") as part:
+    with replacing_engine(plan) as part:
         for rank in ranks:
             if torch.cuda.is_available():
                 torch.cuda.set_device(rank % torch.cuda.device_count())
             config = PretrainedConfig.from_dict(write_config(model, model.dtype, model.mapping.tp_size))
             config.set_rank(rank)
-            engine = build(cls.from_plan(plan, config, progress), _build_config(plan, Path(part)))
-            engine.save(part)
+            engine = build(cls.from_plan(plan, config, progress), _build_config(plan, part))
+            engine.save(str(part))
             del engine
-        replace_tokenizer(plan)
-        for rank in ranks:
-            (Path(part) / engine_file(rank)).replace(plan.output_dir / engine_file(rank))
-        written = json.loads((Path(part) / CONFIG_FILE).read_text(encoding="utf-8"))
+        (part / _TIMING_CACHE).unlink(missing_ok=True)
+        written = json.loads((part / CONFIG_FILE).read_text(encoding="utf-8"))
         written["build_config"]["output_timing_cache"] = _TIMING_CACHE  # not a folder that is gone
-        text = json.dumps(written, indent=2) + "\n"
-        (Path(part) / CONFIG_FILE).write_text(text, encoding="utf-8")
-        (Path(part) / CONFIG_FILE).replace(plan.output_dir / CONFIG_FILE)
-    return sum((plan.output_dir / engine_file(rank)).stat().st_size for rank in ranks)
+        (part / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        return sum((part / engine_file(rank)).stat().st_size for rank in ranks)
 
 
 def _build_config(plan: BuildPlan, folder: Path) -> BuildConfig:

@@ -16,10 +16,13 @@ import numpy as np
 import tokenizers
 
 from saw_trtllm import __version__
+from saw_trtllm.builder import ENGINE_FILES
 from saw_trtllm.checkpoint import NUMPY_DTYPES, expected_shapes
+from saw_trtllm.checksums import record_checksums
 from saw_trtllm.config import ModelConfig
 from saw_trtllm.engine import BuildConfig, EngineConfig, SawSection, engine_file
 from saw_trtllm.errors import ConfigError, EngineError, SawError
+from saw_trtllm.files import replacing_folder
 from saw_trtllm.format import KVFormat
 from saw_trtllm.network.build import built_for, serialize_engine
 from saw_trtllm.network.options import NetworkOptions
@@ -88,10 +91,11 @@ def build_random(folder: Path, config: EngineConfig, options: NetworkOptions) ->
     config = built_for(config, tensorrt, options.gemm_plugin)
     engine = serialize_engine(tensorrt, config, RandomWeights(config.pretrained_config).load, options)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / engine_file()).write_bytes(engine)
-        write_tokenizer(folder, config.pretrained_config.vocab_size)
-        config.save(folder)
+        with replacing_folder(folder, ENGINE_FILES) as part:
+            (part / engine_file()).write_bytes(engine)
+            write_tokenizer(part, config.pretrained_config.vocab_size)
+            config.save(part)
+            record_checksums(part)
     except OSError as e:
         raise ConfigError(f"{folder} cannot be written ({e.strerror}): give another --engine_dir") from e
 
