@@ -78,12 +78,12 @@ def test_dtype(llama, tmp_path, dtype, numpy_dtype):
 
 def test_tokenizer_files_are_copied(broken, tmp_path):
     for name in TOKENIZER_FILES:
-        (broken / name).write_text(name)
+        (broken / name).write_text(json.dumps({"name": name}))
     (broken / "notes.txt").touch()
     assert command(broken, tmp_path / "out") == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {*TOKENIZER_FILES, "config.json", "rank0.safetensors"}
     for name in TOKENIZER_FILES:
-        assert (tmp_path / "out" / name).read_text() == name
+        assert (tmp_path / "out" / name).read_text() == json.dumps({"name": name})
 
 
 def test_a_checkpoint_is_replaced_whole(llama, tmp_path):

@@ -1,12 +1,14 @@
 import pytest
-from example_engine import EXAMPLE
+from family_tokenizers import TOKENIZERS as FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
-from saw_trtllm.runtime.detokenizer import REPLACEMENT, Detokenizer, decode_piece
-from saw_trtllm.runtime.tokenizer import Tokenizer
+from saw_trtllm.runtime.detokenizer import Detokenizer
+from saw_trtllm.runtime.stop_matcher import Match, StopMatcher
+from saw_trtllm.runtime.token_decoder import REPLACEMENT
+
+#: Those whose text is what was tokenized.
+TOKENIZERS = {name: FAMILIES[name] for name in ("byte level", "byte fallback", "example")}
 
 TEXTS = [
     "plain words, and more of them",
@@ -21,31 +23,6 @@ TEXTS = [
 ]
 
 
-def byte_level():
-    """Each byte a token, as byte-level BPE spells it: all characters beyond ASCII are split."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Backend(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    return Tokenizer(backend)
-
-
-def byte_fallback():
-    """Llama 2's way: words begin with a sign for the space, unknown characters become bytes, the first space goes."""
-    pieces = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abcdefgmnorstw", "▁a", "▁word", "nd"]
-    merges = [("▁", "a"), ("n", "d")]
-    vocab = {p: i for i, p in enumerate(dict.fromkeys(pieces))}
-    backend = Backend(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return Tokenizer(backend)
-
-
-TOKENIZERS = {"bytes": byte_level(), "fallback": byte_fallback(), "example": Tokenizer.load(EXAMPLE)}
-
-
 def run(tokenizer, ids, stop=(), include=False, min_tokens=0):
     """Push ids until a stop string is found: the pieces, the stop string, and how many ids were taken."""
     detokenizer = Detokenizer(tokenizer, stop, include)
@@ -54,17 +31,10 @@ def run(tokenizer, ids, stop=(), include=False, min_tokens=0):
         piece, found = detokenizer.push(token, may_stop=count >= min_tokens)
         pieces += [piece] if piece else []
         if found is not None:
-            assert detokenizer.flush() is None
+            assert detokenizer.flush()[:2] == ([], "")
             return pieces, found, count
     rest = detokenizer.flush()
-    return pieces + ([rest] if rest else []), None, len(ids)
-
-
-def check_identity(tokenizer, pieces):
-    """What a client is promised: a piece's text follows from its own ids and their context."""
-    for piece in pieces:
-        assert piece.token_ids
-        assert piece.text == decode_piece(tokenizer, piece.context_ids, piece.token_ids)[: len(piece.text)]
+    return pieces + ([rest] if rest.token_ids else []), None, len(ids)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -77,7 +47,6 @@ def test_pieces_make_up_the_text(name, text):
     assert "".join(p.text for p in pieces) == tokenizer.decode(ids)
     assert tokenizer.decode(ids).strip(" ") == text.strip(" ")
     assert [i for p in pieces for i in p.token_ids] == ids
-    check_identity(tokenizer, pieces)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -86,22 +55,21 @@ def test_no_piece_holds_half_a_character(name):
     ids = tokenizer.encode("añ日😀b", add_special_tokens=False)
     pieces, _, _ = run(tokenizer, ids)
     assert all(REPLACEMENT not in p.text for p in pieces)
-    assert any(len(p.token_ids) == 4 and p.text == "😀" for p in pieces)
+    assert any(len(p.token_ids) >= 4 and p.text.endswith(("😀", "😀b")) for p in pieces)
 
 
 def test_bytes_that_are_no_character_come_out_as_replacement():
-    tokenizer = TOKENIZERS["bytes"]
+    tokenizer = TOKENIZERS["byte level"]
     smile, a = tokenizer.encode("😀"), tokenizer.encode("a")
     pieces, _, _ = run(tokenizer, [*a, *smile[:2], *a])
     assert [p.text for p in pieces] == ["a", REPLACEMENT + "a"]
     pieces, _, _ = run(tokenizer, [*a, *smile[:3]])
     assert [p.text for p in pieces] == ["a", REPLACEMENT]
-    check_identity(tokenizer, pieces)
 
 
 def test_tokens_that_the_tokenizer_does_not_know_are_silent():
     """A model's vocabulary may be padded beyond its tokenizer's."""
-    tokenizer = TOKENIZERS["bytes"]
+    tokenizer = TOKENIZERS["byte level"]
     a, b = tokenizer.encode("ab")
     pieces, _, _ = run(tokenizer, [a, 5000, b])
     assert "".join(p.text for p in pieces) == "ab"
@@ -113,20 +81,19 @@ def test_tokens_that_the_tokenizer_does_not_know_are_silent():
 
 @pytest.mark.parametrize("include", [False, True])
 def test_a_stop_string_over_several_tokens(include):
-    tokenizer = TOKENIZERS["bytes"]
+    tokenizer = TOKENIZERS["byte level"]
     pieces, stop, taken = run(tokenizer, tokenizer.encode("one STOP two"), ["STOP"], include)
     assert stop == "STOP"
     assert taken == len("one STOP")
     assert "".join(p.text for p in pieces) == ("one STOP" if include else "one ")
     assert "".join(tokenizer.decode(p.token_ids) for p in pieces) == "one STOP"
-    check_identity(tokenizer, pieces)
 
 
 def test_what_may_be_a_stop_string_is_held_back():
-    tokenizer = TOKENIZERS["bytes"]
+    tokenizer = TOKENIZERS["byte level"]
     detokenizer = Detokenizer(tokenizer, ["aab"])
     shown = [detokenizer.push(t)[0] for t in tokenizer.encode("caaac")]
-    assert [p.text if p else None for p in shown] == ["c", None, None, None, "aaac"]
+    assert [p.text if p else None for p in shown] == ["c", None, None, "a", "aac"]
     pieces, stop, _ = run(tokenizer, tokenizer.encode("caaab"), ["aab"])
     assert (["".join(p.text for p in pieces)], stop) == (["ca"], "aab")
 
@@ -140,14 +107,14 @@ def test_the_earliest_stop_string_counts():
 
 
 def test_no_stop_before_min_tokens():
-    tokenizer = TOKENIZERS["bytes"]
+    tokenizer = TOKENIZERS["byte level"]
     ids = tokenizer.encode("a.b.c.")
     pieces, stop, taken = run(tokenizer, ids, ["."], min_tokens=3)
     assert ("".join(p.text for p in pieces), stop, taken) == ("a.b", ".", 4)
 
 
 def test_held_text_is_given_at_the_end():
-    tokenizer = TOKENIZERS["bytes"]
+    tokenizer = TOKENIZERS["byte level"]
     pieces, stop, _ = run(tokenizer, tokenizer.encode("abST"), ["STOP"])
     assert (pieces[-1].text, stop) == ("ST", None)
 
@@ -160,24 +127,70 @@ def test_held_text_is_given_at_the_end():
     include=st.booleans(),
 )
 def test_text_up_to_the_first_stop_string(name, text, stops, include):
-    """The oracle decodes all ids so far anew at each token."""
+    """The oracle decodes all ids so far anew at each token, after another one: a first space counts, shown or not."""
     tokenizer = TOKENIZERS[name]
     ids = tokenizer.encode(text, add_special_tokens=False)
+    before = tokenizer.encode("b", add_special_tokens=False)
     expected = (tokenizer.decode(ids), None, len(ids))
     for count in range(1, len(ids) + 1):
-        so_far = tokenizer.decode(ids[:count])
+        so_far = tokenizer.decode([*before, *ids[:count]]).removeprefix("b")
         found = [(so_far.find(s), s) for s in stops if s in so_far]
         if found:
             at, stop = min(found)
-            expected = (so_far[: at + len(stop) * include], stop, count)
+            shown = so_far[: at + len(stop) * include]
+            expected = (shown.removeprefix(" " if name == "byte fallback" else ""), stop, count)
             break
     pieces, stop, count = run(tokenizer, ids, stops, include)
     assert ("".join(p.text for p in pieces), stop, count) == expected
     assert [i for p in pieces for i in p.token_ids] == ids[:count]
-    check_identity(tokenizer, pieces)
 
 
 def test_without_a_tokenizer_there_are_ids_alone():
     pieces, stop, _ = run(None, [5, 6, 7])
     assert stop is None
     assert [(p.token_ids, p.text) for p in pieces] == [([5], ""), ([6], ""), ([7], "")]
+
+
+# -- the matcher
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    symbols=st.lists(st.text("ab", max_size=4), max_size=8),
+    runs=st.lists(st.text("ab", min_size=1, max_size=5), max_size=5),
+)
+def test_matches_are_those_of_a_plain_search(symbols, runs):
+    matcher, text = StopMatcher(runs), ""
+    for part in symbols:
+        ends = range(len(text) + 1, len(text) + len(part) + 1)
+        text += part
+        found = [
+            Match(end - len(run), end, i) for end in ends for i, run in enumerate(runs) if text[:end].endswith(run)
+        ]
+        match = matcher.push(part)
+        assert (match is None) == (not found)
+        if match:
+            assert match[:2] == min(found)[:2]
+            assert runs[match.index] == text[match.start : match.end]
+        held = [n for run in runs for n in range(len(run) + 1) if text.endswith(run[:n])]
+        assert matcher.settled == len(text) - max(held, default=0)
+
+
+class Counted(str):
+    """Text that counts how often it is looked at."""
+
+    looks = 0
+
+    def __hash__(self):
+        Counted.looks += 1
+        return super().__hash__()
+
+
+def test_the_work_for_a_symbol_does_not_grow_with_the_runs():
+    """Each symbol moves on by at most one, so all fallbacks together are no more than the symbols."""
+    symbols = [Counted(c) for c in "ab" * 500]
+    for runs in (["ab" * 8000 + "c"], ["ab" * n + "c" for n in range(1, 120)]):
+        matcher = StopMatcher(runs)
+        Counted.looks = 0
+        matcher.push(symbols)
+        assert Counted.looks <= 2 * len(symbols)

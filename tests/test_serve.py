@@ -5,13 +5,11 @@ import threading
 
 import numpy as np
 import pytest
-import tokenizers
 from example_engine import EXAMPLE
 from fake_triton import InferenceRequest, Request, SeriesRecorder, i32, model_config, pb_utils, strings
 
 from saw_trtllm import LLM, SamplingParams
 from saw_trtllm.errors import EngineError, RequestError
-from saw_trtllm.runtime.detokenizer import Detokenizer
 from saw_trtllm.runtime.stats import Stats
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve import metrics, names, tensorrt_llm
@@ -174,51 +172,11 @@ def test_stop_words_survive_the_way_through_word_lists(preprocessing, tokenizer)
 # postprocessing
 
 
-@pytest.mark.parametrize("stop", [(), ("日本",), ("emo", "🎉")])
-def test_pieces_join_to_the_text(postprocessing, tokenizer, stop):
-    detokenizer = Detokenizer(tokenizer, stop)
-    joined, pieces = b"", []
-    for token in tokenizer.encode(UNICODE, False):
-        piece, found = detokenizer.push(token)
-        if piece:
-            pieces.append(piece)
-        if found:
-            break
-    for piece in pieces:
-        untrimmed = postprocessing.detokenize(
-            {
-                "TOKENS_BATCH": i32([piece.token_ids]),
-                "SEQUENCE_LENGTH": i32([len(piece.token_ids)]),
-                "CONTEXT_IDS": i32(piece.context_ids),
-            }
-        )
-        trim = len(untrimmed[0].decode()) - len(piece.text)
-        # Padding behind SEQUENCE_LENGTH must not show.
-        out = postprocessing.detokenize(
-            {
-                "TOKENS_BATCH": i32([[*piece.token_ids, -1, 5]]),
-                "SEQUENCE_LENGTH": i32([len(piece.token_ids)]),
-                "CONTEXT_IDS": i32(piece.context_ids),
-                "TEXT_TRIM": i32([trim]),
-            }
-        )
-        joined += out[0]
-    expected = UNICODE
-    for s in stop:
-        expected = expected.split(s)[0]
-    assert joined.decode() == expected
-
-
-def test_context_keeps_the_space_before_a_word(tmp_path):
-    # Decoders in SentencePiece's manner strip the space of the first word they see.
-    words = tokenizers.models.WordLevel({"▁hello": 0, "▁world": 1}, unk_token="▁hello")
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.decoder = tokenizers.decoders.Metaspace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    model = PostprocessingModel(pb_utils, Parameters(tokenizer_dir=tmp_path))
-    tensors = {"TOKENS_BATCH": i32([[1]]), "SEQUENCE_LENGTH": i32([1])}
-    assert model.detokenize(tensors | {"CONTEXT_IDS": i32([0])})[0] == b" world"
-    assert model.detokenize(tensors)[0] == b"world"
+def test_a_text_is_handed_on(postprocessing, tokenizer):
+    """It is the runtime's: what the tokens alone would give lacks what came before them."""
+    tensors = {"TOKENS_BATCH": i32([tokenizer.encode("a", False)]), "SEQUENCE_LENGTH": i32([1])}
+    assert postprocessing.detokenize(tensors | {"TEXT": strings([UNICODE])}).tolist() == [UNICODE.encode()]
+    assert postprocessing.detokenize(tensors | {"TEXT": np.empty((1, 0), object)}).tolist() == [b"a"]
 
 
 def test_postprocessing_without_options_decodes(postprocessing, tokenizer):
@@ -242,10 +200,9 @@ def test_postprocessing_without_options_decodes(postprocessing, tokenizer):
         ({"TOKENS_BATCH": i32([[66]]), "SEQUENCE_LENGTH": i32([-1])}, "SEQUENCE_LENGTH goes from -1 to -1"),
         ({"TOKENS_BATCH": i32([[66, -5]]), "SEQUENCE_LENGTH": i32([2])}, "TOKENS_BATCH holds the token -5"),
         (
-            {"TOKENS_BATCH": i32([[66]]), "SEQUENCE_LENGTH": i32([1]), "CONTEXT_IDS": i32([-7])},
-            "CONTEXT_IDS holds the token -7",
+            {"TOKENS_BATCH": i32([[66]]), "SEQUENCE_LENGTH": i32([1]), "TEXT": strings(["a", "b"])},
+            "TEXT holds 2 strings for 1 texts",
         ),
-        ({"TOKENS_BATCH": i32([[66]]), "SEQUENCE_LENGTH": i32([1]), "TEXT_TRIM": i32([-1])}, "TEXT_TRIM is -1"),
     ],
 )
 def test_inputs_that_do_not_fit_together_get_one_sentence(postprocessing, tensors, sentence):
@@ -384,6 +341,8 @@ BAD_INPUTS = [
     ({"stop_words_list": np.array([[[5, 6], [2, 1]]])}, "stop_words_list ends its words at"),
     ({"stop_words_list": np.array([[[5, 6], [1, 3]]])}, "stop_words_list ends its words at"),
     ({"stop_words": strings([b"\xff"])}, "stop_words is not valid UTF-8"),
+    ({"stop_words": strings(["x" * 300_000])}, "stop holds 1 stops of 300000 bytes in all"),
+    ({"prompt": strings([b"\xff"])}, "prompt is not valid UTF-8"),
     ({"input_lengths": 4}, "input_lengths is 4"),
     ({"input_lengths": -1}, "input_lengths is -1"),
     ({"input_lengths": 0}, "the prompt is empty"),
@@ -452,6 +411,21 @@ def test_text_is_that_of_the_runtime(model, llm, postprocessing, tokenizer, prom
     assert [t for r in streamed for t in r.tensors["output_ids"][0, 0]] == expected.token_ids
     assert with_prompt[0].tensors["output_ids"][0, 0].tolist() == ids + expected.token_ids
     assert len(whole) == len(with_prompt) == 1
+
+
+def test_the_output_begins_with_the_prompt_as_it_was_sent(model, llm, postprocessing, tokenizer):
+    """A client cuts the prompt's length off; the tokens' text would lack the special ones."""
+    prompt = f"<|end_of_text|>{PROMPT}"
+    ids = tokenizer.encode(prompt)
+    assert tokenizer.decode(ids) == PROMPT
+    text = llm.generate(prompt, SamplingParams(max_tokens=8)).outputs[0].text
+    whole, streamed = run(
+        model,
+        Request(llm_inputs(ids, prompt=prompt.encode())),
+        Request(llm_inputs(ids, prompt=prompt.encode(), streaming=True)),
+    )
+    assert text_of(postprocessing, whole) == prompt + text
+    assert text_of(postprocessing, streamed) == text
 
 
 @pytest.mark.parametrize(

@@ -251,7 +251,7 @@ def test_ready_line_names_the_endpoints(server):
     assert server.ready == f"ready: {endpoints}, metrics http://127.0.0.1:{server.metrics}/metrics\n"
 
 
-@pytest.mark.parametrize("prompt", [PROMPT, UNICODE])
+@pytest.mark.parametrize("prompt", [PROMPT, f"<|end_of_text|>{UNICODE}"])
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.25, "top_k": 40, "seed": 7}], ids=["greedy", "sampled"])
 def test_grpc_text_is_that_of_the_runtime(server, llm, prompt, options):
     expected = llm.generate(prompt, SamplingParams(max_tokens=24, **options)).outputs[0]

@@ -10,6 +10,7 @@ from saw_trtllm.checkpoint import huggingface, tensorrt_llm
 from saw_trtllm.checkpoint.layout import EMBEDDING, LM_HEAD, expected_shapes, layer_prefix, unshard
 from saw_trtllm.checkpoint.reader import NUMPY_DTYPES, StoredTensor
 from saw_trtllm.config import ModelConfig, read_json
+from saw_trtllm.end_ids import read_end_ids
 from saw_trtllm.errors import CheckpointError
 from saw_trtllm.paths import is_file, is_folder
 
@@ -23,12 +24,14 @@ class Checkpoint:
     ----------
     folder : Path
     config : ModelConfig
-        Of the whole model; ``config.mapping`` is as stored.
+        Of the whole model, with the ids of its end tokens; ``config.mapping`` is as stored.
     """
 
     def __init__(self, folder: Path, config: ModelConfig, parts: dict[str, list[StoredTensor]], sharded: bool):
         self.folder = folder
-        self.config = config
+        end_ids = read_end_ids(folder)
+        # An engine must know them without its model's files, and without a tokenizer.
+        self.config = config if end_ids is None else config.model_copy(update={"eos_token_id": list(end_ids)})
         self._shapes = expected_shapes(config)
         self._parts = parts
         self._sharded = sharded

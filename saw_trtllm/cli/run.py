@@ -117,8 +117,13 @@ def _read_prompts(path: Path) -> list[str]:
 def _stream(prompt: str, result: GenerationResult) -> None:
     """Print a prompt, and its text as it grows: to a pipe too."""
     print(prompt, end="", flush=True)
+    begun = False
     for output in result:
-        print(output.outputs[0].text_diff, end="", flush=True)
+        completion = output.outputs[0]
+        if not begun and (completion.text or output.finished):
+            print(completion.leading_space, end="")
+            begun = True
+        print(completion.text_diff, end="", flush=True)
     print()
 
 

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from saw_trtllm.runtime.stop_matcher import Match, StopMatcher
+from saw_trtllm.runtime.token_decoder import TextBuilder, TokenPiece
 from saw_trtllm.runtime.tokenizer import Tokenizer
-
-#: What a decoder writes for bytes that are not, or not yet, UTF-8.
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-
-def decode_piece(tokenizer: Tokenizer, context_ids: Sequence[int], new_ids: Sequence[int]) -> str:
-    """Text that ``new_ids`` add behind ``context_ids``.
-
-    Decoders strip or insert spaces by what stands before, so a piece is the difference of two decodings.
-    """
-    return tokenizer.decode([*context_ids, *new_ids])[len(tokenizer.decode(context_ids)) :]
 
 
 class Piece(NamedTuple):
@@ -24,21 +16,31 @@ class Piece(NamedTuple):
 
     Attributes
     ----------
-    context_ids, token_ids : list of int
-        ``text == decode_piece(tokenizer, context_ids, token_ids)[:len(text)]``.
+    token_ids : list of int
     text : str
+    leading : str
+        What was stripped from the beginning of the whole text, and would not be if another text stood before it.
     """
 
-    context_ids: list[int]
     token_ids: list[int]
     text: str
+    leading: str
+
+
+class _Held(NamedTuple):
+    token: int
+    piece: TokenPiece
+    end: int  # in the bytes of all tokens
 
 
 class Detokenizer:
     """Turns a sequence's tokens to text and looks for stop strings.
 
-    A token is held back while its bytes are no whole character yet, or while its text may be the beginning of a stop
-    string; held tokens come out with the first that settles it.
+    The pieces' texts, joined, are the tokenizer's decoding of all tokens. A token is held back while its text is not
+    final, or may be part of a stop string; held tokens come out with the first that settles it.
+
+    Stop strings are looked for as transformers' ``StopStringCriteria`` does: in the bytes that the tokens stand for,
+    the special ones among them. The text before a stop string is the decoding of the bytes before it.
 
     Parameters
     ----------
@@ -47,24 +49,20 @@ class Detokenizer:
     stop : sequence of str
         Strings to stop at.
     include_stop : bool
-        Whether the text keeps the stop string.
+        Whether the text keeps the stop string, without its special tokens.
     """
 
-    #: Tokens that a piece is decoded behind, at least: enough for any decoder's rules on spaces.
-    _CONTEXT = 6
-
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = (), include_stop: bool = False) -> None:
-        self._tokenizer = tokenizer
+        self._decoder = tokenizer.decoder if tokenizer else None
+        self._builder = TextBuilder(self._decoder) if tokenizer else None
         self._stop = tuple(stop)
         self._include_stop = include_stop
-        # The last pieces. Whole ones, since a context that began within a character would spoil what follows.
-        self._sent: list[list[int]] = []
-        self._context: list[int] = []  # their tokens
-        self._context_chars = 0
-        self._chars = 0  # with the held tokens
-        self._held: list[int] = []
+        self._matcher = StopMatcher([s.encode() for s in self._stop]) if self._stop else None
+        self._held: deque[_Held] = deque()
+        self._length = 0  # bytes of all tokens
+        self._ready: list[int] = []
 
-    def push(self, token: int, may_stop: bool = True) -> tuple[Piece | None, str | None]:
+    def push(self, token: int, may_stop: bool = True, last: bool = False) -> tuple[Piece | None, str | None]:
         """Take a token.
 
         Parameters
@@ -72,48 +70,68 @@ class Detokenizer:
         token : int
         may_stop : bool
             False before ``min_tokens``.
+        last : bool
+            Whether the text ends with it.
 
         Returns
         -------
         tuple of (Piece or None, str or None)
             What can be shown now, and the stop string that ended the text.
         """
-        self._held.append(token)
-        if self._tokenizer is None:
+        if self._decoder is None:
+            return Piece([token], "", ""), None
+        match = self._take(token)
+        if match and may_stop:
+            return self._cut(match), self._stop[match.index]
+        if last:
             return self.flush(), None
-        text = self._held_text()
-        if may_stop:
-            found = [(text.find(s), s) for s in self._stop if s in text]
-            if found:
-                at, stop = min(found)
-                return self._send(text[: at + len(stop) * self._include_stop]), stop
-        if text.endswith(REPLACEMENT) or (may_stop and any(_may_begin(text, s) for s in self._stop)):
-            return None, None
-        return self._send(text), None
+        text = self._release(self._matcher.settled if self._matcher else self._length)
+        if self._ready and (text or not self._builder.pending):
+            return self._send(text), None
+        return None, None
 
-    def flush(self) -> Piece | None:
+    def end(self, token: int) -> tuple[Piece, str | None]:
+        """Take the end token. It is no part of the text, but a stop string may end in it."""
+        match = self._take(token) if self._matcher else None
+        if match:
+            return self._cut(match), self._stop[match.index]
+        if self._matcher:
+            self._held.pop()
+        return self.flush(), None
+
+    def flush(self) -> Piece:
         """What was held, as it is, at the end of the text."""
-        if not self._held:
-            return None
-        return self._send(self._held_text() if self._tokenizer else "")
+        if self._decoder is None:
+            return Piece([], "", "")
+        return self._send(self._release(self._length) + self._builder.finish())
 
-    def _held_text(self) -> str:
-        text = self._tokenizer.decode([*self._context, *self._held])
-        self._chars = len(text)
-        return text[self._context_chars :]
+    def _take(self, token: int) -> Match | None:
+        piece = self._decoder.piece(token)
+        self._length += len(piece.data)
+        self._held.append(_Held(token, piece, self._length))
+        return self._matcher.push(piece.data) if self._matcher else None
+
+    def _release(self, settled: int) -> str:
+        """Text of the held tokens that end within the first bytes."""
+        texts = []
+        while self._held and self._held[0].end <= settled:
+            token, piece, _ = self._held.popleft()
+            texts.append(self._builder.push(piece))
+            self._ready.append(token)
+        return "".join(texts)
+
+    def _cut(self, match: Match) -> Piece:
+        """All held tokens, with their text up to a stop string."""
+        limit = match.end if self._include_stop else match.start
+        text = self._release(limit)
+        for token, piece, end in self._held:
+            begin = end - len(piece.data)
+            if begin < limit:
+                text += self._builder.push(piece, limit - begin)
+            self._ready.append(token)
+        self._held.clear()
+        return self._send(text + self._builder.finish())
 
     def _send(self, text: str) -> Piece:
-        piece = Piece(self._context, self._held, text)
-        self._sent.append(self._held)
-        self._context = [*self._context, *self._held]
-        self._context_chars, self._held = self._chars, []
-        if len(self._context) >= 2 * self._CONTEXT:  # seldom, since what is left must be decoded anew
-            while len(self._context) - len(self._sent[0]) >= self._CONTEXT:
-                self._context = self._context[len(self._sent.pop(0)) :]
-            self._context_chars = len(self._tokenizer.decode(self._context)) if self._tokenizer else 0
-        return piece
-
-
-def _may_begin(text: str, stop: str) -> bool:
-    """Whether the text ends in a beginning of ``stop``."""
-    return any(text.endswith(stop[:n]) for n in range(1, len(stop)))
+        ready, self._ready = self._ready, []
+        return Piece(ready, text, self._builder.leading)

@@ -31,6 +31,7 @@ from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.scheduler import Scheduled, Scheduler, Sequence
 from saw_trtllm.runtime.stats import Stats
 from saw_trtllm.runtime.step import PREFILL, StepPacker
+from saw_trtllm.runtime.stop_matcher import StopMatcher
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Request:
         # A copy, since what is handed out may be changed by who gets it.
         self._prompt_token_ids = list(sequence.prompt)
         self._detokenizer = detokenizer
+        self._stop_runs = StopMatcher(sequence.params.stop_token_sequences or ())
         self._streaming = streaming
         self._texts: list[str] = []
         self._logprobs: list[float] = []
@@ -98,13 +100,18 @@ class Request:
         count = len(sequence.generated)
         may_stop = count >= params.min_tokens
         if token in self.end_ids and may_stop:
-            default_end = token not in (params.stop_token_ids or ())
-            self._hand_out(self._detokenizer.flush(), "stop", None if default_end else token, hidden=1)
+            piece, stop = self._detokenizer.end(token)
+            if stop is None and token in (params.stop_token_ids or ()):
+                stop = token
+            self._hand_out(piece, "stop", stop, hidden=1)
             return True
-        piece, stop = self._detokenizer.push(token, may_stop)
-        stop = stop if stop is not None else self._stop_sequence(may_stop)
-        if stop is not None or count == params.max_tokens:
-            self._hand_out(piece or self._detokenizer.flush(), "length" if stop is None else "stop", stop)
+        run_ends = self._stop_runs.push((token,)) is not None and may_stop
+        last = run_ends or count == params.max_tokens
+        piece, stop = self._detokenizer.push(token, may_stop, last)
+        if stop is None and run_ends:
+            stop = token
+        if last or stop is not None:
+            self._hand_out(piece, "length" if stop is None else "stop", stop)
             return True
         if piece is None:
             return False
@@ -118,18 +125,10 @@ class Request:
         """End the text as it is."""
         self._hand_out(self._detokenizer.flush(), "cancelled")
 
-    def _stop_sequence(self, may_stop: bool) -> int | None:
-        generated = self.sequence.generated
-        for run in self.sequence.params.stop_token_sequences or ():
-            if may_stop and generated[-len(run) :] == list(run):
-                return run[-1]
-        return None
-
     def _hand_out(
-        self, piece: Piece | None, reason: FinishReason | None = None, stop: str | int | None = None, hidden: int = 0
+        self, piece: Piece, reason: FinishReason | None = None, stop: str | int | None = None, hidden: int = 0
     ) -> None:
         """Put a piece into the result; ``hidden`` tokens at the end, the end token, are not part of the output."""
-        piece = piece or Piece([], [], "")
         self._texts.append(piece.text)
         shown = len(self.sequence.generated) - hidden if reason else self._shown + len(piece.token_ids)
         new, self._shown = slice(self._shown, shown), shown
@@ -146,7 +145,7 @@ class Request:
             token_ids=tokens,
             text_diff=text if whole else piece.text,
             token_ids_diff=list(tokens) if whole else tokens[new],
-            context_ids=[] if whole else piece.context_ids,
+            leading_space=piece.leading,
             finish_reason=reason,
             stop_reason=stop,
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from saw_trtllm.checksums import check_not_replaced, verify_engine
+from saw_trtllm.end_ids import read_end_ids
 from saw_trtllm.engine import EngineConfig
 from saw_trtllm.errors import ConfigError, EngineError, RequestError
 from saw_trtllm.paths import is_file
@@ -106,6 +107,9 @@ class LLM:
         if verify:
             verify_engine(folder, tokenizer=tokenizer is None)
         self.tokenizer = _load_tokenizer(folder, tokenizer)
+        self._end_ids = read_end_ids(folder)
+        if self._end_ids is None:
+            self._end_ids = self.tokenizer.eos_ids if self.tokenizer else ()
         build = self.config.build_config
         chunk = _prefill_chunk(self.config, prefill_chunk)
         exact = not self.config.kv_format.quantized
@@ -225,8 +229,7 @@ class LLM:
             )
         end_ids = set(params.stop_token_ids or ())
         if not params.ignore_eos:
-            default = self.tokenizer.eos_ids if self.tokenizer else ()
-            end_ids.update(default if params.end_id is None else {params.end_id})
+            end_ids.update(self._end_ids if params.end_id is None else {params.end_id})
         # What the model cannot say ends nothing; the sampler must not look it up.
         vocab = self.config.pretrained_config.vocab_size
         end_ids = {i for i in end_ids if 0 <= i < vocab}

@@ -27,12 +27,12 @@ class CompletionOutput:
     index : int
         Always 0: one completion a request.
     text, token_ids : str, list of int
-        All so far.
+        All so far. The text is the decoding of the tokens without special ones, up to a stop string.
     text_diff, token_ids_diff : str, list of int
         This piece. Without streaming it is the whole text.
-    context_ids : list of int
-        Tokens to decode the piece behind: ``text_diff`` is what ``token_ids_diff`` add to their text, cut where a stop
-        string began.
+    leading_space : str
+        What the tokenizer's decoder strips from the beginning of a text: the prompt, this and the text are together
+        what it makes of the tokens of both.
     finish_reason : {"stop", "length", "cancelled"} or None
         None while more is to come.
     stop_reason : str, int or None
@@ -47,7 +47,7 @@ class CompletionOutput:
     token_ids: list[int]
     text_diff: str
     token_ids_diff: list[int]
-    context_ids: list[int]
+    leading_space: str
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     cumulative_logprob: float | None = None
@@ -159,7 +159,6 @@ class GenerationResult:
             parts[-1],
             text_diff="".join(part.text_diff for part in parts),
             token_ids_diff=[token for part in parts for token in part.token_ids_diff],
-            context_ids=parts[0].context_ids,
         )
         if joined.generation_logits is not None:
             joined = replace(joined, generation_logits=np.concatenate([part.generation_logits for part in parts]))

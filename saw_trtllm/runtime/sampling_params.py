@@ -47,6 +47,10 @@ _SWITCHES = (
     "return_generation_logits",
     "logprobs",
 )
+#: Of each kind of stops: how many a request may have, and their bytes or tokens in all. What finds them is built for
+#: the request, in a few milliseconds.
+MAX_STOPS, MAX_STOP_SIZE = 1024, 16384
+
 _ONE_TEXT = "a request gives one text; send the prompt several times, with a seed each"
 _NO_BEAMS = "there is no beam search; leave it out"
 _ADVICE = {
@@ -81,11 +85,12 @@ class SamplingParams:
     seed : int, optional
         The same logits and the same seed give the same text, whatever else runs; 0 by default.
     stop : str or list of str, optional
-        Strings that end the text.
+        Strings that end the text, the first in its bytes. They may hold special tokens, which the text does not show.
     stop_token_ids : list of int, optional
         Tokens that end the text, beside the end token.
     stop_token_sequences : list of list of int, optional
-        Runs of tokens that end the text (TensorRT-LLM's ``stop_words_list``).
+        Runs of tokens that end the text (TensorRT-LLM's ``stop_words_list``). Of each kind of stops there may be
+        1024, of 16384 bytes or tokens in all.
     repetition_penalty : float
         Divides the positive logits, and multiplies the negative ones, of tokens in prompt and text; 0.001 to 1000.
     presence_penalty, frequency_penalty : float
@@ -148,10 +153,13 @@ class SamplingParams:
 
     def _check_stops(self) -> None:
         strings = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-        self._need(_are(strings, _is_string), "stop", "a string or strings, none of them empty")
+        self._need(_are(strings, _is_string), "stop", "a string or strings of whole characters, none of them empty")
         self._need(_are(self.stop_token_ids or (), _is_token), "stop_token_ids", "token ids")
         runs = self.stop_token_sequences or ()
         self._need(_are(runs, _is_run), "stop_token_sequences", "lists of token ids, none of them empty")
+        _check_size("stop", [len(s.encode()) for s in strings], "bytes")
+        _check_size("stop_token_ids", [1 for _ in self.stop_token_ids or ()], "tokens")
+        _check_size("stop_token_sequences", list(map(len, runs)), "tokens")
 
     def _need(self, valid: bool, name: str, needed: str) -> None:
         if not valid:
@@ -180,8 +188,17 @@ def _are(values: Any, test: Callable[[Any], bool]) -> bool:
     return isinstance(values, Iterable) and all(map(test, values))
 
 
+def _check_size(name: str, sizes: list[int], unit: str) -> None:
+    if len(sizes) > MAX_STOPS or sum(sizes) > MAX_STOP_SIZE:
+        raise RequestError(
+            f"{name} holds {len(sizes)} stops of {sum(sizes)} {unit} in all: give at most {MAX_STOPS} of at most "
+            f"{MAX_STOP_SIZE} {unit} in all"
+        )
+
+
 def _is_string(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
+    # A lone surrogate is half a character, and no text has one.
+    return isinstance(value, str) and value != "" and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _is_token(value: Any) -> bool:

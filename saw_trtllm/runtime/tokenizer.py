@@ -9,8 +9,12 @@ from pathlib import Path
 import tokenizers
 
 from saw_trtllm.config import read_json
+from saw_trtllm.end_ids import read_end_ids
 from saw_trtllm.errors import CheckpointError
 from saw_trtllm.paths import is_file, is_folder, reject_lfs_pointer
+from saw_trtllm.runtime.token_decoder import TokenDecoder
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -19,14 +23,22 @@ class Tokenizer:
     Attributes
     ----------
     eos_ids : tuple of int
-        Tokens that end a text: those of generation_config.json, else of tokenizer_config.json.
+        Tokens that end a text: those that the model's files beside it name, else tokenizer_config.json's.
     bos_id : int or None
+    decoder : TokenDecoder
+        What each token adds to a text.
+
+    Raises
+    ------
+    CheckpointError
+        If its decoder is none that is known.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, eos_ids: Sequence[int] = (), bos_id: int | None = None) -> None:
         self._tokenizer = tokenizer
         self.eos_ids = tuple(eos_ids)
         self.bos_id = bos_id
+        self.decoder = TokenDecoder(tokenizer)
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
@@ -49,10 +61,11 @@ class Tokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         settings = _optional(file.with_name("tokenizer_config.json"))
-        eos = _optional(file.with_name("generation_config.json")).get("eos_token_id")
-        if eos is None:
+        _add_named_tokens(tokenizer, settings)
+        eos_ids = read_end_ids(file.parent)
+        if eos_ids is None:
             eos = _token_id(tokenizer, settings.get("eos_token"))
-        eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+            eos_ids = () if eos is None else (eos,)
         return cls(tokenizer, eos_ids, _token_id(tokenizer, settings.get("bos_token")))
 
     @property
@@ -79,6 +92,17 @@ def _optional(path: Path) -> dict:
 
 
 def _token_id(tokenizer: tokenizers.Tokenizer, token: str | dict | None) -> int | None:
-    if isinstance(token, dict):  # a serialized AddedToken
-        token = token.get("content")
-    return tokenizer.token_to_id(token) if token else None
+    content = _content(token)
+    return tokenizer.token_to_id(content) if content else None
+
+
+def _content(token: str | dict | None) -> str | None:
+    """A token's text; as a dict it is a serialized AddedToken."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _add_named_tokens(tokenizer: tokenizers.Tokenizer, settings: dict) -> None:
+    """Make those of the vocabulary's tokens special that tokenizer_config.json has roles for, as transformers does."""
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    named = [_content(settings.get(name)) for name in _NAMED_TOKENS]
+    tokenizer.add_special_tokens([t for t in named if t and t not in added and tokenizer.token_to_id(t) is not None])

@@ -95,9 +95,9 @@ REQUEST_OPTIONS = (
     _optional("repetition_penalty", "FP32", "0.001 to 1000; above 1: tokens of prompt and text become less likely"),
     _optional("presence_penalty", "FP32", "-1000 to 1000; subtracted from the logits of tokens in the text"),
     _optional("frequency_penalty", "FP32", "-1000 to 1000; the same, times their count"),
-    _optional("end_id", "INT32", "the end token; the tokenizer's by default, -1 is none"),
+    _optional("end_id", "INT32", "the end token; the model's by default, -1 is none"),
     _optional("pad_id", "INT32", "accepted and not needed: no output is padded"),
-    _optional("exclude_input_in_output", "BOOL", "without `stream`: leave the prompt out of the output"),
+    _optional("exclude_input_in_output", "BOOL", "without `stream`: leave the prompt as it was sent out of the output"),
     _optional("return_log_probs", "BOOL", "give `output_log_probs` and `cum_log_probs`"),
     _optional("return_context_logits", "BOOL", "give `context_logits`; the engine needs `--gather_context_logits`"),
     _optional("return_generation_logits", "BOOL", "give `generation_logits`; needs `--gather_generation_logits`"),
@@ -156,13 +156,13 @@ STEPS = (
             "input_ids": "_INPUT_ID",
             "input_lengths": "_REQUEST_INPUT_LEN",
             "request_output_len": "_REQUEST_OUTPUT_LEN",
+            "prompt": "text_input",
             **{RENAMED.get(t.name, t.name): t.name for t in REQUEST_OPTIONS},
         },
         outputs={
             "output_ids": "_TOKENS_BATCH",
             "sequence_length": "_SEQUENCE_LENGTH",
-            "context_ids": "_CONTEXT_IDS",
-            "text_trim": "_TEXT_TRIM",
+            "text": "_TEXT",
             "request_key": "_REQUEST_KEY",
             **{t.name: t.name for t in RESULTS},
         },
@@ -172,8 +172,7 @@ STEPS = (
         inputs={
             "TOKENS_BATCH": "_TOKENS_BATCH",
             "SEQUENCE_LENGTH": "_SEQUENCE_LENGTH",
-            "CONTEXT_IDS": "_CONTEXT_IDS",
-            "TEXT_TRIM": "_TEXT_TRIM",
+            "TEXT": "_TEXT",
             "REQUEST_KEY": "_REQUEST_KEY",
         },
         outputs={"OUTPUT": "text_output"},
@@ -228,6 +227,7 @@ TENSORRT_LLM_MODEL = Model(
         Tensor("input_lengths", "INT32", (1,), "how many of them count"),
         Tensor("request_output_len", "INT32", (1,), "tokens to generate at most"),
         *(t._replace(name=RENAMED.get(t.name, t.name)) for t in REQUEST_OPTIONS),
+        _optional("prompt", "STRING", "the prompt, UTF-8, for outputs that begin with it; by default its tokens' text"),
         _optional(
             "stop_words_list", "INT32", "runs of tokens that end the text: ids, and where each run ends", (2, -1)
         ),
@@ -241,8 +241,7 @@ TENSORRT_LLM_MODEL = Model(
     outputs=(
         Tensor("output_ids", "INT32", (-1, -1), "token ids `[1, tokens]`, new ones only when streaming"),
         Tensor("sequence_length", "INT32", (1,), "how many they are"),
-        Tensor("context_ids", "INT32", (-1,), "the tokens before, as far as detokenization needs them"),
-        Tensor("text_trim", "INT32", (1,), "characters that a stop string takes off the end of the text"),
+        Tensor("text", "STRING", (-1,), "the tokens' text; none where the model has no tokenizer"),
         Tensor("request_key", "UINT64", (1,), "0, or the key to cancel the request with: ask for cancellation now"),
         *RESULTS,
     ),
@@ -268,8 +267,7 @@ POSTPROCESSING_MODEL = Model(
         # TensorRT-LLM's is [-1], for beams. With a fixed size Triton itself rejects a batch of 0, which its Python
         # backend drops without an answer.
         Tensor("SEQUENCE_LENGTH", "INT32", (1,), "how many of them count"),
-        _optional("CONTEXT_IDS", "INT32", "tokens before them", (-1,)),
-        _optional("TEXT_TRIM", "INT32", "characters to cut off the end"),
+        _optional("TEXT", "STRING", "their text, to be handed on instead of detokenizing them", (-1,)),
         _optional("REQUEST_KEY", "UINT64", "if not 0: see whether the client has gone, and cancel the request then"),
     ),
     outputs=(Tensor("OUTPUT", "STRING", (-1,), "the text"),),

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from saw_trtllm.errors import RequestError
-from saw_trtllm.runtime.detokenizer import decode_piece
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve import names
 from saw_trtllm.serve.parameters import Parameters
@@ -15,7 +14,7 @@ from saw_trtllm.serve.triton import AnsweringModel, Tensors, to_triton
 
 
 class PostprocessingModel(AnsweringModel):
-    """Detokenizes pieces. It keeps no state: a piece brings along the tokens that it must be decoded behind.
+    """Hands on the texts of ``tensorrt_llm``, and detokenizes what comes without one.
 
     Triton does not tell the running step of an ensemble that its client has gone; only steps that begin later learn
     it. This model's do, so it asks about a request now and then, and tells ``tensorrt_llm`` to stop.
@@ -74,14 +73,12 @@ class PostprocessingModel(AnsweringModel):
             If the inputs do not fit together.
         """
         _check(tensors)
+        if "TEXT" in tensors and tensors["TEXT"].size:
+            return tensors["TEXT"].reshape(-1)
         tokens, lengths = tensors["TOKENS_BATCH"][:, 0], tensors["SEQUENCE_LENGTH"][:, 0]
-        batch = len(tokens)
-        context = tensors.get("CONTEXT_IDS", np.empty((batch, 0), np.int32))
-        trim = tensors.get("TEXT_TRIM", np.zeros((batch, 1), np.int32))
-        out = np.empty(batch, object)
-        for b in range(batch):
-            piece = decode_piece(self._tokenizer, context[b].tolist(), tokens[b, : lengths[b]].tolist())
-            out[b] = piece[: max(len(piece) - int(trim[b, 0]), 0)].encode("utf-8")
+        out = np.empty(len(tokens), object)
+        for b in range(len(tokens)):
+            out[b] = self._tokenizer.decode(tokens[b, : lengths[b]].tolist()).encode("utf-8")
         return out
 
 
@@ -96,8 +93,7 @@ def _check(tensors: Tensors) -> None:
             f"{tokens.shape[2]} tokens of TOKENS_BATCH"
         )
     counted = np.where(np.arange(tokens.shape[2]) < lengths[..., None], tokens, 0)
-    for name, array in (("TOKENS_BATCH", counted), ("CONTEXT_IDS", tensors.get("CONTEXT_IDS"))):
-        if array is not None and (array < 0).any():
-            raise RequestError(f"{name} holds the token {array.min()}: it must be at least 0")
-    if "TEXT_TRIM" in tensors and tensors["TEXT_TRIM"].min() < 0:
-        raise RequestError(f"TEXT_TRIM is {tensors['TEXT_TRIM'].min()}: it must be at least 0")
+    if (counted < 0).any():
+        raise RequestError(f"TOKENS_BATCH holds the token {counted.min()}: it must be at least 0")
+    if "TEXT" in tensors and tensors["TEXT"].size not in (0, len(tokens)):
+        raise RequestError(f"TEXT holds {tensors['TEXT'].size} strings for {len(tokens)} texts: give one for each")

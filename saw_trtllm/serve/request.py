@@ -24,6 +24,8 @@ class Generation:
     include_input: bool
     return_num_input_tokens: bool
     return_num_output_tokens: bool
+    #: The prompt as the client wrote it.
+    prompt_text: str | None = None
 
 
 def parse(tensors: Tensors, exclude_input_in_output: bool = False) -> list[Generation]:
@@ -86,6 +88,7 @@ def _generation(row: _Row, exclude_input_in_output: bool) -> Generation:
         include_input=not streaming and not row.scalar("exclude_input_in_output", exclude_input_in_output),
         return_num_input_tokens=row.scalar("return_num_input_tokens", False),
         return_num_output_tokens=row.scalar("return_num_output_tokens", False),
+        prompt_text=next(iter(texts(row.array("prompt"), "prompt")), None),
     )
 
 

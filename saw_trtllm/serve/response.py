@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from saw_trtllm.runtime.detokenizer import decode_piece
-from saw_trtllm.runtime.outputs import CompletionOutput, RequestOutput
+from saw_trtllm.runtime.outputs import RequestOutput
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve.request import Generation
 
@@ -23,7 +22,7 @@ def answer(
         What was asked.
     output : RequestOutput
     tokenizer : Tokenizer or None
-        The runtime's own, to see what a stop string took off.
+        The runtime's own; None gives no text.
     request_key : int
         Not 0 if ``postprocessing`` is to see whether the client is still there.
 
@@ -37,8 +36,7 @@ def answer(
     tensors = {
         "output_ids": np.array([[ids]], np.int32),
         "sequence_length": np.array([[len(ids)]], np.int32),
-        "context_ids": np.array([piece.context_ids], np.int32),
-        "text_trim": np.array([[_trim(piece, tokenizer)]], np.int32),
+        "text": np.array([[_text(generation, output, tokenizer).encode()] if tokenizer else []], object),
         "request_key": np.array([[request_key]], np.uint64),
     }
     if generation.return_num_input_tokens:
@@ -80,8 +78,10 @@ def stack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return stacked
 
 
-def _trim(piece: CompletionOutput, tokenizer: Tokenizer | None) -> int:
-    """Characters that a stop string took off the end of the tokens' text."""
-    if not isinstance(piece.stop_reason, str) or tokenizer is None:
-        return 0
-    return len(decode_piece(tokenizer, piece.context_ids, piece.token_ids_diff)) - len(piece.text_diff)
+def _text(generation: Generation, output: RequestOutput, tokenizer: Tokenizer) -> str:
+    """The piece's text, after the prompt as the client wrote it where the output has the prompt."""
+    piece = output.outputs[0]
+    if not generation.include_input:
+        return piece.text_diff
+    prompt = tokenizer.decode(output.prompt_token_ids) if generation.prompt_text is None else generation.prompt_text
+    return prompt + piece.leading_space + piece.text_diff
