@@ -34,7 +34,7 @@ def run(tokenizer, ids, stop=(), include=False, min_tokens=0):
             assert detokenizer.flush()[:2] == ([], "")
             return pieces, found, count
     rest = detokenizer.flush()
-    return pieces + ([rest] if rest.token_ids else []), None, len(ids)
+    return pieces + ([rest] if rest.token_ids or rest.text else []), None, len(ids)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
