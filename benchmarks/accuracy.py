@@ -29,17 +29,18 @@ import accuracy_page
 import torch
 from tqdm import tqdm
 
-from saw_trtllm.calibration import Calibration, calibrate
+from saw_trtllm.backends.reference.quantizers import KVQuantizer, Row4Bit, SkipLayers
+from saw_trtllm.backends.reference.window import WindowModel
+from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint
-from saw_trtllm.config import read_json
+from saw_trtllm.checkpoint.calibration import Calibration
 from saw_trtllm.eval.analysis import analyse
-from saw_trtllm.eval.forward import WindowModel
+from saw_trtllm.eval.baselines import Codebook, HessianRounding, PerChannelKeys, gather
 from saw_trtllm.eval.metrics import Quality, evaluate, greedy_agreement
 from saw_trtllm.eval.outliers import plant_key_bias, plant_outliers
-from saw_trtllm.eval.quantizers import KVQuantizer, Row4Bit, SkipLayers
-from saw_trtllm.eval.rivals import Codebook, HessianRounding, PerChannelKeys, gather
 from saw_trtllm.eval.suggest import suggest
 from saw_trtllm.format import RANGE_FACTORS, KVFormat, hadamard_orders
+from saw_trtllm.paths import read_json
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent

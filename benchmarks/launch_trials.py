@@ -28,7 +28,7 @@ from pathlib import Path
 
 import psutil
 
-from saw_trtllm.engine import EngineConfig
+from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.serve.installation import STUB
 from saw_trtllm.serve.session import alive
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
+from saw_trtllm.backends.reference.int4 import dequantize, quantize, rotate
+from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.checkpoint import Checkpoint
-from saw_trtllm.eval.forward import WindowModel
 from saw_trtllm.eval.outliers import plant_key_bias, plant_outliers
 from saw_trtllm.eval.text import load_tokenizer, read_text
 from saw_trtllm.format import HEAD_DIMS, hadamard_orders
-from saw_trtllm.reference.int4 import dequantize, quantize, rotate
 
 GAMMAS = (1.0, 0.98, 0.97, 0.96, 0.95, 0.94, 0.93, 0.92, 0.9, 0.88, 0.85, 0.8)
 

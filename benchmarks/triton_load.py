@@ -23,8 +23,8 @@ from pathlib import Path
 from random import Random
 from statistics import quantiles
 
-from saw_trtllm.bench.tables import align, markdown
-from saw_trtllm.engine import EngineConfig
+from benchmarks.common.report import align, markdown
+from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.serve.ports import Ports
 
 ROOT = Path(__file__).parents[1]

@@ -5,7 +5,8 @@ package needs neither PyTorch nor TensorRT nor a GPU.
 """
 
 from saw_trtllm.errors import SawError
-from saw_trtllm.runtime.llm import LLM, KvCacheConfig
+from saw_trtllm.llm import LLM
+from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.runtime.outputs import CompletionOutput, RequestOutput
 from saw_trtllm.runtime.sampling_params import SamplingParams
 

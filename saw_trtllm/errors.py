@@ -4,6 +4,10 @@ Every message is one sentence that says what was given, what is needed and what 
 with code 2, and the Triton models answer with it under the error code that each class names.
 """
 
+import reprlib
+
+from pydantic import ValidationError
+
 
 class SawError(Exception):
     """Base of all errors that a user can put right."""
@@ -64,3 +68,14 @@ class ShutdownError(SawError):
     """A request that came when the runtime was already shut down."""
 
     triton_code = "UNAVAILABLE"
+
+
+def first_error(error: ValidationError) -> str:
+    """Pydantic's first complaint as ``field: what is wrong``, for a one-sentence message."""
+    e = error.errors()[0]
+    where = ".".join(str(p) for p in e["loc"])
+    what = e["msg"].removeprefix("Value error, ")
+    given = e["input"]
+    if e["type"] != "value_error" and (given is None or isinstance(given, str | int | float)):
+        what += f", and {reprlib.repr(given)} was given"
+    return f"{where}: {what}" if where else what

@@ -6,9 +6,13 @@ ever, for something that exists.
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import stat
+import zlib
 from pathlib import Path
+from typing import Any
 
 from saw_trtllm.errors import ConfigError
 
@@ -57,3 +61,39 @@ def _status(path: Path, error: type[Exception]) -> os.stat_result | None:
         raise error(f"{path} may not be looked at by this user: ask its owner for the right to read it") from None
     except (OSError, ValueError) as e:  # a loop of links, a name too long, or with a null byte
         raise error(f"{path} is no path that can be used ({getattr(e, 'strerror', None) or e}): give another") from None
+
+
+#: Far deeper than any config, and what JSON and pydantic can write again.
+_MAX_NESTING = 64
+
+
+def read_json(path: Path, error: type[Exception] = ConfigError) -> dict[str, Any]:
+    """Read a JSON object, compressed if the name ends in ``.gz``, or raise ``error`` in one sentence."""
+    if not is_file(path, error):
+        raise error(f"{path} does not exist")
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # half a surrogate pair is JSON and no text: it cannot be written again
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as e:
+        reject_lfs_pointer(path, error)
+        # The interpreter's limit on digits comes as a plain ValueError, with advice for programmers.
+        why = "a number has thousands of digits" if type(e) is ValueError else e
+        raise error(f"{path} cannot be read as JSON: {why}") from e
+    if not isinstance(value, dict):
+        raise error(f"{path} holds {type(value).__name__}, not a JSON object")
+    if _nested_deeper(value, _MAX_NESTING):
+        raise error(f"{path} cannot be read: its values are nested deeper than {_MAX_NESTING} levels")
+    return value
+
+
+def _nested_deeper(value: dict[str, Any], depth: int) -> bool:
+    level: list[Any] = [value]
+    for _ in range(depth):
+        nested = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for values in nested for v in values if isinstance(v, dict | list)]
+        if not level:
+            return False
+    return True

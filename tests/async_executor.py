@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from saw_trtllm.reference.executor import ReferenceExecutor
+from saw_trtllm.backends.reference.executor import ReferenceExecutor
+from saw_trtllm.engine.step import StepInputs
 from saw_trtllm.runtime.executor import StepOutput
 from saw_trtllm.runtime.sampling import SamplingState
-from saw_trtllm.runtime.step import StepInputs
 
 
 class AsyncExecutor:

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
-from saw_trtllm.reference.executor import torch  # which says how its threads wait before it loads it
+from saw_trtllm.backends.reference.executor import torch
 
 
 def texts(folder, count, length, max_tokens):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from executor_blocks import PRIMARY, SECONDARY, Block, Copy, Manager
 
-from saw_trtllm.runtime.step import DECODE, PREFILL, StepInputs, StepSequence
+from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 
 #: To which the executor rounds up the longest KV length before it captures a CUDA graph.
 GRAPH_ROUNDING = 256

@@ -266,11 +266,26 @@ class Cuda:
         return self._next
 
 
+#: Modules of the backend that hold what they were given by CUDA: each test imports its own.
+_OVER_CUDA = (
+    "cuda",
+    "engine_checks",
+    "executor",
+    "graphs",
+    "memory",
+    "results",
+    "sample_rows",
+    "sampler",
+    "session",
+    "staging",
+)
+
+
 def install(monkeypatch: Any, total: int = TOTAL) -> Cuda:
     """Put the stand-in in the place of CUDA for Python until the test ends, for modules that are imported behind it."""
     cuda = Cuda(total)
-    for name in [name for name in sys.modules if name.startswith("saw_trtllm.gpu")]:
-        monkeypatch.delitem(sys.modules, name)
+    for name in _OVER_CUDA:
+        monkeypatch.delitem(sys.modules, f"saw_trtllm.backends.tensorrt.{name}", raising=False)
     package, bindings = types.ModuleType("cuda"), types.ModuleType("cuda.bindings")
     package.bindings, bindings.runtime = bindings, cuda
     for name, module in (("cuda", package), ("cuda.bindings", bindings), ("cuda.bindings.runtime", cuda)):

@@ -18,14 +18,14 @@ import safetensors.numpy
 import torch
 from fake_cuda import Cuda
 
-from saw_trtllm.engine import EngineConfig, k_center_name
-from saw_trtllm.network.tensors import LOGITS, profiles, shapes, step_inputs
-from saw_trtllm.network.versions import TensorRT
-from saw_trtllm.plugins import VERSION
-from saw_trtllm.reference.cache import PagedCache
-from saw_trtllm.reference.model import ReferenceModel
+from saw_trtllm.backends.reference.cache import PagedCache
+from saw_trtllm.backends.reference.model import ReferenceModel
+from saw_trtllm.backends.tensorrt.profiles import LOGITS, profiles, shapes, step_inputs
+from saw_trtllm.backends.tensorrt.versions import TensorRT
+from saw_trtllm.engine.config import EngineConfig, k_center_name
+from saw_trtllm.engine.step import StepInputs
+from saw_trtllm.plugins.library import VERSION
 from saw_trtllm.runtime.sampling import SamplingState, sample
-from saw_trtllm.runtime.step import StepInputs
 
 ACTIVATIONS = 1 << 20
 
@@ -205,7 +205,7 @@ def _cache(config: EngineConfig, cuda: Cuda, addresses: list[int]) -> PagedCache
 
 
 class Sampler:
-    """:class:`saw_trtllm.gpu.sampler.GpuSampler` over the stand-in, with the CPU's sampler."""
+    """:class:`saw_trtllm.backends.tensorrt.sampler.GpuSampler` over the stand-in, with the CPU's sampler."""
 
     def __init__(self, cuda: Cuda, max_sequences: int, vocab_size: int) -> None:
         self._cuda, self._vocab_size = cuda, vocab_size

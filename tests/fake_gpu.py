@@ -4,8 +4,8 @@ from pathlib import Path
 
 import fake_tensorrt
 
-from saw_trtllm import backend
-from saw_trtllm.network import device
+from saw_trtllm.backends import registry as backend
+from saw_trtllm.backends.tensorrt import device
 
 NAME, FREE = "NVIDIA Test", 100 << 30
 
@@ -17,4 +17,4 @@ def pretend_gpu(monkeypatch) -> None:
     monkeypatch.setattr(backend, "library_path", lambda: Path(__file__))
     for name, value in (("compute_capability", "9.0"), ("gpu_name", NAME), ("free_memory", FREE)):
         monkeypatch.setattr(device, name, lambda value=value: value)
-    monkeypatch.setattr("saw_trtllm.network.build.compute_capability", device.compute_capability)
+    monkeypatch.setattr("saw_trtllm.backends.tensorrt.build.compute_capability", device.compute_capability)

@@ -10,12 +10,12 @@ from typing import ClassVar
 
 import fake_tensorrt as fake
 
-import saw_trtllm.network
-import saw_trtllm.plugins
-from saw_trtllm.plugins import NAMES
+import saw_trtllm.backends.tensorrt
+import saw_trtllm.plugins.library
+from saw_trtllm.plugins.library import NAMES
 
 #: Whose calls are recorded.
-_SOURCES = (str(Path(saw_trtllm.network.__file__).parent), saw_trtllm.plugins.__file__)
+_SOURCES = (str(Path(saw_trtllm.backends.tensorrt.__file__).parent), saw_trtllm.plugins.library.__file__)
 #: What 8.6 does not have of the stand-in's names.
 _LATER = {"int64", "bfloat16", "uint8", "int4", "fp4"}
 _LATER |= {"TensorRTPhase", "IPluginV3", "IPluginCreatorV3One", "IProgressMonitor"}
@@ -111,7 +111,7 @@ class _Builder(fake.Builder):
 
 
 class Module:
-    """The module; ``used`` has the names that saw_trtllm.network used of it, as in ``DataType.HALF``."""
+    """The module; ``used`` has the names that saw_trtllm.backends.tensorrt used of it, as in ``DataType.HALF``."""
 
     __version__ = "8.6.0"
     _changed: ClassVar = {

@@ -126,7 +126,7 @@ def forget() -> None:
         if name.split(".")[0] in ("tensorrt", "tensorrt_llm"):
             del sys.modules[name]
     for name in ("attention", "build", "model", "model_cls", "models", "rewrite"):
-        sys.modules.pop(f"saw_trtllm.trtllm.{name}", None)
+        sys.modules.pop(f"saw_trtllm.backends.tensorrt_llm.{name}", None)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from saw_trtllm.network.versions import TensorRT
+from saw_trtllm.backends.tensorrt.versions import TensorRT
 
 NETWORK, WEIGHTS = "network.json", "weights.npz"
 #: NumPy's names of TensorRT's types.

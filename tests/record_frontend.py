@@ -27,14 +27,16 @@ from executor_blocks import PRIMARY, SECONDARY
 from executor_contract import ALL, Executor, Step
 from hf_models import make_hf_model
 
-from saw_trtllm.builder import BuildOptions, BuildPlan, build, plan_build
-from saw_trtllm.calibration import calibrate
+from saw_trtllm.backends.reference.cache import PagedCache, StepPlan
+from saw_trtllm.backends.reference.model import ReferenceModel
+from saw_trtllm.backends.tensorrt_llm.options import SwapOptions
+from saw_trtllm.build import build
+from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
-from saw_trtllm.engine import k_center_name
-from saw_trtllm.reference.cache import PagedCache, StepPlan
-from saw_trtllm.reference.model import ReferenceModel
-from saw_trtllm.runtime.step import StepInputs
-from saw_trtllm.trtllm.options import SwapOptions
+from saw_trtllm.engine.config import k_center_name
+from saw_trtllm.engine.step import StepInputs
+from saw_trtllm.plan.options import BuildOptions
+from saw_trtllm.plan.plan import BuildPlan, plan_build
 
 NUM_LAYERS = 2
 _MODEL = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 256, "max_position_embeddings": ALL}
@@ -78,7 +80,7 @@ def _define(frontend: types.SimpleNamespace, model_dir: Path, work: Path, way: s
     if way != "swap":
         build(plan)
         return plan
-    swap = importlib.import_module("saw_trtllm.trtllm.model").swap
+    swap = importlib.import_module("saw_trtllm.backends.tensorrt_llm.model").swap
     save_checkpoint(Checkpoint.open(model_dir), work / "ckpt")
     config = frontend.models.PretrainedConfig.from_json_file(str(work / "ckpt" / "config.json"))
     model = frontend.models.MODEL_MAP[config.architecture].from_checkpoint(str(work / "ckpt"), config=config)

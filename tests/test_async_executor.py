@@ -9,8 +9,8 @@ import pytest
 from async_executor import AsyncExecutor
 
 from saw_trtllm import KvCacheConfig, SamplingParams
+from saw_trtllm import llm as llm_module
 from saw_trtllm.errors import EngineError
-from saw_trtllm.runtime import llm as llm_module
 
 STEM = "import os\nimport sys\n\n\nclass Node:\n    def __init__(self, name, children=()):\n        self.name = name\n"
 ENDLESS = SamplingParams(max_tokens=1500, ignore_eos=True)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tolerance import chain_rounding
 
+from saw_trtllm.backends.reference.attention import paged_attention, rotate_quantize_kv
+from saw_trtllm.backends.reference.cache import PagedPool, StepPlan
+from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.format import KVFormat
-from saw_trtllm.reference.attention import paged_attention, rotate_quantize_kv
-from saw_trtllm.reference.cache import PagedPool, StepPlan
-from saw_trtllm.runtime.step import DECODE, PREFILL, StepInputs, StepSequence
 
 NUM_LAYERS, LAYER = 3, 1
 NUM_BLOCKS = 40

@@ -13,14 +13,16 @@ import torch
 from pydantic import ValidationError
 from refusal import refused
 
-from saw_trtllm.bench import kernels as bench_kernels
-from saw_trtllm.bench.cases import CASES, LLAMA, OURS, PEERS, SUITES, Target, select_cases
-from saw_trtllm.bench.peers import OFFICIAL_FILES, FlashInfer, Official
-from saw_trtllm.bench.plots import draw
-from saw_trtllm.bench.record import Bandwidth, Environment, Results
-from saw_trtllm.bench.run import Contender, MissingError, run_case
-from saw_trtllm.bench.tables import fill_in, markdown, plain, suite_table, target_table
-from saw_trtllm.cli import bench as saw_bench
+from benchmarks import __main__ as command
+from benchmarks.common.record import Environment
+from benchmarks.common.report import markdown
+from benchmarks.kernels import suite as bench_kernels
+from benchmarks.kernels.cases import CASES, LLAMA, OURS, PEERS, SUITES, Target, select_cases
+from benchmarks.kernels.peers import OFFICIAL_FILES, FlashInfer, Official
+from benchmarks.kernels.plots import draw
+from benchmarks.kernels.record import Bandwidth, Results
+from benchmarks.kernels.report import fill_in, plain, suite_table, target_table
+from benchmarks.kernels.run import Contender, MissingError, run_case
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, OpError
 
 ROOT = Path(__file__).parents[1]
@@ -293,7 +295,7 @@ def test_what_was_measured_before_a_fault_is_kept(results, monkeypatch, tmp_path
     }.items():
         monkeypatch.setattr(bench_kernels, name, stand_in)
     path = tmp_path / "x.json"
-    assert saw_bench.main(["kernels", "--suite", "decode", "--peers", "none", "--output", str(path)]) == 2
+    assert command.main(["kernels", "--suite", "decode", "--peers", "none", "--output", str(path)]) == 2
     record = Results.load(path)
     assert [c.name for c in record.cases] == ["64x8192", "128x4096"]
     out, err = capsys.readouterr()
@@ -333,7 +335,7 @@ def test_a_file_that_is_no_record(text, needed, tmp_path, capsys):
     path = tmp_path / "x.json"
     if text is not None:
         path.write_text(text)
-    assert needed in refused(capsys, saw_bench.main, "plot", path, "--output", tmp_path)
+    assert needed in refused(capsys, command.main, "report", path, "--output", tmp_path)
 
 
 def test_a_record_has_no_other_fields(results):
@@ -432,7 +434,7 @@ def test_a_suite_that_was_not_run_has_no_plot(results, tmp_path):
 def test_plot_writes_plots_and_tables(results, tmp_path, capsys):
     results.save(tmp_path / "x.json")
     document(tmp_path)
-    assert saw_bench.main(["plot", str(tmp_path / "x.json"), "--output", str(tmp_path)]) == 0
+    assert command.main(["report", str(tmp_path / "x.json"), "--output", str(tmp_path)]) == 0
     assert [Path(p).name for p in capsys.readouterr().out.split()] == [
         *("decode.svg", "write.svg", "prefill.svg", "benchmarks.md")
     ]
@@ -442,14 +444,14 @@ def test_plot_writes_plots_and_tables(results, tmp_path, capsys):
 def test_plot_wants_a_folder(results, tmp_path, capsys):
     results.save(tmp_path / "x.json")
     assert "is not a folder" in refused(
-        capsys, saw_bench.main, "plot", tmp_path / "x.json", "--output", tmp_path / "nowhere"
+        capsys, command.main, "report", tmp_path / "x.json", "--output", tmp_path / "nowhere"
     )
 
 
 def test_plot_without_matplotlib(results, tmp_path, capsys, monkeypatch):
     results.save(tmp_path / "x.json")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    error = refused(capsys, saw_bench.main, "plot", tmp_path / "x.json", "--output", tmp_path)
+    error = refused(capsys, command.main, "report", tmp_path / "x.json", "--output", tmp_path)
     assert "pip install 'saw-trtllm[bench]'" in error
 
 
@@ -465,26 +467,26 @@ def test_plot_without_matplotlib(results, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_kernels_refuses(argv, needed, capsys):
-    assert needed in refused(capsys, saw_bench.main, "kernels", *argv)
+    assert needed in refused(capsys, command.main, "kernels", *argv)
 
 
 def test_kernels_needs_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "sees no CUDA GPU" in refused(capsys, saw_bench.main, "kernels", "--peers", "none")
+    assert "sees no CUDA GPU" in refused(capsys, command.main, "kernels", "--peers", "none")
 
 
 def test_kernels_needs_the_module(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "saw_trtllm._C", None)
     monkeypatch.delattr("saw_trtllm._C", raising=False)
-    assert "build_scripts/kernels" in refused(capsys, saw_bench.main, "kernels", "--peers", "none")
+    assert "build_scripts/kernels" in refused(capsys, command.main, "kernels", "--peers", "none")
 
 
 def test_kernels_needs_pytorch():
-    code = "import sys; sys.modules['torch'] = None; from saw_trtllm.cli.bench import main; sys.exit(main(['kernels']))"
+    code = "import sys; sys.modules['torch'] = None; from benchmarks.__main__ import main; sys.exit(main(['kernels']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: saw-bench kernels needs PyTorch with CUDA")
+    assert done.stderr.startswith("error: the kernels' benchmark needs PyTorch with CUDA")
 
 
 def test_flashinfer_that_is_not_installed(monkeypatch):

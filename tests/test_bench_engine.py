@@ -18,28 +18,20 @@ import pytest
 from fake_gpu import pretend_gpu
 from refusal import refused
 
-from saw_trtllm.bench.engine import cases, loop, random_engine, run
-from saw_trtllm.bench.engine.cases import BATCHES, CONTEXTS, KVS, classify, parse_numbers
-from saw_trtllm.bench.engine.plots import draw
-from saw_trtllm.bench.engine.record import (
-    Engine,
-    EngineEnvironment,
-    EngineResults,
-    Loop,
-    Profile,
-    Shape,
-    StartUp,
-    Step,
-)
-from saw_trtllm.bench.engine.run import Plan, judge, run_engines
-from saw_trtllm.bench.engine.steps import ROUNDS, StepBench, measure
-from saw_trtllm.bench.engine.tables import fill_in, plain, ratio_table, step_table
-from saw_trtllm.cli import bench as saw_bench
-from saw_trtllm.engine import EngineConfig
+from benchmarks import __main__ as command
+from benchmarks.engine import cases, loop, random_engine, run
+from benchmarks.engine.cases import BATCHES, CONTEXTS, KVS, classify, parse_numbers
+from benchmarks.engine.plan import Plan
+from benchmarks.engine.plots import draw
+from benchmarks.engine.record import Engine, EngineEnvironment, EngineResults, Loop, Profile, Shape, StartUp, Step
+from benchmarks.engine.report import fill_in, plain, ratio_table, step_table
+from benchmarks.engine.run import judge, run_engines
+from benchmarks.engine.steps import ROUNDS, StepBench, measure
+from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.engine.step import DECODE
 from saw_trtllm.errors import ConfigError, EngineError, KernelError
-from saw_trtllm.network.options import NetworkOptions
-from saw_trtllm.runtime.llm import KvCacheConfig
-from saw_trtllm.runtime.step import DECODE
+from saw_trtllm.plan.tensorrt_options import NetworkOptions
+from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -190,7 +182,7 @@ def test_engines_share_a_timing_cache(tmp_path):
 def test_what_is_missing_is_built_at_once(small, tmp_path, monkeypatch):
     write_config(tmp_path, "int4", small)
     together = threading.Barrier(2, timeout=30)
-    monkeypatch.setattr(run, "build_in_child", lambda *_: together.wait())
+    monkeypatch.setattr("benchmarks.engine.plan.build_in_child", lambda *_: together.wait())
     plan = Plan.of(tmp_path, KVS, small, build_workers=2)
     assert sorted(run.build_missing(plan)) == ["fp16", "saw_int4"]
 
@@ -271,7 +263,7 @@ def config():
 def seconds(monkeypatch):
     """The host's clock is the fake GPU's."""
     gpu = FakeGpu()
-    monkeypatch.setattr("saw_trtllm.bench.engine.steps.time.perf_counter", lambda: gpu.now * 1e-6)
+    monkeypatch.setattr("benchmarks.engine.steps.time.perf_counter", lambda: gpu.now * 1e-6)
     return gpu
 
 
@@ -294,7 +286,7 @@ def test_a_host_that_is_slower_than_the_gpu_shows(seconds, config):
 
 def test_executors_take_turns(monkeypatch, config):
     gpus = [FakeGpu(us=5000.0), FakeGpu(us=8000.0)]
-    monkeypatch.setattr("saw_trtllm.bench.engine.steps.time.perf_counter", lambda: sum(gpu.now for gpu in gpus) * 1e-6)
+    monkeypatch.setattr("benchmarks.engine.steps.time.perf_counter", lambda: sum(gpu.now for gpu in gpus) * 1e-6)
     order = []
     for i, gpu in enumerate(gpus):
         launch = gpu.launch
@@ -363,12 +355,12 @@ def machine(engine, tmp_path, monkeypatch):
     config = fake_engine.as_tensorrt(folder)
     cuda = fake_cuda.install(monkeypatch, 128 << 20)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_engine.Module(cuda, config))
-    sampler = ModuleType("saw_trtllm.gpu.sampler")
+    sampler = ModuleType("saw_trtllm.backends.tensorrt.sampler")
     sampler.GpuSampler = lambda *sizes: fake_engine.Sampler(cuda, *sizes)
-    monkeypatch.setitem(sys.modules, "saw_trtllm.gpu.sampler", sampler)
-    monkeypatch.delitem(sys.modules, "saw_trtllm.bench.engine.on_gpu", raising=False)
-    monkeypatch.setattr("saw_trtllm.bench.engine.clock._DELAY_BYTES", 1 << 10)
-    monkeypatch.setattr("saw_trtllm.bench.engine.run.device.gpu_name", lambda: "NVIDIA Test")
+    monkeypatch.setitem(sys.modules, "saw_trtllm.backends.tensorrt.sampler", sampler)
+    monkeypatch.delitem(sys.modules, "benchmarks.engine.on_gpu", raising=False)
+    monkeypatch.setattr("benchmarks.engine.clock._DELAY_BYTES", 1 << 10)
+    monkeypatch.setattr("benchmarks.engine.run.device.gpu_name", lambda: "NVIDIA Test")
     for name, value in {"LOOP_BATCH": 4, "LOOP_PROMPT": 16, "LOOP_TEXT": 24}.items():
         monkeypatch.setattr(cases, name, value)
     monkeypatch.setattr(cases, "PROFILED", {2: (16,)})
@@ -403,7 +395,7 @@ def test_a_run_that_ends_early_keeps_what_it_has(machine, monkeypatch, tmp_path)
 
 
 def test_engines_that_do_not_fit_together(machine, results):
-    on_gpu = importlib.import_module("saw_trtllm.bench.engine.on_gpu")
+    on_gpu = importlib.import_module("benchmarks.engine.on_gpu")
     memory = dict.fromkeys(("weights", "activations", "io"), 24 << 20)
     engines = [e.model_copy(update={"memory": memory}) for e in results.engines]
     assert on_gpu._pool_bytes(engines[:1]) == int(0.9 * (56 << 20))
@@ -541,7 +533,7 @@ def test_the_documents_markers_take_the_tables(results, tmp_path):
 
 def test_plot_tells_the_records_apart(results, tmp_path, capsys):
     results.save(tmp_path / "x.json")
-    assert saw_bench.main(["plot", str(tmp_path / "x.json"), "--output", str(tmp_path)]) == 0
+    assert command.main(["report", str(tmp_path / "x.json"), "--output", str(tmp_path)]) == 0
     names = ["engine_decode.svg"]
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "plots" / name) for name in names]
     texts = [(tmp_path / "plots" / name).read_text() for name in names]
@@ -571,12 +563,12 @@ def test_what_was_not_measured_has_no_plot(results, tmp_path):
 )
 def test_bad_flags_are_refused(flags, said, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert said in refused(capsys, saw_bench.main, "engine", *flags.split())
+    assert said in refused(capsys, command.main, "engine", *flags.split())
 
 
 def test_it_needs_no_pytorch():
     code = (
         "import sys; sys.modules['torch'] = None; "
-        "import saw_trtllm.cli.bench, saw_trtllm.bench.engine.run, saw_trtllm.bench.engine.tables"
+        "import benchmarks.__main__, benchmarks.engine.run, benchmarks.engine.report"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

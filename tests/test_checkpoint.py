@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 from transformers.masking_utils import sliding_window_causal_mask_function
 
 from saw_trtllm.checkpoint import NUMPY_DTYPES, Checkpoint, expected_shapes, save_checkpoint, shard, unshard
-from saw_trtllm.config import ModelConfig
 from saw_trtllm.errors import CheckpointError
+from saw_trtllm.model.config import ModelConfig
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -8,13 +8,14 @@ import pytest
 from example_engine import EXAMPLE
 from refusal import refused
 
-from saw_trtllm import LLM, checksums
-from saw_trtllm.checksums import file_checksum, record_checksums, verify_engine
+from saw_trtllm import LLM
 from saw_trtllm.cli import run as saw_run
 from saw_trtllm.cli import triton as saw_triton
-from saw_trtllm.engine import EngineConfig
+from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.engine.executor_view import for_executor
 from saw_trtllm.errors import EngineError
-from saw_trtllm.trtllm.engine_config import for_executor
+from saw_trtllm.plan import checksums
+from saw_trtllm.plan.checksums import file_checksum, record_checksums, verify_engine
 
 
 @pytest.fixture

@@ -21,16 +21,17 @@ from refusal import refused
 from safetensors.numpy import load_file, save_file
 
 from saw_trtllm import LLM, SamplingParams, cli, progress
-from saw_trtllm.builder import BuildOptions, plan_build
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.cli import build as saw_build
 from saw_trtllm.cli import convert as saw_convert
 from saw_trtllm.cli import run as saw_run
 from saw_trtllm.cli.common import parse_fields
-from saw_trtllm.engine import EngineConfig
+from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError
-from saw_trtllm.network.options import NetworkOptions
-from saw_trtllm.plugins import library_path
+from saw_trtllm.plan.options import BuildOptions
+from saw_trtllm.plan.plan import plan_build
+from saw_trtllm.plan.tensorrt_options import NetworkOptions
+from saw_trtllm.plugins.library import library_path
 
 
 @pytest.fixture(autouse=True)
@@ -405,14 +406,16 @@ def test_what_tensorrt_lacks_is_said_and_the_reference_taken(lacking, why, small
     if lacking == "tensorrt":
         monkeypatch.setitem(sys.modules, "tensorrt", None)
     elif lacking == "library":
-        monkeypatch.setattr("saw_trtllm.backend.library_path", partial(library_path, "libsaw_trtllm_plugins.so"))
-        monkeypatch.setattr("saw_trtllm.plugins.saw_trtllm.__file__", str(tmp_path / "__init__.py"))
+        monkeypatch.setattr(
+            "saw_trtllm.backends.registry.library_path", partial(library_path, "libsaw_trtllm_plugins.so")
+        )
+        monkeypatch.setattr("saw_trtllm.plugins.library.saw_trtllm.__file__", str(tmp_path / "__init__.py"))
     else:
 
         def fail():
             raise BackendUnavailableError("CUDA finds no GPU (cudaErrorNoDevice): use --backend reference")
 
-        monkeypatch.setattr("saw_trtllm.network.device.compute_capability", fail)
+        monkeypatch.setattr("saw_trtllm.backends.tensorrt.device.compute_capability", fail)
     argv = ["--model_dir", str(small), "--output_dir", str(tmp_path / "out")]
     assert why in refused(capsys, saw_build.main, *argv, "--backend", "tensorrt")
     assert saw_build.main([*argv, "--dry_run"]) == 0

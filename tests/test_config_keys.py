@@ -15,7 +15,8 @@ from hf_models import make_hf_model
 from transformers.modeling_rope_utils import RotaryEmbeddingConfigMixin
 
 from saw_trtllm.checkpoint import Checkpoint, config_keys
-from saw_trtllm.checkpoint.huggingface import HuggingFaceConfig, read_config
+from saw_trtllm.checkpoint.huggingface import read_config
+from saw_trtllm.checkpoint.huggingface_config import HuggingFaceConfig
 from saw_trtllm.errors import CheckpointError
 
 CLASSES = {

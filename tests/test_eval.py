@@ -21,26 +21,27 @@ from safetensors.numpy import load_file, save_file
 from tolerance import model_rounding
 
 from saw_trtllm import LLM, SamplingParams
-from saw_trtllm.builder import BuildOptions, plan_build
-from saw_trtllm.calibration import calibrate
+from saw_trtllm.backends.reference import window as forward
+from saw_trtllm.backends.reference.cache import PagedCache
+from saw_trtllm.backends.reference.model import ReferenceModel
+from saw_trtllm.backends.reference.quantizers import Exact, Row4Bit, SkipLayers, TokenwiseQuantizer, bytes_per_token
+from saw_trtllm.backends.reference.window import History, WindowModel
+from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.cli import eval as saw_eval
+from saw_trtllm.engine.step import DECODE, StepInputs, StepSequence
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
-from saw_trtllm.eval import forward
 from saw_trtllm.eval.analysis import analyse
-from saw_trtllm.eval.forward import History, WindowModel
+from saw_trtllm.eval.baselines import PerChannelKeys
 from saw_trtllm.eval.harness import CacheScorer, run_tasks
 from saw_trtllm.eval.metrics import continuations, evaluate, greedy_agreement
-from saw_trtllm.eval.quantizers import Exact, Row4Bit, SkipLayers, TokenwiseQuantizer, bytes_per_token
-from saw_trtllm.eval.rivals import PerChannelKeys
 from saw_trtllm.eval.session import Session
 from saw_trtllm.eval.suggest import num_measurements, suggest
 from saw_trtllm.eval.text import make_windows
 from saw_trtllm.eval.variants import Variant, grid, parse_factors
 from saw_trtllm.format import KVFormat
-from saw_trtllm.reference.cache import PagedCache
-from saw_trtllm.reference.model import ReferenceModel
-from saw_trtllm.runtime.step import DECODE, StepInputs, StepSequence
+from saw_trtllm.plan.options import BuildOptions
+from saw_trtllm.plan.plan import plan_build
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
 TEXT = Path(html.parser.__file__)

@@ -4,7 +4,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from saw_trtllm.config import read_json
+from saw_trtllm.paths import read_json
 
 ROOT = Path(__file__).parent.parent
 

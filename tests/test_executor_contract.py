@@ -8,7 +8,7 @@ import pytest
 from executor_blocks import PRIMARY, SECONDARY
 from executor_contract import GRAPH_ROUNDING, NUM_STEPS, RUNS, make_executor
 
-from saw_trtllm.runtime.step import PREFILL, SECONDARY_POOL_BIT
+from saw_trtllm.engine.step import PREFILL, SECONDARY_POOL_BIT
 
 SEEDS = (0, 1)
 

@@ -4,9 +4,9 @@ import torch
 from tolerance import sum_rounding
 
 from saw_trtllm import format as fmt
+from saw_trtllm.backends.reference import int4
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.format import HEAD_DIMS, KVFormat
-from saw_trtllm.reference import int4
 
 ROTATIONS = [(d, o) for d in HEAD_DIMS for o in (16, 32, 64, 128, 256) if d % o == 0]
 

@@ -14,7 +14,7 @@ from executor_blocks import PRIMARY, SECONDARY
 from fake_tensorrt_execute import execute
 from record_frontend import CASES, NUM_LAYERS, NUM_STEPS, record
 
-from saw_trtllm.network.versions import TensorRT
+from saw_trtllm.backends.tensorrt.versions import TensorRT
 
 pytestmark = [
     pytest.mark.skipif(fake_tensorrt_frontend.missing() is not None, reason=str(fake_tensorrt_frontend.missing())),

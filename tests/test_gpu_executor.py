@@ -15,10 +15,10 @@ from example_engine import build_example
 from fake_cuda import cudaError_t
 
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
-from saw_trtllm.engine import EngineConfig
+from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import BackendUnavailableError, EngineError, KernelError
 from saw_trtllm.runtime.sampling import SamplingState
-from saw_trtllm.runtime.step import DECODE, PREFILL, StepInputs, StepSequence
 
 LIMITS = {"max_batch_size": 16, "max_num_tokens": 128, "max_seq_len": 256}
 TOKENS = {"max_tokens": 2048}
@@ -50,9 +50,9 @@ def machine(monkeypatch):
         cuda = fake_cuda.install(monkeypatch, total)
         module = fake_engine.Module(cuda, EngineConfig.load(folder))
         monkeypatch.setitem(sys.modules, "tensorrt", module)
-        sampler = types.ModuleType("saw_trtllm.gpu.sampler")
+        sampler = types.ModuleType("saw_trtllm.backends.tensorrt.sampler")
         sampler.GpuSampler = lambda *sizes: fake_engine.Sampler(cuda, *sizes)
-        monkeypatch.setitem(sys.modules, "saw_trtllm.gpu.sampler", sampler)
+        monkeypatch.setitem(sys.modules, "saw_trtllm.backends.tensorrt.sampler", sampler)
         return cuda, module
 
     return make
@@ -65,7 +65,7 @@ def open_executor(machine):
 
     def make(folder, total=fake_cuda.TOTAL, max_tokens=2048, fraction=0.9, **options):
         cuda, module = machine(folder, total)
-        executor = importlib.import_module("saw_trtllm.gpu.executor")
+        executor = importlib.import_module("saw_trtllm.backends.tensorrt.executor")
         made = executor.TensorRTExecutor(folder, EngineConfig.load(folder), max_tokens, fraction, **options)
         opened.append(made)
         return made, cuda, module
@@ -242,7 +242,9 @@ def test_the_plan_accounts_for_the_gpus_memory(folders, open_executor):
 def test_executors_may_share_the_memory_of_their_caches(folders, machine):
     _, folder = folders(kv_skip_layers="0,last")
     cuda, _ = machine(folder)
-    executor, buffer = (importlib.import_module(f"saw_trtllm.gpu.{name}") for name in ("executor", "cuda"))
+    executor, buffer = (
+        importlib.import_module(f"saw_trtllm.backends.tensorrt.{name}") for name in ("executor", "cuda")
+    )
     memory = buffer.DeviceBuffer(8 << 20)
     config = EngineConfig.load(folder)
     made = [executor.TensorRTExecutor(folder, config, None, 1.0, pool_memory=memory) for _ in range(2)]
@@ -269,7 +271,7 @@ def test_the_pool_takes_its_share_of_what_is_left(folders, open_executor):
 
 def too_little(folder, machine, cuda_total, max_tokens=None, fraction=0.9):
     cuda, _ = machine(folder, cuda_total)
-    executor = importlib.import_module("saw_trtllm.gpu.executor")
+    executor = importlib.import_module("saw_trtllm.backends.tensorrt.executor")
     with pytest.raises(EngineError) as error:
         executor.TensorRTExecutor(folder, EngineConfig.load(folder), max_tokens, fraction)
     traceback.clear_frames(error.tb)  # which the engine is in
@@ -342,7 +344,7 @@ def test_an_engine_with_the_gemm_plugin_needs_cublas_lt(refused, monkeypatch):
         config.build_config.plugin_config.gemm_plugin = "float16"
         config.save(folder)
 
-    monkeypatch.setattr("saw_trtllm.plugins.load_cublas_lt", lambda: False)
+    monkeypatch.setattr("saw_trtllm.plugins.library.load_cublas_lt", lambda: False)
     assert refused(with_plugin, errors=BackendUnavailableError) == (
         "the engine in FOLDER has its GEMMs from cuBLASLt, which cannot be loaded: pip install nvidia-cublas-cu12, or "
         "add the folder of libcublasLt.so.12 or .13 to LD_LIBRARY_PATH"
@@ -413,7 +415,7 @@ def test_what_is_missing_is_said(refused, monkeypatch):
 @pytest.mark.parametrize(("most", "first", "last"), [(1, 1, 1), (3, 1, 3), (20, 1, 20), (2048, 1, 512)])
 def test_buckets_end_with_the_largest_batch(most, first, last, machine, folders):
     machine(folders()[1])
-    graphs = importlib.import_module("saw_trtllm.gpu.graphs")
+    graphs = importlib.import_module("saw_trtllm.backends.tensorrt.graphs")
     sizes = graphs.buckets(most)
     assert (sizes[0], sizes[-1]) == (first, last)
     assert sizes == sorted(set(sizes))

@@ -17,17 +17,17 @@ from hf_models import make_hf_model
 from refusal import refused
 from safetensors.numpy import load_file, save_file
 
+from benchmarks.common.record import check_writable
 from saw_trtllm import LLM
-from saw_trtllm.bench.record import check_writable
-from saw_trtllm.calibration import Calibration
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
+from saw_trtllm.checkpoint.calibration import Calibration
 from saw_trtllm.cli import build as saw_build
 from saw_trtllm.cli import calibrate as saw_calibrate
 from saw_trtllm.cli import convert as saw_convert
 from saw_trtllm.cli import eval as saw_eval
 from saw_trtllm.cli import run as saw_run
 from saw_trtllm.cli import triton as saw_triton
-from saw_trtllm.engine import EngineConfig
+from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import CheckpointError, ConfigError, SawError
 from saw_trtllm.runtime.tokenizer import Tokenizer
 

@@ -11,12 +11,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saw_trtllm import SamplingParams
-from saw_trtllm.engine import EngineConfig
-from saw_trtllm.reference import invariant
-from saw_trtllm.reference.executor import ReferenceExecutor
-from saw_trtllm.reference.invariant import exp, linear, products, row_sum, silu, tanh
+from saw_trtllm.backends.reference import invariant
+from saw_trtllm.backends.reference.executor import ReferenceExecutor
+from saw_trtllm.backends.reference.invariant import exp, linear, products, row_sum, silu, tanh
+from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.runtime.sampling import SamplingState
-from saw_trtllm.runtime.step import DECODE, PREFILL, StepInputs, StepSequence
 
 EPS = torch.finfo(torch.float32).eps
 PRODUCTS = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")

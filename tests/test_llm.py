@@ -14,8 +14,8 @@ from saw_trtllm import LLM, KvCacheConfig, SamplingParams
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.errors import ConfigError, EngineError, QueueFullError, RequestError, ShutdownError
 from saw_trtllm.runtime.detokenizer import Detokenizer
-from saw_trtllm.runtime.engine_core import Request
 from saw_trtllm.runtime.outputs import GenerationResult, OutputQueue
+from saw_trtllm.runtime.request import Request
 from saw_trtllm.runtime.scheduler import Sequence
 from saw_trtllm.runtime.tokenizer import Tokenizer
 

@@ -12,22 +12,23 @@ from fake_gpu import pretend_gpu
 from hf_models import make_hf_model
 from tolerance import model_rounding
 
-from saw_trtllm.builder import BuildOptions, plan_build
-from saw_trtllm.calibration import calibrate
+from saw_trtllm.backends.reference.attention import paged_attention, rotate_quantize_kv
+from saw_trtllm.backends.reference.cache import PagedCache, StepPlan
+from saw_trtllm.backends.reference.int4 import TORCH_DTYPES
+from saw_trtllm.backends.reference.model import ReferenceModel
+from saw_trtllm.backends.tensorrt.build import build_engine, serialize_engine
+from saw_trtllm.backends.tensorrt.decoder import define_decoder
+from saw_trtllm.backends.tensorrt.graph import Graph
+from saw_trtllm.backends.tensorrt.profiles import profiles, shapes, step_inputs
+from saw_trtllm.backends.tensorrt.versions import TensorRT
+from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint
-from saw_trtllm.engine import EngineConfig, k_center_name
+from saw_trtllm.engine.config import EngineConfig, k_center_name
+from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import BackendUnavailableError, CheckpointError, ConfigError, EngineError
-from saw_trtllm.network.build import build_engine, serialize_engine
-from saw_trtllm.network.decoder import define_decoder
-from saw_trtllm.network.graph import Graph
-from saw_trtllm.network.options import NetworkOptions
-from saw_trtllm.network.tensors import profiles, shapes, step_inputs
-from saw_trtllm.network.versions import TensorRT
-from saw_trtllm.reference.attention import paged_attention, rotate_quantize_kv
-from saw_trtllm.reference.cache import PagedCache, StepPlan
-from saw_trtllm.reference.int4 import TORCH_DTYPES
-from saw_trtllm.reference.model import ReferenceModel
-from saw_trtllm.runtime.step import DECODE, PREFILL, StepInputs, StepSequence
+from saw_trtllm.plan.options import BuildOptions
+from saw_trtllm.plan.plan import plan_build
+from saw_trtllm.plan.tensorrt_options import NetworkOptions
 
 IDS = np.random.default_rng(3).integers(3, 203, (3, 90)).tolist()
 #: What a step takes: sequence, first token, count, kind. A prefill, a chunk behind history, decodes, and all of them.
@@ -426,7 +427,7 @@ def test_the_folder_holds_an_engine(plan, tensorrt, tensorrt_86, machine, tmp_pa
 @pytest.mark.parametrize(("choice", "there"), [("auto", 1), ("auto", 0), ("disable", 1), ("float16", 1)])
 def test_the_gemm_plugin_is_taken_where_cublaslt_loads(choice, there, plan, tensorrt, tensorrt_86, monkeypatch, caplog):
     pretend_gpu(monkeypatch)
-    monkeypatch.setattr("saw_trtllm.network.build.load_cublas_lt", lambda: there)
+    monkeypatch.setattr("saw_trtllm.backends.tensorrt.build.load_cublas_lt", lambda: there)
     made = plan(backend="tensorrt", gemm_plugin=choice)
     made.output_dir.mkdir()
     due = None if choice == "disable" or not there else "float16"
@@ -443,7 +444,7 @@ def test_the_gemm_plugin_is_taken_where_cublaslt_loads(choice, there, plan, tens
 
 
 def test_a_gemm_plugin_that_cannot_be(plan, tensorrt, monkeypatch):
-    monkeypatch.setattr("saw_trtllm.network.build.load_cublas_lt", lambda: False)
+    monkeypatch.setattr("saw_trtllm.backends.tensorrt.build.load_cublas_lt", lambda: False)
     pretend_gpu(monkeypatch)
     made = plan(backend="tensorrt", gemm_plugin="float16")
     with pytest.raises(BackendUnavailableError, match=r"^--gemm_plugin float16 needs cuBLASLt, .*: pip install "):
@@ -595,7 +596,7 @@ def test_without_a_gpu_the_builder_does_not_start(tensorrt, monkeypatch):
 
 def test_a_missing_library_is_said_before_weights_are_read(plan, tensorrt, monkeypatch):
     monkeypatch.setattr(fake_tensorrt.get_plugin_registry(), "saw", False)
-    monkeypatch.setattr("saw_trtllm.plugins.library_path", lambda: "/nowhere/libsaw_trtllm_plugins.so")
+    monkeypatch.setattr("saw_trtllm.plugins.library.library_path", lambda: "/nowhere/libsaw_trtllm_plugins.so")
     made = plan()
     with pytest.raises(BackendUnavailableError, match="cannot be loaded"):
         serialize_engine(tensorrt, made.config, lambda name: pytest.fail(name), NetworkOptions())

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from fake_tensorrt_86 import Module, record_methods
 
+from saw_trtllm.backends.tensorrt.build import serialize_engine
+from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.checkpoint import NUMPY_DTYPES, expected_shapes
-from saw_trtllm.config import ModelConfig
-from saw_trtllm.engine import BuildConfig, EngineConfig, SawSection
+from saw_trtllm.engine.config import BuildConfig, EngineConfig, SawSection
 from saw_trtllm.format import KVFormat
-from saw_trtllm.network.build import serialize_engine
-from saw_trtllm.network.options import NetworkOptions
-from saw_trtllm.network.versions import TensorRT
-from saw_trtllm.plugins import find_creator
+from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.plan.tensorrt_options import NetworkOptions
+from saw_trtllm.plugins.library import find_creator
 
 
 @pytest.fixture

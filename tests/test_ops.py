@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from saw_trtllm import device_array, format, ops
+from saw_trtllm import format, ops
 from saw_trtllm.errors import BackendUnavailableError, KernelError, OpError
 from saw_trtllm.format import KVFormat
+from saw_trtllm.ops import arrays as device_array
 
 TYPESTR = {"float16": "<f2", "bfloat16": "<V2", "float32": "<f4", "int32": "<i4", "int64": "<i8", "uint8": "|u1"}
 HEADS, KV_HEADS, TOKENS, SEQUENCES = 8, 2, 11, 3
@@ -65,7 +66,8 @@ class FakeKernels:
 @pytest.fixture
 def fake(monkeypatch) -> FakeKernels:
     kernels = FakeKernels()
-    monkeypatch.setattr(ops, "kernels", lambda: kernels)
+    for module in ("paged_attention", "pool", "rotate_quantize_kv"):
+        monkeypatch.setattr(f"saw_trtllm.ops.{module}.kernels", lambda: kernels)
     return kernels
 
 

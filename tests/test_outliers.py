@@ -7,15 +7,15 @@ from eval_text import calibration_ids, held_out_ids
 from example_engine import EXAMPLE
 from hf_models import YARN_ROPE, make_hf_model
 
-from saw_trtllm.calibration import calibrate
+from saw_trtllm.backends.reference.quantizers import Row4Bit
+from saw_trtllm.backends.reference.window import WindowModel
+from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.errors import ConfigError
-from saw_trtllm.eval.forward import WindowModel
 from saw_trtllm.eval.metrics import evaluate
 from saw_trtllm.eval.outliers import FACTORS, plant_key_bias, plant_outliers, stop_slow_pairs
-from saw_trtllm.eval.quantizers import Row4Bit
 from saw_trtllm.format import KVFormat
-from saw_trtllm.rope import inverse_frequencies, rotary_cos_sin
+from saw_trtllm.model.rope import inverse_frequencies, rotary_cos_sin
 
 #: RoPE's angles over the prompt are not zero where they are said to be, but this small.
 STILL = 1e-5

@@ -11,9 +11,9 @@ import fake_tensorrt_86
 import pytest
 from plugin_library import NAMES, SOURCES
 
-from saw_trtllm import plugins
 from saw_trtllm.errors import BackendUnavailableError
 from saw_trtllm.format import FORMAT_VERSION
+from saw_trtllm.plugins import library
 
 
 def test_the_versions_are_one():
@@ -58,7 +58,7 @@ def test_cublas_lt_is_found_on_the_loaders_path_and_in_packages(folder, name, tm
         (tmp_path / "nvidia" / folder).mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("ctypes.CDLL", load)
-    assert plugins.load_cublas_lt() == (there is not None)
+    assert library.load_cublas_lt() == (there is not None)
     assert opened == [there] * (there is not None)
 
 
@@ -67,16 +67,16 @@ class Process:
 
     def __init__(self, monkeypatch, tmp_path, version):
         self.registered, self.tensorrts = [], [f"/usr/lib/libnvinfer.so.{version.split('.')[0]}"]
-        self.registers, self.built_for = list(plugins.NAMES), int(version.split(".")[0])
+        self.registers, self.built_for = list(library.NAMES), int(version.split(".")[0])
         self.loaded = 0
-        self.path = tmp_path / plugins.LIBRARY
+        self.path = tmp_path / library.LIBRARY
         self.path.touch()
         registry = fake_tensorrt_86._Registry() if self.built_for < 10 else fake_tensorrt._Registry()
         listed = property(lambda _: [fake_tensorrt.IPluginCreator(name, "saw") for name in self.registered])
         kind = type("Registry", (type(registry),), {"plugin_creator_list": listed, "all_creators": listed})
         module = SimpleNamespace(__version__=version, get_plugin_registry=kind)
         monkeypatch.setitem(sys.modules, "tensorrt", module)
-        monkeypatch.setattr(plugins.saw_trtllm, "__file__", str(tmp_path / "__init__.py"))
+        monkeypatch.setattr(library.saw_trtllm, "__file__", str(tmp_path / "__init__.py"))
         monkeypatch.setattr("ctypes.CDLL", self.load)
         maps = lambda: [SimpleNamespace(path=path) for path in ["/usr/lib/libc.so.6", *self.tensorrts]]  # noqa: E731
         monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(memory_maps=maps))
@@ -98,11 +98,11 @@ def process(request, monkeypatch, tmp_path):
 
 
 def test_plugins_are_loaded_once_and_in_silence(process, capsys):
-    plugins.load_plugins()
-    plugins.load_plugins()
+    library.load_plugins()
+    library.load_plugins()
     assert process.loaded == 1
-    assert plugins.find_creator(sys.modules["tensorrt"], plugins.GEMM).name == plugins.GEMM
-    assert plugins.find_creator(sys.modules["tensorrt"], "SawNoSuchPlugin") is None
+    assert library.find_creator(sys.modules["tensorrt"], library.GEMM).name == library.GEMM
+    assert library.find_creator(sys.modules["tensorrt"], "SawNoSuchPlugin") is None
     assert capsys.readouterr() == ("", "")
 
 
@@ -115,7 +115,7 @@ def another_major(process):
 
 
 def another_build(process):
-    process.registers.remove(plugins.SILU_MUL)
+    process.registers.remove(library.SILU_MUL)
 
 
 def no_registry(process):
@@ -147,7 +147,7 @@ def two_tensorrts(process):
 def test_plugins_that_are_not_there_are_one_sentence(change, message, process, capsys):
     change(process)
     with pytest.raises(BackendUnavailableError) as raised:
-        plugins.load_plugins()
+        library.load_plugins()
     version = sys.modules["tensorrt"].__version__
     places = {"library": process.path, "version": version, "major": version.split(".")[0]}
     assert str(raised.value).startswith(message.format(**places))
@@ -160,8 +160,8 @@ def test_a_library_that_cannot_be_loaded_is_one_sentence(content, process, monke
         monkeypatch.setattr("ctypes.CDLL", lambda path: SimpleNamespace(initSawTrtllmPlugins=None))
     else:
         monkeypatch.undo()
-        monkeypatch.setattr(plugins.saw_trtllm, "__file__", str(process.path.with_name("__init__.py")))
+        monkeypatch.setattr(library.saw_trtllm, "__file__", str(process.path.with_name("__init__.py")))
         process.path.write_text(content)
     trt = SimpleNamespace(__version__="10.6.0", get_plugin_registry=lambda: SimpleNamespace(all_creators=[]))
     with pytest.raises(BackendUnavailableError, match=r"libsaw_trtllm_plugins.so cannot be loaded \(.*: build it anew"):
-        plugins.load_plugins(trt)
+        library.load_plugins(trt)

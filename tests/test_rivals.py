@@ -5,11 +5,11 @@ import torch
 from eval_text import calibration_ids, held_out_ids
 from example_engine import EXAMPLE
 
+from saw_trtllm.backends.reference.quantizers import Row4Bit, bytes_per_token, round_rows
+from saw_trtllm.backends.reference.window import Attended, History, WindowModel
 from saw_trtllm.checkpoint import Checkpoint
-from saw_trtllm.eval.forward import Attended, History, WindowModel
+from saw_trtllm.eval.baselines import Codebook, HessianRounding, PerChannelKeys, gather
 from saw_trtllm.eval.metrics import evaluate
-from saw_trtllm.eval.quantizers import Row4Bit, bytes_per_token, round_rows
-from saw_trtllm.eval.rivals import Codebook, HessianRounding, PerChannelKeys, gather
 from saw_trtllm.format import KVFormat
 
 N, HEADS, D = 96, 2, 64

@@ -5,8 +5,8 @@ from pydantic import ValidationError
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from saw_trtllm.config import ModelConfig
-from saw_trtllm.rope import rotary_cos_sin, table_bytes
+from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.rope import rotary_cos_sin, table_bytes
 
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512}
 LLAMA3 = {
@@ -98,6 +98,6 @@ def test_a_table_is_the_same_in_pieces(monkeypatch, head_dim, scaling):
     """1000 rows at once or 64 at a time, of which the last piece is not full."""
     config = model_config(head_dim, 10000.0, scaling)
     whole = rotary_cos_sin(config, 1000)
-    monkeypatch.setattr("saw_trtllm.rope._ROWS_AT_ONCE", 64)
+    monkeypatch.setattr("saw_trtllm.model.rope._ROWS_AT_ONCE", 64)
     np.testing.assert_array_equal(rotary_cos_sin(config, 1000), whole)
     assert table_bytes(config, 1000) == whole.nbytes

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from saw_trtllm.gpu.sample_rows import (
+from saw_trtllm.backends.tensorrt.sample_rows import (
     BANNED,
     BY_LIKELIHOOD,
     BY_TOKEN,

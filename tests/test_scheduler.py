@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from saw_trtllm.engine.step import DECODE, PREFILL
 from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.block_manager import BlockManager
 from saw_trtllm.runtime.sampling_params import SamplingParams
 from saw_trtllm.runtime.scheduler import Scheduler, Sequence
-from saw_trtllm.runtime.step import DECODE, PREFILL
 
 VOCAB = 5  # few, so that prompts share beginnings
 

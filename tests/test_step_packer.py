@@ -1,6 +1,6 @@
 import numpy as np
 
-from saw_trtllm.runtime.step import DECODE, PREFILL, StepInputs, StepPacker, StepSequence
+from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepPacker, StepSequence
 
 
 def as_written(sequences, num_layers):

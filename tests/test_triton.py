@@ -28,7 +28,7 @@ from example_engine import build_example
 from free_ports import free_ports
 
 from saw_trtllm import LLM, SamplingParams
-from saw_trtllm.engine import EngineConfig
+from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import SawError
 from saw_trtllm.serve import metrics, names
 from saw_trtllm.serve.installation import STUB, find_server

@@ -14,15 +14,17 @@ from fake_gpu import pretend_gpu
 from hf_models import make_hf_model
 from plugin_library import SOURCES
 
-from saw_trtllm.backend import choose_backend
-from saw_trtllm.builder import BuildOptions, build, plan_build
+from saw_trtllm.backends.registry import choose_backend
+from saw_trtllm.backends.tensorrt_llm import SwapOptions, as_built, for_executor
+from saw_trtllm.backends.tensorrt_llm.checks import check_attention, check_build, check_call
+from saw_trtllm.backends.tensorrt_llm.options import CheckpointSection
+from saw_trtllm.build import build
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint, shard
-from saw_trtllm.engine import EngineConfig
+from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
 from saw_trtllm.format import KVFormat
-from saw_trtllm.trtllm import SwapOptions, as_built, for_executor
-from saw_trtllm.trtllm.checks import check_attention, check_build, check_call
-from saw_trtllm.trtllm.options import CheckpointSection
+from saw_trtllm.plan.options import BuildOptions
+from saw_trtllm.plan.plan import plan_build
 
 WRITE, ATTENTION = "SawRotateQuantizeKV", "SawInt4PagedAttention"
 INPUTS = {
@@ -127,7 +129,7 @@ def test_saw_build(frontend, models, tmp_path, family):
 
 
 def test_weights_take_in_the_rotation(frontend, checkpoint):
-    from saw_trtllm.trtllm.models import SawLLaMAForCausalLM
+    from saw_trtllm.backends.tensorrt_llm.models import SawLLaMAForCausalLM
 
     folder = checkpoint(tp_size=2)
     plan = plan_build(BuildOptions(checkpoint_dir=folder, backend="tensorrt_llm"))
@@ -164,7 +166,7 @@ def make_model(checkpoint, **changes):
 
 @pytest.mark.parametrize("rewrite", [False, True])
 def test_swap_of_a_model_that_is_there(frontend, checkpoint, rewrite):
-    from saw_trtllm.trtllm.model import swap
+    from saw_trtllm.backends.tensorrt_llm.model import swap
 
     model = make_model(checkpoint)
     attention = model.transformer.layers._modules["1"].attention
@@ -187,7 +189,7 @@ def test_swap_of_a_model_that_is_there(frontend, checkpoint, rewrite):
 
 
 def test_last_token_ids_is_declared_where_tensorrt_llm_does_not(frontend, checkpoint):
-    from saw_trtllm.trtllm.model import swap
+    from saw_trtllm.backends.tensorrt_llm.model import swap
 
     model = swap(make_model(checkpoint), SwapOptions(KVFormat("saw_int4", 64)))
     config = fake_tensorrt_llm.BuildConfig(max_seq_len=128, gather_context_logits=True, **LIMITS)
@@ -196,7 +198,7 @@ def test_last_token_ids_is_declared_where_tensorrt_llm_does_not(frontend, checkp
 
 
 def test_an_input_that_the_executor_does_not_feed_is_never_declared(frontend):
-    from saw_trtllm.trtllm.attention import network_input
+    from saw_trtllm.backends.tensorrt_llm.attention import network_input
 
     net = fake_tensorrt_llm.Network(fake_tensorrt.INetworkDefinition(), None)
     with fake_tensorrt_llm.net_guard(net):
@@ -207,7 +209,7 @@ def test_an_input_that_the_executor_does_not_feed_is_never_declared(frontend):
 
 
 def test_a_qk_norm_has_the_models_epsilon(frontend, checkpoint):
-    from saw_trtllm.trtllm.models import SawQWenForCausalLM
+    from saw_trtllm.backends.tensorrt_llm.models import SawQWenForCausalLM
 
     model = SawQWenForCausalLM.from_checkpoint(str(checkpoint("qwen3", norm_epsilon=0.25)))
     frontend.build(model, fake_tensorrt_llm.BuildConfig(max_seq_len=128, **LIMITS))
@@ -216,7 +218,7 @@ def test_a_qk_norm_has_the_models_epsilon(frontend, checkpoint):
 
 
 def test_attention_refuses_what_it_is_not_given(frontend, checkpoint):
-    from saw_trtllm.trtllm.model import swap
+    from saw_trtllm.backends.tensorrt_llm.model import swap
 
     model = swap(make_model(checkpoint), SwapOptions(KVFormat("saw_int4", 64)))
     attention = model.transformer.layers._modules["0"].attention
@@ -227,14 +229,14 @@ def test_attention_refuses_what_it_is_not_given(frontend, checkpoint):
 
 
 def test_a_plugin_that_refuses_its_fields(frontend):
-    from saw_trtllm.trtllm.attention import add_plugin
+    from saw_trtllm.backends.tensorrt_llm.attention import add_plugin
 
     with pytest.raises(ConfigError, match=r"SawRotateQuantizeKV refuses {'layer_idx': 0}: see TensorRT's log"):
         add_plugin(WRITE, {"layer_idx": 0}, [])
 
 
 def test_a_class_for_another_family(frontend, checkpoint):
-    from saw_trtllm.trtllm.models import SawMistralForCausalLM
+    from saw_trtllm.backends.tensorrt_llm.models import SawMistralForCausalLM
 
     with pytest.raises(
         ConfigError, match=r"cannot build a Qwen2ForCausalLM: give --model_cls_name SawQWenForCausalLM$"
@@ -245,15 +247,15 @@ def test_a_class_for_another_family(frontend, checkpoint):
 
 
 def test_the_file_for_trtllm_build_names_the_classes(frontend):
-    from saw_trtllm.trtllm import model_cls, models
+    from saw_trtllm.backends.tensorrt_llm import model_cls, models
 
     assert model_cls.__all__ == sorted(models.CLASSES)
     # Found again in trtllm-build's worker processes.
-    assert {cls.__module__ for cls in models.CLASSES.values()} == {"saw_trtllm.trtllm.models"}
+    assert {cls.__module__ for cls in models.CLASSES.values()} == {"saw_trtllm.backends.tensorrt_llm.models"}
 
 
 def test_models_without_an_attention_to_swap(frontend, checkpoint):
-    from saw_trtllm.trtllm.model import swap
+    from saw_trtllm.backends.tensorrt_llm.model import swap
 
     options = SwapOptions(KVFormat("saw_int4", 64))
     model = make_model(checkpoint)

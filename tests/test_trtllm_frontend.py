@@ -16,15 +16,17 @@ import torch
 from fake_tensorrt_execute import execute
 from hf_models import LINEAR_ROPE, LLAMA3_ROPE, YARN_ROPE, make_hf_model
 
-import saw_trtllm.trtllm
-from saw_trtllm.builder import BuildOptions, build, plan_build
-from saw_trtllm.calibration import calibrate
+import saw_trtllm.backends.tensorrt_llm
+from saw_trtllm.backends.tensorrt_llm.options import SwapOptions
+from saw_trtllm.build import build
+from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint, shard
-from saw_trtllm.engine import EngineConfig
+from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
 from saw_trtllm.format import KVFormat
-from saw_trtllm.rope import rotary_cos_sin
-from saw_trtllm.trtllm.options import SwapOptions
+from saw_trtllm.model.rope import rotary_cos_sin
+from saw_trtllm.plan.options import BuildOptions
+from saw_trtllm.plan.plan import plan_build
 
 pytestmark = [
     pytest.mark.skipif(fake_tensorrt_frontend.missing() is not None, reason=str(fake_tensorrt_frontend.missing())),
@@ -44,7 +46,7 @@ SAW_INPUTS = {
     "host_kv_cache_pool_mapping",
 }
 WRITE, ATTENTION = "SawRotateQuantizeKV", "SawInt4PagedAttention"
-MODEL_CLS_FILE = Path(saw_trtllm.trtllm.__file__).parent / "model_cls.py"
+MODEL_CLS_FILE = Path(saw_trtllm.backends.tensorrt_llm.__file__).parent / "model_cls.py"
 CLASS_NAMES = {
     "llama": "SawLLaMAForCausalLM",
     "llama3": "SawLLaMAForCausalLM",
@@ -133,7 +135,7 @@ def stock_model(frontend, folder):
 def by_swap(frontend, models, checkpoint, tmp_path, family, rewrite=False, **options):
     from tensorrt_llm.builder import BuildConfig
 
-    from saw_trtllm.trtllm.model import swap
+    from saw_trtllm.backends.tensorrt_llm.model import swap
 
     model = stock_model(frontend, checkpoint(family))
     config = Checkpoint.open(models(family)[0]).config
@@ -368,7 +370,7 @@ def test_the_executor_reads_the_row_size_and_we_the_truth(frontend, models, chec
 
 
 def test_a_model_keeps_its_true_config(frontend, checkpoint):
-    from saw_trtllm.trtllm.models import SawLLaMAForCausalLM
+    from saw_trtllm.backends.tensorrt_llm.models import SawLLaMAForCausalLM
 
     model = SawLLaMAForCausalLM.from_checkpoint(str(checkpoint("llama")))
     assert model.config.head_size == 64
@@ -425,7 +427,7 @@ def test_refusals(frontend, models, checkpoint, tmp_path, flags, message):
 
 
 def test_fp8_context_attention_is_refused(frontend, checkpoint):
-    from saw_trtllm.trtllm.checks import check_build
+    from saw_trtllm.backends.tensorrt_llm.checks import check_build
 
     model = stock_model(frontend, checkpoint("llama"))
     plugin_config = frontend.builder.PluginConfig(paged_kv_cache=True, dtype="float16")
@@ -465,7 +467,7 @@ def make_attention(cls=None, **changes):
 def test_attention_that_the_plugins_cannot_stand_in_for(frontend, changes, message):
     from tensorrt_llm.functional import AttentionMaskType, PositionEmbeddingType
 
-    from saw_trtllm.trtllm.checks import check_attention
+    from saw_trtllm.backends.tensorrt_llm.checks import check_attention
 
     types = {"position_embedding_type": PositionEmbeddingType, "attention_mask_type": AttentionMaskType}
     changes = {k: types[k][v] if k in types else v for k, v in changes.items()}
@@ -477,7 +479,7 @@ def test_attention_that_the_plugins_cannot_stand_in_for(frontend, changes, messa
 def test_attentions_of_other_classes(frontend, checkpoint):
     from tensorrt_llm.layers.attention import Attention, DeepseekV2Attention
 
-    from saw_trtllm.trtllm.model import swap
+    from saw_trtllm.backends.tensorrt_llm.model import swap
 
     class OtherAttention(Attention):
         pass
@@ -503,7 +505,7 @@ def test_a_subclass_is_swapped_by_rewriting(frontend, models, checkpoint, tmp_pa
     from tensorrt_llm.builder import BuildConfig
     from tensorrt_llm.layers.attention import Attention
 
-    from saw_trtllm.trtllm.model import swap
+    from saw_trtllm.backends.tensorrt_llm.model import swap
 
     class OtherAttention(Attention):
         pass

@@ -12,13 +12,14 @@ from free_ports import free_ports
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from saw_trtllm.backends.tensorrt_llm import for_executor
 from saw_trtllm.cli import triton as cli
-from saw_trtllm.engine import EngineConfig
+from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError
+from saw_trtllm.serve import tensorrtllm_repository as repository
 from saw_trtllm.serve.installation import find_server
 from saw_trtllm.serve.ports import Ports
 from saw_trtllm.serve.server import Server
-from saw_trtllm.trtllm import for_executor, repository
 
 SOURCE = os.environ.get("SAW_TENSORRT_LLM_SOURCE")
 REAL_TEMPLATE = Path(SOURCE or "") / "triton_backend" / "all_models" / "inflight_batcher_llm"

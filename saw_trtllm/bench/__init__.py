@@ -1,1 +1,1 @@
-"""Speed beside peers: cases and targets, the run on a GPU, its record, and the tables and plots drawn from it."""
+"""What a user measures on an engine of their own: its throughput under load, and its latency."""

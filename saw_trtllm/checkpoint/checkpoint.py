@@ -9,10 +9,10 @@ import numpy as np
 from saw_trtllm.checkpoint import huggingface, tensorrt_llm
 from saw_trtllm.checkpoint.layout import EMBEDDING, LM_HEAD, expected_shapes, layer_prefix, unshard
 from saw_trtllm.checkpoint.reader import NUMPY_DTYPES, StoredTensor
-from saw_trtllm.config import ModelConfig, read_json
-from saw_trtllm.end_ids import read_end_ids
 from saw_trtllm.errors import CheckpointError
-from saw_trtllm.paths import is_file, is_folder
+from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.end_ids import read_end_ids
+from saw_trtllm.paths import is_file, is_folder, read_json
 
 
 class Checkpoint:

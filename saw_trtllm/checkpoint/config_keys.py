@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from saw_trtllm.config import MODELS
 from saw_trtllm.errors import CheckpointError
+from saw_trtllm.model.config import MODELS
 
 log = logging.getLogger(__name__)
 

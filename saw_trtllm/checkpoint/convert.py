@@ -17,10 +17,9 @@ from saw_trtllm.checkpoint.layout import check_tp_size, shard, shard_shape
 from saw_trtllm.checkpoint.reader import NUMPY_DTYPES
 from saw_trtllm.checkpoint.tensorrt_llm import rank_file, write_config
 from saw_trtllm.checkpoint.writer import SafetensorsWriter
-from saw_trtllm.config import read_json
 from saw_trtllm.errors import CheckpointError, ConfigError
 from saw_trtllm.files import replacing_folder
-from saw_trtllm.paths import is_file
+from saw_trtllm.paths import is_file, read_json
 
 #: What stands beside the weights and is copied with them, as far as it is there.
 TOKENIZER_FILES = (

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from saw_trtllm.checkpoint.config_keys import honored
+from saw_trtllm.checkpoint.huggingface_config import HuggingFaceConfig
 from saw_trtllm.checkpoint.layout import EMBEDDING, FINAL_NORM, LM_HEAD, expected_shapes
 from saw_trtllm.checkpoint.reader import (
     NUMPY_DTYPES,
@@ -21,10 +22,11 @@ from saw_trtllm.checkpoint.reader import (
     reject_unknown,
 )
 from saw_trtllm.checkpoint.rope_scaling import rotary_scaling
-from saw_trtllm.config import ARCHITECTURES, MAX_LAYERS, ModelConfig, check_architecture, first_error
-from saw_trtllm.errors import CheckpointError
+from saw_trtllm.errors import CheckpointError, first_error
+from saw_trtllm.model.config import ARCHITECTURES, ModelConfig, check_architecture
 
 log = logging.getLogger(__name__)
+
 
 _LAYER_NAMES = {
     "input_layernorm.weight": ("input_layernorm.weight",),
@@ -39,15 +41,23 @@ _LAYER_NAMES = {
     "mlp.gate.weight": ("mlp.up_proj.weight",),
     "mlp.proj.weight": ("mlp.down_proj.weight",),
 }
+
+
 _NAMES = {
     EMBEDDING: "model.embed_tokens.weight",
     FINAL_NORM: "model.norm.weight",
     LM_HEAD: "lm_head.weight",
 }
+
+
 #: What exports of older transformers stored beside the weights, and its classes compute themselves.
 _HARMLESS = re.compile(r"\brotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)$")
+
+
 #: Of the classes that do not take num_attention_heads where the key is left out.
 _DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+
+
 #: What our words for some fields are in a Hugging Face config.
 _THEIR_WORDS = {
     "norm_epsilon": "rms_norm_eps",
@@ -55,40 +65,9 @@ _THEIR_WORDS = {
     "rotary_scaling": "rope_scaling",
     "head_size": "head_dim",
 }
+
+
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-class HuggingFaceConfig(BaseModel):
-    """What is read of a Hugging Face ``config.json``, with transformers' own defaults for what it leaves out."""
-
-    model_config = ConfigDict(strict=True)
-
-    architectures: list[str]
-    dtype: str | None = None
-    torch_dtype: str | None = None
-    hidden_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0, le=MAX_LAYERS)
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    intermediate_size: int
-    vocab_size: int
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = False
-    hidden_act: str = "silu"
-    rope_theta: float | None = None
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
-    partial_rotary_factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    use_sliding_window: bool = False
-    sliding_window: int | None = 4096
-    max_window_layers: int = 28
-    layer_types: list[str] | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
 
 
 def read(folder: Path, raw: dict[str, Any]) -> tuple[ModelConfig, dict[str, list[StoredTensor]]]:

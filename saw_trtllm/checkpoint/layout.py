@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saw_trtllm.config import ModelConfig
 from saw_trtllm.errors import ConfigError
+from saw_trtllm.model.config import ModelConfig
 
 EMBEDDING = "transformer.vocab_embedding.weight"
 FINAL_NORM = "transformer.ln_f.weight"

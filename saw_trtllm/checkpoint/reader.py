@@ -12,9 +12,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from saw_trtllm.config import read_json
 from saw_trtllm.errors import CheckpointError
-from saw_trtllm.paths import is_file, reject_lfs_pointer
+from saw_trtllm.paths import is_file, read_json, reject_lfs_pointer
 
 #: NumPy's dtype for each of the names that a config may give.
 NUMPY_DTYPES = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from saw_trtllm.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from saw_trtllm.checkpoint.huggingface import HuggingFaceConfig
+    from saw_trtllm.checkpoint.huggingface_config import HuggingFaceConfig
 
 SCALINGS = ("linear", "llama3", "yarn")
 
@@ -49,7 +49,7 @@ def rotary_scaling(hf: HuggingFaceConfig, path: Path) -> tuple[float, dict[str, 
 def normalize_scaling(given: dict[str, Any], path: Path) -> dict[str, Any] | None:
     """Spell a scaling's type ``rope_type`` (old configs say ``type``), without nulls; None for the default RoPE.
 
-    :class:`~saw_trtllm.config.RotaryScaling` checks the parameters.
+    :class:`~saw_trtllm.model.config.RotaryScaling` checks the parameters.
     """
     rope_type = _rope_type(given)
     if rope_type in ("default", "none"):

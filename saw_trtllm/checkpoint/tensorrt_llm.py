@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from saw_trtllm.checkpoint.layout import EMBEDDING, LM_HEAD, check_tp_size, expected_shapes, shard_shape
 from saw_trtllm.checkpoint.reader import StoredTensor, check_dtypes, open_file, reject_quantized, reject_unknown
 from saw_trtllm.checkpoint.rope_scaling import normalize_scaling
-from saw_trtllm.config import ARCHITECTURES, Mapping, ModelConfig, check_architecture, first_error
-from saw_trtllm.errors import CheckpointError, ConfigError
+from saw_trtllm.errors import CheckpointError, ConfigError, first_error
+from saw_trtllm.model.config import ARCHITECTURES, Mapping, ModelConfig, check_architecture
 
 #: Keys of its Llama and Qwen configs that change the computation, with the one value that is supported.
 _SUPPORTED_VALUES = {

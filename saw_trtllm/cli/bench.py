@@ -1,30 +1,46 @@
-"""``saw-bench``: how fast the kernels are beside their peers, and engines with them by the format of their cache."""
+"""``saw-bench``: the throughput or the latency of an engine, with requests of a dataset or of random tokens."""
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
-import tempfile
 from pathlib import Path
 
-from saw_trtllm.backend import choose_backend
-from saw_trtllm.bench.cases import PEERS, SUITES
-from saw_trtllm.bench.engine import cases as engine_cases
-from saw_trtllm.bench.engine.record import EngineResults
-from saw_trtllm.bench.record import Results, check_writable
-from saw_trtllm.cli.common import add_log_level, run, set_log_level
-from saw_trtllm.config import read_json
-from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError, KernelError
-from saw_trtllm.paths import is_folder
+from pydantic import BaseModel, Field
+from tqdm import tqdm
+
+from saw_trtllm.bench.load import Percentiles, Report, run_load
+from saw_trtllm.bench.workload import Job, random_jobs, read_dataset
+from saw_trtllm.cli.common import add_fields, add_log_level, parse_fields, print_table, run, set_log_level
+from saw_trtllm.errors import ConfigError
+from saw_trtllm.llm import LLM
+from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 
 _EXAMPLES = """\
 examples:
-  saw-bench kernels --official sglang-fork --output benchmarks/results/h200.json.gz
-  saw-bench kernels --suite decode --peers none --quick
-  saw-bench engine --output benchmarks/results/h200_engine.json.gz
-  saw-bench plot benchmarks/results/h200.json.gz --output docs
+  saw-bench throughput --engine_dir engine --input_len 1024 --output_len 128 --num_requests 256 --concurrency 64
+  saw-bench throughput --engine_dir engine --dataset requests.jsonl --json
+  saw-bench latency --engine_dir engine --input_len 128 --output_len 128
 """
+
+
+class LoadOptions(BaseModel):
+    """The flags of both commands."""
+
+    engine_dir: Path = Field(description="what saw-build wrote")
+    dataset: Path | None = Field(
+        None,
+        description='JSONL, a request a line: {"prompt": TEXT, "output_tokens": N}, or input_ids for the prompt',
+    )
+    input_len: int | None = Field(None, ge=1, description="tokens of a prompt, drawn at random, without --dataset")
+    output_len: int | None = Field(None, ge=1, description="tokens generated for each, without --dataset")
+    num_requests: int | None = Field(None, ge=1, description="requests in all; by default the dataset's, or 64")
+    concurrency: int | None = Field(
+        None, ge=1, description="requests in flight at a time; by default the engine's max_batch_size, for latency 1"
+    )
+    kv_cache_max_tokens: int | None = Field(None, description="tokens of the KV cache; by default what fits")
+    warmup: int = Field(2, ge=0, description="requests that are sent before, and not counted")
+    seed: int = Field(0, description="of the random prompts")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -33,201 +49,68 @@ def make_parser() -> argparse.ArgumentParser:
         prog="saw-bench", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    kernels = commands.add_parser(
-        "kernels",
-        help="time the CUDA kernels on this machine's GPU",
-        description="Time the CUDA kernels on this machine's GPU, beside FlashInfer and the SAW-INT4 paper's own "
-        "kernels: cold L2, CUDA graphs, all contenders of a case in turn.",
-    )
-    kernels.add_argument(
-        "--suite", default=",".join(SUITES), metavar="NAMES", help="comma-separated (default: %(default)s)"
-    )
-    kernels.add_argument(
-        "--peers",
-        metavar="NAMES",
-        help=f"comma-separated, of {', '.join(PEERS)}; or none (default: flashinfer, and official if --official is "
-        "given)",
-    )
-    kernels.add_argument(
-        "--official", type=Path, metavar="DIR", help="checkout that holds the paper's official Triton kernels"
-    )
-    kernels.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write the record to")
-    kernels.add_argument("--quick", action="store_true", help="a few cases, fewer repetitions")
-    kernels.add_argument(
-        "--commit", metavar="HASH", help="what is measured, where there is no git repository to say it"
-    )
-    add_log_level(kernels)
-    _add_engine(commands)
-    plot = commands.add_parser(
-        "plot",
-        help="draw plots and tables from a record",
-        description="Draw plots/*.svg from a record and fill in its tables, in the output folder: those of "
-        "benchmarks.md, or of engine_benchmarks.md.",
-    )
-    plot.add_argument("results", type=Path, metavar="FILE", help="what kernels --output or engine --output wrote")
-    plot.add_argument("--output", type=Path, default=Path("docs"), metavar="DIR", help="folder (default: %(default)s)")
+    for name, text in (
+        ("throughput", "Send requests at the engine's full batch, and report tokens per second."),
+        ("latency", "Send one request after the other, and report how long each takes."),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        add_fields(command, LoadOptions)
+        command.add_argument("--json", action="store_true", help="print the report as JSON")
+        add_log_level(command)
     return parser
-
-
-def _add_engine(commands: argparse._SubParsersAction) -> None:
-    engine = commands.add_parser(
-        "engine",
-        help="time whole decode steps of TensorRT engines by the format of their cache",
-        description="Build TensorRT engines of Llama 3 8B's shape with random weights, one for each format of the "
-        "cache, and time their decode steps, their parts, the whole runtime and the start.",
-    )
-    engine.add_argument("--kv", default=",".join(engine_cases.KVS), metavar="NAMES", help="default: %(default)s")
-    engine.add_argument(
-        "--num_layers",
-        type=int,
-        default=engine_cases.LLAMA_LAYERS,
-        metavar="N",
-        help="of the engines; fewer are built sooner, and the record says how many (default: %(default)s)",
-    )
-    engine.add_argument(
-        "--vocab_size",
-        type=int,
-        default=engine_cases.LLAMA_VOCAB,
-        metavar="N",
-        help="of the engines (default: %(default)s)",
-    )
-    engine.add_argument(
-        "--dtype",
-        choices=("float16", "bfloat16"),
-        default="float16",
-        help="of the engines; bfloat16 is for TensorRT 10 and newer (default: %(default)s)",
-    )
-    for name, known in (("batch", engine_cases.BATCHES), ("context", engine_cases.CONTEXTS)):
-        default = ",".join(map(str, known))
-        engine.add_argument(f"--{name}", metavar="NUMBERS", help=f"comma-separated (default: {default})")
-    engine.add_argument("--quick", action="store_true", help="a few batches and contexts")
-    engine.add_argument(
-        "--engine_dir",
-        type=Path,
-        metavar="DIR",
-        help="keep the engines there, in a folder for each format, and take those that are there already, of any shape",
-    )
-    engine.add_argument("--build_timeout", type=float, metavar="S", help="end the run if a build takes longer")
-    engine.add_argument(
-        "--build_workers",
-        type=int,
-        default=1,
-        metavar="N",
-        help="engines built at once, each with its own weights in memory (default: %(default)s)",
-    )
-    engine.add_argument(
-        "--builder_optimization_level", type=int, choices=range(6), metavar="N", help="as saw-build's, for all engines"
-    )
-    engine.add_argument("--multiple_profiles", choices=("enable", "disable"), help="as saw-build's")
-    engine.add_argument(
-        "--gemm_plugin", choices=("auto", "float16", "bfloat16", "disable"), default="auto", help="as saw-build's"
-    )
-    engine.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write the record to")
-    engine.add_argument("--commit", metavar="HASH", help="what is measured, where there is no git repository to say it")
-    add_log_level(engine)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see ``saw-bench --help``."""
-    argv = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(argv)
-    if args.command == "plot":
-        return run(lambda: _plot(args))
     set_log_level(args.log_level)
-    measure = _engine if args.command == "engine" else _kernels
-    return run(lambda: measure(args, shlex.join(["saw-bench", *argv])))
+    return run(lambda: _bench(parse_fields(args, LoadOptions), args.command, args.json))
 
 
-def _kernels(args: argparse.Namespace, command: str) -> None:
-    peers = _peers(args.peers, args.official)
-    suites = args.suite.split(",")
-    if args.output is not None:
-        check_writable(args.output)
-    try:
-        from saw_trtllm.bench.kernels import run_kernels
-    except ModuleNotFoundError as e:
-        if e.name != "torch":
-            raise
-        raise BackendUnavailableError(
-            "saw-bench kernels needs PyTorch with CUDA, which is not installed: see pytorch.org for the GPU's build"
-        ) from e
-    from saw_trtllm.bench.tables import plain
-
-    results = run_kernels(suites, peers, args.official, quick=args.quick, commit=args.commit, command=command)
-    print(plain(results))
-    if args.output is not None:
-        results.save(args.output)
-    if results.aborted:
-        raise KernelError(results.aborted)
-
-
-def _peers(given: str | None, official: Path | None) -> list[str]:
-    if given == "none":
-        return []
-    names = given.split(",") if given is not None else ["flashinfer", *(["official"] if official else [])]
-    if "official" in names and official is None:
-        raise ConfigError("--peers official needs --official DIR: a checkout that holds the paper's Triton kernels")
-    return names
-
-
-def _engine(args: argparse.Namespace, command: str) -> None:
-    kvs = args.kv.split(",")
-    for kv in kvs:
-        if kv not in engine_cases.KVS:
-            raise ConfigError(f"--kv names {kv!r}: choose among {', '.join(engine_cases.KVS)}")
-    numbers = {}
-    for name, all_of, few in (
-        ("batch", engine_cases.BATCHES, engine_cases.QUICK_BATCHES),
-        ("context", engine_cases.CONTEXTS, engine_cases.QUICK_CONTEXTS),
-    ):
-        given = getattr(args, name)
-        chosen = few if args.quick else all_of
-        numbers[name] = chosen if given is None else engine_cases.parse_numbers(given, all_of, f"--{name}")
-    for name in ("num_layers", "vocab_size", "build_workers"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least 1")
-    if args.output is not None:
-        check_writable(args.output)
-    choose_backend("tensorrt")
-    from saw_trtllm.bench.engine.run import Plan, run_engines
-    from saw_trtllm.bench.engine.tables import plain
-
-    with tempfile.TemporaryDirectory(prefix="saw-bench-") as temporary:
-        plan = Plan.of(
-            args.engine_dir or Path(temporary),
-            kvs,
-            engine_cases.llama_config(args.num_layers, args.vocab_size, args.dtype),
-            batches=numbers["batch"],
-            contexts=numbers["context"],
-            optimization_level=args.builder_optimization_level,
-            decode_profile=None if args.multiple_profiles is None else args.multiple_profiles == "enable",
-            gemm_plugin=args.gemm_plugin,
-            build_timeout_s=args.build_timeout,
-            build_workers=args.build_workers,
-        )
-        results = run_engines(plan, command, args.commit, args.output)
-    print(plain(results))
-    if results.aborted:
-        raise EngineError(results.aborted)
-
-
-def _plot(args: argparse.Namespace) -> None:
-    if not is_folder(args.output):
-        raise ConfigError(f"--output {args.output} is not a folder: give the docs folder, or make one")
-    raw = read_json(args.results)
-    if raw.get("kind") == "engine":
-        from saw_trtllm.bench.engine import plots, tables
-
-        results, document = EngineResults.parse(raw, args.results), args.output / "engine_benchmarks.md"
+def _bench(options: LoadOptions, command: str, as_json: bool) -> None:
+    with LLM(options.engine_dir, kv_cache_config=KvCacheConfig(options.kv_cache_max_tokens)) as llm:
+        vocab_size, batch = llm.config.pretrained_config.vocab_size, llm.config.build_config.max_batch_size
+        jobs = _jobs(options, vocab_size)
+        concurrency = options.concurrency or (1 if command == "latency" else batch)
+        if options.warmup:
+            shape = max(jobs, key=lambda job: job.output_len)
+            run_load(llm, [shape._replace(output_len=min(4, shape.output_len))] * options.warmup, concurrency)
+        with tqdm(total=len(jobs), desc=f"saw-bench {command}", unit="req", disable=not sys.stderr.isatty()) as bar:
+            report = run_load(llm, jobs, concurrency, bar.update)
+    if as_json:
+        print(report.model_dump_json())
     else:
-        from saw_trtllm.bench import plots, tables
+        print_table(describe(report))
 
-        results, document = Results.load(args.results), args.output / "benchmarks.md"
-    for path in plots.draw(results, args.output / "plots"):
-        print(path)
-    if document.exists():
-        tables.fill_in(document, results)
-        print(document)
+
+def _jobs(options: LoadOptions, vocab_size: int) -> list[Job]:
+    lengths = (options.input_len, options.output_len)
+    if options.dataset is not None:
+        if lengths != (None, None):
+            raise ConfigError("--dataset was given with --input_len or --output_len: give the one or the others")
+        return read_dataset(options.dataset, options.num_requests)
+    if None in lengths:
+        raise ConfigError("neither --dataset nor both of --input_len and --output_len were given: give one of the two")
+    return random_jobs(options.num_requests or 64, *lengths, vocab_size, options.seed)
+
+
+def describe(report: Report) -> dict[str, str]:
+    """A report, line by line."""
+    return {
+        "requests": f"{report.num_requests}, {report.concurrency} at a time, in {report.duration_s:.2f} s",
+        "tokens": f"{report.input_tokens:,} in, {report.output_tokens:,} out",
+        "throughput": f"{report.output_tokens_per_s:,.1f} tokens/s out, {report.total_tokens_per_s:,.1f} in all, "
+        f"{report.requests_per_s:,.2f} requests/s",
+        "time to first token": _line(report.time_to_first_token_ms),
+        "time between tokens": _line(report.time_between_tokens_ms),
+        "request latency": _line(report.request_latency_ms),
+    }
+
+
+def _line(times: Percentiles | None) -> str:
+    if times is None:
+        return "none: texts of one token"
+    return f"mean {times.mean:.2f} ms, p50 {times.p50:.2f}, p90 {times.p90:.2f}, p99 {times.p99:.2f}"
 
 
 if __name__ == "__main__":

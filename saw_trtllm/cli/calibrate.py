@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from saw_trtllm.backend import choose_backend
-from saw_trtllm.calibration import calibrate
+from saw_trtllm.backends.registry import choose_backend
+from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.cli.common import add_fields, add_log_level, parse_fields, print_table, run, set_log_level
 from saw_trtllm.errors import ConfigError

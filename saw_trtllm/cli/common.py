@@ -13,8 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from saw_trtllm.config import first_error
-from saw_trtllm.errors import ConfigError, SawError
+from saw_trtllm.errors import ConfigError, SawError, first_error
 
 LOG_LEVELS = ("internal_error", "error", "warning", "info", "verbose", "debug")
 _PYTHON_LEVELS = {"internal_error": "critical", "verbose": "debug"}

@@ -17,7 +17,7 @@ from saw_trtllm.errors import BackendUnavailableError, ConfigError, SawError
 from saw_trtllm.progress import progress
 
 if TYPE_CHECKING:
-    from saw_trtllm.calibration import Calibration
+    from saw_trtllm.checkpoint.calibration import Calibration
     from saw_trtllm.eval.session import Evaluation
     from saw_trtllm.eval.variants import Variant
 
@@ -141,9 +141,9 @@ def _run_text(options: EvalOptions, checkpoint: Checkpoint, as_json: bool) -> No
 
 def _variants(options: EvalOptions, checkpoint: Checkpoint) -> tuple[list[Variant], dict[Path, Calibration]]:
     """The grid, and what its calibration files hold."""
-    from saw_trtllm.builder import parse_layers
-    from saw_trtllm.calibration import Calibration
+    from saw_trtllm.checkpoint.calibration import Calibration
     from saw_trtllm.eval import variants as v
+    from saw_trtllm.plan.plan import parse_layers
 
     config = checkpoint.config
     files = v.parse_calibrations(options.calibration)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from saw_trtllm.cli.common import add_log_level, add_no_verify, run, set_log_level
 from saw_trtllm.errors import RequestError
+from saw_trtllm.llm import LLM
 from saw_trtllm.progress import progress
-from saw_trtllm.runtime.llm import LLM, KvCacheConfig
+from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.runtime.outputs import GenerationResult, RequestOutput
 from saw_trtllm.runtime.sampling_params import SamplingParams
 

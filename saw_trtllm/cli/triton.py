@@ -9,13 +9,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from saw_trtllm.checksums import verify_engine
 from saw_trtllm.cli.common import add_log_level, add_no_verify, run, set_log_level
-from saw_trtllm.engine import EngineConfig
+from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
+from saw_trtllm.llm import MAX_QUEUE_SIZE
 from saw_trtllm.paths import is_file
-from saw_trtllm.plugins import PRELOAD_LIBRARY, library_path
-from saw_trtllm.runtime.llm import MAX_QUEUE_SIZE, KvCacheConfig
+from saw_trtllm.plan.checksums import verify_engine
+from saw_trtllm.plugins.library import PRELOAD_LIBRARY, library_path
+from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve.installation import ADVICE, Installation, check_flags, find_server
 from saw_trtllm.serve.launcher import launch
@@ -23,7 +24,13 @@ from saw_trtllm.serve.parameters import Parameters
 from saw_trtllm.serve.ports import Ports
 from saw_trtllm.serve.repository import model_configs, write_repository
 from saw_trtllm.serve.server import Server
-from saw_trtllm.trtllm.repository import BACKENDS, check_engine, fill_repository, find_template, template_values
+from saw_trtllm.serve.tensorrtllm_repository import (
+    BACKENDS,
+    check_engine,
+    fill_repository,
+    find_template,
+    template_values,
+)
 
 logger = logging.getLogger(__name__)
 

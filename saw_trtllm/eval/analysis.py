@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from saw_trtllm.config import ModelConfig
-from saw_trtllm.eval.forward import Attended, WindowModel, causal_mask
-from saw_trtllm.eval.quantizers import KVQuantizer
+from saw_trtllm.backends.reference.int4 import rotate
+from saw_trtllm.backends.reference.quantizers import KVQuantizer
+from saw_trtllm.backends.reference.window import Attended, WindowModel, causal_mask
 from saw_trtllm.format import default_hadamard_order
-from saw_trtllm.reference.int4 import rotate
+from saw_trtllm.model.config import ModelConfig
 
 #: Queries of a window whose scores are compared, evenly spread, its last among them; fewer where all heads' scores
 #: would be too many.

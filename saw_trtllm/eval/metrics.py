@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from saw_trtllm.backends.reference.quantizers import KVQuantizer, bytes_per_token
+from saw_trtllm.backends.reference.window import History, WindowModel
 from saw_trtllm.errors import CheckpointError
-from saw_trtllm.eval.forward import History, WindowModel
-from saw_trtllm.eval.quantizers import KVQuantizer, bytes_per_token
 
 #: Logits that are held at a time, of one model: 256 MiB.
 _MAX_LOGITS = 1 << 26

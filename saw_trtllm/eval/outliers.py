@@ -20,11 +20,11 @@ from collections.abc import Callable
 import numpy as np
 
 from saw_trtllm.checkpoint import Checkpoint
-from saw_trtllm.config import ModelConfig
 from saw_trtllm.errors import ConfigError
-from saw_trtllm.fold import fold_smoothing, layer_of
 from saw_trtllm.format import DTYPE_BYTES
-from saw_trtllm.rope import inverse_frequencies
+from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.fold import fold_smoothing, layer_of
+from saw_trtllm.model.rope import inverse_frequencies
 
 #: What keys of planted pairs are multiplied by: from below what is reported of channels to some times as much.
 FACTORS = (8.0, 16.0, 32.0)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from saw_trtllm.eval.forward import WindowModel
+from saw_trtllm.backends.reference.quantizers import KVQuantizer, SkipLayers
+from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.eval.metrics import Quality, evaluate
-from saw_trtllm.eval.quantizers import KVQuantizer, SkipLayers
 
 #: Layers at most that are measured together.
 _MAX_TOGETHER = 4

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from saw_trtllm.config import ModelConfig
+from saw_trtllm.backends.reference.quantizers import Exact, KVQuantizer, Row4Bit, SkipLayers
 from saw_trtllm.errors import ConfigError
-from saw_trtllm.eval.quantizers import Exact, KVQuantizer, Row4Bit, SkipLayers
 from saw_trtllm.format import KVFormat
+from saw_trtllm.model.config import ModelConfig
 
 if TYPE_CHECKING:
-    from saw_trtllm.calibration import Calibration
+    from saw_trtllm.checkpoint.calibration import Calibration
 
 
 @dataclass(frozen=True)

@@ -13,151 +13,19 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, replace
-from functools import partial
 
-import numpy as np
-
+from saw_trtllm.engine.step import PREFILL, StepPacker
 from saw_trtllm.errors import EngineError, QueueFullError, ShutdownError
-from saw_trtllm.runtime.detokenizer import Detokenizer, Piece
 from saw_trtllm.runtime.executor import Executor, PendingStep, StepOutput
 from saw_trtllm.runtime.outputs import (
-    CompletionOutput,
-    FinishReason,
-    OutputQueue,
-    RequestOutput,
     require_process,
 )
+from saw_trtllm.runtime.request import Request
 from saw_trtllm.runtime.sampling import SamplingState
-from saw_trtllm.runtime.scheduler import Scheduled, Scheduler, Sequence
+from saw_trtllm.runtime.scheduler import Scheduled, Scheduler
 from saw_trtllm.runtime.stats import Stats
-from saw_trtllm.runtime.step import PREFILL, StepPacker
-from saw_trtllm.runtime.stop_matcher import StopMatcher
 
 logger = logging.getLogger(__name__)
-
-
-class Request:
-    """A sequence, its text so far, and who waits for it.
-
-    Parameters
-    ----------
-    sequence : Sequence
-    prompt : str or None
-        The prompt's text, to be given back.
-    end_ids : set of int
-        Tokens that end the text.
-    detokenizer : Detokenizer
-    streaming : bool
-        Whether each piece is handed out, or only the whole.
-    outputs : OutputQueue
-        Where what is handed out goes.
-    """
-
-    def __init__(
-        self,
-        sequence: Sequence,
-        prompt: str | None,
-        end_ids: set[int],
-        detokenizer: Detokenizer,
-        streaming: bool,
-        outputs: OutputQueue,
-    ) -> None:
-        self.sequence = sequence
-        self.end_ids = end_ids
-        self.outputs = outputs
-        self.arrival = time.monotonic()
-        self._prompt = prompt
-        # A copy, since what is handed out may be changed by who gets it.
-        self._prompt_token_ids = list(sequence.prompt)
-        self._detokenizer = detokenizer
-        self._stop_runs = StopMatcher(sequence.params.stop_token_sequences or ())
-        self._streaming = streaming
-        self._texts: list[str] = []
-        self._logprobs: list[float] = []
-        self._context_logits: list[np.ndarray] = []
-        self._generation_logits: list[np.ndarray] = []
-        self._shown = 0
-
-    def banned(self, num_drawn: int) -> tuple[int, ...]:
-        """Tokens that may not come behind so many of the text."""
-        return tuple(self.end_ids) if num_drawn < self.sequence.params.min_tokens else ()
-
-    def keep_logits(self, logits: np.ndarray, start: int, samples: bool) -> None:
-        """Collect what the request asked for from a step's logits ``[n, vocab_size]``, the first of token ``start``."""
-        params = self.sequence.params
-        if params.return_context_logits and not self.sequence.generated:
-            if start == 0:  # anew after a preemption
-                self._context_logits.clear()
-            self._context_logits.append(logits)
-        if params.return_generation_logits and samples:
-            self._generation_logits.append(logits[-1:])
-
-    def push(self, token: int, logprob: float) -> bool:
-        """Take the next token, hand out what it completes; True when the text has ended."""
-        sequence, params = self.sequence, self.sequence.params
-        sequence.generated.append(token)
-        self._logprobs.append(logprob)
-        count = len(sequence.generated)
-        may_stop = count >= params.min_tokens
-        if token in self.end_ids and may_stop:
-            piece, stop = self._detokenizer.end(token)
-            if stop is None and token in (params.stop_token_ids or ()):
-                stop = token
-            self._hand_out(piece, "stop", stop, hidden=1)
-            return True
-        run_ends = self._stop_runs.push((token,)) is not None and may_stop
-        last = run_ends or count == params.max_tokens
-        piece, stop = self._detokenizer.push(token, may_stop, last)
-        if stop is None and run_ends:
-            stop = token
-        if last or stop is not None:
-            self._hand_out(piece, "length" if stop is None else "stop", stop)
-            return True
-        if piece is None:
-            return False
-        if self._streaming:
-            self._hand_out(piece)
-        else:
-            self._texts.append(piece.text)
-        return False
-
-    def cancel(self) -> None:
-        """End the text as it is."""
-        self._hand_out(self._detokenizer.flush(), "cancelled")
-
-    def _hand_out(
-        self, piece: Piece, reason: FinishReason | None = None, stop: str | int | None = None, hidden: int = 0
-    ) -> None:
-        """Put a piece into the result; ``hidden`` tokens at the end, the end token, are not part of the output."""
-        self._texts.append(piece.text)
-        shown = len(self.sequence.generated) - hidden if reason else self._shown + len(piece.token_ids)
-        new, self._shown = slice(self._shown, shown), shown
-        self.outputs.put(partial(self._output, piece, new, len(self._texts), reason, stop))
-
-    def _output(
-        self, piece: Piece, new: slice, texts: int, reason: FinishReason | None, stop: str | int | None
-    ) -> RequestOutput:
-        """The output as of a piece, made when somebody reads it: it holds all text and tokens so far."""
-        sequence, params = self.sequence, self.sequence.params
-        tokens, text, whole = sequence.generated[: new.stop], "".join(self._texts[:texts]), not self._streaming
-        output = CompletionOutput(
-            text=text,
-            token_ids=tokens,
-            text_diff=text if whole else piece.text,
-            token_ids_diff=list(tokens) if whole else tokens[new],
-            leading_space=piece.leading,
-            finish_reason=reason,
-            stop_reason=stop,
-        )
-        if params.logprobs:
-            logprobs = self._logprobs[: new.stop]
-            output = replace(output, logprobs=logprobs, cumulative_logprob=sum(logprobs))
-        if logits := self._generation_logits:
-            output = replace(output, generation_logits=np.concatenate(logits[new] or [logits[0][:0]]))
-        context = np.concatenate(self._context_logits) if reason and self._context_logits else None
-        return RequestOutput(
-            sequence.request_id, self._prompt, self._prompt_token_ids, [output], reason is not None, context
-        )
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+from saw_trtllm.engine.step import StepInputs
 from saw_trtllm.runtime.sampling import SamplingState
-from saw_trtllm.runtime.step import StepInputs
 
 
 @dataclass(frozen=True)

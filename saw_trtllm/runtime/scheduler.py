@@ -22,10 +22,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from itertools import chain
 
+from saw_trtllm.engine.step import DECODE, PREFILL, StepSequence
 from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.block_manager import BlockManager, BlockTable
 from saw_trtllm.runtime.sampling_params import SamplingParams
-from saw_trtllm.runtime.step import DECODE, PREFILL, StepSequence
 
 
 @dataclass(eq=False)

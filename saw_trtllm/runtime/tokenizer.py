@@ -8,10 +8,9 @@ from pathlib import Path
 
 import tokenizers
 
-from saw_trtllm.config import read_json
-from saw_trtllm.end_ids import read_end_ids
 from saw_trtllm.errors import CheckpointError
-from saw_trtllm.paths import is_file, is_folder, reject_lfs_pointer
+from saw_trtllm.model.end_ids import read_end_ids
+from saw_trtllm.paths import is_file, is_folder, read_json, reject_lfs_pointer
 from saw_trtllm.runtime.token_decoder import TokenDecoder
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

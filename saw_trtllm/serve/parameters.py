@@ -8,9 +8,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from saw_trtllm.config import first_error
-from saw_trtllm.errors import ConfigError
-from saw_trtllm.runtime.llm import MAX_QUEUE_SIZE
+from saw_trtllm.errors import ConfigError, first_error
+from saw_trtllm.llm import MAX_QUEUE_SIZE
 
 
 class Parameters(BaseModel):

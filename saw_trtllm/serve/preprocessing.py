@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from saw_trtllm.engine import EngineConfig
+from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.prompt import encode_prompt
 from saw_trtllm.runtime.tokenizer import Tokenizer

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from saw_trtllm.errors import EngineError, RequestError, SawError, ShutdownError
-from saw_trtllm.runtime.llm import LLM, KvCacheConfig
+from saw_trtllm.llm import LLM
+from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.runtime.outputs import GenerationResult, RequestOutput
 from saw_trtllm.serve import names
 from saw_trtllm.serve.metrics import MetricsReporter

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 from models import FAMILIES, VOCAB, make_model
 
-from saw_trtllm.builder import BuildOptions, BuildPlan, build, plan_build
-from saw_trtllm.calibration import Calibration
-from saw_trtllm.network.options import NetworkOptions
-from saw_trtllm.runtime.step import DECODE, PREFILL, StepInputs, StepSequence
+from saw_trtllm.build import build
+from saw_trtllm.checkpoint.calibration import Calibration
+from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
+from saw_trtllm.plan.options import BuildOptions
+from saw_trtllm.plan.plan import BuildPlan, plan_build
+from saw_trtllm.plan.tensorrt_options import NetworkOptions
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_llama"
 TOKENS_PER_BLOCK = 32

@@ -28,8 +28,8 @@ def _missing() -> str | None:
     if importlib.util.find_spec("saw_trtllm._C") is None:
         return "saw_trtllm._C is not built: run build_scripts/kernels"
     try:
-        from saw_trtllm.network.device import compute_capability
-        from saw_trtllm.plugins import library_path
+        from saw_trtllm.backends.tensorrt.device import compute_capability
+        from saw_trtllm.plugins.library import library_path
 
         library_path()
         compute_capability()
@@ -57,7 +57,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def supported():
     """Skips a case whose dtype this TensorRT does not have."""
-    from saw_trtllm.network.versions import TensorRT
+    from saw_trtllm.backends.tensorrt.versions import TensorRT
 
     def check(case) -> None:
         try:

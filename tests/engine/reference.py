@@ -29,11 +29,11 @@ from cases import (
     text_steps,
 )
 
-from saw_trtllm.builder import BuildPlan
-from saw_trtllm.reference import model as reference_model
-from saw_trtllm.reference.cache import PagedCache
-from saw_trtllm.reference.int4 import TORCH_DTYPES
-from saw_trtllm.reference.model import ReferenceModel
+from saw_trtllm.backends.reference import model as reference_model
+from saw_trtllm.backends.reference.cache import PagedCache
+from saw_trtllm.backends.reference.int4 import TORCH_DTYPES
+from saw_trtllm.backends.reference.model import ReferenceModel
+from saw_trtllm.plan.plan import BuildPlan
 
 #: Logits that are kept of each token, the largest.
 TOP = 16

@@ -19,9 +19,9 @@ import recorded_run
 from executor_blocks import PRIMARY, SECONDARY, Copy
 from executor_contract import GRAPH_ROUNDING
 
-from saw_trtllm.network.versions import TensorRT
-from saw_trtllm.plugins import PRELOAD_LIBRARY, library_path
-from saw_trtllm.runtime.step import DECODE
+from saw_trtllm.backends.tensorrt.versions import TensorRT
+from saw_trtllm.engine.step import DECODE
+from saw_trtllm.plugins.library import PRELOAD_LIBRARY, library_path
 
 RECORDING, SOURCE = "SAW_TENSORRT_LLM_RECORDING", "SAW_TENSORRT_LLM_SOURCE"
 #: As in ``record_frontend.py``, which cannot be imported beside a real TensorRT.
@@ -41,8 +41,8 @@ class Engine:
     """An engine in buffers that stay where they are, its pool, and its CUDA graphs: what an executor holds."""
 
     def __init__(self, tensorrt: TensorRT, serialized: bytes, pool_shapes: list[dict[str, tuple[int, ...]]]) -> None:
-        from saw_trtllm.gpu.cuda import DeviceBuffer, PinnedBuffer, Stream
-        from saw_trtllm.gpu.session import Session
+        from saw_trtllm.backends.tensorrt.cuda import DeviceBuffer, PinnedBuffer, Stream
+        from saw_trtllm.backends.tensorrt.session import Session
 
         self.stream, logger = Stream(), tensorrt.logger()
         self._runtime = tensorrt.trt.Runtime(logger)
@@ -67,7 +67,7 @@ class Engine:
 
     def move(self, copy: Copy) -> None:
         """A copy of blocks as the executor makes it: all heads' regions in one, each from its beginning."""
-        from saw_trtllm.gpu.cuda import call, runtime
+        from saw_trtllm.backends.tensorrt.cuda import call, runtime
 
         _, layers, two, heads, tokens, row_bytes = self._shapes[copy.pool]
         pitch, regions = tokens * row_bytes, layers * two * heads
@@ -79,7 +79,7 @@ class Engine:
 
     def step(self, step: recorded_run.RecordedStep) -> np.ndarray:
         """Logits of a step. From the second on, decodes alone run as the graph that was captured behind the first."""
-        from saw_trtllm.gpu.cuda import call, runtime
+        from saw_trtllm.backends.tensorrt.cuda import call, runtime
 
         for copy in step.copies:
             self.move(copy)

@@ -14,9 +14,9 @@ import pytest
 from cases import SERVED_CASES, TEXT_BLOCKS, TEXTS, TOKENS_PER_BLOCK, prompts, text_steps
 
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
-from saw_trtllm.engine import EngineConfig
+from saw_trtllm.backends.registry import open_executor
+from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import EngineError
-from saw_trtllm.runtime.llm import open_executor
 from saw_trtllm.runtime.sampling import SamplingState
 
 FOLDER = Path(__file__).parent

@@ -11,9 +11,9 @@ import pytest
 from cases import NUM_BLOCKS, STEP_CASES, STEPS, TOKENS_PER_BLOCK, decoded_rows, pack
 
 from saw_trtllm.checkpoint import NUMPY_DTYPES
-from saw_trtllm.engine import EngineConfig
+from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.engine.step import DECODE
 from saw_trtllm.format import ROW_TAIL_BYTES
-from saw_trtllm.runtime.step import DECODE
 
 #: Of the largest logit, by dtype. Two layers of some ten roundings to 11 bits each, one upon the other, come to a third
 #: of it; bfloat16 has 8 bits.
@@ -27,7 +27,7 @@ MOVED = {"float16": 0.01, "bfloat16": 0.08}
 @pytest.fixture(scope="module", params=STEP_CASES, ids=lambda case: case.name)
 def run(request, work, reference, supported):
     """Runs a case's steps, each with and without a graph, and gives name, logits and pools: found and expected."""
-    from saw_trtllm.gpu.executor import TensorRTExecutor
+    from saw_trtllm.backends.tensorrt.executor import TensorRTExecutor
 
     case = request.param
     supported(case)

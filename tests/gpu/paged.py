@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from saw_trtllm.backends.reference.int4 import decode_rows, encode_rows
 from saw_trtllm.format import KVFormat
-from saw_trtllm.reference.int4 import decode_rows, encode_rows
 
 NUM_LAYERS, LAYER = 3, 1
 K, V = 0, 1

@@ -9,10 +9,10 @@ import torch
 from paged import LAYER, NUM_LAYERS, Table, poisoned_pool
 
 from saw_trtllm import ops
+from saw_trtllm.backends.reference.attention import paged_attention, rotate_quantize_kv
+from saw_trtllm.backends.reference.cache import PagedPool, StepPlan
+from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs
 from saw_trtllm.format import KVFormat
-from saw_trtllm.reference.attention import paged_attention, rotate_quantize_kv
-from saw_trtllm.reference.cache import PagedPool, StepPlan
-from saw_trtllm.runtime.step import DECODE, PREFILL, StepInputs
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 NUM_POSITIONS = 1024

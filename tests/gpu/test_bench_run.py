@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from saw_trtllm.bench.cases import Case, Heads
-from saw_trtllm.bench.kernels import _contenders
-from saw_trtllm.bench.record import Bandwidth
-from saw_trtllm.bench.run import run_case
-from saw_trtllm.bench.timing import CudaTimer
+from benchmarks.kernels.cases import Case, Heads
+from benchmarks.kernels.record import Bandwidth
+from benchmarks.kernels.run import run_case
+from benchmarks.kernels.suite import _contenders
+from benchmarks.kernels.timing import CudaTimer
 
 OURS = ("saw_int4", "int4", "bf16")
 BANDWIDTH = Bandwidth(read_gbps=1.0, copy_gbps=1.0)

@@ -17,10 +17,10 @@ from executor_contract import ALL, NUM_STEPS, Executor, make_executor
 from executor_contract import Step as ExecutorStep
 from steps import DTYPES, assert_near
 
+from saw_trtllm.backends.reference.attention import paged_attention, rotate_quantize_kv
+from saw_trtllm.backends.reference.cache import K, PagedPool, StepPlan, V
+from saw_trtllm.backends.reference.int4 import decode_rows
 from saw_trtllm.format import KVFormat
-from saw_trtllm.reference.attention import paged_attention, rotate_quantize_kv
-from saw_trtllm.reference.cache import K, PagedPool, StepPlan, V
-from saw_trtllm.reference.int4 import decode_rows
 
 HEADS = (8, 2)
 OUTPUTS = ("q", "k", "v", "context")

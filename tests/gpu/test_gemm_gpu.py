@@ -9,7 +9,7 @@ import pytest
 import torch
 from plugin_library import GEMM, LOOKUP, RMS_NORM, SILU_MUL
 
-from saw_trtllm.plugins import load_cublas_lt
+from saw_trtllm.plugins.library import load_cublas_lt
 
 #: ``[out_features, in_features]``: Llama 3 8B's qkv, dense, fc and proj, and some that no fast kernel takes.
 SHAPES = [(6144, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (1000, 96), (33, 18)]

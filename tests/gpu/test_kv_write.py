@@ -10,12 +10,12 @@ import torch
 from paged import LAYER, NUM_LAYERS, Table, random_pool
 
 from saw_trtllm import ops
+from saw_trtllm.backends.reference.attention import apply_rope, rotate_quantize_kv
+from saw_trtllm.backends.reference.cache import PagedPool, StepPlan
+from saw_trtllm.backends.reference.int4 import rotate, unpack
+from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs
 from saw_trtllm.errors import OpError
 from saw_trtllm.format import ROW_TAIL_BYTES, KVFormat, hadamard_orders
-from saw_trtllm.reference.attention import apply_rope, rotate_quantize_kv
-from saw_trtllm.reference.cache import PagedPool, StepPlan
-from saw_trtllm.reference.int4 import rotate, unpack
-from saw_trtllm.runtime.step import DECODE, PREFILL, StepInputs
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 NUM_POSITIONS = 4096

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from saw_trtllm.gpu.sample_rows import LISTED, ROW, StagedRows, TokenLists
+from saw_trtllm.backends.tensorrt.sample_rows import LISTED, ROW, StagedRows, TokenLists
 from saw_trtllm.runtime.sampling import SamplingState, sample
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
@@ -269,7 +269,7 @@ def test_a_vocabulary_beyond_the_sums_is_refused():
 def test_the_sampler_draws_step_after_step(rng):
     """GpuSampler over CUDA's own bindings: penalties that grow, sequences that come and go, both sets in turn."""
     pytest.importorskip("cuda.bindings")
-    from saw_trtllm.gpu.sampler import GpuSampler
+    from saw_trtllm.backends.tensorrt.sampler import GpuSampler
 
     sampler, vocab = GpuSampler(6, 900), 900
     torch.cuda.synchronize()

@@ -1,5 +1,5 @@
 // The 4-bit row of layout.h: from the fp32 channels of a row to its scale, its lo and its codes, as
-// saw_trtllm/reference/int4.py computes them.
+// saw_trtllm/backends/reference/int4.py computes them.
 #pragma once
 
 #include <cstdint>

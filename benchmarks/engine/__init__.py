@@ -1,0 +1,1 @@
+"""Whole decode steps of TensorRT engines by the format of their cache."""

@@ -1,0 +1,139 @@
+"""What ``saw-bench engine`` measures and what it must reach, as data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from saw_trtllm.engine.config import BuildConfig, PluginConfig
+from saw_trtllm.errors import ConfigError
+from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.plugins.library import ATTENTION, GEMM, WRITE
+
+#: Formats of the cache, in the order in which they are measured.
+KVS = ("fp16", "int4", "saw_int4")
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
+QUICK_BATCHES, QUICK_CONTEXTS = (1, 16, 64, 256), (1024, 8192)
+#: Steps whose layers are timed one by one: a batch and its contexts.
+PROFILED = {1: (8192,), 64: (1024, 8192), 256: (2048,)}
+
+#: The run through the whole runtime: so many requests at once, each with a prompt and a text of so many tokens.
+LOOP_BATCH, LOOP_PROMPT, LOOP_TEXT = 64, 1024, 192
+
+_LAYER = "transformer.layers."
+
+#: Layers and words of the model whose shape the engines have.
+LLAMA_LAYERS, LLAMA_VOCAB = 32, 128256
+
+#: Parts of a step. ``ends`` are the nodes with the embedding and with the logits: TensorRT joins GEMMs of the first and
+#: of the last layer to them.
+Part = Literal["attention", "kv_write", "gemm", "rest", "ends"]
+PARTS: dict[Part, str] = {
+    "attention": "attention",
+    "kv_write": "KV write",
+    "gemm": "GEMMs",
+    "rest": "rest of the layers",
+    "ends": "embedding, logits and what is joined to them",
+}
+
+
+def llama_config(num_layers: int, vocab_size: int = LLAMA_VOCAB, dtype: str = "float16") -> ModelConfig:
+    """The shape of Llama 3 8B with so many layers and words."""
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        dtype=dtype,
+        hidden_size=4096,
+        num_hidden_layers=num_layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_size=128,
+        intermediate_size=14336,
+        vocab_size=vocab_size,
+        max_position_embeddings=131072,
+        rotary_base=500000.0,
+    )
+
+
+def build_limits() -> BuildConfig:
+    """The engines' limits: all cases, and the run through the runtime."""
+    longest = max(CONTEXTS)
+    return BuildConfig(
+        max_batch_size=max(BATCHES),
+        max_input_len=longest,
+        max_seq_len=longest + 64,
+        max_num_tokens=8192,
+        plugin_config=PluginConfig(tokens_per_block=64),
+    )
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number that a run must reach.
+
+    Attributes
+    ----------
+    name : str
+        What is measured, in words: ``{}`` stands for the limit.
+    value : str
+        The property of :class:`~benchmarks.engine.record.EngineResults` that is compared.
+    limit : float
+    least : bool
+        Whether the limit is the least that is well, or the most.
+    """
+
+    name: str
+    value: str
+    limit: float
+    least: bool = True
+
+    def met(self, value: float) -> bool:
+        """Whether a measured value reaches it."""
+        return value >= self.limit if self.least else value <= self.limit
+
+
+TARGETS = (
+    Target("saw_int4's step at most {}x int4's, at its worst batch and context", "int4_ratio", 1.01, least=False),
+    Target("saw_int4 at least {}x the tokens/s of fp16 at 64x8192", "speedup", 1.9),
+    Target("saw_int4 never below {}x the tokens/s of fp16", "least_speedup", 0.99),
+    Target("saw_int4 holds at least {}x the tokens of fp16 in the same pool", "capacity", 3.7),
+    Target("GPU busy at least {} of a step at batch 64", "busy", 0.95),
+    Target("start-up at most {} s longer than reading the engine's file", "startup", 10.0, least=False),
+)
+
+
+def parse_numbers(text: str, known: Sequence[int], flag: str) -> tuple[int, ...]:
+    """Numbers separated by commas, from 1 to the largest of those that the engines are built for.
+
+    Raises
+    ------
+    ConfigError
+        If one is none.
+    """
+    words = [word.strip() for word in text.split(",")]
+    numbers = [int(word) if word.isdecimal() else 0 for word in words]
+    for word, number in zip(words, numbers, strict=True):
+        if not 1 <= number <= max(known):
+            raise ConfigError(f"{flag} names {word!r}: give numbers from 1 to {max(known)}, separated by commas")
+    return tuple(numbers)
+
+
+def classify(layer: str, gemm_plugin: bool = False) -> Part:
+    """Which part of a step one of TensorRT's layers is, by its name, which is those of all that was fused into it.
+
+    Of an engine with ``gemm_plugin`` no other layer has a GEMM.
+    """
+    if ATTENTION in layer:
+        return "attention"
+    if WRITE in layer:
+        return "kv_write"
+    # A node of many layers is named by its first and its last one.
+    node = re.fullmatch(r"\{ForeignNode\[(.*)\.\.\.(.*)\]\}", layer)
+    if not all(_LAYER in name for name in (node.groups() if node else (layer,))):
+        return "ends"
+    if gemm_plugin:
+        return "gemm" if layer.startswith(_LAYER) and GEMM in layer else "rest"
+    return "gemm" if node or (layer.startswith(_LAYER) and "linear" in layer) else "rest"

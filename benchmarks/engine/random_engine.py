@@ -1,0 +1,163 @@
+"""Engines of a model's shape whose weights are random: for the time of a step it does not matter which they are."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from saw_trtllm import __version__
+from saw_trtllm.backends.tensorrt.build import built_for, serialize_engine
+from saw_trtllm.backends.tensorrt.versions import TensorRT
+from saw_trtllm.checkpoint import NUMPY_DTYPES, expected_shapes
+from saw_trtllm.engine.config import BuildConfig, EngineConfig, SawSection, engine_file
+from saw_trtllm.errors import ConfigError, EngineError, SawError
+from saw_trtllm.files import replacing_folder
+from saw_trtllm.format import KVFormat
+from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.plan.checksums import record_checksums
+from saw_trtllm.plan.folder import ENGINE_FILES
+from saw_trtllm.plan.tensorrt_options import NetworkOptions
+
+logger = logging.getLogger(__name__)
+
+#: Random numbers that are drawn, and repeated: billions of them would take longer than the rest of the run. A prime, so
+#: that no two rows of a matrix are alike.
+_BLOCK = 1_048_583
+#: Of them, between the beginnings of two matrices: no two are alike.
+_STRIDE = 64
+#: Between two reports of a build that goes on.
+_REPORT_S = 15.0
+
+
+class RandomWeights:
+    """Weights of a model by name: normal, small enough that activations stay of order 1.
+
+    Matrices of a width are parts of one array: TensorRT takes them from where they lie, so that a model of 16 GB takes
+    1 GB of the host's memory, and no time.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        self._dtype = NUMPY_DTYPES[model.dtype]
+        self._shapes = expected_shapes(model)
+        self._block = np.random.default_rng(0).standard_normal(_BLOCK, np.float32)
+        self._starts = {name: i * _STRIDE for i, name in enumerate(self._shapes)}
+        self._numbers: dict[int, np.ndarray] = {}
+
+    def load(self, name: str) -> np.ndarray:
+        """A tensor in the model's dtype, which is not to be written to."""
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return np.ones(shape, self._dtype)
+        start, size = self._starts[name], math.prod(shape)
+        return self._of_width(shape[-1])[start : start + size].reshape(shape)
+
+    def _of_width(self, width: int) -> np.ndarray:
+        """Numbers for all matrices of a width."""
+        if width not in self._numbers:
+            largest = max(math.prod(shape) for shape in self._shapes.values() if shape[-1] == width)
+            block = (self._block * width**-0.5).astype(self._dtype)
+            self._numbers[width] = np.resize(block, largest + len(self._shapes) * _STRIDE)
+        return self._numbers[width]
+
+
+def engine_config(kv: str, model: ModelConfig, limits: BuildConfig) -> EngineConfig:
+    """The config of an engine with a cache of a format."""
+    fmt = KVFormat(kv, model.head_size, model.dtype)
+    section = SawSection.of(fmt, "tensorrt", __version__)
+    return EngineConfig(version=__version__, pretrained_config=model, build_config=limits, saw_int4=section)
+
+
+def build_random(folder: Path, config: EngineConfig, options: NetworkOptions) -> None:
+    """Write an engine folder.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be written.
+    SawError
+        If TensorRT does not build the engine.
+    """
+    tensorrt = TensorRT.load()
+    config = built_for(config, tensorrt, options.gemm_plugin)
+    engine = serialize_engine(tensorrt, config, RandomWeights(config.pretrained_config).load, options)
+    try:
+        with replacing_folder(folder, ENGINE_FILES) as part:
+            (part / engine_file()).write_bytes(engine)
+            write_tokenizer(part, config.pretrained_config.vocab_size)
+            config.save(part)
+            record_checksums(part)
+    except OSError as e:
+        raise ConfigError(f"{folder} cannot be written ({e.strerror}): give another --engine_dir") from e
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Write a ``tokenizer.json`` whose words are ``w0``, ``w1``, and so on: whoever serves the engine needs one."""
+    words = {f"w{i}": i for i in range(vocab_size)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+
+
+def build_in_child(folder: Path, config: EngineConfig, options: NetworkOptions, timeout_s: float | None) -> float:
+    """Build in a process of its own, which can be ended, and whose memory is free again behind it.
+
+    Returns
+    -------
+    float
+        Seconds that it took, with the making of the weights.
+
+    Raises
+    ------
+    EngineError
+        If it fails, or takes longer than ``timeout_s``.
+    """
+    start = time.monotonic()
+    job = {"folder": str(folder), "config": config.model_dump(mode="json"), "options": asdict(options)}
+    job["log_level"] = logging.getLogger().getEffectiveLevel()
+    command = [sys.executable, "-m", "benchmarks.engine.random_engine", json.dumps(job, default=str)]
+    with subprocess.Popen(command) as child:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = child.wait(_REPORT_S if timeout_s is None else min(_REPORT_S, timeout_s))
+                break
+            seconds = time.monotonic() - start
+            logger.info("%s: building for %.0f s", folder, seconds)
+            if timeout_s is not None and seconds >= timeout_s:
+                child.kill()
+                raise EngineError(
+                    f"{folder} was not built within {timeout_s:g} s: give a lower --builder_optimization_level, fewer "
+                    "--num_layers, or more time"
+                )
+    if code:
+        raise EngineError(f"{folder} could not be built: see above")
+    return time.monotonic() - start
+
+
+def main() -> int:
+    """The child's side of :func:`build_in_child`."""
+    job = json.loads(sys.argv[1])
+    options = job["options"]
+    for name in ("input_timing_cache", "output_timing_cache"):
+        options[name] = options[name] and Path(options[name])
+    # With times: a build can be long, and TensorRT's messages tell of what.
+    logging.basicConfig(level=job["log_level"], format="%(asctime)s [%(levelname)s] %(message)s")
+    try:
+        build_random(Path(job["folder"]), EngineConfig.model_validate(job["config"]), NetworkOptions(**options))
+    except SawError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""``saw-bench engine``: engines that differ in nothing but their cache's format, on one GPU in one run."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from pathlib import Path
+
+import saw_trtllm
+from benchmarks.common.environment import driver_version, git_state, today
+from benchmarks.engine import cases
+from benchmarks.engine.plan import Plan, build_missing
+from benchmarks.engine.record import EngineEnvironment, EngineResults, Shape, TargetResult
+from saw_trtllm.backends.tensorrt import device
+from saw_trtllm.backends.tensorrt.versions import TensorRT
+from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.errors import SawError
+
+logger = logging.getLogger(__name__)
+
+
+def run_engines(plan: Plan, command: str, commit: str | None = None, output: Path | None = None) -> EngineResults:
+    """Build what is missing, and measure.
+
+    Parameters
+    ----------
+    plan : Plan
+    command : str
+        As it was typed, for the record.
+    commit : str, optional
+        For a tree without its git repository.
+    output : Path, optional
+        Where the record is written after each engine and each case, so that an interrupted run is not lost.
+
+    Raises
+    ------
+    SawError
+        If there is no GPU or no TensorRT, or an engine cannot be built.
+    """
+    # Behind the first look for TensorRT and a GPU, whose sentence is better than an import's.
+    environment = describe(command, commit)
+    from benchmarks.engine.on_gpu import measure_alone, measure_together
+
+    results = EngineResults(
+        environment=environment,
+        shape=Shape.of(plan.model),
+        optimization_level=plan.optimization_level,
+        decode_profile=bool(plan.decode_profile),
+        tokens_per_block=plan.limits.tokens_per_block,
+        engines=[],
+    )
+
+    def keep() -> None:
+        nonlocal results
+        results = results.model_copy(update={"targets": judge(results)})
+        if output is not None:
+            results.save(output)
+
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    build_s = build_missing(plan)
+    aborted = None
+    try:
+        for kv in plan.kvs:
+            engine = measure_alone(plan, kv, build_s.get(kv))
+            gemm_plugin = EngineConfig.load(plan.folder / kv).build_config.plugin_config.gemm_plugin
+            update = {"engines": [*results.engines, engine], "gemm_plugin": gemm_plugin}
+            update["decode_profile"] = plan.network_options().has_decode_profile(gemm_plugin)
+            results = results.model_copy(update=update)
+            keep()
+        measure_together(plan, results.engines, keep)
+    except (SawError, RuntimeError) as e:
+        if not results.engines:
+            raise
+        logger.exception("the run ends early")
+        aborted = f"the run ended early: {e}"
+    except KeyboardInterrupt:
+        aborted = "the run was interrupted"
+    results = results.model_copy(update={"aborted": aborted})
+    keep()
+    return results
+
+
+def judge(results: EngineResults) -> list[TargetResult]:
+    """Hold the targets against a record."""
+    found = []
+    for target in cases.TARGETS:
+        value = getattr(results, target.value)
+        met = None if value is None else target.met(value)
+        name = target.name.format(f"{target.limit:g}")
+        found.append(TargetResult(name=name, value=None if value is None else round(value, 4), met=met))
+    return found
+
+
+def describe(command: str, commit: str | None) -> EngineEnvironment:
+    """The current GPU and software."""
+    from saw_trtllm.backends.tensorrt import cuda
+
+    head, dirty = (commit, None) if commit else git_state()
+    number = cuda.call(cuda.runtime.cudaRuntimeGetVersion)
+    return EngineEnvironment(
+        gpu=device.gpu_name(),
+        driver=driver_version(),
+        cuda=f"{number // 1000}.{number % 1000 // 10}",
+        tensorrt=TensorRT.load().version,
+        python=platform.python_version(),
+        saw_trtllm=saw_trtllm.__version__,
+        commit=head,
+        dirty=dirty,
+        command=command,
+        date=today(),
+    )

@@ -1,0 +1,1 @@
+"""The backends: siblings behind one protocol, which only the registry knows together."""

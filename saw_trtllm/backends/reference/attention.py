@@ -1,0 +1,192 @@
+"""The two operations of the plugins, in plain PyTorch: write the step's rows, attend to the pool.
+
+Everything is computed in fp32 and rounded to the activations' dtype where a plugin's output tensor is.
+Each query's result is independent of what else is in the step, down to the last bit: see
+:mod:`saw_trtllm.backends.reference.invariant`. Here it means, too, that sums over keys are made tile by tile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import reduce
+
+import torch
+
+from saw_trtllm.backends.reference.cache import KEY_TILE, K, PagedPool, StepPlan, V
+from saw_trtllm.backends.reference.int4 import rotate
+from saw_trtllm.backends.reference.invariant import exp, pad_rows, products, row_sum, tanh
+
+#: Queries of a prefill that are attended at a time, so that scores do not grow with chunk x context.
+_QUERY_TILE = 512
+#: Elements of keys that decodes read at a time, 1 MiB of fp32.
+_DECODE_ELEMENTS = 1 << 18
+
+
+def apply_rope(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """Rotate NeoX half-split pairs (i, i + head_dim/2).
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        ``[n, heads, head_dim]``.
+    cos_sin : torch.Tensor
+        fp32 ``[n, head_dim / 2, 2]``.
+    """
+    cos, sin = cos_sin[:, None, :, 0], cos_sin[:, None, :, 1]
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def rotate_quantize_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos_sin: torch.Tensor,
+    pool: PagedPool,
+    layer: int,
+    plan: StepPlan,
+    *,
+    rotate_v: bool = False,
+    k_center: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """RoPE, centring, rotation, quantization and the paged write of a step.
+
+    Parameters
+    ----------
+    q : torch.Tensor
+        ``[num_tokens, num_heads, head_dim]`` before RoPE; its dtype is the activations' dtype.
+    k, v : torch.Tensor
+        ``[num_tokens, num_kv_heads, head_dim]``.
+    cos_sin : torch.Tensor
+        fp32 ``[num_positions, head_dim / 2, 2]``.
+    pool : PagedPool
+        Written at ``layer``.
+    layer : int
+    plan : StepPlan
+        Gives positions and slots.
+    rotate_v : bool
+        Rotate V here; false when the rotation is folded into the weights.
+    k_center : torch.Tensor, optional
+        fp32 ``[num_kv_heads, head_dim]``, subtracted from all keys after RoPE.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Rotated q, k and v, in the activations' dtype and the shapes of the inputs.
+    """
+    dtype, order = q.dtype, pool.format.hadamard_order
+    angles = cos_sin[plan.positions]
+    q, k, v = apply_rope(q, angles), apply_rope(k, angles), v.float()
+    if k_center is not None:
+        k = k - k_center
+    q, k = rotate(q, order), rotate(k, order)
+    if rotate_v:
+        v = rotate(v, order)
+    pool.write(layer, K, plan.write_blocks, plan.write_offsets, k)
+    pool.write(layer, V, plan.write_blocks, plan.write_offsets, v)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pool: PagedPool,
+    layer: int,
+    plan: StepPlan,
+    *,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attention of a mixed step: prefills to history and their own chunk, decodes to the pool.
+
+    Parameters
+    ----------
+    q, k, v : torch.Tensor
+        What :func:`rotate_quantize_kv` returned.
+    pool : PagedPool
+        Holds the history, and the decodes' current tokens.
+    layer : int
+    plan : StepPlan
+    softmax_scale : float, optional
+        Factor on q·k; 1/sqrt(head_dim) by default.
+    window : int, optional
+        Keys that a query sees, its own among them.
+    softcap : float, optional
+        Scores become ``softcap · tanh(score / softcap)``.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[num_tokens, num_heads, head_dim]`` in q's dtype; in V's rotated basis where V is rotated.
+    """
+    scale = softmax_scale or 1 / math.sqrt(q.shape[-1])
+    out = torch.empty_like(q)
+    for p in plan.prefills:
+        keys = _with_history(pool.read(layer, K, p.blocks), p.history, k[p.tokens])
+        values = _with_history(pool.read(layer, V, p.blocks), p.history, v[p.tokens])
+        for start in range(0, p.tokens.stop - p.tokens.start, _QUERY_TILE):
+            tile = slice(p.tokens.start + start, min(p.tokens.start + start + _QUERY_TILE, p.tokens.stop))
+            rows = q[tile].float().unflatten(1, (len(keys), -1)).permute(1, 2, 0, 3)
+            last_key = plan.slots[tile].repeat(rows.shape[1])[:, None]
+            heads = _attend(rows.flatten(1, 2), keys, values, last_key, scale, window, softcap)
+            out[tile] = heads.unflatten(1, rows.shape[1:3]).permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
+    for group in _decode_groups(plan, k[0].numel() * pool.tokens_per_block):
+        lengths, blocks = plan.decode_lengths[group], plan.decode_blocks[group]
+        keys, values = pool.read(layer, K, blocks, lengths), pool.read(layer, V, blocks, lengths)
+        first = plan.decode_tokens.start
+        tokens = slice(first + group.start, first + group.start + len(lengths))
+        rows = q[tokens].float().unflatten(1, (keys.shape[1], -1))
+        last_key = (lengths - 1)[:, None, None, None, None]
+        out[tokens] = _attend(rows, keys, values, last_key, scale, window, softcap).flatten(1, 2).to(q.dtype)
+    return out
+
+
+def _decode_groups(plan: StepPlan, block_elements: int) -> Iterator[slice]:
+    """So many decodes at a time that their keys stay in a core's own cache."""
+    num_decodes, num_blocks = plan.decode_blocks.shape
+    size = max(1, _DECODE_ELEMENTS // max(1, num_blocks * block_elements))
+    return (slice(start, start + size) for start in range(0, num_decodes, size))
+
+
+def _with_history(history: torch.Tensor, length: int, current: torch.Tensor) -> torch.Tensor:
+    """``length`` rows of the pool and the chunk's own, ``[num_kv_heads, keys, D]``, padded to whole tiles."""
+    return pad_rows(torch.cat([history[:, :length], current.float().transpose(0, 1)], dim=1), KEY_TILE)
+
+
+def _attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    last_key: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Softmax attention of the rows of ``q`` up to the key ``last_key`` of each.
+
+    Parameters
+    ----------
+    q : torch.Tensor
+        fp32 ``[..., num_kv_heads, n, D]``.
+    keys, values : torch.Tensor
+        fp32 ``[..., num_kv_heads, tiles · KEY_TILE, D]``, finite beyond ``last_key`` too.
+    last_key : torch.Tensor
+        int64 ``[..., num_kv_heads or 1, tiles or 1, n or 1, 1]``.
+    """
+    keys, values = keys.unflatten(-2, (-1, KEY_TILE)), values.unflatten(-2, (-1, KEY_TILE))
+    scores = products(q, keys.mT) * scale
+    if softcap is not None:
+        scores = softcap * tanh(scores / softcap)
+    position = torch.arange(keys.shape[-3] * KEY_TILE).view(-1, 1, KEY_TILE)
+    hidden = position > last_key
+    if window is not None:
+        hidden |= position <= last_key - window
+    scores.masked_fill_(hidden, -torch.inf)
+    weights = exp(scores - scores.amax((-3, -1), keepdim=True))
+    # One tile after the other: the order of a longer sum would depend on the longest sequence of the batch.
+    total = reduce(torch.add, row_sum(weights).unbind(-3))
+    heads = products(weights, values.unsqueeze(-3)).squeeze(-3)
+    return reduce(torch.add, heads.unbind(-3)) / total

@@ -1,0 +1,183 @@
+"""The paged pool and where a step's tokens lie in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from saw_trtllm.backends.reference.int4 import decode_rows, encode_rows
+from saw_trtllm.engine.step import PREFILL, SECONDARY_POOL_BIT, StepInputs
+from saw_trtllm.format import KVFormat
+
+K, V = 0, 1
+#: Keys that attention sums over at a time. A whole number of these, or of blocks, is read.
+KEY_TILE = 64
+
+
+class PagedPool:
+    """``uint8 [num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, row_bytes]`` and its format.
+
+    Parameters
+    ----------
+    kv_format : KVFormat
+        What a row is.
+    num_blocks, num_layers, num_kv_heads, tokens_per_block : int
+        The pool's shape.
+    """
+
+    def __init__(
+        self, kv_format: KVFormat, num_blocks: int, num_layers: int, num_kv_heads: int, tokens_per_block: int
+    ) -> None:
+        self.format = kv_format
+        self.tokens_per_block = tokens_per_block
+        self.num_layers = num_layers
+        # Not zeroed: a large pool costs memory only where it is written, and nobody may read what was not.
+        shape = kv_format.pool_shape(num_blocks, num_layers, num_kv_heads, tokens_per_block)
+        self.data = torch.empty(shape, dtype=torch.uint8)
+
+    def write(self, layer: int, which: int, blocks: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor) -> None:
+        """Encode and store rotated rows.
+
+        Parameters
+        ----------
+        layer, which : int
+            The layer, and K (0) or V (1).
+        blocks, offsets : torch.Tensor
+            int64 ``[n]``: block and row within the block of each token.
+        rows : torch.Tensor
+            float ``[n, num_kv_heads, head_dim]``.
+        """
+        self.data[blocks, layer, which, :, offsets] = encode_rows(rows, self.format)
+
+    def read(self, layer: int, which: int, blocks: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Dequantize whole blocks.
+
+        Parameters
+        ----------
+        layer, which : int
+            The layer, and K (0) or V (1).
+        blocks : torch.Tensor
+            int64 ``[..., n]``.
+        lengths : torch.Tensor, optional
+            int64 ``[...]``: rows that are in use. The others, which may hold anything, NaN too, come as zeros.
+
+        Returns
+        -------
+        torch.Tensor
+            fp32 ``[..., num_kv_heads, n · tokens_per_block, head_dim]``.
+        """
+        # index_select and a product of bytes take a tenth of the time of an advanced index and a masked fill.
+        rows = self.data[:, layer, which].index_select(0, blocks.flatten()).unflatten(0, blocks.shape)
+        rows = rows.transpose(-4, -3).flatten(-3, -2)
+        if lengths is not None:
+            used = torch.arange(rows.shape[-2]) < lengths[..., None]
+            rows *= used[..., None, :, None]
+        return decode_rows(rows, self.format)
+
+
+class PagedCache:
+    """The pools of an engine. A block has the same index in each.
+
+    Parameters
+    ----------
+    pools : sequence of (KVFormat, sequence of int)
+        Each pool's format and its layers.
+    num_blocks, num_kv_heads, tokens_per_block : int
+        Every pool's shape.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[tuple[KVFormat, Sequence[int]]],
+        num_blocks: int,
+        num_kv_heads: int,
+        tokens_per_block: int,
+    ) -> None:
+        self.pools = [PagedPool(fmt, num_blocks, len(layers), num_kv_heads, tokens_per_block) for fmt, layers in pools]
+        self._places = {
+            layer: (pool, i)
+            for pool, (_, layers) in zip(self.pools, pools, strict=True)
+            for i, layer in enumerate(layers)
+        }
+
+    def place(self, layer: int) -> tuple[PagedPool, int]:
+        """The pool that holds a layer, and the layer's index in it."""
+        return self._places[layer]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One prefill of a step: ``tokens`` of the packed step, behind ``history`` tokens of the pool's ``blocks``."""
+
+    tokens: slice
+    history: int
+    blocks: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Indices of a step, worked out once for all layers.
+
+    Attributes
+    ----------
+    positions : torch.Tensor
+        int64 ``[num_tokens]``, for RoPE.
+    slots : torch.Tensor
+        int64 ``[num_tokens]``: index of each token in its sequence's cache.
+    write_blocks, write_offsets : torch.Tensor
+        int64 ``[num_tokens]``: where each token's rows go.
+    prefills : list of Prefill
+    decode_tokens : slice
+        The decodes' tokens, behind the prefills'.
+    decode_lengths : torch.Tensor
+        int64 ``[num_decodes]``: KV length with the current token.
+    decode_blocks : torch.Tensor
+        int64 ``[num_decodes, n]``, n blocks being a whole number of key tiles.
+    """
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    write_blocks: torch.Tensor
+    write_offsets: torch.Tensor
+    prefills: list[Prefill]
+    decode_tokens: slice
+    decode_lengths: torch.Tensor
+    decode_blocks: torch.Tensor
+
+    @classmethod
+    def make(cls, step: StepInputs, pool: PagedPool) -> StepPlan:
+        """Resolve block offsets and lengths of ``step`` against ``pool``, the first; others have the same blocks."""
+        tokens_per_block = pool.tokens_per_block
+        ends = torch.from_numpy(step.last_token_ids).long()
+        counts = ends.diff(prepend=ends.new_zeros(1))
+        lengths = torch.from_numpy(step.sequence_length).long()
+        offsets = torch.from_numpy(step.kv_cache_block_offsets[0, :, K]).long() & (SECONDARY_POOL_BIT - 1)
+        table = offsets // (2 * pool.num_layers)
+
+        sequence = torch.repeat_interleave(counts)
+        slots = torch.arange(len(step.input_ids)) - (ends - lengths)[sequence]
+        prefills = []
+        num_prefills = int((step.host_request_types == PREFILL).sum())
+        for i in range(num_prefills):
+            history = int(lengths[i] - counts[i])
+            used = -(-history // tokens_per_block)
+            prefills.append(Prefill(slice(int(ends[i] - counts[i]), int(ends[i])), history, table[i, :used]))
+        first_decode = int(ends[num_prefills - 1]) if num_prefills else 0
+        decode_lengths = lengths[num_prefills:]
+        longest = int(decode_lengths.max()) if len(decode_lengths) else 0
+        used = -(-longest // max(tokens_per_block, KEY_TILE)) * max(1, KEY_TILE // tokens_per_block)
+        # Entries behind a sequence's own blocks may hold anything: its last block stands in for them.
+        last = (decode_lengths - 1) // tokens_per_block
+        column = torch.minimum(torch.arange(used)[None], last[:, None])
+        return cls(
+            positions=torch.from_numpy(step.position_ids).long(),
+            slots=slots,
+            write_blocks=table[sequence, slots // tokens_per_block],
+            write_offsets=slots % tokens_per_block,
+            prefills=prefills,
+            decode_tokens=slice(first_decode, int(ends[-1])),
+            decode_lengths=decode_lengths,
+            decode_blocks=table[num_prefills:].gather(1, column),
+        )

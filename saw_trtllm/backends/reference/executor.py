@@ -1,0 +1,121 @@
+"""The runtime's executor over the reference model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+from safetensors import SafetensorError, safe_open
+
+from saw_trtllm.engine.config import CONFIG_FILE, EngineConfig, engine_file, k_center_name
+from saw_trtllm.engine.step import StepInputs
+from saw_trtllm.errors import BackendUnavailableError, EngineError
+from saw_trtllm.paths import is_file
+from saw_trtllm.runtime.executor import FinishedStep, StepOutput
+from saw_trtllm.runtime.sampling import SamplingState, sample
+
+try:
+    import torch  # the lack of it is said here in one sentence rather than by whoever imports it first
+except ImportError as e:
+    raise BackendUnavailableError(
+        "the reference backend needs PyTorch, which is not installed: pip install 'saw-trtllm[reference]'"
+    ) from e
+
+from saw_trtllm.backends.reference.cache import PagedCache
+from saw_trtllm.backends.reference.model import ReferenceModel
+
+
+class ReferenceExecutor:
+    """Runs an engine of the reference backend on the CPU.
+
+    Parameters
+    ----------
+    folder : Path
+        The engine folder; its ``rank0.engine`` is a safetensors file of the weights and the centers of keys.
+    config : EngineConfig
+    max_tokens : int, optional
+        Tokens of the pool. By default what ``memory_fraction`` of the available memory holds, and at most what
+        ``max_batch_size`` sequences of ``max_seq_len`` need.
+    memory_fraction : float
+        Share of the available host memory that the pool may take.
+
+    Raises
+    ------
+    EngineError
+        If the engine file is damaged, or the pool could not hold one sequence.
+    """
+
+    asynchronous = False
+
+    def __init__(self, folder: Path, config: EngineConfig, max_tokens: int | None, memory_fraction: float) -> None:
+        model, build = config.pretrained_config, config.build_config
+        path = folder / engine_file()
+        if not is_file(path, EngineError):
+            raise EngineError(f"{path} does not exist: build it anew with saw-build")
+        try:
+            with safe_open(path, framework="np") as weights:
+                center = _k_center(weights.get_tensor, config) if config.saw_int4.k_center else None
+                self._model = ReferenceModel(model, weights.get_tensor, build.max_seq_len, center)
+        except ValueError as e:
+            raise EngineError(f"{path} does not fit its {CONFIG_FILE} ({e}): build it anew with saw-build") from e
+        except (OSError, SafetensorError) as e:
+            raise EngineError(f"{path} cannot be read as an engine ({e}): build it anew with saw-build") from e
+        if max_tokens is None:
+            fitting = int(memory_fraction * psutil.virtual_memory().available) // config.bytes_per_token
+            max_tokens = min(fitting, build.max_batch_size * build.max_seq_len)
+        self.num_blocks = max_tokens // build.tokens_per_block
+        if self.num_blocks == 0:
+            raise EngineError(
+                f"the KV cache would hold {max_tokens} tokens and a block has {build.tokens_per_block}: give it more "
+                f"memory or tokens"
+            )
+        try:
+            shape = (self.num_blocks, model.num_key_value_heads, build.tokens_per_block)
+            self.cache = PagedCache(config.pools, *shape)
+            # glibc gives a freed block back to the system, and faults it in anew at the next step, unless a larger one
+            # was freed before: keeping blocks of up to 31 MiB makes steps of 16 sequences 2 to 3 times as fast.
+            torch.empty(31 << 20, dtype=torch.uint8)
+        except RuntimeError as e:
+            raise EngineError(
+                f"a KV cache of {max_tokens} tokens does not fit into this machine's memory: give it fewer tokens"
+            ) from e
+
+    def launch(
+        self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
+    ) -> FinishedStep:
+        """Compute a step; see :class:`saw_trtllm.runtime.executor.Executor`."""
+        return FinishedStep(self.execute(step, sampling, context_logits))
+
+    def execute(
+        self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
+    ) -> StepOutput:
+        """Like :meth:`launch`, and give what was computed."""
+        every = any(context_logits)
+        logits = self._model.forward(step, self.cache, all_logits=every).numpy()
+        ends = step.last_token_ids if every else np.arange(1, len(sampling) + 1)
+        starts = np.concatenate([[0], ends[:-1]])
+        tokens, logprobs, kept = [], [], []
+        for state, wants_all, start, end in zip(sampling, context_logits, starts, ends, strict=True):
+            token, logprob = (-1, 0.0) if state is None else sample(logits[end - 1], state)
+            tokens.append(token)
+            logprobs.append(logprob)
+            wants_last = state is not None and state.params.return_generation_logits
+            # Copies, since a view would keep the logits of the whole step in memory.
+            first = start if wants_all else end - 1
+            kept.append(logits[first:end].copy() if wants_all or wants_last else None)
+        return StepOutput(tokens, logprobs, kept)
+
+    def shutdown(self) -> None:
+        """Release the cache and the weights."""
+        del self._model, self.cache
+
+
+def _k_center(load: Callable[[str], np.ndarray], config: EngineConfig) -> torch.Tensor:
+    model = config.pretrained_config
+    center = np.stack([load(k_center_name(i)) for i in range(model.num_hidden_layers)])
+    due = (model.num_hidden_layers, model.num_key_value_heads, model.head_size)
+    if center.shape != due:
+        raise ValueError(f"the centers of the keys have the shape {list(center.shape)} where {list(due)} is due")
+    return torch.from_numpy(center)

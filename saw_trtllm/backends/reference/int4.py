@@ -1,0 +1,87 @@
+"""Rotate, quantize and pack rows: :mod:`saw_trtllm.format` in PyTorch."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from saw_trtllm import format as fmt
+from saw_trtllm.backends.reference.invariant import linear
+from saw_trtllm.format import KVFormat
+
+TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_FP16_MAX = torch.finfo(torch.float16).max
+
+
+@lru_cache(maxsize=16)
+def _hadamard(order: int, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(fmt.hadamard(order)).to(device)
+
+
+def rotate(x: torch.Tensor, order: int) -> torch.Tensor:
+    """``x · B`` over the last axis ``[..., n]``, in fp32. B is its own inverse: apply it twice to come back."""
+    x = x.float()
+    if order == 1:
+        return x
+    return linear(x.reshape(-1, order), _hadamard(order, x.device)).view(x.shape)
+
+
+def quantize(y: torch.Tensor, range_factor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Asymmetric 4-bit over the last axis.
+
+    Parameters
+    ----------
+    y : torch.Tensor
+        Rotated rows, any float dtype, ``[..., head_dim]``.
+    range_factor : float
+        γ: the share of each row's range that the codes span.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Codes, uint8 ``[..., head_dim]`` in 0..15; scale and lo, fp16 ``[...]``.
+    """
+    y = y.float()
+    lowest, highest = y.amin(-1), y.amax(-1)
+    mid = (lowest + highest) / 2
+    half = range_factor * (highest - lowest) / 2
+    lo = (mid - half).clamp(-_FP16_MAX, _FP16_MAX).half()
+    scale = ((2 * half).clamp_min(fmt.EPS) / fmt.CODE_MAX).clamp_max(_FP16_MAX).half()
+    codes = ((y - lo.float()[..., None]) / scale.float()[..., None]).round().clamp(0, fmt.CODE_MAX)
+    return codes.to(torch.uint8), scale, lo
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, lo: torch.Tensor) -> torch.Tensor:
+    """``codes · scale + lo`` in fp32: ``[..., head_dim]``."""
+    return codes.float().mul_(scale.float()[..., None]).add_(lo.float()[..., None])
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """Codes uint8 ``[..., head_dim]`` to bytes ``[..., head_dim / 2]``: even dims in the low nibbles."""
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """Undo :func:`pack`."""
+    # Each byte becomes the two bytes of an int16, least significant first: half the time of two arrays interleaved.
+    wide = packed.to(torch.int16)
+    return ((wide | wide << 4) & 0x0F0F).view(torch.uint8)
+
+
+def encode_rows(y: torch.Tensor, kv_format: KVFormat) -> torch.Tensor:
+    """Rotated rows ``[..., head_dim]`` to the pool's bytes, uint8 ``[..., row_bytes]``."""
+    if not kv_format.quantized:
+        return y.to(TORCH_DTYPES[kv_format.dtype]).contiguous().view(torch.uint8)
+    codes, scale, lo = quantize(y, kv_format.range_factor)
+    tail = torch.stack([scale, lo], dim=-1).view(torch.uint8)
+    return torch.cat([pack(codes), tail], dim=-1)
+
+
+def decode_rows(rows: torch.Tensor, kv_format: KVFormat) -> torch.Tensor:
+    """The pool's bytes, uint8 ``[..., row_bytes]``, to rotated rows in fp32, ``[..., head_dim]``."""
+    if not kv_format.quantized:
+        return rows.contiguous().view(TORCH_DTYPES[kv_format.dtype]).float()
+    codes = unpack(rows[..., : -fmt.ROW_TAIL_BYTES])
+    tail = rows[..., -fmt.ROW_TAIL_BYTES :].contiguous().view(torch.float16)
+    return dequantize(codes, tail[..., 0], tail[..., 1])

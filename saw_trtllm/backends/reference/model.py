@@ -1,0 +1,125 @@
+"""The decoder of the Llama family in plain PyTorch: what an engine computes, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from saw_trtllm.backends.reference.attention import paged_attention, rotate_quantize_kv
+from saw_trtllm.backends.reference.cache import PagedCache, StepPlan
+from saw_trtllm.backends.reference.int4 import TORCH_DTYPES
+from saw_trtllm.backends.reference.invariant import aligned, linear, row_sum, silu
+from saw_trtllm.checkpoint import expected_shapes
+from saw_trtllm.engine.step import StepInputs
+from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.rope import rotary_cos_sin
+
+
+def to_torch(x: np.ndarray) -> torch.Tensor:
+    """A tensor over ``x``'s memory; bfloat16 goes by its bits, which NumPy and PyTorch name differently."""
+    if x.dtype.name == "bfloat16":
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x / rms(x) · weight`` over the last axis."""
+    return x / torch.sqrt(row_sum(x.square()) / x.shape[-1] + eps) * weight
+
+
+class ReferenceModel:
+    """Computes in fp32 from the engine's weights; Q, K and V are rounded to the engine's dtype as its tensors are.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        The model's shape. Its dtype is the activations'.
+    load : callable
+        Gives the tensor of a TensorRT-LLM name, as NumPy array, V's rotation already folded in.
+    max_seq_len : int
+        Positions that the RoPE table covers.
+    k_center : torch.Tensor, optional
+        fp32 ``[num_layers, num_kv_heads, head_dim]``, subtracted from all keys after RoPE.
+
+    Raises
+    ------
+    ValueError
+        If a tensor has another shape than ``config`` gives it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        load: Callable[[str], np.ndarray],
+        max_seq_len: int,
+        k_center: torch.Tensor | None = None,
+    ) -> None:
+        self.config = config
+        self.dtype = TORCH_DTYPES[config.dtype]
+        self._load = load
+        self._k_center = k_center
+        self._shapes = expected_shapes(config)
+        self._cos_sin = torch.from_numpy(rotary_cos_sin(config, max_seq_len))
+        self._embedding = self._tensor("transformer.vocab_embedding.weight")
+        self._layers = [self._layer(i) for i in range(config.num_hidden_layers)]
+        self._ln_f = self._tensor("transformer.ln_f.weight")
+        self._lm_head = self._embedding if config.share_embedding_table else self._tensor("lm_head.weight")
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        tensor = aligned(to_torch(self._load(name)).float())
+        if tensor.shape != self._shapes[name]:
+            raise ValueError(f"{name} has the shape {list(tensor.shape)} where {list(self._shapes[name])} is due")
+        return tensor
+
+    def _layer(self, i: int) -> dict[str, torch.Tensor]:
+        prefix = f"transformer.layers.{i}."
+        names = [n for n in self._shapes if n.startswith(prefix)]
+        return {name.removeprefix(prefix): self._tensor(name) for name in names}
+
+    @torch.inference_mode()
+    def forward(self, step: StepInputs, cache: PagedCache, *, all_logits: bool = False) -> torch.Tensor:
+        """Run a step and write its rows into the cache.
+
+        Parameters
+        ----------
+        step : StepInputs
+        cache : PagedCache
+        all_logits : bool
+            Logits of every token of the step, not of each sequence's last only.
+
+        Returns
+        -------
+        torch.Tensor
+            fp32 ``[B, vocab_size]``, or ``[num_tokens, vocab_size]``.
+        """
+        plan = StepPlan.make(step, cache.pools[0])
+        x = F.embedding(torch.from_numpy(step.input_ids).long(), self._embedding)
+        eps = self.config.norm_epsilon
+        for i, w in enumerate(self._layers):
+            x = x + self._attention(i, w, rms_norm(x, w["input_layernorm.weight"], eps), plan, cache)
+            h = rms_norm(x, w["post_layernorm.weight"], eps)
+            h = silu(linear(h, w["mlp.fc.weight"])) * linear(h, w["mlp.gate.weight"])
+            x = x + linear(h, w["mlp.proj.weight"])
+        if not all_logits:
+            x = x[torch.from_numpy(step.last_token_ids).long() - 1]
+        return linear(rms_norm(x, self._ln_f, eps), self._lm_head)
+
+    def _attention(
+        self, layer: int, w: dict[str, torch.Tensor], x: torch.Tensor, plan: StepPlan, cache: PagedCache
+    ) -> torch.Tensor:
+        c = self.config
+        heads = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]
+        qkv = linear(x, w["attention.qkv.weight"], w.get("attention.qkv.bias"))
+        q, k, v = qkv.unflatten(-1, (-1, c.head_size)).split(heads, dim=1)
+        if c.qk_layernorm:
+            q = rms_norm(q, w["attention.q_layernorm.weight"], c.norm_epsilon)
+            k = rms_norm(k, w["attention.k_layernorm.weight"], c.norm_epsilon)
+        q, k, v = (t.to(self.dtype) for t in (q, k, v))
+        pool, index = cache.place(layer)
+        center = None if self._k_center is None else self._k_center[layer]
+        q, k, v = rotate_quantize_kv(q, k, v, self._cos_sin, pool, index, plan, k_center=center)
+        out = paged_attention(q, k, v, pool, index, plan, window=c.window(layer))
+        return linear(out.flatten(1).float(), w["attention.dense.weight"])

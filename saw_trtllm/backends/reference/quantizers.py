@@ -1,0 +1,169 @@
+"""What becomes of keys and values in a cache: the quantizers that an evaluation puts between writing and reading."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol
+
+import torch
+
+from saw_trtllm.backends.reference.int4 import TORCH_DTYPES, dequantize, quantize, rotate
+from saw_trtllm.format import KVFormat
+
+
+class KVQuantizer(Protocol):
+    """Keys and values as a reader of the cache sees them, in the basis that they were written in.
+
+    Attributes
+    ----------
+    tokenwise : bool
+        Whether a token's rows depend on that token alone. Only then can pages be shared, and a decode append one.
+    """
+
+    tokenwise: bool
+
+    def quantize(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write and read back all tokens of a sequence.
+
+        Parameters
+        ----------
+        layer : int
+        k : torch.Tensor
+            fp32 ``[num_tokens, num_kv_heads, head_dim]``, after RoPE.
+        v : torch.Tensor
+            fp32, the same shape.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            fp32, the same shapes.
+        """
+        ...
+
+    def first_exact(self, lengths: torch.Tensor) -> torch.Tensor | None:
+        """First token that a query over ``lengths`` tokens (int64 ``[n]``) still sees unquantized; None for none."""
+        ...
+
+    def layer_bytes(self, layer: int, num_kv_heads: int, head_dim: int) -> float:
+        """Bytes that a token takes in ``layer``, K and V together."""
+        ...
+
+
+class TokenwiseQuantizer:
+    """Base of the quantizers that treat each token by itself."""
+
+    tokenwise = True
+
+    def first_exact(self, lengths: torch.Tensor) -> torch.Tensor | None:
+        """None: the current token is read from the cache like all others."""
+        return None
+
+
+class Exact(TokenwiseQuantizer):
+    """Rows of the model's dtype: the baseline that ``--kv fp16`` names.
+
+    Parameters
+    ----------
+    dtype : str
+        "float16", "bfloat16" or "float32".
+    """
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype = TORCH_DTYPES[dtype]
+
+    def quantize(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Round to the dtype."""
+        return k.to(self.dtype).float(), v.to(self.dtype).float()
+
+    def layer_bytes(self, layer: int, num_kv_heads: int, head_dim: int) -> float:
+        """Both rows in the dtype."""
+        return 2 * num_kv_heads * head_dim * self.dtype.itemsize
+
+
+class Row4Bit(TokenwiseQuantizer):
+    """The rows of :mod:`saw_trtllm.format`, with the levers that leave the exact model as it is.
+
+    Parameters
+    ----------
+    k_format, v_format : KVFormat
+        Of the keys' rows and of the values': they may differ in ``range_factor``.
+    k_center : torch.Tensor, optional
+        fp32 ``[num_layers, num_kv_heads, head_dim]``, subtracted from the keys after RoPE and smoothing.
+    smoothing : torch.Tensor, optional
+        fp32 ``[num_layers, num_kv_heads, head_dim / 2]``: keys are divided by it, queries take it up. The two channels
+        of a RoPE pair share a factor, so that it commutes with RoPE and may as well be folded into the weights; here it
+        is undone on reading, which is the same.
+    """
+
+    def __init__(
+        self,
+        k_format: KVFormat,
+        v_format: KVFormat | None = None,
+        k_center: torch.Tensor | None = None,
+        smoothing: torch.Tensor | None = None,
+    ) -> None:
+        self.k_format = k_format
+        self.v_format = v_format or k_format
+        self.k_center = k_center
+        self.smoothing = None if smoothing is None else torch.cat([smoothing, smoothing], dim=-1)
+
+    def quantize(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smooth, centre, rotate, quantize; and all the way back."""
+        divisor = None if self.smoothing is None else self.smoothing[layer].to(k.device)
+        center = None if self.k_center is None else self.k_center[layer].to(k.device)
+        if divisor is not None:
+            k = k / divisor
+        if center is not None:
+            k = k - center
+        k = round_rows(k, self.k_format.hadamard_order, self.k_format.range_factor)
+        if center is not None:
+            k = k + center
+        if divisor is not None:
+            k = k * divisor
+        order = self.v_format.hadamard_order if self.v_format.rotate_v else 1
+        return k, round_rows(v, order, self.v_format.range_factor)
+
+    def layer_bytes(self, layer: int, num_kv_heads: int, head_dim: int) -> float:
+        """Both rows."""
+        return num_kv_heads * (self.k_format.row_bytes + self.v_format.row_bytes)
+
+
+class SkipLayers:
+    """Another quantizer with some layers kept in the model's dtype.
+
+    Parameters
+    ----------
+    inner : KVQuantizer
+    layers : collection of int
+        The layers that are kept.
+    exact : Exact
+        What keeps them.
+    """
+
+    def __init__(self, inner: KVQuantizer, layers: Collection[int], exact: Exact) -> None:
+        self.inner = inner
+        self.layers = frozenset(layers)
+        self.exact = exact
+        self.tokenwise = inner.tokenwise
+
+    def quantize(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The inner quantizer's, or rounding to the dtype."""
+        return (self.exact if layer in self.layers else self.inner).quantize(layer, k, v)
+
+    def first_exact(self, lengths: torch.Tensor) -> torch.Tensor | None:
+        """The inner quantizer's."""
+        return self.inner.first_exact(lengths)
+
+    def layer_bytes(self, layer: int, num_kv_heads: int, head_dim: int) -> float:
+        """The bytes of whichever keeps the layer."""
+        return (self.exact if layer in self.layers else self.inner).layer_bytes(layer, num_kv_heads, head_dim)
+
+
+def round_rows(x: torch.Tensor, order: int, range_factor: float = 1.0) -> torch.Tensor:
+    """Rotate the rows ``[..., head_dim]``, quantize them to 4 bits, and take both back, in fp32."""
+    return rotate(dequantize(*quantize(rotate(x, order), range_factor)), order)
+
+
+def bytes_per_token(quantizer: KVQuantizer, num_layers: int, num_kv_heads: int, head_dim: int) -> float:
+    """Bytes of cache that a token takes over all layers."""
+    return sum(quantizer.layer_bytes(i, num_kv_heads, head_dim) for i in range(num_layers))

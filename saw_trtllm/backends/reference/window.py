@@ -1,0 +1,266 @@
+"""The reference model over whole windows: every token attends to what a cache gives back of all tokens up to itself.
+
+A prefill attends to its own chunk unquantized and would hide most of what a 4-bit cache costs. Here each query reads
+all keys and values, its own too, from the cache, as a decode does; since the cache is written token by token, a whole
+window can be computed at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from saw_trtllm.backends.reference.attention import apply_rope
+from saw_trtllm.backends.reference.model import ReferenceModel, rms_norm
+from saw_trtllm.backends.reference.quantizers import Exact, KVQuantizer
+from saw_trtllm.errors import ConfigError
+from saw_trtllm.model.config import ModelConfig
+
+#: Queries that are attended at a time, so that scores do not grow with the square of the window.
+QUERY_TILE = 512
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What one layer's attention of one sequence works on: exact, before any cache.
+
+    Attributes
+    ----------
+    q : torch.Tensor
+        fp32 ``[num_tokens, num_heads, head_dim]``, after RoPE.
+    k, v : torch.Tensor
+        fp32 ``[num_tokens, num_kv_heads, head_dim]``, K after RoPE.
+    window : int or None
+        Keys that a query sees.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    window: int | None
+
+
+Observer = Callable[[int, Attended], None]
+
+
+class History:
+    """Keys and values of B sequences of equal length, for decoding token by token.
+
+    Parameters
+    ----------
+    quantizer : KVQuantizer
+    num_layers : int
+    """
+
+    def __init__(self, quantizer: KVQuantizer, num_layers: int) -> None:
+        self.quantizer = quantizer
+        self._exact: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
+        self._read: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
+
+    @property
+    def length(self) -> int:
+        """Tokens held of each sequence."""
+        return 0 if self._read[-1] is None else self._read[-1][0].shape[1]
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Take new tokens' ``[B, n, num_kv_heads, head_dim]``; return all tokens', exact and as read."""
+        if self.quantizer.tokenwise:
+            # What is exact of earlier tokens is never asked for.
+            self._read[layer] = _extend(self._read[layer], _quantized(self.quantizer, layer, k, v))
+            return *self._read[layer], *self._read[layer]
+        self._exact[layer] = _extend(self._exact[layer], (k, v))
+        self._read[layer] = _quantized(self.quantizer, layer, *self._exact[layer])
+        return *self._exact[layer], *self._read[layer]
+
+
+class WindowModel(ReferenceModel):
+    """The reference model's weights and layers, run over whole windows, on any device of PyTorch.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    load : callable
+        Gives the tensor of a TensorRT-LLM name, as NumPy array.
+    max_seq_len : int
+        Positions that the RoPE table covers.
+    device : str or torch.device
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        load: Callable[[str], np.ndarray],
+        max_seq_len: int,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        super().__init__(config, load, max_seq_len)
+        self._cos_sin = self._cos_sin.to(self.device)
+        self.exact = Exact(config.dtype)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        return super()._tensor(name).to(self.device)
+
+    @torch.inference_mode()
+    def check_ids(self, ids: torch.Tensor) -> None:
+        """Reject a text with tokens that the model does not have, as a tokenizer of another model gives."""
+        largest, vocab = int(ids.max()), self.config.vocab_size
+        if largest >= vocab:
+            raise ConfigError(
+                f"the text holds token {largest} and the model has 0 to {vocab - 1}: give the model's own tokenizer "
+                "with --tokenizer_dir"
+            )
+
+    def hidden(
+        self,
+        ids: torch.Tensor,
+        quantizer: KVQuantizer | None = None,
+        observe: Observer | None = None,
+        history: History | None = None,
+    ) -> torch.Tensor:
+        """What ``lm_head`` is given, for every token.
+
+        Parameters
+        ----------
+        ids : torch.Tensor
+            int64 ``[B, T]``.
+        quantizer : KVQuantizer, optional
+            By default :class:`~saw_trtllm.backends.reference.quantizers.Exact`, the model's own dtype.
+        observe : callable, optional
+            Called for each layer and sequence, in order, with what attention works on.
+        history : History, optional
+            What the tokens follow, and are added to. Its quantizer is used.
+
+        Returns
+        -------
+        torch.Tensor
+            fp32 ``[B, T, hidden_size]``, after the final norm.
+        """
+        history = history or History(quantizer or self.exact, self.config.num_hidden_layers)
+        eps, start = self.config.norm_epsilon, history.length
+        x = F.embedding(ids.to(self.device), self._embedding)
+        for i, w in enumerate(self._layers):
+            x = x + self._attend(i, w, rms_norm(x, w["input_layernorm.weight"], eps), start, observe, history)
+            h = rms_norm(x, w["post_layernorm.weight"], eps)
+            h = F.silu(F.linear(h, w["mlp.fc.weight"])) * F.linear(h, w["mlp.gate.weight"])
+            x = x + F.linear(h, w["mlp.proj.weight"])
+        return rms_norm(x, self._ln_f, eps)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 ``[..., vocab_size]`` of what :meth:`hidden` gave."""
+        return F.linear(hidden.to(self.device), self._lm_head)
+
+    def _attend(
+        self,
+        layer: int,
+        w: dict[str, torch.Tensor],
+        x: torch.Tensor,
+        start: int,
+        observe: Observer | None,
+        history: History,
+    ) -> torch.Tensor:
+        c = self.config
+        heads = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]
+        qkv = F.linear(x, w["attention.qkv.weight"], w.get("attention.qkv.bias"))
+        q, k, v = qkv.unflatten(-1, (-1, c.head_size)).split(heads, dim=-2)
+        if c.qk_layernorm:
+            q = rms_norm(q, w["attention.q_layernorm.weight"], c.norm_epsilon)
+            k = rms_norm(k, w["attention.k_layernorm.weight"], c.norm_epsilon)
+        # Rounded where an engine's tensors are: as projected, and Q once more when it has been turned.
+        q, k, v = (t.to(self.dtype).float() for t in (q, k, v))
+        angles = self._cos_sin[start : start + x.shape[1]].repeat(len(x), 1, 1)
+        q, k = (apply_rope(t.flatten(0, 1), angles).view_as(t) for t in (q, k))
+        q = q.to(self.dtype).float()
+        if observe is not None:
+            for b in range(len(x)):
+                observe(layer, Attended(q[b], k[b], v[b], c.window(layer)))
+        k, v, k_read, v_read = history.append(layer, k, v)
+        lengths = torch.arange(start, start + x.shape[1], device=x.device) + 1
+        first_exact = history.quantizer.first_exact(lengths)
+        exact = None if first_exact is None else (k, v)
+        out = attention(q, k_read, v_read, c.window(layer), exact, first_exact)
+        return F.linear(out.flatten(2).to(self.dtype).float(), w["attention.dense.weight"])
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None = None,
+    exact: tuple[torch.Tensor, torch.Tensor] | None = None,
+    first_exact: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of the last n tokens of each sequence to all of its tokens.
+
+    Parameters
+    ----------
+    q : torch.Tensor
+        fp32 ``[B, n, num_heads, head_dim]``.
+    k, v : torch.Tensor
+        fp32 ``[B, num_tokens, num_kv_heads, head_dim]``.
+    window : int, optional
+        Keys that a query sees, its own among them.
+    exact : tuple of torch.Tensor, optional
+        K and V that queries see in place of k and v from ``first_exact`` on.
+    first_exact : torch.Tensor, optional
+        int64 ``[n]``: a token index for each query.
+
+    Returns
+    -------
+    torch.Tensor
+        fp32 ``[B, n, num_heads, head_dim]``.
+    """
+    n, total = q.shape[1], k.shape[1]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if exact is not None:
+        exact = tuple(t.transpose(1, 2) for t in exact)
+    out = torch.empty_like(q)
+    for start in range(0, n, QUERY_TILE):
+        tile = slice(start, min(start + QUERY_TILE, n))
+        seen = slice(first_visible(total - n + start, window), total - n + tile.stop)
+        visible = causal_mask(torch.arange(tile.start, tile.stop, device=q.device) + total - n, seen, window)
+        keys, values = k[:, :, seen], v[:, :, seen]
+        if exact is not None:
+            # Each key is there twice, and a query sees one of the two.
+            is_exact = torch.arange(seen.start, seen.stop, device=q.device) >= first_exact[tile][:, None]
+            visible = torch.cat([visible & ~is_exact, visible & is_exact], dim=1)
+            keys, values = (torch.cat([a, e[:, :, seen]], dim=2) for a, e in zip((keys, values), exact, strict=True))
+        out[:, :, tile] = F.scaled_dot_product_attention(
+            q[:, :, tile], keys, values, attn_mask=visible, enable_gqa=True, scale=1 / math.sqrt(q.shape[-1])
+        )
+    return out.transpose(1, 2)
+
+
+def first_visible(query: int, window: int | None) -> int:
+    """First token that the query at an index sees."""
+    return 0 if window is None else max(0, query + 1 - window)
+
+
+def causal_mask(queries: torch.Tensor, seen: slice, window: int | None) -> torch.Tensor:
+    """Which tokens of ``seen`` each query (int64 ``[n]``, by index) sees: bool ``[n, seen]``."""
+    keys = torch.arange(seen.start, seen.stop, device=queries.device)
+    mask = keys <= queries[:, None]
+    return mask if window is None else mask & (keys > queries[:, None] - window)
+
+
+def _quantized(
+    quantizer: KVQuantizer, layer: int, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize B sequences ``[B, n, num_kv_heads, head_dim]``."""
+    if quantizer.tokenwise:
+        read = quantizer.quantize(layer, k.flatten(0, 1), v.flatten(0, 1))
+        return read[0].view_as(k), read[1].view_as(v)
+    pairs = [quantizer.quantize(layer, *pair) for pair in zip(k, v, strict=True)]
+    return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+
+
+def _extend(
+    old: tuple[torch.Tensor, torch.Tensor] | None, new: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return new if old is None else tuple(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True))

@@ -1,0 +1,183 @@
+"""From a plan to a TensorRT engine of the project's own definitions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saw_trtllm.backends.tensorrt.decoder import Load, define_decoder
+from saw_trtllm.backends.tensorrt.device import compute_capability
+from saw_trtllm.backends.tensorrt.graph import Graph
+from saw_trtllm.backends.tensorrt.profiles import profiles, shapes, step_inputs
+from saw_trtllm.backends.tensorrt.versions import TensorRT
+from saw_trtllm.engine.config import EngineConfig, engine_file
+from saw_trtllm.errors import BackendUnavailableError, EngineError
+from saw_trtllm.files import replacing_file
+from saw_trtllm.plan.folder import replacing_engine
+from saw_trtllm.plan.plan import BuildPlan
+from saw_trtllm.plan.tensorrt_options import NetworkOptions, Phases
+from saw_trtllm.plugins.library import CUBLAS_LT, VERSION, load_cublas_lt
+
+log = logging.getLogger(__name__)
+
+
+def build_engine(
+    plan: BuildPlan,
+    progress: Callable[[str], None] | None = None,
+    phases: Phases | None = None,
+    tensorrt: TensorRT | None = None,
+) -> int:
+    """Write the engine folder of a plan.
+
+    Parameters
+    ----------
+    plan : BuildPlan
+        Its folder is there.
+    progress : callable, optional
+        Called with the name of each tensor that has been read.
+    phases : Phases, optional
+        Told of the phases of TensorRT's build, where it has them: from 10 on.
+    tensorrt : TensorRT, optional
+        By default the one that is installed.
+
+    Returns
+    -------
+    int
+        Bytes of the engine.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If there is no TensorRT, no GPU or no plugin library.
+    EngineError
+        If TensorRT does not build the engine.
+    """
+    tensorrt = TensorRT.load() if tensorrt is None else tensorrt
+    config = built_for(plan.config, tensorrt, plan.network.gemm_plugin)
+    with ThreadPoolExecutor(plan.network.workers) as pool:
+        load = _Reader(plan, pool, progress or (lambda name: None)).load
+        engine = serialize_engine(tensorrt, config, load, plan.network, phases)
+    with replacing_engine(plan) as part:
+        config.save(part)
+        return (part / engine_file()).write_bytes(engine)
+
+
+class _Reader:
+    """Reads a plan's tensors in a pool's threads, ahead of who asks for them. It begins when the first is asked for."""
+
+    def __init__(self, plan: BuildPlan, pool: ThreadPoolExecutor, progress: Callable[[str], None]) -> None:
+        self._plan, self._pool, self._progress = plan, pool, progress
+        self._reading: dict[str, Future[np.ndarray]] | None = None
+
+    def load(self, name: str) -> np.ndarray:
+        """A tensor, once. All are in memory together anyway: TensorRT takes them when it builds."""
+        if self._reading is None:
+            self._reading = {name: self._pool.submit(self._plan.load, name) for name in self._plan.engine_shapes}
+        try:
+            array = self._reading.pop(name).result()
+        except BaseException:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        self._progress(name)
+        return array
+
+
+def serialize_engine(
+    tensorrt: TensorRT, config: EngineConfig, load: Load, options: NetworkOptions, phases: Phases | None = None
+) -> Any:
+    """Define the network and have TensorRT build it.
+
+    Returns
+    -------
+    buffer
+        The serialized engine.
+    """
+    logger = tensorrt.logger()
+    builder = tensorrt.builder(logger)
+    tensorrt.load_plugins()
+    gemm_plugin = config.build_config.plugin_config.gemm_plugin
+    graph = Graph(tensorrt, tensorrt.create_network(builder), use_plugins=gemm_plugin is not None)
+    define_decoder(graph, config, load)
+    builder_config = tensorrt.create_config(builder, options.optimization_level)
+    if phases is not None:
+        tensorrt.report_phases(builder_config, phases)
+    add_profiles(tensorrt, builder, builder_config, config, options.has_decode_profile(gemm_plugin))
+    _use_timing_cache(builder_config, options)
+    engine = builder.build_serialized_network(graph.network, builder_config)
+    if engine is None:
+        raise EngineError(f"TensorRT {tensorrt.version} did not build the engine: {logger.reason}")
+    _write_timing_cache(builder_config, options.output_timing_cache)
+    return engine
+
+
+def add_profiles(
+    tensorrt: TensorRT, builder: Any, builder_config: Any, config: EngineConfig, decode_profile: bool
+) -> None:
+    """Give every input its range in each optimization profile."""
+    for ranges in profiles(config.build_config, decode_profile):
+        profile = builder.create_optimization_profile()
+        for tensor in step_inputs(config, tensorrt):
+            profile.set_shape(tensor.name, *shapes(tensor, ranges))
+        builder_config.add_optimization_profile(profile)
+
+
+def built_for(config: EngineConfig, tensorrt: TensorRT, gemm_plugin: str = "auto") -> EngineConfig:
+    """The config of an engine that this TensorRT built for this machine's GPU: a runtime must match both.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If the GEMM plugin is asked for and its library is not there.
+    """
+    limits = config.build_config
+    plugin = _gemm_plugin(gemm_plugin, config.pretrained_config.dtype)
+    switches = limits.plugin_config.model_copy(update={"gemm_plugin": plugin})
+    section = config.saw_int4.model_copy(
+        update={
+            "backend": "tensorrt",
+            "plugin_version": VERSION,
+            "tensorrt_version": tensorrt.version,
+            "compute_capability": compute_capability(),
+        }
+    )
+    limits = limits.model_copy(update={"plugin_config": switches})
+    return config.model_copy(update={"saw_int4": section, "build_config": limits})
+
+
+def _gemm_plugin(choice: str, dtype: str) -> str | None:
+    """The dtype of the GEMM plugin, or None for TensorRT's own GEMMs."""
+    if choice == "disable":
+        return None
+    if load_cublas_lt():
+        return dtype
+    if choice == "auto":
+        log.warning(
+            "without cuBLASLt TensorRT's own GEMMs are taken, with which builds take several times as long and decodes "
+            "up to a third longer: %s",
+            CUBLAS_LT,
+        )
+        return None
+    raise BackendUnavailableError(f"--gemm_plugin {choice} needs cuBLASLt, which cannot be loaded: {CUBLAS_LT}")
+
+
+def _use_timing_cache(builder_config: Any, options: NetworkOptions) -> None:
+    """Build with the times of the input cache; an empty one makes TensorRT keep those of this build."""
+    path = options.input_timing_cache
+    if path is None and options.output_timing_cache is None:
+        return
+    cache = builder_config.create_timing_cache(b"" if path is None else path.read_bytes())
+    if cache is None or not builder_config.set_timing_cache(cache, False):
+        log.warning("%s is of another TensorRT or GPU, or damaged: the build starts a new one", path)
+        builder_config.set_timing_cache(builder_config.create_timing_cache(b""), False)
+
+
+def _write_timing_cache(builder_config: Any, path: Path | None) -> None:
+    if path is None:
+        return
+    with replacing_file(path) as file:
+        file.write(memoryview(builder_config.get_timing_cache().serialize()))

@@ -1,0 +1,110 @@
+"""Llama, Mistral, Qwen2 and Qwen3: one decoder, whose configuration holds what differs.
+
+All tokens of a step are packed into one dimension, prefills first. Weights come as :meth:`BuildPlan.load` gives them,
+V's rotation and the smoothing of keys folded in. :mod:`saw_trtllm.backends.reference.model` is the same in PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from saw_trtllm.backends.tensorrt.attention import paged_attention
+from saw_trtllm.backends.tensorrt.graph import Graph, Tensor
+from saw_trtllm.backends.tensorrt.profiles import LOGITS, step_inputs
+from saw_trtllm.checkpoint.layout import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix
+from saw_trtllm.engine.config import EngineConfig, k_center_name
+from saw_trtllm.model.rope import rotary_cos_sin
+
+Load = Callable[[str], np.ndarray]
+
+
+def define_decoder(graph: Graph, config: EngineConfig, load: Load) -> None:
+    """Define a whole engine: its inputs, the decoder, and the output ``logits``.
+
+    Parameters
+    ----------
+    graph : Graph
+        An empty one.
+    config : EngineConfig
+    load : callable
+        Gives the tensor of a TensorRT-LLM name in the engine's dtype, a layer's center of keys in float32.
+
+    Raises
+    ------
+    ConfigError
+        If TensorRT does not have the dtype.
+    """
+    graph.tensorrt.check_activations(config.pretrained_config.dtype)
+    _Decoder(graph, config, load).define()
+
+
+class _Decoder:
+    def __init__(self, graph: Graph, config: EngineConfig, load: Load) -> None:
+        self.graph = graph
+        self.config = config
+        self.model = config.pretrained_config
+        self._load = load
+        self._inputs = {
+            x.name: graph.input(x.name, x.dtype, [-1 if isinstance(d, str) else d for d in x.shape])
+            for x in step_inputs(config, graph.tensorrt)
+        }
+        table = rotary_cos_sin(self.model, config.build_config.max_seq_len)
+        self._cos_sin = graph.constant(table, "rotary_cos_sin")
+
+    def define(self) -> None:
+        """``input_ids [num_tokens]`` to ``logits [num_sequences, vocab_size]``, or of all tokens where asked for."""
+        graph, embedding = self.graph, self._weight(EMBEDDING)
+        x, added = graph.embedding(embedding, self._inputs["input_ids"]), None
+        for i in range(self.model.num_hidden_layers):
+            with graph.scope(layer_prefix(i).removesuffix(".")):
+                x, added = self._layer(layer_prefix(i), i, x, added)
+        x = x + added
+        if not self.config.build_config.gather_context_logits:
+            one = graph.constant(np.ones(1, np.int32))
+            x = graph.gather(x, self._inputs["last_token_ids"] - one)
+        _, x = self._norm(x, FINAL_NORM)
+        lm_head = embedding if self.model.share_embedding_table else self._weight(LM_HEAD)
+        dtype = (self.model.model_extra or {}).get("logits_dtype", "float32")
+        graph.output(graph.linear(x, lm_head, dtype), LOGITS)
+
+    def _layer(self, prefix: str, i: int, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``[num_tokens, hidden_size]``, and what is still to be added to it, to the same: a norm adds it."""
+        graph = self.graph
+        with graph.scope("attention"):
+            x, h = self._norm(x, prefix + "input_layernorm.weight", added)
+            added = self._attention(prefix + "attention.", i, h)
+        with graph.scope("mlp"):
+            x, h = self._norm(x, prefix + "post_layernorm.weight", added)
+            fc, gate, proj = (self._weight(f"{prefix}mlp.{name}.weight") for name in ("fc", "gate", "proj"))
+            return x, graph.linear(graph.gated(graph.linear(h, fc), graph.linear(h, gate)), proj)
+
+    def _attention(self, prefix: str, i: int, x: Tensor) -> Tensor:
+        """``[num_tokens, hidden_size]`` to the same."""
+        graph, model = self.graph, self.model
+        qkv = graph.linear(x, self._weight(prefix + "qkv.weight"))
+        if model.attn_bias:
+            qkv = qkv + graph.constant(self._load(prefix + "qkv.bias")[None], prefix + "qkv.bias")
+        if model.qk_layernorm:
+            qkv = self._norm_qk(prefix, qkv)
+        center = self._weight(k_center_name(i)) if self.config.saw_int4.k_center else None
+        context = paged_attention(graph, self.config, i, qkv, self._cos_sin, center, self._inputs)
+        return graph.linear(context, self._weight(prefix + "dense.weight"))
+
+    def _norm(self, x: Tensor, weight: str, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The sum, and its RMSNorm with a weight."""
+        return self.graph.rms_norm(x, self._weight(weight, np.float32), self.model.norm_epsilon, added)
+
+    def _norm_qk(self, prefix: str, qkv: Tensor) -> Tensor:
+        """RMSNorm over each head of Q and K, in ``[num_tokens, (num_heads + 2 num_kv_heads) head_dim]``."""
+        H, Hkv = self.model.num_attention_heads, self.model.num_key_value_heads
+        q, k = (self._load(f"{prefix}{name}_layernorm.weight").astype(np.float32) for name in "qk")
+        weights = np.concatenate([np.tile(q, (H, 1)), np.tile(k, (Hkv, 1))])
+        epsilon = self.model.norm_epsilon
+        return self.graph.norm_heads(qkv, weights, H + 2 * Hkv, epsilon, prefix + "qk_layernorm")
+
+    def _weight(self, name: str, dtype: type | None = None) -> Tensor:
+        """A constant; one of a norm as a row, in the dtype that it is computed in."""
+        array = self._load(name)
+        return self.graph.constant(array if dtype is None else array.astype(dtype)[None], name)

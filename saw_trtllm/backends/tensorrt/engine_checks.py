@@ -1,0 +1,122 @@
+"""Which engines this machine can run: what is refused is refused before the GPU's memory is taken, in one sentence."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+from saw_trtllm.backends.tensorrt.cuda import memory_info
+from saw_trtllm.backends.tensorrt.device import compute_capability
+from saw_trtllm.backends.tensorrt.profiles import LOGITS, step_inputs
+from saw_trtllm.backends.tensorrt.versions import TensorRT
+from saw_trtllm.engine.config import CONFIG_FILE, EngineConfig, engine_file
+from saw_trtllm.errors import BackendUnavailableError, EngineError
+from saw_trtllm.paths import is_file
+from saw_trtllm.plugins import library
+
+_AGAIN = "build it anew with saw-build on this machine"
+
+
+def check_versions(folder: Path, config: EngineConfig, tensorrt: TensorRT) -> None:
+    """Refuse an engine of other plugins, another TensorRT or another GPU, or of plugins whose library is not there.
+
+    Raises
+    ------
+    EngineError
+        If one of them does not match.
+    BackendUnavailableError
+        If there is no GPU, or no cuBLASLt for an engine that needs it.
+    """
+    section = config.saw_int4
+    if section.plugin_version != library.VERSION:
+        raise EngineError(
+            f"the engine in {folder} was built with version {section.plugin_version} of the plugins and this runtime "
+            f"has version {library.VERSION}: {_AGAIN}"
+        )
+    if section.tensorrt_version != tensorrt.version:
+        raise EngineError(
+            f"the engine in {folder} was built with TensorRT {section.tensorrt_version} and TensorRT "
+            f"{tensorrt.version} is installed: {_AGAIN}, or install that version"
+        )
+    found = compute_capability()
+    if section.compute_capability != found:
+        raise EngineError(
+            f"the engine in {folder} was built for a GPU of compute capability {section.compute_capability} and this "
+            f"one has {found}: {_AGAIN}"
+        )
+    if config.build_config.plugin_config.gemm_plugin is not None and not library.load_cublas_lt():
+        raise BackendUnavailableError(
+            f"the engine in {folder} has its GEMMs from cuBLASLt, which cannot be loaded: {library.CUBLAS_LT}"
+        )
+
+
+def read_engine(folder: Path, config: EngineConfig, tensorrt: TensorRT, runtime: Any, logger: Any) -> Any:
+    """Read ``rank0.engine`` onto the GPU.
+
+    Parameters
+    ----------
+    folder : Path
+    config : EngineConfig
+    tensorrt : TensorRT
+        With the plugins loaded.
+    runtime : tensorrt.Runtime
+    logger : tensorrt.ILogger
+        The runtime's.
+
+    Returns
+    -------
+    tensorrt.ICudaEngine
+
+    Raises
+    ------
+    EngineError
+        If there is no such file, it is not whole, it is of another config, or the GPU has no room for it.
+    """
+    path = folder / engine_file()
+    if not is_file(path, EngineError):
+        raise EngineError(f"{path} does not exist: {_AGAIN}")
+    try:
+        size = path.stat().st_size
+        # Mapped: TensorRT reads through it once, so a second copy of the weights in memory would be for nothing.
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            free = memory_info()[0]
+            engine = runtime.deserialize_cuda_engine(data)
+    except (OSError, ValueError) as e:  # mmap's word for an empty file is ValueError
+        reason = getattr(e, "strerror", None) or e
+        raise EngineError(f"{path} cannot be read as an engine ({reason}): {_AGAIN}") from e
+    if engine is None and size > free:
+        raise EngineError(
+            f"{path} holds {gib(size)} of weights and kernels and the GPU has {gib(free)} free: free memory there, or "
+            "use a larger GPU"
+        )
+    if engine is None:
+        raise EngineError(f"{path} cannot be read as an engine ({logger.reason}): {_AGAIN}")
+    _check_tensors(path, config, tensorrt, engine)
+    return engine
+
+
+def gib(nbytes: int) -> str:
+    """Bytes in words."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 1 << 26 else f"{nbytes / 2**20:.2f} MiB"
+
+
+def _check_tensors(path: Path, config: EngineConfig, tensorrt: TensorRT, engine: Any) -> None:
+    """Compare what the engine has with what its config says: a folder's two files may come from two builds."""
+    due = {
+        x.name: (tensorrt.dtype(x.dtype), tuple(-1 if isinstance(d, str) else d for d in x.shape))
+        for x in step_inputs(config, tensorrt)
+    }
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    found = {name: (engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))) for name in names}
+    logits = found.pop(LOGITS, None)
+    if found != due or logits is None or logits[1] != (-1, config.pretrained_config.vocab_size):
+        different = sorted(n for n in found.keys() | due.keys() if found.get(n) != due.get(n)) or [LOGITS]
+        raise EngineError(
+            f"{path} is not of its {CONFIG_FILE}, which says otherwise of {', '.join(different)}: {_AGAIN}"
+        )
+    if logits[0] != tensorrt.dtype("float32"):
+        raise EngineError(
+            f"{path} gives logits that are not float32, from which this runtime samples: build it from a checkpoint "
+            "whose config.json has no other logits_dtype"
+        )

@@ -1,0 +1,109 @@
+"""What a step gives, on its way to the host."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from saw_trtllm.backends.tensorrt.cuda import Event, PinnedBuffer, Stream
+from saw_trtllm.backends.tensorrt.sampler import GpuSampler
+from saw_trtllm.errors import KernelError
+from saw_trtllm.runtime.executor import StepOutput
+
+_FLOAT = np.dtype(np.float32).itemsize
+
+
+class ResultSlot:
+    """Pinned memory for what one step gives.
+
+    Parameters
+    ----------
+    max_sequences, vocab_size : int
+    """
+
+    def __init__(self, max_sequences: int, vocab_size: int) -> None:
+        self._tokens = PinnedBuffer(max_sequences * 4)
+        self._logprobs = PinnedBuffer(max_sequences * 8)
+        # Grown where logits are asked for, which is rare.
+        self._logits = PinnedBuffer(0)
+        self._done = Event()
+        self._vocab_size = vocab_size
+        self._pending: PendingResult | None = None
+
+    def take(self, stream: Stream, sampler: GpuSampler, logits: int, spans: list[slice | None]) -> PendingResult:
+        """Have a step's results copied here, behind its last kernel.
+
+        Parameters
+        ----------
+        stream : Stream
+        sampler : GpuSampler
+            Which has been launched.
+        logits : int
+            Address of the step's logits, fp32 ``[rows, vocab_size]``.
+        spans : list of slice or None
+            Rows of them that each sequence asks for.
+        """
+        if self._pending is not None:
+            self._pending.finish()
+        n, row_bytes = len(spans), self._vocab_size * _FLOAT
+        stream.download(self._tokens.address, sampler.tokens_ptr, n * 4)
+        stream.download(self._logprobs.address, sampler.logprobs_ptr, n * 8)
+        rows = sum(span.stop - span.start for span in spans if span is not None)
+        if self._logits.nbytes < rows * row_bytes:
+            self._logits.close()
+            self._logits = PinnedBuffer(rows * row_bytes)
+        at = 0
+        for span in spans:
+            if span is not None:
+                nbytes = (span.stop - span.start) * row_bytes
+                stream.download(self._logits.address + at, logits + span.start * row_bytes, nbytes)
+                at += nbytes
+        self._done.record(stream)
+        self._pending = PendingResult(self, spans)
+        return self._pending
+
+    def read(self, spans: list[slice | None]) -> StepOutput:
+        """Wait for the step, and copy its results out."""
+        self._done.synchronize()
+        n, at = len(spans), 0
+        kept: list[np.ndarray | None] = [None] * n
+        for i, span in enumerate(spans):
+            if span is not None:
+                shape = (span.stop - span.start, self._vocab_size)
+                kept[i] = self._logits.array(np.float32, shape, at).copy()
+                at += kept[i].nbytes
+        tokens, logprobs = self._tokens.array(np.int32, (n,)), self._logprobs.array(np.float64, (n,))
+        return StepOutput(tokens.tolist(), logprobs.tolist(), kept)
+
+    def close(self) -> None:
+        """Free it."""
+        for resource in (self._tokens, self._logprobs, self._logits, self._done):
+            resource.close()
+
+
+class PendingResult:
+    """A step under way; see :class:`saw_trtllm.runtime.executor.PendingStep`."""
+
+    def __init__(self, slot: ResultSlot, spans: list[slice | None]) -> None:
+        self._slot, self._spans = slot, spans
+        self._output: StepOutput | KernelError | None = None
+
+    def finish(self) -> None:
+        """Wait, and keep the result: its slot is needed."""
+        if self._output is None:
+            try:
+                self._output = self._slot.read(self._spans)
+            except KernelError as e:
+                self._output = e
+
+    def result(self) -> StepOutput:
+        """Wait for the step, and give what it computed.
+
+        Raises
+        ------
+        KernelError
+            If the GPU failed.
+        """
+        self.finish()
+        if isinstance(self._output, KernelError):
+            raise self._output
+        return self._output

@@ -1,0 +1,110 @@
+"""How a swapped model caches: as ``saw-build``'s flags say, or for ``trtllm-build`` the checkpoint's config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from saw_trtllm.errors import ConfigError, first_error
+from saw_trtllm.format import KVFormat, KvName
+
+if TYPE_CHECKING:
+    from saw_trtllm.plan.options import BuildOptions
+    from saw_trtllm.plan.plan import BuildPlan
+
+
+class CheckpointSection(BaseModel):
+    """The section ``saw_int4`` of a checkpoint's ``config.json``: ``saw-build``'s flags of the same names."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kv: KvName = "saw_int4"
+    hadamard_order: int | None = None
+    rotate_v: bool | None = None
+    range_factor: float | None = None
+    #: File of ``saw-calibrate``; a relative path starts at the checkpoint's folder.
+    calibration: Path | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> CheckpointSection:
+        """Of a TensorRT-LLM or a project's model config; without the section, the defaults."""
+        given = getattr(config, "saw_int4", None)
+        try:
+            return cls.model_validate({} if given is None else given)
+        except ValidationError as e:
+            raise ConfigError(f"the section saw_int4 of the checkpoint's config.json is wrong: {first_error(e)}") from e
+
+    def build_options(self, checkpoint_dir: Path) -> BuildOptions:
+        """As ``saw-build`` would have them."""
+        from saw_trtllm.plan.options import BuildOptions
+
+        return BuildOptions(
+            checkpoint_dir=checkpoint_dir,
+            backend="tensorrt_llm",
+            kv=self.kv,
+            hadamard_order=self.hadamard_order,
+            rotate_v=None if self.rotate_v is None else ("disable", "enable")[self.rotate_v],
+            range_factor=self.range_factor,
+            calibration=None if self.calibration is None else checkpoint_dir / self.calibration,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SwapOptions:
+    """What the attention of a swapped model does.
+
+    Attributes
+    ----------
+    kv_format : KVFormat
+    v_folded : bool
+        Whether V's rotation is in the weights already. If it is not, it is done and undone at run time.
+    k_center : numpy.ndarray or None
+        float32 ``[num_layers, num_kv_heads, head_dim]`` of the whole model.
+    windows : sequence of (int or None), or None
+        Tokens that each layer of the whole model sees.
+    """
+
+    kv_format: KVFormat
+    v_folded: bool = False
+    k_center: np.ndarray | None = None
+    windows: Sequence[int | None] | None = None
+
+    @classmethod
+    def of_config(cls, config: Any) -> SwapOptions:
+        """Of a TensorRT-LLM ``PretrainedConfig`` alone: a model whose weights are as its checkpoint has them."""
+        section = CheckpointSection.of(config)
+        if section.calibration is not None:
+            raise ConfigError(
+                "a calibration is folded into weights, and this model has none: build it from a checkpoint"
+            )
+        kv_format = KVFormat(
+            section.kv, config.head_size, config.dtype, section.hadamard_order, section.rotate_v, section.range_factor
+        )
+        return cls(kv_format, windows=getattr(config, "sliding_window", None))
+
+    @classmethod
+    def of_plan(cls, plan: BuildPlan) -> SwapOptions:
+        """Of a model that gets its weights from ``plan.load``."""
+        return cls(
+            plan.config.kv_format,
+            v_folded=True,
+            k_center=None if plan.calibration is None else plan.calibration.k_center,
+            windows=plan.config.pretrained_config.sliding_window,
+        )
+
+    def window(self, layer: int) -> int:
+        """Tokens that a layer of the whole model sees; 0 is all."""
+        return (self.windows[layer] or 0) if self.windows is not None else 0
+
+    def local_k_center(self, layer: int, tp_size: int, tp_rank: int) -> np.ndarray | None:
+        """A rank's centers of a layer: float32 ``[local KV heads, head_dim]``."""
+        if self.k_center is None:
+            return None
+        heads = self.k_center.shape[1]
+        first = tp_rank * heads // tp_size
+        return np.ascontiguousarray(self.k_center[layer, first : first + max(1, heads // tp_size)], np.float32)

@@ -1,1 +1,0 @@
-"""``saw-bench engine``: whole decode steps of a TensorRT engine by the format of its cache, needing no PyTorch."""

@@ -1,0 +1,1 @@
+"""The engine contract: what a builder writes and a runtime reads."""

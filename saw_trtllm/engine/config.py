@@ -1,0 +1,259 @@
+"""An engine folder: ``config.json`` and ``rank{N}.engine``, as TensorRT-LLM lays it out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from saw_trtllm.engine.executor_view import as_built
+from saw_trtllm.errors import ConfigError, EngineError, first_error
+from saw_trtllm.format import FORMAT_VERSION, TOKENS_PER_BLOCK, KVFormat
+from saw_trtllm.model.config import MAX_POSITIONS, ModelConfig
+from saw_trtllm.paths import is_folder, read_json
+
+CONFIG_FILE = "config.json"
+
+#: What else has a config.json: a key of it, what it is, and saw-build's flag for it.
+_NOT_ENGINES = (
+    ("architectures", "a Hugging Face model", "--model_dir"),
+    ("model_type", "a Hugging Face model", "--model_dir"),
+    ("architecture", "a checkpoint of TensorRT-LLM", "--checkpoint_dir"),
+)
+
+BackendName = Literal["tensorrt_llm", "tensorrt", "reference"]
+
+
+def engine_file(rank: int | str = 0) -> str:
+    """Name of a rank's engine; of ``*`` the pattern of all."""
+    return f"rank{rank}.engine"
+
+
+def k_center_name(layer: int) -> str:
+    """Name of a layer's center of keys in an engine file: fp32 ``[num_kv_heads, head_dim]``."""
+    return f"transformer.layers.{layer}.attention.k_center"
+
+
+class PluginConfig(BaseModel):
+    """TensorRT-LLM's plugin switches: those that its executor reads, with the values that a SAW engine has."""
+
+    model_config = ConfigDict(extra="allow")
+
+    gpt_attention_plugin: str = "auto"
+    remove_input_padding: bool = True
+    paged_kv_cache: bool = True
+    tokens_per_block: int = 32
+    context_fmha: bool = True
+    use_paged_context_fmha: bool = True
+    lora_plugin: str | None = None
+    #: Of an engine of the backend tensorrt: the dtype of SawGemm, or None for TensorRT's own GEMMs.
+    gemm_plugin: str | None = None
+
+
+class BuildConfig(BaseModel):
+    """An engine's limits, in ``trtllm-build``'s words and with its defaults where it has any."""
+
+    model_config = ConfigDict(extra="allow")
+
+    max_batch_size: int = Field(2048, gt=0)
+    max_beam_width: Literal[1] = 1
+    max_input_len: int = Field(gt=0)
+    max_seq_len: int = Field(gt=1, le=MAX_POSITIONS)
+    max_num_tokens: int = Field(8192, gt=0, le=MAX_POSITIONS)
+    kv_cache_type: Literal["paged"] = "paged"
+    gather_context_logits: bool = False
+    gather_generation_logits: bool = False
+    speculative_decoding_mode: int = 1  # none
+    lora_config: dict[str, Any] = Field(default_factory=dict)
+    plugin_config: PluginConfig = Field(default_factory=PluginConfig)
+
+    @model_validator(mode="after")
+    def _check(self) -> BuildConfig:
+        if self.max_input_len >= self.max_seq_len:
+            raise ValueError(
+                f"max_input_len {self.max_input_len} leaves no token to generate within max_seq_len "
+                f"{self.max_seq_len}: lower the one or raise the other"
+            )
+        if self.tokens_per_block not in TOKENS_PER_BLOCK:
+            valid = ", ".join(map(str, TOKENS_PER_BLOCK))
+            raise ValueError(f"tokens_per_block {self.tokens_per_block} is not supported: choose one of {valid}")
+        if self.max_num_tokens < self.max_batch_size + self.tokens_per_block:
+            raise ValueError(
+                f"max_num_tokens {self.max_num_tokens} cannot hold a token of each of max_batch_size "
+                f"{self.max_batch_size} sequences and a block of {self.tokens_per_block} tokens of a prompt: make it "
+                f"at least {self.max_batch_size + self.tokens_per_block}, or lower max_batch_size"
+            )
+        return self
+
+    @property
+    def tokens_per_block(self) -> int:
+        """Tokens of a KV block."""
+        return self.plugin_config.tokens_per_block
+
+
+class StepLimits(NamedTuple):
+    """What a step holds: the limits of :class:`BuildConfig` that bound one another."""
+
+    max_batch_size: int
+    max_num_tokens: int
+    tokens_per_block: int
+
+    @classmethod
+    def of(cls, max_batch_size: int | None, max_num_tokens: int | None, tokens_per_block: int | None) -> StepLimits:
+        """Fill in the defaults for None. Where they do not fit what is given, they give way to it."""
+        defaults = BuildConfig.model_fields
+        if tokens_per_block is None:
+            most = PluginConfig.model_fields["tokens_per_block"].default
+            room = most if max_num_tokens is None else max_num_tokens - (max_batch_size or 1)
+            fitting = [size for size in TOKENS_PER_BLOCK if size <= min(most, room)]
+            tokens_per_block = max(fitting, default=TOKENS_PER_BLOCK[0])
+        if max_batch_size is None:
+            most = defaults["max_batch_size"].default
+            room = most if max_num_tokens is None else max_num_tokens - tokens_per_block
+            max_batch_size = max(1, min(most, room))
+        if max_num_tokens is None:
+            max_num_tokens = max(defaults["max_num_tokens"].default, max_batch_size + tokens_per_block)
+        return cls(max_batch_size, max_num_tokens, tokens_per_block)
+
+
+class SawSection(BaseModel):
+    """What a runtime must know of a SAW engine, and match.
+
+    The versions that a TensorRT engine depends on are None in one that does not.
+    """
+
+    format_version: int = FORMAT_VERSION
+    package_version: str
+    backend: BackendName
+    kv: str
+    head_dim: int
+    hadamard_order: int
+    rotate_v: bool
+    range_factor: float
+    row_bytes: int
+    #: Layers whose cache has rows of the engine's dtype, in a pool of their own, ascending.
+    kv_skip_layers: list[int] = Field(default_factory=list)
+    #: Whether the engine file holds a center of the keys of each layer, ``[num_kv_heads, head_dim]`` in fp32.
+    k_center: bool = False
+    plugin_version: str | None = None
+    tensorrt_version: str | None = None
+    compute_capability: str | None = None
+    #: By file name; :mod:`saw_trtllm.plan.checksums` writes and compares them.
+    checksums: dict[str, str] = Field(default_factory=dict)
+
+    @classmethod
+    def of(cls, kv_format: KVFormat, backend: BackendName, package_version: str) -> SawSection:
+        """Record a format."""
+        return cls(
+            package_version=package_version,
+            backend=backend,
+            kv=kv_format.kv,
+            head_dim=kv_format.head_dim,
+            hadamard_order=kv_format.hadamard_order,
+            rotate_v=kv_format.rotate_v,
+            range_factor=kv_format.range_factor,
+            row_bytes=kv_format.row_bytes,
+        )
+
+    def kv_format(self, dtype: str) -> KVFormat:
+        """The format that was recorded; ``dtype`` is the engine's."""
+        return KVFormat(self.kv, self.head_dim, dtype, self.hadamard_order, self.rotate_v, self.range_factor)
+
+
+class Pool(NamedTuple):
+    """Layers whose rows have one format, and lie in one pool in this order."""
+
+    format: KVFormat
+    layers: list[int]
+
+
+class EngineConfig(BaseModel):
+    """An engine's ``config.json``."""
+
+    version: str
+    pretrained_config: ModelConfig
+    build_config: BuildConfig
+    saw_int4: SawSection
+
+    @classmethod
+    def load(cls, folder: Path | str) -> EngineConfig:
+        """Read and check ``folder/config.json``.
+
+        Raises
+        ------
+        EngineError
+            If there is no engine, it is not one of ours, or its cache format is another version's.
+        """
+        folder = Path(folder)
+        if not is_folder(folder, EngineError):
+            raise EngineError(f"{folder} is not a folder: give the --output_dir of saw-build")
+        raw = as_built(read_json(folder / CONFIG_FILE, EngineError))
+        section = raw.get("saw_int4")
+        for key, what, flag in _NOT_ENGINES:
+            if key in raw and "build_config" not in raw:
+                raise EngineError(
+                    f"{folder} holds {what}, not an engine: build one with saw-build {flag} {folder} --output_dir "
+                    "engine, and give that"
+                )
+        if not isinstance(section, dict):
+            raise EngineError(f"{folder} holds no engine of saw-build: its {CONFIG_FILE} has no section saw_int4")
+        version = section.get("format_version")
+        if version != FORMAT_VERSION:
+            raise EngineError(
+                f"the engine in {folder} has KV-cache format version {version} and this runtime reads version "
+                f"{FORMAT_VERSION}: build the engine anew with saw-build"
+            )
+        try:
+            config = cls.model_validate(raw)
+            fmt = config.kv_format
+        except ValidationError as e:
+            raise EngineError(f"{folder / CONFIG_FILE} is damaged: {first_error(e)}") from e
+        except ConfigError as e:
+            raise EngineError(f"{folder / CONFIG_FILE} is damaged: {e}") from e
+        stored, model = config.saw_int4, config.pretrained_config
+        if (stored.row_bytes, stored.head_dim) != (fmt.row_bytes, model.head_size):
+            raise EngineError(
+                f"{folder / CONFIG_FILE} is damaged: it names rows of {stored.row_bytes} bytes for heads of "
+                f"{stored.head_dim}, where its format has {fmt.row_bytes} and its model heads of {model.head_size}"
+            )
+        skipped, layers = stored.kv_skip_layers, range(model.num_hidden_layers)
+        if skipped != sorted(set(skipped) & set(layers)) or len(skipped) == len(layers):
+            raise EngineError(
+                f"{folder / CONFIG_FILE} is damaged: it skips the layers {skipped} of a model that has {len(layers)}"
+            )
+        return config
+
+    def save(self, folder: Path) -> None:
+        """Write ``folder/config.json``, without checksums: those are of the files beside an earlier one."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"saw_int4": {"checksums"}}), indent=2)
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @property
+    def kv_format(self) -> KVFormat:
+        """How the engine's cache is stored, save for the skipped layers."""
+        return self.saw_int4.kv_format(self.pretrained_config.dtype)
+
+    @property
+    def pools(self) -> list[Pool]:
+        """The pools of the cache: the first has :attr:`kv_format`, a second the skipped layers where there are any.
+
+        A block has the same index in every pool.
+        """
+        model, skipped = self.pretrained_config, self.saw_int4.kv_skip_layers
+        kept = [i for i in range(model.num_hidden_layers) if i not in skipped]
+        pools = [Pool(self.kv_format, kept)]
+        if skipped:
+            pools.append(Pool(KVFormat("fp16", model.head_size, model.dtype), skipped))
+        return pools
+
+    def layer_format(self, layer: int) -> KVFormat:
+        """How the cache of a layer is stored."""
+        return next(pool.format for pool in self.pools if layer in pool.layers)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """KV bytes of a token over all layers."""
+        heads = self.pretrained_config.num_key_value_heads
+        return sum(pool.format.bytes_per_token(len(pool.layers), heads) for pool in self.pools)

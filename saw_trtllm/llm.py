@@ -1,0 +1,295 @@
+"""The Python interface, in the words of TensorRT-LLM's LLM API."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+import weakref
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceABC
+from pathlib import Path
+from typing import Any
+
+from saw_trtllm.backends.registry import open_executor
+from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.errors import ConfigError, EngineError, RequestError
+from saw_trtllm.model.end_ids import read_end_ids
+from saw_trtllm.paths import is_file
+from saw_trtllm.plan.checksums import check_not_replaced, verify_engine
+from saw_trtllm.progress import progress
+from saw_trtllm.runtime.block_manager import BlockManager
+from saw_trtllm.runtime.detokenizer import Detokenizer
+from saw_trtllm.runtime.engine_core import EngineCore
+from saw_trtllm.runtime.keywords import check_keywords, is_number, shown
+from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
+from saw_trtllm.runtime.outputs import GenerationResult, OutputQueue, RequestOutput
+from saw_trtllm.runtime.prompt import Prompt, check_input_len, encode_prompt, read_prompt, split_prompts
+from saw_trtllm.runtime.request import Request
+from saw_trtllm.runtime.sampling_params import SamplingParams
+from saw_trtllm.runtime.scheduler import Scheduler, Sequence
+from saw_trtllm.runtime.stats import Stats
+from saw_trtllm.runtime.tokenizer import Tokenizer
+
+_ADVICE = {
+    "tensor_parallel_size": "leave it out; an engine of its own runtime is on one GPU",
+    "gpu_memory_utilization": "give kv_cache_config={'free_gpu_memory_fraction': ...}",
+    "dtype": "build the engine with saw-build --dtype",
+    "quantization": "choose the cache with saw-build --kv",
+    "max_model_len": "build the engine with saw-build --max_seq_len",
+    "max_num_seqs": "build the engine with saw-build --max_batch_size",
+}
+
+
+#: Tokens of a prefill chunk at most. Long enough to fill a GPU's matrix units, short enough that decodes beside it do
+#: not stall, and the grain in which a 4-bit cache's prefixes are reused.
+PREFILL_CHUNK = 512
+
+
+#: Requests that may wait. A prompt that waits holds about 40 bytes for each of its tokens.
+MAX_QUEUE_SIZE = 4096
+
+
+class LLM:
+    """A built engine, ready for prompts.
+
+    Parameters
+    ----------
+    model : path
+        The engine folder that ``saw-build`` wrote.
+    tokenizer : path or Tokenizer, optional
+        A folder with ``tokenizer.json``, or the file. By default the engine folder's own; an engine without one takes
+        and gives token ids only.
+    kv_cache_config : KvCacheConfig or dict, optional
+        A dict holds its fields.
+    prefill_chunk : int, optional
+        Tokens of a prefill chunk: a multiple of ``tokens_per_block``. By default 512, or what ``max_num_tokens``
+        leaves.
+    max_queue_size : int
+        Requests of :meth:`generate_async` that may wait for their first step; 0 is any number. :meth:`generate` waits
+        for room instead.
+    verify : bool
+        Whether the folder's files are compared with the checksums that ``saw-build`` recorded.
+
+    Attributes
+    ----------
+    executor : Executor
+        What runs the engine's steps. While no request runs it may be given steps of another's making, to be timed.
+
+    Raises
+    ------
+    EngineError
+        If the folder holds no engine that this machine can run.
+    ConfigError
+        If another argument is wrong.
+    """
+
+    def __new__(cls, *_: Any, **named: Any) -> LLM:
+        """Reject the names of arguments that it does not have."""
+        known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+        check_keywords("LLM", named, known, ConfigError, _ADVICE)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        model: Path | str,
+        tokenizer: Path | str | Tokenizer | None = None,
+        kv_cache_config: KvCacheConfig | Mapping[str, Any] | None = None,
+        prefill_chunk: int | None = None,
+        max_queue_size: int = MAX_QUEUE_SIZE,
+        verify: bool = True,
+    ) -> None:
+        if not (is_number(max_queue_size, whole=True) and max_queue_size >= 0):
+            raise ConfigError(f"max_queue_size is {shown(max_queue_size)}: it must be a whole number, 0 for any number")
+        if not isinstance(model, str | os.PathLike):
+            raise EngineError(f"model is {shown(model)}: give the --output_dir of saw-build")
+        kv_cache_config = KvCacheConfig.of(kv_cache_config)
+        folder = Path(model)
+        self.config = EngineConfig.load(folder)
+        if verify:
+            verify_engine(folder, tokenizer=tokenizer is None)
+        self.tokenizer = _load_tokenizer(folder, tokenizer)
+        self._end_ids = read_end_ids(folder)
+        if self._end_ids is None:
+            self._end_ids = self.tokenizer.eos_ids if self.tokenizer else ()
+        build = self.config.build_config
+        chunk = _prefill_chunk(self.config, prefill_chunk)
+        exact = not self.config.kv_format.quantized
+        self.executor = open_executor(folder, self.config, kv_cache_config)
+        check_not_replaced(folder, self.config.saw_int4.checksums)  # its files are read by name
+        blocks = BlockManager(
+            self.executor.num_blocks,
+            build.tokens_per_block,
+            kv_cache_config.enable_block_reuse,
+            reuse_multiple=build.tokens_per_block if exact else chunk,
+        )
+        self._scheduler = Scheduler(blocks, build.max_batch_size, build.max_num_tokens, chunk, exact)
+        num_layers = [len(pool.layers) for pool in self.config.pools]
+        self._core = EngineCore(self.executor, self._scheduler, num_layers, max_queue_size)
+        self._ids = itertools.count()
+        # An interpreter that exits under a thread that computes would abort.
+        self._shutdown = weakref.finalize(self, self._core.shutdown)
+
+    @property
+    def max_input_len(self) -> int:
+        """Tokens of the longest prompt."""
+        return self.config.build_config.max_input_len
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of the longest sequence, prompt and text."""
+        return self.config.build_config.max_seq_len
+
+    def generate(
+        self,
+        inputs: Prompt | SequenceABC[Prompt],
+        sampling_params: SamplingParams | SequenceABC[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Generate text for a prompt or a list of prompts, and wait for it.
+
+        Parameters
+        ----------
+        inputs : str, list of int, dict, or a list of these
+            Text, token ids, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``; of both the ids count.
+        sampling_params : SamplingParams or list of SamplingParams, optional
+            One for all, or one each. Greedy with 32 tokens by default.
+        use_tqdm : bool
+            Show the progress on stderr: a bar on a terminal, elsewhere a line every few seconds.
+
+        Returns
+        -------
+        RequestOutput or list of RequestOutput
+            In the order of the prompts.
+
+        Raises
+        ------
+        RequestError
+            If a prompt or its parameters do not fit the engine; then nothing is generated.
+        """
+        prompts, single = split_prompts(inputs)
+        params = sampling_params if isinstance(sampling_params, SequenceABC) else [sampling_params] * len(prompts)
+        if len(params) != len(prompts):
+            raise RequestError(
+                f"{len(params)} sampling parameters came with {len(prompts)} prompts: give one, or one each"
+            )
+        requests = [self._request(p, s, streaming=False) for p, s in zip(prompts, params, strict=True)]
+        results = [self._submit(request, wait=True) for request in requests]
+        outputs = []
+        with progress(len(results), "generate", "prompts", show=use_tqdm) as bar:
+            for result in results:
+                outputs.append(result.result())
+                bar.update()
+        return outputs[0] if single else outputs
+
+    def generate_async(
+        self, inputs: Prompt, sampling_params: SamplingParams | None = None, streaming: bool = False
+    ) -> GenerationResult:
+        """Begin to generate text for one prompt.
+
+        Parameters
+        ----------
+        inputs : str, list of int or dict
+            As for :meth:`generate`.
+        sampling_params : SamplingParams, optional
+        streaming : bool
+            Whether the result gives each piece, or only the whole.
+
+        Raises
+        ------
+        RequestError
+            If the prompt or its parameters do not fit the engine.
+        QueueFullError
+            If ``max_queue_size`` requests wait already.
+        """
+        return self._submit(self._request(inputs, sampling_params, streaming))
+
+    def stats(self) -> Stats:
+        """Gauges and counters for metrics."""
+        return self._core.stats()
+
+    def shutdown(self) -> None:
+        """Cancel what runs and release the engine. It happens at exit too, and when nobody holds the LLM any more."""
+        self._shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def _request(self, prompt: Prompt, params: SamplingParams | None, streaming: bool) -> Request:
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params is {shown(params)}: give SamplingParams(...), or nothing")
+        text, ids = read_prompt(prompt)
+        ids = self._encode(text) if ids is None else ids
+        self._check(ids, params)
+        if params.stop_strings and self.tokenizer is None:
+            raise RequestError(
+                "stop strings need a tokenizer, and this engine has none: give stop_token_ids, or a tokenizer"
+            )
+        end_ids = set(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            end_ids.update(self._end_ids if params.end_id is None else {params.end_id})
+        # What the model cannot say ends nothing; the sampler must not look it up.
+        vocab = self.config.pretrained_config.vocab_size
+        end_ids = {i for i in end_ids if 0 <= i < vocab}
+        if params.min_tokens and len(end_ids) == vocab:
+            raise RequestError("min_tokens is given and every token ends the text: leave a token out of stop_token_ids")
+        request_id = next(self._ids)
+        sequence = Sequence(request_id, ids, params)
+        self._scheduler.check(sequence)
+        detokenizer = Detokenizer(self.tokenizer, params.stop_strings, params.include_stop_str_in_output)
+        return Request(sequence, text, end_ids, detokenizer, streaming, OutputQueue())
+
+    def _submit(self, request: Request, wait: bool = False) -> GenerationResult:
+        request_id = request.sequence.request_id
+        result = GenerationResult(request_id, request.outputs, abort=lambda: self._core.abort(request_id))
+        self._core.submit(request, wait)
+        return result
+
+    def _encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise RequestError("this engine has no tokenizer: give token ids, or LLM(..., tokenizer=FOLDER)")
+        return encode_prompt(self.tokenizer, text, self.max_input_len)
+
+    def _check(self, ids: list[int], params: SamplingParams) -> None:
+        build, vocab = self.config.build_config, self.config.pretrained_config.vocab_size
+        if not ids:
+            raise RequestError("the prompt is empty: give at least one token")
+        check_input_len(len(ids), build.max_input_len)
+        if len(ids) + params.max_tokens > build.max_seq_len:
+            raise RequestError(
+                f"the prompt's {len(ids)} tokens and max_tokens {params.max_tokens} exceed the engine's max_seq_len "
+                f"{build.max_seq_len}: ask for at most {build.max_seq_len - len(ids)}"
+            )
+        if min(ids) < 0 or max(ids) >= vocab:
+            raise RequestError(
+                f"the prompt holds token {shown(min(ids) if min(ids) < 0 else max(ids))}: ids go from 0 to {vocab - 1}"
+            )
+        wanted = [("context", params.return_context_logits), ("generation", params.return_generation_logits)]
+        for name, asked in wanted:
+            if asked and not getattr(build, f"gather_{name}_logits"):
+                raise RequestError(f"return_{name}_logits needs an engine built with --gather_{name}_logits")
+
+
+def _load_tokenizer(folder: Path, tokenizer: Path | str | Tokenizer | None) -> Tokenizer | None:
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if tokenizer is not None:
+        return Tokenizer.load(tokenizer)
+    return Tokenizer.load(folder) if is_file(folder / "tokenizer.json", EngineError) else None
+
+
+def _prefill_chunk(config: EngineConfig, asked: int | None) -> int:
+    build = config.build_config
+    most = build.max_num_tokens - build.max_batch_size
+    most -= most % build.tokens_per_block
+    chunk = min(PREFILL_CHUNK, most) if asked is None else asked
+    if chunk < 1 or chunk > most or chunk % build.tokens_per_block:
+        raise EngineError(
+            f"prefill_chunk is {chunk}: it must be a multiple of tokens_per_block {build.tokens_per_block} up to "
+            f"{most} (max_num_tokens less max_batch_size)"
+        )
+    return chunk

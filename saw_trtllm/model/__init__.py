@@ -1,0 +1,1 @@
+"""A model's shape, its positions, and what folds into its weights."""

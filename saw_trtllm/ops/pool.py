@@ -1,0 +1,85 @@
+"""What the operations over a pool check and pass on alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from saw_trtllm.errors import KernelError, OpError
+from saw_trtllm.format import TOKENS_PER_BLOCK, KVFormat
+from saw_trtllm.ops.arrays import DeviceArray, kernels
+
+ACTIVATION_DTYPES = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A checked pool, one layer of it and a block table."""
+
+    array: DeviceArray
+    block_offsets: DeviceArray
+    layer: int
+    num_kv_heads: int
+    tokens_per_block: int
+    row_bytes: int
+
+    @classmethod
+    def check(cls, pool: Any, block_offsets: Any, num_sequences: int, kv_format: KVFormat, layer: int) -> Pool:
+        """Check a pool and its block table, of which ``layer`` is read or written."""
+        array = DeviceArray.of("pool", pool)
+        array.check(
+            "uint8",
+            ["num_blocks", "num_layers", 2, "num_kv_heads", "tokens_per_block", kv_format.row_bytes],
+        )
+        _, num_layers, _, num_kv_heads, tokens_per_block, row_bytes = array.shape
+        if tokens_per_block not in TOKENS_PER_BLOCK:
+            valid = ", ".join(map(str, TOKENS_PER_BLOCK))
+            raise OpError(f"pool has blocks of {tokens_per_block} tokens: it must be one of {valid}")
+        if num_kv_heads < 1:
+            raise OpError(f"pool has shape {list(array.shape)}: it needs at least one KV head")
+        if not 0 <= layer < num_layers:
+            raise OpError(f"layer is {layer}: pool has layers 0 to {num_layers - 1}")
+        table = DeviceArray.of("block_offsets", block_offsets).check("int32", [num_sequences, 2, "max_blocks"], 4)
+        return cls(array, table, layer, num_kv_heads, tokens_per_block, row_bytes)
+
+    def struct(self) -> Any:
+        """The kernels' own struct."""
+        return kernels().PagedPool(
+            base=self.array.address,
+            block_offsets=self.block_offsets.address,
+            max_blocks_per_seq=self.block_offsets.shape[2],
+            layer=self.layer,
+            num_kv_heads=self.num_kv_heads,
+            tokens_per_block=self.tokens_per_block,
+            row_bytes=self.row_bytes,
+        )
+
+
+def check_cache_dtype(kv_format: KVFormat, activations: DeviceArray) -> None:
+    """Reject 16-bit rows of another dtype than the activations'."""
+    if not kv_format.quantized and kv_format.dtype != activations.dtype:
+        raise OpError(
+            f"{activations.name} has dtype {activations.dtype} and kv_format stores rows of {kv_format.dtype}: they "
+            f"must be the same"
+        )
+
+
+def address(array: DeviceArray | None) -> int:
+    """An array's, and 0 of none."""
+    return 0 if array is None else array.address
+
+
+def cache_type(kv_format: KVFormat) -> Any:
+    """The kernels' name for the rows of a format."""
+    return kernels().CacheType.int4 if kv_format.quantized else kernels().CacheType.raw
+
+
+def raise_for(code: int, kernel: str, kv_format: KVFormat, pool: Pool, dtype: str, num_heads: int, work: str) -> None:
+    """Raise KernelError for a launch that the kernels rejected or CUDA failed."""
+    if code:
+        raise KernelError(
+            f"{kernel} could not be launched ({kernels().error_string(code)}) for {work} of {dtype}, {num_heads} "
+            f"heads, {pool.num_kv_heads} KV heads, head_dim {kv_format.head_dim}, kv {kv_format.kv}, hadamard_order "
+            f"{kv_format.hadamard_order}, {pool.tokens_per_block} tokens per block: check that the kernels were built "
+            f"for this GPU"
+        )

@@ -1,0 +1,93 @@
+"""Checksums of an engine's files: recorded in its ``config.json`` when it is built, compared when it is opened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from saw_trtllm.checkpoint.convert import TOKENIZER_FILES
+from saw_trtllm.engine.config import CONFIG_FILE, EngineConfig
+from saw_trtllm.engine.executor_view import SECTION
+from saw_trtllm.errors import EngineError
+from saw_trtllm.paths import is_file, read_json
+
+#: Bytes that a thread reads and hashes at a time.
+_PIECE = 16 << 20
+
+
+def record_checksums(folder: Path) -> None:
+    """Add the checksums of all files of a folder, its ``config.json`` among them, to its ``config.json``."""
+    path = folder / CONFIG_FILE
+    config = json.loads(path.read_text(encoding="utf-8"))
+    _section(config).pop("checksums", None)
+    checksums = {p.name: file_checksum(p) for p in sorted(folder.iterdir()) if p != path}
+    checksums[CONFIG_FILE] = _config_checksum(config)
+    _section(config)["checksums"] = checksums
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def verify_engine(folder: Path, tokenizer: bool = True) -> None:
+    """Compare an engine's files with its checksums. An engine without any, of an earlier version, passes.
+
+    Parameters
+    ----------
+    folder : Path
+        Of an engine whose config :class:`saw_trtllm.engine.config.EngineConfig` has accepted.
+    tokenizer : bool
+        Whether the tokenizer's files count.
+
+    Raises
+    ------
+    EngineError
+        If a file is missing, or not as it was built.
+    """
+    config = read_json(folder / CONFIG_FILE, EngineError)
+    recorded = _section(config).pop("checksums", {})
+    for name, expected in recorded.items():
+        if name in TOKENIZER_FILES and not tokenizer:
+            continue
+        path = folder / Path(name).name
+        is_file(path, EngineError)  # a pipe would be waited for
+        try:
+            found = _config_checksum(config) if name == CONFIG_FILE else file_checksum(path)
+            reason = "is not as saw-build wrote it, by its checksum"
+        except OSError as e:
+            found, reason = None, f"cannot be read ({e.strerror})"
+        if found != expected:
+            check_not_replaced(folder, recorded)
+            raise EngineError(
+                f"{path} {reason}: copy the engine again, build it anew, or open it as it is with --no_verify "
+                "(LLM(verify=False))"
+            )
+
+
+def check_not_replaced(folder: Path, checksums: dict[str, str]) -> None:
+    """Raise :class:`EngineError` if the engine is another than the one of these checksums by now."""
+    if EngineConfig.load(folder).saw_int4.checksums != checksums:
+        raise EngineError(f"the engine in {folder} was replaced while it was opened: open it again")
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of the SHA-256 digests of a file's pieces of 16 MiB, which all cores compute."""
+    with path.open("rb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        descriptor = file.fileno()
+
+        def digest(start: int) -> bytes:
+            return hashlib.sha256(os.pread(descriptor, _PIECE, start)).digest()
+
+        digests = pool.map(digest, range(0, os.fstat(descriptor).st_size, _PIECE))
+        return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _config_checksum(config: dict[str, Any]) -> str:
+    """Of what it says, not of how it is laid out; it cannot hold its own."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _section(config: dict[str, Any]) -> dict[str, Any]:
+    """The section of this project, which an engine of TensorRT-LLM has among the model's fields."""
+    return config[SECTION] if SECTION in config else config["pretrained_config"][SECTION]

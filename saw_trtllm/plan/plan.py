@@ -1,0 +1,273 @@
+"""All that a build will do, worked out from flags and headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from saw_trtllm import __version__
+from saw_trtllm.backends.registry import check_model, choose_backend, free_memory
+from saw_trtllm.checkpoint import (
+    Checkpoint,
+    cast,
+    tokenizer_files,
+)
+from saw_trtllm.checkpoint.calibration import Calibration
+from saw_trtllm.engine.config import (
+    BackendName,
+    BuildConfig,
+    EngineConfig,
+    PluginConfig,
+    SawSection,
+    StepLimits,
+)
+from saw_trtllm.errors import ConfigError, first_error
+from saw_trtllm.format import KVFormat
+from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.fold import fold_smoothing, fold_v_rotation, layer_of
+from saw_trtllm.model.rope import table_bytes
+from saw_trtllm.paths import is_file, is_folder
+from saw_trtllm.plan.options import BuildOptions
+from saw_trtllm.plan.tensorrt_options import NetworkOptions
+from saw_trtllm.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """All that a build will do, worked out from flags and headers alone.
+
+    Attributes
+    ----------
+    checkpoint : Checkpoint
+    output_dir : Path
+    config : EngineConfig
+    backend_reason : str
+        Why this backend.
+    calibration : Calibration or None
+        What is folded into the weights and centres the keys.
+    network : NetworkOptions
+        How TensorRT builds the engine, for the backend ``tensorrt``.
+    warning : str or None
+        What will not work, though the engine is built.
+    """
+
+    checkpoint: Checkpoint
+    output_dir: Path
+    config: EngineConfig
+    backend_reason: str
+    calibration: Calibration | None = None
+    network: NetworkOptions = field(default_factory=NetworkOptions)
+    warning: str | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Times that a build reports progress."""
+        if self.config.saw_int4.backend == "tensorrt_llm":
+            return len(self.checkpoint.names()) * self.config.pretrained_config.mapping.world_size
+        return len(self.engine_shapes)
+
+    @property
+    def engine_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensors of the engine; a tied ``lm_head`` is the embedding."""
+        tied = self.config.pretrained_config.share_embedding_table
+        names = [n for n in self.checkpoint.names() if not (tied and n == "lm_head.weight")]
+        centers = {} if self.calibration is None else self.calibration.centers
+        return {n: self.checkpoint.shape(n) for n in names} | {n: center.shape for n, center in centers.items()}
+
+    def load(self, name: str) -> np.ndarray:
+        """Read a tensor of the engine, with all that is folded in."""
+        if self.calibration is not None and name in self.calibration.centers:
+            return self.calibration.centers[name]
+        model = self.config.pretrained_config
+        tensor = self.checkpoint.load_finite(name)
+        # Folded before it is cast, so that a 16-bit weight is rounded once.
+        if self.calibration is not None:
+            tensor = fold_smoothing(name, tensor, model, self.calibration.smoothing)
+        layer = layer_of(name)
+        if layer is not None:
+            tensor = fold_v_rotation(name, tensor, model, self.config.layer_format(layer))
+        return cast(tensor, model.dtype, self.checkpoint.where(name))
+
+    def bytes_per_token(self, kv: str | None = None) -> int:
+        """KV bytes of a token over all layers, in the plan's format or in another."""
+        if kv is None:
+            return self.config.bytes_per_token
+        model = self.config.pretrained_config
+        fmt = KVFormat(kv, model.head_size, model.dtype)
+        return fmt.bytes_per_token(model.num_hidden_layers, model.num_key_value_heads)
+
+
+def plan_build(options: BuildOptions) -> BuildPlan:
+    """Check the flags against the checkpoint, without reading weights or writing.
+
+    Raises
+    ------
+    SawError
+        In one sentence, the first thing that does not fit.
+    """
+    backend, reason = choose_backend(options.backend)
+    checkpoint = _open_checkpoint(options)
+    model = checkpoint.config.model_copy(deep=True)
+    if options.dtype != "auto":
+        model.dtype = options.dtype
+    kv_format = KVFormat(
+        options.kv,
+        model.head_size,
+        model.dtype,
+        options.hadamard_order,
+        None if options.rotate_v is None else options.rotate_v == "enable",
+        options.range_factor,
+    )
+    if options.kv_skip_layers is not None and not kv_format.quantized:
+        raise ConfigError("kv_skip_layers was given with --kv fp16, which has no layer to skip: leave it out")
+    calibration = None
+    if options.calibration is not None:
+        calibration = Calibration.load(options.calibration)
+        calibration.check(checkpoint)
+    check_model(backend, model)
+    network = _network_options(options, backend, model.dtype)
+    if backend == "tensorrt_llm":
+        if options.kv_skip_layers is not None:
+            raise ConfigError(
+                "kv_skip_layers was given, and TensorRT-LLM's executor has rows of one size in all layers: leave it out"
+            )
+    else:
+        # The engine is whole again, whatever ranks the checkpoint was split over.
+        model.mapping = type(model.mapping)()
+    config = EngineConfig(
+        version=__version__,
+        pretrained_config=model,
+        build_config=_build_config(options, model, backend),
+        saw_int4=SawSection.of(kv_format, backend, __version__).model_copy(
+            update={
+                "kv_skip_layers": parse_layers(options.kv_skip_layers, model.num_hidden_layers),
+                "k_center": calibration is not None,
+            }
+        ),
+    )
+    warning = _tokenizer_warning(checkpoint)
+    return BuildPlan(checkpoint, options.output_dir, config, reason, calibration, network, warning)
+
+
+def parse_layers(text: str | None, num_layers: int) -> list[int]:
+    """The layers that ``kv_skip_layers`` names, ascending.
+
+    Raises
+    ------
+    ConfigError
+        If one is none of the model's, or all of them are named.
+    """
+    if text is None:
+        return []
+    layers = set()
+    for word in text.split(","):
+        layer = num_layers - 1 if word.strip() == "last" else int(word) if word.strip().isdecimal() else -1
+        if not 0 <= layer < num_layers:
+            raise ConfigError(
+                f"kv_skip_layers names {word.strip()!r} and the model has the layers 0 to {num_layers - 1}: give such "
+                "numbers or last, separated by commas"
+            )
+        layers.add(layer)
+    if len(layers) == num_layers:
+        raise ConfigError(f"kv_skip_layers names all {num_layers} layers: give --kv fp16 instead")
+    return sorted(layers)
+
+
+def _open_checkpoint(options: BuildOptions) -> Checkpoint:
+    if (options.checkpoint_dir is None) == (options.model_dir is None):
+        given = "neither" if options.model_dir is None else "both"
+        raise ConfigError(f"{given} of --checkpoint_dir and --model_dir was given: give one of them")
+    checkpoint = Checkpoint.open(options.checkpoint_dir or options.model_dir)
+    found = checkpoint.config.model
+    if options.model not in (None, found):
+        raise ConfigError(
+            f"--model {options.model} was given and {checkpoint.folder} holds a {found} model: give --model {found}"
+        )
+    return checkpoint
+
+
+def _build_config(options: BuildOptions, model: ModelConfig, backend: BackendName) -> BuildConfig:
+    # TensorRT-LLM's own table of positions ends at max_position_embeddings.
+    longest = model.max_position_embeddings if backend == "tensorrt_llm" else model.max_positions
+    max_seq_len = options.max_seq_len
+    if max_seq_len is None:
+        max_seq_len = min(longest, max(model.max_position_embeddings, (options.max_input_len or 0) + 1))
+    max_input_len = max_seq_len - 1 if options.max_input_len is None else options.max_input_len
+    if max_seq_len > longest:
+        scaled = "" if longest == model.max_position_embeddings else f", which RoPE scaling stretches to {longest}"
+        raise ConfigError(
+            f"max_seq_len {max_seq_len} is beyond the model's max_position_embeddings {model.max_position_embeddings}"
+            f"{scaled}: lower it, or give the checkpoint a RoPE scaling that reaches so far"
+        )
+    table = table_bytes(model, max_seq_len)
+    if backend != "tensorrt_llm" and table > free_memory(backend):
+        raise ConfigError(
+            f"max_seq_len {max_seq_len} needs a RoPE table of {table:,} bytes, more than is free here: give a smaller "
+            "--max_seq_len"
+        )
+    if options.max_beam_width != 1:
+        raise ConfigError(f"max_beam_width {options.max_beam_width} is not supported: give --max_beam_width 1")
+    both = options.gather_all_token_logits
+    step = StepLimits.of(options.max_batch_size, options.max_num_tokens, options.tokens_per_block)
+    try:
+        return BuildConfig(
+            max_batch_size=step.max_batch_size,
+            max_input_len=max_input_len,
+            max_seq_len=max_seq_len,
+            max_num_tokens=step.max_num_tokens,
+            gather_context_logits=options.gather_context_logits or both,
+            gather_generation_logits=options.gather_generation_logits or both,
+            plugin_config=PluginConfig(tokens_per_block=step.tokens_per_block),
+        )
+    except ValidationError as e:
+        raise ConfigError(first_error(e)) from e
+
+
+def _network_options(options: BuildOptions, backend: BackendName, dtype: str) -> NetworkOptions:
+    """The flags for TensorRT's builder, which no other backend has."""
+    if backend != "tensorrt":
+        flags = ("input_timing_cache", "output_timing_cache", "multiple_profiles", "builder_optimization_level")
+        given = [name for name in flags if getattr(options, name) is not None]
+        given += ["workers"] if options.workers != 1 else []
+        given += ["gemm_plugin"] if options.gemm_plugin != "auto" else []
+        if given:
+            raise ConfigError(
+                f"{given[0]} was given, and it is for the backend tensorrt, not {backend}: leave it out, or give "
+                "--backend tensorrt"
+            )
+    if options.gemm_plugin not in ("auto", "disable", dtype):
+        raise ConfigError(f"--gemm_plugin {options.gemm_plugin} was given and the model is in {dtype}: give auto")
+    source = options.input_timing_cache
+    if source is not None and not is_file(source):
+        raise ConfigError(f"--input_timing_cache {source} is not a file: give what --output_timing_cache wrote")
+    target = options.output_timing_cache
+    if target is not None and (is_folder(target) or not is_folder(target.absolute().parent)):
+        raise ConfigError(f"--output_timing_cache {target} cannot be written: give a file in a folder that is there")
+    return NetworkOptions(
+        decode_profile=None if options.multiple_profiles is None else options.multiple_profiles == "enable",
+        input_timing_cache=source,
+        output_timing_cache=target,
+        optimization_level=options.builder_optimization_level,
+        workers=options.workers,
+        gemm_plugin=options.gemm_plugin,
+    )
+
+
+def _tokenizer_warning(checkpoint: Checkpoint) -> str | None:
+    """Say what will not work for want of a tokenizer that fits; reject one that cannot be read or copied."""
+    folder, vocab = checkpoint.folder, checkpoint.config.vocab_size
+    if "tokenizer.json" not in tokenizer_files(folder):
+        return (
+            f"{folder} holds no tokenizer.json: the engine takes token ids, and text (saw-run, saw-triton) needs a "
+            "folder that holds one, as transformers' save_pretrained writes it, with --tokenizer_dir"
+        )
+    size = Tokenizer.load(folder).vocab_size
+    if size > vocab:
+        return (
+            f"{folder / 'tokenizer.json'} has {size} tokens and the model {vocab}: a prompt with a token beyond the "
+            "model's will be rejected"
+        )
+    return None

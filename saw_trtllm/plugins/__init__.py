@@ -1,0 +1,1 @@
+"""The library of TensorRT plugins, and a layer's fields and inputs."""

@@ -1,0 +1,112 @@
+"""``saw-bench``: what it sends, and what it makes of the times."""
+
+import json
+
+import pytest
+
+from saw_trtllm.bench.load import Percentiles, run_load
+from saw_trtllm.bench.workload import Job, random_jobs, read_dataset
+from saw_trtllm.cli.bench import main
+from saw_trtllm.errors import ConfigError
+
+
+class Recorder:
+    """Counts the requests of an LLM that are in flight."""
+
+    def __init__(self, llm):
+        self.llm, self.flying, self.most = llm, 0, 0
+
+    async def _count(self, result):
+        self.flying += 1
+        self.most = max(self.most, self.flying)
+        async for output in result:
+            yield output
+        self.flying -= 1
+
+    def generate_async(self, *args, **options):
+        return self._count(self.llm.generate_async(*args, **options))
+
+
+def test_a_load_keeps_to_its_concurrency_and_counts_all_tokens(open_llm):
+    done = []
+    recorder = Recorder(open_llm())
+    report = run_load(recorder, random_jobs(7, 12, 5, 100, seed=0), 3, lambda: done.append(1))
+    assert recorder.most == 3
+    assert len(done) == 7
+    assert (report.num_requests, report.input_tokens, report.output_tokens) == (7, 84, 35)
+    assert report.output_tokens_per_s == pytest.approx(35 / report.duration_s)
+    assert 0 < report.time_to_first_token_ms.p50 <= report.request_latency_ms.p99
+    assert report.time_between_tokens_ms is not None
+
+
+def test_a_text_of_one_token_has_no_time_between_tokens(open_llm):
+    report = run_load(open_llm(), random_jobs(2, 3, 1, 100, seed=0), 2)
+    assert report.time_between_tokens_ms is None
+    assert report.output_tokens == 2
+
+
+def test_percentiles_are_in_milliseconds():
+    times = Percentiles.of([i / 1000 for i in range(101)])
+    assert (times.mean, times.p50, times.p90, times.p99) == pytest.approx((50, 50, 90, 99))
+
+
+def test_random_prompts_differ_and_come_again():
+    jobs = random_jobs(4, 16, 2, 1000, seed=3)
+    assert len({tuple(job.prompt) for job in jobs}) == 4
+    assert jobs == random_jobs(4, 16, 2, 1000, seed=3)
+    assert all(0 <= token < 1000 for job in jobs for token in job.prompt)
+
+
+def test_a_dataset_is_read_in_its_order(tmp_path):
+    path = tmp_path / "requests.jsonl"
+    path.write_text(
+        '{"task_id": 0, "prompt": "one", "output_tokens": 4}\n\n{"input_ids": [1, 2], "output_tokens": 3}\n'
+    )
+    assert read_dataset(path, None) == [Job("one", 4), Job([1, 2], 3)]
+    assert read_dataset(path, 1) == [Job("one", 4)]
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "holds 0 requests"),
+        ("{", "line 1 is not JSON"),
+        ('{"prompt": "x"}', "line 1: output_tokens: Field required"),
+        ('{"prompt": "x", "input_ids": [1], "output_tokens": 1}', "give one of prompt and input_ids"),
+        ('{"output_tokens": 1}', "give one of prompt and input_ids"),
+        ('{"input_ids": [], "output_tokens": 1}', "line 1: input_ids"),
+        ("[" * 100_000, "line 1 is not JSON"),
+    ],
+)
+def test_a_dataset_of_another_form(text, what, tmp_path):
+    path = tmp_path / "requests.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=what):
+        read_dataset(path, None)
+
+
+@pytest.mark.parametrize("command", ["throughput", "latency"])
+def test_the_command_prints_a_report(command, engine, capsys):
+    flags = ["--input_len", "8", "--output_len", "4", "--num_requests", "3"]
+    assert main([command, "--engine_dir", str(engine("saw_int4")), *flags, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["num_requests"], report["output_tokens"]) == (3, 12)
+    assert report["concurrency"] == (1 if command == "latency" else 64)
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        ([], "neither --dataset nor both"),
+        (["--input_len", "8"], "neither --dataset nor both"),
+        (["--dataset", "absent.jsonl"], "absent.jsonl cannot be read"),
+        (["--dataset", "absent.jsonl", "--input_len", "3"], "give the one or the others"),
+        (["--input_len", "9000", "--output_len", "4"], "shorten it"),
+    ],
+)
+def test_flags_that_do_not_fit_end_in_one_sentence(flags, what, engine, capsys):
+    assert main(["throughput", "--engine_dir", str(engine("saw_int4")), *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert what in captured.err
+    assert captured.err.count("\n") == 1
