@@ -9,7 +9,6 @@ from saw_trtllm.llm import LLM
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.runtime.outputs import CompletionOutput, RequestOutput
 from saw_trtllm.runtime.sampling_params import SamplingParams
-
-__version__ = "0.1.0"
+from saw_trtllm.version import __version__
 
 __all__ = ["LLM", "CompletionOutput", "KvCacheConfig", "RequestOutput", "SamplingParams", "SawError", "__version__"]

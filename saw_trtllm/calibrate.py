@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
+from saw_trtllm.backends.reference.window import Attended, WindowModel
 from saw_trtllm.checkpoint import Checkpoint
-from saw_trtllm.checkpoint.calibration import Calibration, _probe, _shape
+from saw_trtllm.checkpoint.calibration import Calibration, model_shape, probe_weights
 from saw_trtllm.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
-
-    from saw_trtllm.backends.reference.window import Attended
-
 
 #: Fewer tokens than this say little about 128 channels.
 MIN_TOKENS = 256
@@ -78,8 +74,6 @@ def calibrate(
     ConfigError
         If there are fewer than :data:`MIN_TOKENS` tokens.
     """
-    from saw_trtllm.backends.reference.window import WindowModel
-
     if windows.numel() < MIN_TOKENS:
         raise ConfigError(
             f"the text gives {windows.numel()} tokens and calibration needs {MIN_TOKENS}: give a longer one"
@@ -99,8 +93,8 @@ def calibrate(
     return Calibration(
         k_center.astype(np.float32),
         smoothing.astype(np.float32),
-        _shape(checkpoint),
-        _probe(checkpoint),
+        model_shape(checkpoint),
+        probe_weights(checkpoint),
         windows.numel(),
     )
 

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from saw_trtllm.build import build
+from saw_trtllm.build import build, plan_build
 from saw_trtllm.plan.options import BuildOptions
-from saw_trtllm.plan.plan import plan_build
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_llama"
 

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import fake_tensorrt
 
-from saw_trtllm.backends import registry as backend
-from saw_trtllm.backends.tensorrt import device
+from saw_trtllm.backends.tensorrt import backend, device
 
 NAME, FREE = "NVIDIA Test", 100 << 30
 

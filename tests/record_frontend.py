@@ -30,13 +30,13 @@ from hf_models import make_hf_model
 from saw_trtllm.backends.reference.cache import PagedCache, StepPlan
 from saw_trtllm.backends.reference.model import ReferenceModel
 from saw_trtllm.backends.tensorrt_llm.options import SwapOptions
-from saw_trtllm.build import build
+from saw_trtllm.build import build, plan_build
 from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.engine.config import k_center_name
 from saw_trtllm.engine.step import StepInputs
 from saw_trtllm.plan.options import BuildOptions
-from saw_trtllm.plan.plan import BuildPlan, plan_build
+from saw_trtllm.plan.plan import BuildPlan
 
 NUM_LAYERS = 2
 _MODEL = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 256, "max_position_embeddings": ALL}

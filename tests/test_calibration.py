@@ -18,7 +18,7 @@ from tolerance import model_rounding
 
 from saw_trtllm import LLM, SamplingParams
 from saw_trtllm.backends.reference.window import WindowModel
-from saw_trtllm.build import build
+from saw_trtllm.build import build, plan_build
 from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.checkpoint.calibration import Calibration
@@ -29,7 +29,6 @@ from saw_trtllm.errors import ConfigError
 from saw_trtllm.eval.outliers import PlantedCheckpoint, plant_key_bias
 from saw_trtllm.model.fold import fold_smoothing
 from saw_trtllm.plan.options import BuildOptions
-from saw_trtllm.plan.plan import plan_build
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 RNG = np.random.default_rng(5)

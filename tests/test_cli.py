@@ -21,6 +21,7 @@ from refusal import refused
 from safetensors.numpy import load_file, save_file
 
 from saw_trtllm import LLM, SamplingParams, cli, progress
+from saw_trtllm.build import plan_build
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.cli import build as saw_build
 from saw_trtllm.cli import convert as saw_convert
@@ -29,7 +30,6 @@ from saw_trtllm.cli.common import parse_fields
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError
 from saw_trtllm.plan.options import BuildOptions
-from saw_trtllm.plan.plan import plan_build
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
 from saw_trtllm.plugins.library import library_path
 

@@ -8,12 +8,11 @@ import transformers
 from hf_models import make_hf_model
 
 from saw_trtllm import LLM, SamplingParams
-from saw_trtllm.build import build
+from saw_trtllm.build import build, plan_build
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.errors import CheckpointError
 from saw_trtllm.model.end_ids import read_end_ids
 from saw_trtllm.plan.options import BuildOptions
-from saw_trtllm.plan.plan import plan_build
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
 ABSENT = object()

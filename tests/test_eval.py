@@ -26,6 +26,7 @@ from saw_trtllm.backends.reference.cache import PagedCache
 from saw_trtllm.backends.reference.model import ReferenceModel
 from saw_trtllm.backends.reference.quantizers import Exact, Row4Bit, SkipLayers, TokenwiseQuantizer, bytes_per_token
 from saw_trtllm.backends.reference.window import History, WindowModel
+from saw_trtllm.build import plan_build
 from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.cli import eval as saw_eval
@@ -41,7 +42,6 @@ from saw_trtllm.eval.text import make_windows
 from saw_trtllm.eval.variants import Variant, grid, parse_factors
 from saw_trtllm.format import KVFormat
 from saw_trtllm.plan.options import BuildOptions
-from saw_trtllm.plan.plan import plan_build
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
 TEXT = Path(html.parser.__file__)

@@ -12,14 +12,13 @@ from transformers import AutoModelForCausalLM
 from saw_trtllm import LLM, SamplingParams
 from saw_trtllm.backends.reference.cache import PagedCache
 from saw_trtllm.backends.reference.model import ReferenceModel
-from saw_trtllm.build import build
+from saw_trtllm.build import build, plan_build
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.format import KVFormat, rotate
 from saw_trtllm.model.fold import fold_v_rotation
 from saw_trtllm.plan.options import BuildOptions
-from saw_trtllm.plan.plan import plan_build
 
 MODELS = {
     "llama": ("llama", {}),

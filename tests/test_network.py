@@ -21,13 +21,13 @@ from saw_trtllm.backends.tensorrt.decoder import define_decoder
 from saw_trtllm.backends.tensorrt.graph import Graph
 from saw_trtllm.backends.tensorrt.profiles import profiles, shapes, step_inputs
 from saw_trtllm.backends.tensorrt.versions import TensorRT
+from saw_trtllm.build import plan_build
 from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.engine.config import EngineConfig, k_center_name
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import BackendUnavailableError, CheckpointError, ConfigError, EngineError
 from saw_trtllm.plan.options import BuildOptions
-from saw_trtllm.plan.plan import plan_build
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
 
 IDS = np.random.default_rng(3).integers(3, 203, (3, 90)).tolist()

@@ -15,7 +15,7 @@ from saw_trtllm.backends.reference.cache import PagedCache
 from saw_trtllm.backends.reference.model import ReferenceModel
 from saw_trtllm.backends.reference.quantizers import Row4Bit, SkipLayers
 from saw_trtllm.backends.reference.window import WindowModel
-from saw_trtllm.build import build
+from saw_trtllm.build import build, plan_build
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.cli import build as saw_build
 from saw_trtllm.engine.config import EngineConfig
@@ -23,7 +23,7 @@ from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import ConfigError, EngineError
 from saw_trtllm.format import KVFormat
 from saw_trtllm.plan.options import BuildOptions
-from saw_trtllm.plan.plan import parse_layers, plan_build
+from saw_trtllm.plan.plan import parse_layers
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
 #: Of the example: K and V of 2 heads of 128, in 4 bits and in 16.

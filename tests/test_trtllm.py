@@ -18,13 +18,12 @@ from saw_trtllm.backends.registry import choose_backend
 from saw_trtllm.backends.tensorrt_llm import SwapOptions, as_built, for_executor
 from saw_trtllm.backends.tensorrt_llm.checks import check_attention, check_build, check_call
 from saw_trtllm.backends.tensorrt_llm.options import CheckpointSection
-from saw_trtllm.build import build
+from saw_trtllm.build import build, plan_build
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint, shard
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
 from saw_trtllm.format import KVFormat
 from saw_trtllm.plan.options import BuildOptions
-from saw_trtllm.plan.plan import plan_build
 
 WRITE, ATTENTION = "SawRotateQuantizeKV", "SawInt4PagedAttention"
 INPUTS = {

@@ -18,7 +18,7 @@ from hf_models import LINEAR_ROPE, LLAMA3_ROPE, YARN_ROPE, make_hf_model
 
 import saw_trtllm.backends.tensorrt_llm
 from saw_trtllm.backends.tensorrt_llm.options import SwapOptions
-from saw_trtllm.build import build
+from saw_trtllm.build import build, plan_build
 from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint, shard
 from saw_trtllm.engine.config import EngineConfig
@@ -26,7 +26,6 @@ from saw_trtllm.errors import BackendUnavailableError, ConfigError
 from saw_trtllm.format import KVFormat
 from saw_trtllm.model.rope import rotary_cos_sin
 from saw_trtllm.plan.options import BuildOptions
-from saw_trtllm.plan.plan import plan_build
 
 pytestmark = [
     pytest.mark.skipif(fake_tensorrt_frontend.missing() is not None, reason=str(fake_tensorrt_frontend.missing())),

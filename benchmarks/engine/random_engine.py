@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from saw_trtllm import __version__
 from saw_trtllm.backends.tensorrt.build import built_for, serialize_engine
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.checkpoint import NUMPY_DTYPES, expected_shapes
@@ -27,6 +26,7 @@ from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.plan.checksums import record_checksums
 from saw_trtllm.plan.folder import ENGINE_FILES
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
+from saw_trtllm.version import __version__
 
 logger = logging.getLogger(__name__)
 

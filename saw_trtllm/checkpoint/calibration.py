@@ -95,13 +95,13 @@ class Calibration:
             If a field of the shape differs, or the weights do by more than a cast to 16 bits makes them.
         """
         for key, ours in self.shape.items():
-            theirs = _shape(checkpoint)[key]
+            theirs = model_shape(checkpoint)[key]
             if ours != theirs:
                 raise ConfigError(
                     f"the calibration is of a model with {key} {ours} and {checkpoint.folder} has {theirs}: run "
                     "saw-calibrate on this model"
                 )
-        found = _probe(checkpoint)
+        found = probe_weights(checkpoint)
         for name, ours in self.probe.items():
             distance = np.linalg.norm(ours - found[name]) if name in found else np.inf
             if not distance <= _PROBE_TOLERANCE * np.linalg.norm(ours):
@@ -157,11 +157,12 @@ class Calibration:
         return cls(k_center, smoothing, shape, probe, num_tokens)
 
 
-def _shape(checkpoint: Checkpoint) -> dict[str, Any]:
+def model_shape(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a calibration file records of its model."""
     return {key: getattr(checkpoint.config, key) for key in _SHAPE}
 
 
-def _probe(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+def probe_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """Evenly spread weights of the first and the last layer that keys and queries come from."""
     return dict(_samples(checkpoint))
 

@@ -10,11 +10,11 @@ import time
 
 from tqdm import tqdm
 
-from saw_trtllm.build import build, tokens_that_fit
+from saw_trtllm.build import build, plan_build, tokens_that_fit
 from saw_trtllm.cli.common import add_fields, add_log_level, format_bytes, parse_fields, print_table, run, set_log_level
 from saw_trtllm.paths import is_file
 from saw_trtllm.plan.options import BuildOptions
-from saw_trtllm.plan.plan import BuildPlan, plan_build
+from saw_trtllm.plan.plan import BuildPlan
 from saw_trtllm.progress import progress
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 
 from saw_trtllm.backends.registry import choose_backend
-from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.cli.common import add_fields, add_log_level, parse_fields, print_table, run, set_log_level
 from saw_trtllm.errors import ConfigError
@@ -68,6 +67,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _calibrate(options: CalibrateOptions) -> None:
+    choose_backend("reference")  # says so if PyTorch is missing
+    from saw_trtllm.calibrate import calibrate
+
     start = time.monotonic()
     checkpoint, windows = _open(options)
     with progress(windows.numel(), "saw-calibrate", "tokens") as bar:
@@ -99,7 +101,6 @@ def _open(options: CalibrateOptions) -> tuple[Checkpoint, torch.Tensor]:
     if not is_folder(options.output.parent):
         raise ConfigError(f"{options.output.parent} is not a folder: choose another --output")
     checkpoint = Checkpoint.open(options.checkpoint_dir or options.model_dir)
-    choose_backend("reference")  # says so if PyTorch is missing
     from saw_trtllm.eval.text import load_tokenizer, make_windows, read_text
 
     ids = load_tokenizer(checkpoint, options.tokenizer_dir).encode(read_text(options.text))

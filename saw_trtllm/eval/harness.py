@@ -18,12 +18,11 @@ import torch
 
 from saw_trtllm.backends.reference.quantizers import KVQuantizer
 from saw_trtllm.backends.reference.window import WindowModel
-from saw_trtllm.build import build
+from saw_trtllm.build import build, plan_build
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
 from saw_trtllm.llm import LLM
 from saw_trtllm.plan.options import BuildOptions
-from saw_trtllm.plan.plan import plan_build
 from saw_trtllm.progress import progress
 from saw_trtllm.runtime.sampling_params import SamplingParams
 from saw_trtllm.runtime.tokenizer import Tokenizer

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saw_trtllm import __version__
 from saw_trtllm.backends.reference.quantizers import KVQuantizer
 from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.checkpoint import Checkpoint
@@ -18,6 +17,7 @@ from saw_trtllm.errors import BackendUnavailableError
 from saw_trtllm.eval.analysis import LayerErrors, Outliers, analyse
 from saw_trtllm.eval.metrics import Quality, evaluate, greedy_agreement
 from saw_trtllm.eval.suggest import Suggestion, num_measurements, suggest
+from saw_trtllm.version import __version__
 
 if TYPE_CHECKING:
     from saw_trtllm.eval.variants import Variant

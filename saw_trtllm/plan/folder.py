@@ -34,6 +34,7 @@ def replacing_engine(plan: BuildPlan) -> Iterator[Path]:
 
 
 def check_replaceable(plan: BuildPlan) -> None:
+    """Reject an output folder that is the model's own, or another model's."""
     folder = plan.output_dir
     if folder.resolve() == plan.checkpoint.folder.resolve():
         raise ConfigError(f"{folder} is the folder that the model is read from: choose another --output_dir")

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from saw_trtllm import __version__
-from saw_trtllm.backends.registry import check_model, choose_backend, free_memory
 from saw_trtllm.checkpoint import (
     Checkpoint,
     cast,
@@ -30,9 +28,11 @@ from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.fold import fold_smoothing, fold_v_rotation, layer_of
 from saw_trtllm.model.rope import table_bytes
 from saw_trtllm.paths import is_file, is_folder
+from saw_trtllm.plan.backend import BackendLimits
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
 from saw_trtllm.runtime.tokenizer import Tokenizer
+from saw_trtllm.version import __version__
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class BuildPlan:
     checkpoint : Checkpoint
     output_dir : Path
     config : EngineConfig
+    backend : BackendLimits
+        Of what builds and runs the engine.
     backend_reason : str
         Why this backend.
     calibration : Calibration or None
@@ -57,6 +59,7 @@ class BuildPlan:
     checkpoint: Checkpoint
     output_dir: Path
     config: EngineConfig
+    backend: BackendLimits
     backend_reason: str
     calibration: Calibration | None = None
     network: NetworkOptions = field(default_factory=NetworkOptions)
@@ -65,7 +68,7 @@ class BuildPlan:
     @property
     def num_steps(self) -> int:
         """Times that a build reports progress."""
-        if self.config.saw_int4.backend == "tensorrt_llm":
+        if self.backend.keeps_ranks:
             return len(self.checkpoint.names()) * self.config.pretrained_config.mapping.world_size
         return len(self.engine_shapes)
 
@@ -100,15 +103,14 @@ class BuildPlan:
         return fmt.bytes_per_token(model.num_hidden_layers, model.num_key_value_heads)
 
 
-def plan_build(options: BuildOptions) -> BuildPlan:
-    """Check the flags against the checkpoint, without reading weights or writing.
+def make_plan(options: BuildOptions, backend: BackendLimits, reason: str) -> BuildPlan:
+    """Check the flags against the checkpoint and the backend, without reading weights or writing.
 
     Raises
     ------
     SawError
         In one sentence, the first thing that does not fit.
     """
-    backend, reason = choose_backend(options.backend)
     checkpoint = _open_checkpoint(options)
     model = checkpoint.config.model_copy(deep=True)
     if options.dtype != "auto":
@@ -127,21 +129,16 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     if options.calibration is not None:
         calibration = Calibration.load(options.calibration)
         calibration.check(checkpoint)
-    check_model(backend, model)
-    network = _network_options(options, backend, model.dtype)
-    if backend == "tensorrt_llm":
-        if options.kv_skip_layers is not None:
-            raise ConfigError(
-                "kv_skip_layers was given, and TensorRT-LLM's executor has rows of one size in all layers: leave it out"
-            )
-    else:
+    backend.check(options, model)
+    network = _network_options(options, backend.name, model.dtype)
+    if not backend.keeps_ranks:
         # The engine is whole again, whatever ranks the checkpoint was split over.
         model.mapping = type(model.mapping)()
     config = EngineConfig(
         version=__version__,
         pretrained_config=model,
         build_config=_build_config(options, model, backend),
-        saw_int4=SawSection.of(kv_format, backend, __version__).model_copy(
+        saw_int4=SawSection.of(kv_format, backend.name, __version__).model_copy(
             update={
                 "kv_skip_layers": parse_layers(options.kv_skip_layers, model.num_hidden_layers),
                 "k_center": calibration is not None,
@@ -149,7 +146,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         ),
     )
     warning = _tokenizer_warning(checkpoint)
-    return BuildPlan(checkpoint, options.output_dir, config, reason, calibration, network, warning)
+    return BuildPlan(checkpoint, options.output_dir, config, backend, reason, calibration, network, warning)
 
 
 def parse_layers(text: str | None, num_layers: int) -> list[int]:
@@ -189,9 +186,8 @@ def _open_checkpoint(options: BuildOptions) -> Checkpoint:
     return checkpoint
 
 
-def _build_config(options: BuildOptions, model: ModelConfig, backend: BackendName) -> BuildConfig:
-    # TensorRT-LLM's own table of positions ends at max_position_embeddings.
-    longest = model.max_position_embeddings if backend == "tensorrt_llm" else model.max_positions
+def _build_config(options: BuildOptions, model: ModelConfig, backend: BackendLimits) -> BuildConfig:
+    longest = backend.max_positions(model)
     max_seq_len = options.max_seq_len
     if max_seq_len is None:
         max_seq_len = min(longest, max(model.max_position_embeddings, (options.max_input_len or 0) + 1))
@@ -203,7 +199,7 @@ def _build_config(options: BuildOptions, model: ModelConfig, backend: BackendNam
             f"{scaled}: lower it, or give the checkpoint a RoPE scaling that reaches so far"
         )
     table = table_bytes(model, max_seq_len)
-    if backend != "tensorrt_llm" and table > free_memory(backend):
+    if table > backend.free_memory():
         raise ConfigError(
             f"max_seq_len {max_seq_len} needs a RoPE table of {table:,} bytes, more than is free here: give a smaller "
             "--max_seq_len"

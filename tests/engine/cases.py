@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from models import FAMILIES, VOCAB, make_model
 
-from saw_trtllm.build import build
+from saw_trtllm.build import build, plan_build
 from saw_trtllm.checkpoint.calibration import Calibration
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.plan.options import BuildOptions
-from saw_trtllm.plan.plan import BuildPlan, plan_build
+from saw_trtllm.plan.plan import BuildPlan
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_llama"

@@ -13,7 +13,6 @@ from tensorrt_llm.layers.attention import Attention
 from tensorrt_llm.models import PretrainedModel
 from tensorrt_llm.network import Network
 
-from saw_trtllm import __version__
 from saw_trtllm.backends.tensorrt_llm.attention import SawAttention
 from saw_trtllm.backends.tensorrt_llm.checks import check_attention, check_build
 from saw_trtllm.backends.tensorrt_llm.options import SwapOptions
@@ -22,6 +21,7 @@ from saw_trtllm.engine.config import SawSection
 from saw_trtllm.engine.executor_view import SECTION, for_executor
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.plugins.library import VERSION
+from saw_trtllm.version import __version__
 
 #: Inputs for TensorRT-LLM's attention that SAW's does without.
 UNNEEDED_INPUTS = (

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from tensorrt_llm.models import LLaMAForCausalLM, PretrainedConfig, QWenForCausalLM
 
+from saw_trtllm.backends.tensorrt_llm.limits import TensorRTLLMLimits
 from saw_trtllm.backends.tensorrt_llm.model import SawModel
 from saw_trtllm.backends.tensorrt_llm.options import CheckpointSection, SwapOptions
 from saw_trtllm.checkpoint import shard
 from saw_trtllm.checkpoint.layout import check_tp_size
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
-from saw_trtllm.plan.plan import BuildPlan, plan_build
+from saw_trtllm.plan.plan import BuildPlan, make_plan
 
 
 class SawDecoder(SawModel):
@@ -55,7 +56,8 @@ class SawDecoder(SawModel):
             config = PretrainedConfig.from_json_file(str(folder / "config.json"))
         if rank is not None:
             config.set_rank(rank)
-        plan = plan_build(CheckpointSection.of(config).build_options(folder))
+        backend = TensorRTLLMLimits()
+        plan = make_plan(CheckpointSection.of(config).build_options(folder), backend, backend.available())
         return cls.from_plan(plan, config)
 
     @classmethod

@@ -1,0 +1,36 @@
+"""From a plan to an engine of the reference: a safetensors file of the weights, and the centers of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from saw_trtllm.checkpoint import SafetensorsWriter
+from saw_trtllm.engine.config import engine_file
+from saw_trtllm.plan.folder import replacing_engine
+from saw_trtllm.plan.plan import BuildPlan
+
+
+def build_engine(plan: BuildPlan, progress: Callable[[str], None] | None = None) -> int:
+    """Write the engine folder of a plan.
+
+    Parameters
+    ----------
+    plan : BuildPlan
+    progress : callable, optional
+        Called with the name of each tensor that has been written.
+
+    Returns
+    -------
+    int
+        Bytes of the engine file.
+    """
+    with replacing_engine(plan) as part:
+        path = part / engine_file()
+        centers = () if plan.calibration is None else plan.calibration.centers
+        with SafetensorsWriter(path, plan.engine_shapes, plan.config.pretrained_config.dtype, centers) as writer:
+            for name in plan.engine_shapes:
+                writer.write(name, plan.load(name))
+                if progress is not None:
+                    progress(name)
+        plan.config.save(part)
+        return path.stat().st_size

@@ -1,0 +1,59 @@
+"""The backend ``tensorrt``: engines of the project's own definitions on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from saw_trtllm.backends.tensorrt import device
+from saw_trtllm.backends.tensorrt.versions import TensorRT
+from saw_trtllm.engine.config import BackendName, EngineConfig
+from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.plan.options import BuildOptions
+from saw_trtllm.plan.plan import BuildPlan
+from saw_trtllm.plan.tensorrt_options import Phases
+from saw_trtllm.plugins.library import library_path
+from saw_trtllm.runtime.executor import Executor
+from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
+
+
+class TensorRTBackend:
+    """See :class:`saw_trtllm.plan.backend.Backend`."""
+
+    name: BackendName = "tensorrt"
+    keeps_ranks = False
+
+    def available(self) -> str:
+        """TensorRT's version and the GPU, if the plugin library is there too."""
+        tensorrt = TensorRT.load()
+        library_path()
+        device.compute_capability()
+        return f"TensorRT {tensorrt.version} on {device.gpu_name()}"
+
+    def check(self, options: BuildOptions, model: ModelConfig) -> None:
+        """Each version of TensorRT has dtypes of its own."""
+        TensorRT.load().check_activations(model.dtype)
+
+    def max_positions(self, model: ModelConfig) -> int:
+        """All that the scaled RoPE reaches."""
+        return model.max_positions
+
+    def weight_dtype(self, dtype: str) -> str:
+        """The engine's own."""
+        return dtype
+
+    def free_memory(self) -> int:
+        """The GPU's."""
+        return device.free_memory()
+
+    def build(self, plan: BuildPlan, progress: Callable[[str], None] | None, phases: Phases | None) -> int:
+        """Define the network and have TensorRT build it."""
+        from saw_trtllm.backends.tensorrt.build import build_engine
+
+        return build_engine(plan, progress, phases)
+
+    def open_executor(self, folder: Path, config: EngineConfig, kv_cache: KvCacheConfig) -> Executor:
+        """Deserialize the engine and plan its memory."""
+        from saw_trtllm.backends.tensorrt.executor import TensorRTExecutor
+
+        return TensorRTExecutor(folder, config, kv_cache.max_tokens, kv_cache.free_gpu_memory_fraction)

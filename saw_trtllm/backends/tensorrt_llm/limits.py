@@ -1,0 +1,43 @@
+"""What TensorRT-LLM's builder and executor take."""
+
+from __future__ import annotations
+
+import psutil
+
+from saw_trtllm.backends.tensorrt_llm.release import require_engine_backend
+from saw_trtllm.engine.config import BackendName
+from saw_trtllm.errors import ConfigError
+from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.plan.options import BuildOptions
+
+
+class TensorRTLLMLimits:
+    """See :class:`saw_trtllm.plan.backend.BackendLimits`."""
+
+    name: BackendName = "tensorrt_llm"
+    keeps_ranks = True
+
+    def available(self) -> str:
+        """TensorRT-LLM's version."""
+        return f"TensorRT-LLM {require_engine_backend()}"
+
+    def check(self, options: BuildOptions, model: ModelConfig) -> None:
+        """Its executor has one size of rows in all layers, and the plugins compute in 16 bits."""
+        if model.dtype == "float32":
+            raise ConfigError("the model is in float32, and the plugins compute in 16 bits: give --dtype float16")
+        if options.kv_skip_layers is not None:
+            raise ConfigError(
+                "kv_skip_layers was given, and TensorRT-LLM's executor has rows of one size in all layers: leave it out"
+            )
+
+    def max_positions(self, model: ModelConfig) -> int:
+        """TensorRT-LLM's own table of positions ends there."""
+        return model.max_position_embeddings
+
+    def weight_dtype(self, dtype: str) -> str:
+        """The engine's own."""
+        return dtype
+
+    def free_memory(self) -> int:
+        """The host's: each rank's GPU is the executor's to ask."""
+        return psutil.virtual_memory().available

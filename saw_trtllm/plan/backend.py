@@ -1,0 +1,86 @@
+"""What a backend is: the one interface between a plan or an engine and what builds and runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from saw_trtllm.engine.config import BackendName, EngineConfig
+from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.plan.options import BuildOptions
+from saw_trtllm.plan.tensorrt_options import Phases
+from saw_trtllm.runtime.executor import Executor
+from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
+
+if TYPE_CHECKING:
+    from saw_trtllm.plan.plan import BuildPlan
+
+
+class BackendLimits(Protocol):
+    """What a plan asks of the backend that it is made for.
+
+    Attributes
+    ----------
+    name : str
+        As it stands in an engine's ``config.json``.
+    keeps_ranks : bool
+        Whether the engine stays split over the checkpoint's ranks; otherwise it is whole again.
+    """
+
+    name: BackendName
+    keeps_ranks: bool
+
+    def available(self) -> str:
+        """What builds and runs engines here, in words; empty where there is nothing to tell.
+
+        Raises
+        ------
+        BackendUnavailableError
+            If something that it needs is missing, with what to do about it.
+        """
+
+    def check(self, options: BuildOptions, model: ModelConfig) -> None:
+        """Reject what it cannot build.
+
+        Raises
+        ------
+        ConfigError
+        """
+
+    def max_positions(self, model: ModelConfig) -> int:
+        """Tokens of the longest sequence of a model that it can run."""
+
+    def weight_dtype(self, dtype: str) -> str:
+        """The dtype in which the weights of an engine of ``dtype`` lie in memory."""
+
+    def free_memory(self) -> int:
+        """Bytes that are free where it keeps its weights and its cache."""
+
+
+class Backend(BackendLimits, Protocol):
+    """Builds engines and runs them.
+
+    A backend is asked in this order: is it available, does it take these options, build. Its own modules import what
+    they need, such as PyTorch or TensorRT; this object imports them when it builds or opens an engine, not before.
+    """
+
+    def build(self, plan: BuildPlan, progress: Callable[[str], None] | None, phases: Phases | None) -> int:
+        """Write the engine folder of a plan, its config last, and return the bytes of its engine files.
+
+        Raises
+        ------
+        CheckpointError
+            If a weight cannot be read, is not finite, or is too large for the engine's dtype.
+        EngineError
+            If a compiler does not build the engine.
+        """
+
+    def open_executor(self, folder: Path, config: EngineConfig, kv_cache: KvCacheConfig) -> Executor:
+        """What runs the steps of the engine in ``folder``.
+
+        Raises
+        ------
+        EngineError, BackendUnavailableError
+            If this machine cannot run the engine.
+        """
