@@ -16,7 +16,7 @@ from benchmarks.kernels.record import Results
 from saw_trtllm.backends.registry import choose_backend
 from saw_trtllm.cli.common import add_log_level, run, set_log_level
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError, KernelError
-from saw_trtllm.files import read_json
+from saw_trtllm.paths import is_folder, read_json
 
 _EXAMPLES = """\
 examples:
@@ -96,6 +96,12 @@ def _add_engine(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="of the engines (default: %(default)s)",
     )
+    engine.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16"),
+        default="float16",
+        help="of the engines; bfloat16 is for TensorRT 10 and newer (default: %(default)s)",
+    )
     for name, known in (("batch", engine_cases.BATCHES), ("context", engine_cases.CONTEXTS)):
         default = ",".join(map(str, known))
         engine.add_argument(f"--{name}", metavar="NUMBERS", help=f"comma-separated (default: {default})")
@@ -118,7 +124,9 @@ def _add_engine(commands: argparse._SubParsersAction) -> None:
         "--builder_optimization_level", type=int, choices=range(6), metavar="N", help="as saw-build's, for all engines"
     )
     engine.add_argument("--multiple_profiles", choices=("enable", "disable"), help="as saw-build's")
-    engine.add_argument("--gemm_plugin", choices=("auto", "float16", "disable"), default="auto", help="as saw-build's")
+    engine.add_argument(
+        "--gemm_plugin", choices=("auto", "float16", "bfloat16", "disable"), default="auto", help="as saw-build's"
+    )
     engine.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write the record to")
     engine.add_argument("--commit", metavar="HASH", help="what is measured, where there is no git repository to say it")
     add_log_level(engine)
@@ -194,7 +202,7 @@ def _engine(args: argparse.Namespace, command: str) -> None:
         plan = Plan.of(
             args.engine_dir or Path(temporary),
             kvs,
-            engine_cases.llama_config(args.num_layers, args.vocab_size),
+            engine_cases.llama_config(args.num_layers, args.vocab_size, args.dtype),
             batches=numbers["batch"],
             contexts=numbers["context"],
             optimization_level=args.builder_optimization_level,
@@ -210,7 +218,7 @@ def _engine(args: argparse.Namespace, command: str) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    if not args.output.is_dir():
+    if not is_folder(args.output):
         raise ConfigError(f"--output {args.output} is not a folder: give the docs folder, or make one")
     raw = read_json(args.results)
     if raw.get("kind") == "engine":

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 from pydantic import BaseModel, Field
-from tqdm import tqdm
 
 from saw_trtllm.bench.load import Percentiles, Report, run_load
 from saw_trtllm.bench.workload import Job, random_jobs, read_dataset
 from saw_trtllm.cli.common import add_fields, add_log_level, parse_fields, print_table, run, set_log_level
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.llm import LLM
+from saw_trtllm.progress import progress
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 
 _EXAMPLES = """\
@@ -75,7 +75,7 @@ def _bench(options: LoadOptions, command: str, as_json: bool) -> None:
         if options.warmup:
             shape = max(jobs, key=lambda job: job.output_len)
             run_load(llm, [shape._replace(output_len=min(4, shape.output_len))] * options.warmup, concurrency)
-        with tqdm(total=len(jobs), desc=f"saw-bench {command}", unit="req", disable=not sys.stderr.isatty()) as bar:
+        with progress(len(jobs), f"saw-bench {command}", "requests") as bar:
             report = run_load(llm, jobs, concurrency, bar.update)
     if as_json:
         print(report.model_dump_json())
