@@ -407,7 +407,7 @@ def test_what_tensorrt_lacks_is_said_and_the_reference_taken(lacking, why, small
         monkeypatch.setitem(sys.modules, "tensorrt", None)
     elif lacking == "library":
         monkeypatch.setattr(
-            "saw_trtllm.backends.registry.library_path", partial(library_path, "libsaw_trtllm_plugins.so")
+            "saw_trtllm.backends.tensorrt.backend.library_path", partial(library_path, "libsaw_trtllm_plugins.so")
         )
         monkeypatch.setattr("saw_trtllm.plugins.library.saw_trtllm.__file__", str(tmp_path / "__init__.py"))
     else:

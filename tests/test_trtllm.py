@@ -401,12 +401,11 @@ def test_releases_without_the_engine_backend(frontend, models, monkeypatch):
 
 def test_auto_builds_for_it_where_it_is(frontend, monkeypatch):
     pretend_gpu(monkeypatch)
-    assert choose_backend("auto") == (
-        "tensorrt_llm",
-        f"the best here; TensorRT 10.14.1 on {GPU_NAME}, for TensorRT-LLM 1.2.1",
-    )
+    backend, reason = choose_backend("auto")
+    assert backend.name == "tensorrt_llm"
+    assert reason == f"the best here; TensorRT 10.14.1 on {GPU_NAME}, for TensorRT-LLM 1.2.1"
     monkeypatch.delitem(sys.modules, "tensorrt_llm.graph_rewriting")
-    assert choose_backend("auto")[0] == "tensorrt"
+    assert choose_backend("auto")[0].name == "tensorrt"
 
 
 # Configs

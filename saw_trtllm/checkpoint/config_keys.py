@@ -61,7 +61,11 @@ RULES = (
         ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings"),
     ),
     KeyRule("honored", "1 alone: RoPE on a part of the head is rejected", ("partial_rotary_factor",)),
-    KeyRule("honored", "kept for the runtime", ("bos_token_id", "eos_token_id", "pad_token_id")),
+    KeyRule(
+        "honored",
+        "kept for the runtime; generation_config.json's `eos_token_id` goes before",
+        ("bos_token_id", "eos_token_id", "pad_token_id"),
+    ),
     KeyRule("honored", "above 0 where a layer uses it", ("sliding_window",), ("mistral", *_QWEN)),
     KeyRule("honored", "whose the window is", ("use_sliding_window", "max_window_layers", "layer_types"), _QWEN),
     KeyRule("rejected", "biases of the attention's projections", ("attention_bias",), ("llama", "qwen3"), _OFF),
