@@ -89,7 +89,7 @@ def test_without_a_word_of_the_model_the_tokenizer_says_it(tmp_path):
     assert Tokenizer.load(tmp_path).eos_ids == (BACKENDS["byte level"].token_to_id("<|im_end|>"),)
 
 
-@pytest.mark.parametrize("value", ["2", True, [2, None], {"id": 2}, 2.5])
+@pytest.mark.parametrize("value", ["2", True, [2, None], {"id": 2}, 2.5, 2**31, [2, 10**30]])
 def test_end_tokens_that_are_none_are_rejected(tmp_path, value):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(CheckpointError, match=r"generation_config\.json has eos_token_id .*: it must be a token id or"):

@@ -103,11 +103,12 @@ class Calibration:
                 )
         found = probe_weights(checkpoint)
         for name, ours in self.probe.items():
-            distance = np.linalg.norm(ours - found[name]) if name in found else np.inf
+            fits = name in found and found[name].shape == ours.shape
+            distance = np.linalg.norm(ours - found[name]) if fits else np.inf
             if not distance <= _PROBE_TOLERANCE * np.linalg.norm(ours):
                 raise ConfigError(
-                    f"the calibration is of other weights than {checkpoint.folder} has in {name}: run saw-calibrate on "
-                    "this model"
+                    f"the calibration is of other weights than {checkpoint.folder} has in {name!a}: run saw-calibrate "
+                    "on this model"
                 )
 
     def save(self, path: Path | str) -> None:
@@ -144,11 +145,12 @@ class Calibration:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             k_center, smoothing = tensors.pop("k_center"), tensors.pop("smoothing")
-            shape, num_tokens = json.loads(metadata["model"]), int(metadata["num_tokens"])
+            fields, num_tokens = json.loads(metadata["model"]), int(metadata["num_tokens"])
+            shape = {key: fields[key] for key in _SHAPE}
             layers, heads, dim = (shape[k] for k in ("num_hidden_layers", "num_key_value_heads", "head_size"))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as e:
             raise ConfigError(f"{path} cannot be read as a calibration ({e}): write it anew with saw-calibrate") from e
-        finite = all(np.isfinite(x).all() for x in (k_center, smoothing)) and (smoothing > 0).all()
+        finite = all(np.isfinite(x).all() for x in (k_center, smoothing, *tensors.values())) and (smoothing > 0).all()
         if (k_center.shape, smoothing.shape) != ((layers, heads, dim), (layers, heads, dim // 2)) or not finite:
             raise ConfigError(
                 f"{path} is damaged: its centers or factors do not fit its model: write it anew with saw-calibrate"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,6 @@ def read_end_ids(folder: Path) -> tuple[int, ...] | None:
 def _ids(config: dict[str, Any], path: Path) -> tuple[int, ...]:
     value = config.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise CheckpointError(f"{path} has eos_token_id {value!r}: it must be a token id or a list of them")
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i < 1 << 31 for i in ids):
+        raise CheckpointError(f"{path} has eos_token_id {reprlib.repr(value)}: it must be a token id or a list of them")
     return tuple(ids)

@@ -11,6 +11,7 @@ import tokenizers
 from saw_trtllm.errors import CheckpointError
 from saw_trtllm.model.end_ids import read_end_ids
 from saw_trtllm.paths import is_file, is_folder, read_json, reject_lfs_pointer
+from saw_trtllm.runtime.keywords import shown
 from saw_trtllm.runtime.token_decoder import TokenDecoder
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -97,7 +98,12 @@ def _token_id(tokenizer: tokenizers.Tokenizer, token: str | dict | None) -> int 
 
 def _content(token: str | dict | None) -> str | None:
     """A token's text; as a dict it is a serialized AddedToken."""
-    return token.get("content") if isinstance(token, dict) else token
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str | None):
+        raise CheckpointError(
+            f"tokenizer_config.json has the token {shown(content)}: give its text, or an object with text as content"
+        )
+    return content
 
 
 def _add_named_tokens(tokenizer: tokenizers.Tokenizer, settings: dict) -> None:
