@@ -276,9 +276,19 @@ def test_from_a_text_to_an_engine(tmp_path, capsys):
 
     assert rows["next"] == f"saw-build --model_dir {EXAMPLE} --calibration {file} --output_dir engine"
     assert saw_build.main([*rows["next"].split()[1:-1], str(engine)]) == 0
-    assert "keys centred" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "keys centred" in out
+    assert "saw-eval" not in err
     with LLM(engine) as llm:
         assert llm.generate("def read(", SamplingParams(max_tokens=4)).outputs[0].text
+
+
+def test_a_calibration_of_a_plain_cache_is_warned_of(folders, calibrations, tmp_path, capsys):
+    """It may do harm there, which saw-eval shows."""
+    calibrations["llama"].save(tmp_path / "c")
+    argv = ["--model_dir", folders["llama"], "--kv", "int4", "--calibration", tmp_path / "c", "--dry_run"]
+    assert saw_build.main([*map(str, argv), "--output_dir", str(tmp_path / "engine")]) == 0
+    assert f"compare with saw-eval --kv int4 --calibration none,{tmp_path / 'c'}" in capsys.readouterr().err
 
 
 def bad_file(path, kind, tmp_path):

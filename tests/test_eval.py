@@ -262,6 +262,41 @@ def test_the_damaged_layer_is_suggested(example, windows):
     assert found.layers[0].bytes_per_token == 2 * 2 * 256
 
 
+def test_a_layer_within_the_noise_is_not_suggested(example, windows, monkeypatch):
+    """The larger gain of a layer in half of the text's pieces is no gain if the other half takes it back."""
+    from saw_trtllm.eval.metrics import Sums
+
+    even = suggest(example, windows, Damaged(0.05, 0.05, 1.5, 0.05))
+    one = suggest(example, windows[:1, :65], Damaged(0.05, 0.05, 1.5, 0.05))
+    assert (even.worth, one.worth) == ([2], [])
+    assert one.layers[0].gain_error == float("inf")
+    real = Sums.kl_pieces
+
+    def noisy(sums):
+        pieces = real(sums)
+        return pieces + pieces.mean() ** 2 * 100 * torch.tensor([1.0, -1.0]).repeat(len(pieces))[: len(pieces)]
+
+    monkeypatch.setattr(Sums, "kl_pieces", noisy)
+    noise = suggest(example, windows, Damaged(0.05, 0.05, 1.5, 0.05))
+    assert noise.layers[0].gain == even.layers[0].gain
+    assert noise.worth == []
+
+
+def test_a_gains_error_is_that_of_paired_pieces(example, windows):
+    """Against the textbook, over pieces that are cut here: 255 predictions of a window give three of 85."""
+    found = suggest(example, windows[:2], Damaged(0.05, 0.05, 1.5, 0.05))
+    quantizers = {s: SkipLayers(Damaged(0.05, 0.05, 1.5, 0.05), s, example.exact) for s in ((), (2,))}
+    pieces = {s: [] for s in quantizers}
+    for s, quantizer in quantizers.items():
+        for window in windows[:2]:
+            p = example.logits(example.hidden(window[None])[0, :-1]).log_softmax(-1).double()
+            q = example.logits(example.hidden(window[None], quantizer)[0, :-1]).log_softmax(-1).double()
+            pieces[s] += (p.exp() * (p - q)).sum(-1).reshape(3, 85).mean(1).tolist()
+    differences = np.subtract(pieces[()], pieces[2,])
+    error = differences.std(ddof=1) / len(differences) ** 0.5 / np.mean(pieces[()])
+    assert found.layers[0].gain_error == pytest.approx(error, rel=1e-3)
+
+
 def test_skipped_layers_are_exact(example, windows):
     quantizers = {
         "none": SkipLayers(Damaged(9, 9, 9, 9), range(4), example.exact),

@@ -218,7 +218,9 @@ def test_flags_that_no_engine_has(model, tmp_path, capsys, flag):
 
 
 def test_a_table_of_positions_larger_than_the_memory(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("saw_trtllm.builder.free_memory", lambda backend: 256 * 64 * 4 - 1)
+    monkeypatch.setattr(
+        "saw_trtllm.backends.reference.backend.ReferenceBackend.free_memory", lambda self: 256 * 64 * 4 - 1
+    )
     said = refused(capsys, saw_build.main, "--model_dir", model, "--output_dir", tmp_path / "out")
     assert "max_seq_len 256 needs a RoPE table of 65,536 bytes" in said
 

@@ -78,8 +78,8 @@ def _next_command(plan: BuildPlan) -> list[str]:
 
 def _warn(plan: BuildPlan) -> None:
     # At the end, where it is seen, and not in front of the sentence of a build that fails.
-    if plan.warning is not None:
-        log.warning("%s", plan.warning)
+    for warning in plan.warnings:
+        log.warning("%s", warning)
 
 
 class PhaseBars:

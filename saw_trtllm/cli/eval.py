@@ -192,7 +192,7 @@ def _print(evaluation: Evaluation) -> None:
     print(
         f"\nthese pay: --kv_skip_layers {worth}"
         if worth
-        else "\nno layer pays clearly more than its share of the memory"
+        else "\nno layer pays clearly more than its share of the memory, by more than two standard errors"
     )
 
 

@@ -12,6 +12,8 @@ from saw_trtllm.backends.reference.quantizers import KVQuantizer, bytes_per_toke
 from saw_trtllm.backends.reference.window import History, WindowModel
 from saw_trtllm.errors import CheckpointError
 
+#: Predictions of a window whose mean divergence counts as one observation: neighbours depend on each other.
+_PIECE = 64
 #: Logits that are held at a time, of one model: 256 MiB.
 _MAX_LOGITS = 1 << 26
 
@@ -81,7 +83,20 @@ def evaluate(
     CheckpointError
         If the model computes NaN or infinite numbers.
     """
-    sums = {name: _Sums() for name in quantizers}
+    c = model.config
+    shape = (c.num_hidden_layers, c.num_key_value_heads, c.head_size)
+    measured = measure(model, windows, quantizers, progress)
+    return {name: sums.quality(bytes_per_token(quantizers[name], *shape)) for name, sums in measured.items()}
+
+
+def measure(
+    model: WindowModel,
+    windows: torch.Tensor,
+    quantizers: Mapping[str, KVQuantizer],
+    progress: Callable[[], None] | None = None,
+) -> dict[str, Sums]:
+    """Like :func:`evaluate`, token by token: for comparisons of caches with each other."""
+    sums = {name: Sums() for name in quantizers}
     for window in windows:
         exact = model.hidden(window[None])[0]
         if not exact.isfinite().all():
@@ -95,9 +110,7 @@ def evaluate(
             sums[name].add(model, window, exact, hidden)
             if progress is not None:
                 progress()
-    c = model.config
-    shape = (c.num_hidden_layers, c.num_key_value_heads, c.head_size)
-    return {name: sums[name].quality(bytes_per_token(q, *shape)) for name, q in quantizers.items()}
+    return sums
 
 
 def greedy_agreement(
@@ -146,7 +159,7 @@ def continuations(model: WindowModel, prompts: torch.Tensor, quantizer: KVQuanti
     return torch.cat(chosen, dim=1).cpu()
 
 
-class _Sums:
+class Sums:
     """Per-token measures of one quantizer, gathered window by window."""
 
     def __init__(self) -> None:
@@ -155,10 +168,12 @@ class _Sums:
         self._kl: list[torch.Tensor] = []
         self._agree: list[torch.Tensor] = []
         self._context: list[torch.Tensor] = []
+        self._lengths: list[int] = []
 
     def add(self, model: WindowModel, window: torch.Tensor, exact: torch.Tensor, hidden: torch.Tensor) -> None:
         """Add a window ``[T]`` from what ``lm_head`` is given with either cache, ``[T, hidden_size]``."""
         targets = window[1:].to(exact.device)
+        self._lengths.append(len(targets))
         size = max(1, _MAX_LOGITS // model.config.vocab_size)
         for start in range(0, len(targets), size):
             tile = slice(start, min(start + size, len(targets)))
@@ -170,6 +185,12 @@ class _Sums:
             self._kl.append((p.exp() * (p - q)).sum(-1).clamp_min(0).cpu())
             self._agree.append((p.argmax(-1) == q.argmax(-1)).cpu())
             self._context.append(torch.arange(tile.start, tile.stop) + 1)
+
+    def kl_pieces(self) -> torch.Tensor:
+        """Mean divergence of each piece of about 64 consecutive tokens of a window, fp64 ``[n]``."""
+        windows = torch.cat(self._kl).double().split(self._lengths)
+        pieces = [p for w in windows for p in w.tensor_split(max(1, len(w) // _PIECE))]
+        return torch.stack([piece.mean() for piece in pieces])
 
     def quality(self, cache_bytes: float) -> Quality:
         """All of it in numbers."""

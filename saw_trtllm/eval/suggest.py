@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from saw_trtllm.backends.reference.quantizers import KVQuantizer, SkipLayers
+from saw_trtllm.backends.reference.quantizers import KVQuantizer, SkipLayers, bytes_per_token
 from saw_trtllm.backends.reference.window import WindowModel
-from saw_trtllm.eval.metrics import Quality, evaluate
+from saw_trtllm.eval.metrics import measure
 
 #: Layers at most that are measured together.
 _MAX_TOGETHER = 4
 #: A layer is worth keeping if more of the loss is its own than so many times its share of the memory.
 _WORTH = 1.5
+#: Standard errors by which it must be more.
+_ERRORS = 2.0
 
 
 @dataclass
@@ -28,6 +32,8 @@ class Kept:
         Divergence that is left.
     gain : float
         Share of the whole cache's divergence that is gone.
+    gain_error : float
+        Its standard error, of differences piece by piece of the text; infinite where the text is a single piece.
     bytes_per_token : float
         Bytes of cache with these layers kept.
     gain_per_kib : float
@@ -37,6 +43,7 @@ class Kept:
     layers: list[int]
     kl_mean: float
     gain: float
+    gain_error: float
     bytes_per_token: float
     gain_per_kib: float
 
@@ -62,9 +69,18 @@ class Suggestion:
 
     @property
     def worth(self) -> list[int]:
-        """Layers that pay clearly more than their share, ascending; none where the loss is spread evenly."""
-        best = [x.layers[0] for x in self.layers[:_MAX_TOGETHER] if x.gain > _WORTH / len(self.layers)]
-        return sorted(best)
+        """Layers that pay clearly more than their share, beyond what the text's length leaves to chance, ascending."""
+        least = _WORTH / len(self.layers)
+        return sorted(x.layers[0] for x in self.layers[:_MAX_TOGETHER] if x.gain - _ERRORS * x.gain_error > least)
+
+
+class _Measured(NamedTuple):
+    """A cache with these layers exact: its mean divergence, that of each piece of the text, and its size."""
+
+    layers: list[int]
+    kl_mean: float
+    pieces: torch.Tensor
+    bytes_per_token: float
 
 
 def num_measurements(num_layers: int) -> int:
@@ -89,14 +105,11 @@ def suggest(
     num_layers = model.config.num_hidden_layers
     sets: list[tuple[int, ...]] = [(), *((i,) for i in range(num_layers))]
     whole, *single = _measure(model, windows, quantizer, sets, progress)
-    base = (whole.kl_mean, whole.bytes_per_token)
-    layers = sorted((_kept([i], q, *base) for i, q in enumerate(single)), key=lambda x: -x.gain_per_kib)
+    layers = sorted((_kept(x, whole) for x in single), key=lambda x: -x.gain_per_kib)
     order = [x.layers[0] for x in layers]
     sets = [tuple(order[:n]) for n in range(2, _largest_set(num_layers) + 1)]
-    together = [
-        _kept(list(s), q, *base) for s, q in zip(sets, _measure(model, windows, quantizer, sets, progress), strict=True)
-    ]
-    return Suggestion(*base, layers, [layers[0], *together])
+    together = [_kept(x, whole) for x in _measure(model, windows, quantizer, sets, progress)]
+    return Suggestion(whole.kl_mean, whole.bytes_per_token, layers, [layers[0], *together])
 
 
 def _largest_set(num_layers: int) -> int:
@@ -110,17 +123,27 @@ def _measure(
     quantizer: KVQuantizer,
     sets: list[tuple[int, ...]],
     progress: Callable[[], None] | None,
-) -> list[Quality]:
-    caches = {str(s): SkipLayers(quantizer, s, model.exact) for s in sets}
-    return list(evaluate(model, windows, caches, progress).values())
+) -> list[_Measured]:
+    caches = {s: SkipLayers(quantizer, s, model.exact) for s in sets}
+    found = measure(model, windows, {str(s): cache for s, cache in caches.items()}, progress)
+    c = model.config
+    shape = (c.num_hidden_layers, c.num_key_value_heads, c.head_size)
+    return [
+        _Measured(list(s), sums.quality(0.0).kl_mean, sums.kl_pieces(), bytes_per_token(caches[s], *shape))
+        for s, sums in zip(caches, found.values(), strict=True)
+    ]
 
 
-def _kept(layers: list[int], quality: Quality, kl_mean: float, bytes_per_token: float) -> Kept:
-    gone, more = kl_mean - quality.kl_mean, quality.bytes_per_token - bytes_per_token
+def _kept(kept: _Measured, whole: _Measured) -> Kept:
+    gone, more = whole.kl_mean - kept.kl_mean, kept.bytes_per_token - whole.bytes_per_token
+    differences = whole.pieces - kept.pieces
+    n = len(differences)
+    error = float(differences.std()) / math.sqrt(n) if n > 1 else math.inf
     return Kept(
-        layers=layers,
-        kl_mean=quality.kl_mean,
-        gain=gone / kl_mean if kl_mean else 0.0,
-        bytes_per_token=quality.bytes_per_token,
+        layers=kept.layers,
+        kl_mean=kept.kl_mean,
+        gain=gone / whole.kl_mean if whole.kl_mean else 0.0,
+        gain_error=error / whole.kl_mean if whole.kl_mean else 0.0,
+        bytes_per_token=kept.bytes_per_token,
         gain_per_kib=gone / (more / 1024) if more else 0.0,
     )

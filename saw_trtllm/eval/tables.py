@@ -35,7 +35,7 @@ def suggestion_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]
             [
                 layers,
                 f"{kept.kl_mean:.4f}",
-                f"{kept.gain:.0%}",
+                f"{kept.gain:.0%} ± {kept.gain_error:.0%}",
                 f"{kept.bytes_per_token:,.0f}",
                 f"{kept.gain_per_kib:.4f}",
             ]

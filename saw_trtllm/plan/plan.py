@@ -52,8 +52,8 @@ class BuildPlan:
         What is folded into the weights and centres the keys.
     network : NetworkOptions
         How TensorRT builds the engine, for the backend ``tensorrt``.
-    warning : str or None
-        What will not work, though the engine is built.
+    warnings : list of str
+        What will not work, or not well, though the engine is built.
     """
 
     checkpoint: Checkpoint
@@ -63,7 +63,7 @@ class BuildPlan:
     backend_reason: str
     calibration: Calibration | None = None
     network: NetworkOptions = field(default_factory=NetworkOptions)
-    warning: str | None = None
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def num_steps(self) -> int:
@@ -145,8 +145,8 @@ def make_plan(options: BuildOptions, backend: BackendLimits, reason: str) -> Bui
             }
         ),
     )
-    warning = _tokenizer_warning(checkpoint)
-    return BuildPlan(checkpoint, options.output_dir, config, backend, reason, calibration, network, warning)
+    warnings = [w for w in (_tokenizer_warning(checkpoint), _calibration_warning(options)) if w is not None]
+    return BuildPlan(checkpoint, options.output_dir, config, backend, reason, calibration, network, warnings)
 
 
 def parse_layers(text: str | None, num_layers: int) -> list[int]:
@@ -267,3 +267,12 @@ def _tokenizer_warning(checkpoint: Checkpoint) -> str | None:
             "model's will be rejected"
         )
     return None
+
+
+def _calibration_warning(options: BuildOptions) -> str | None:
+    if options.calibration is None or options.kv != "int4":
+        return None
+    return (
+        "a calibration can make the plain cache int4 worse, as it has on a real model: compare with saw-eval --kv int4 "
+        f"--calibration none,{options.calibration}, or build with --kv saw_int4"
+    )
