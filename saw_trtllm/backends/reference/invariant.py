@@ -63,7 +63,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     if not x.is_cpu:
         return F.linear(x, weight, bias)
-    out = products(x, weight.mT[None])[0]
+    matrix, n = weight.mT, len(x)
+    sizes = _tile_rows(*matrix.shape, matrix.stride(-1) != 1, torch.get_num_threads())
+    x = pad_rows(x, sizes[0])
+    # A decode's few rows are often one tile, whose product needs no place of its own.
+    out = torch.mm(aligned(x), matrix)[:n] if len(x) in sizes else products(x, matrix[None])[0, :n]
     return out if bias is None else out + bias
 
 
@@ -109,6 +113,8 @@ def exp(x: torch.Tensor) -> torch.Tensor:
         return torch.exp(x)
     size = _exp_elements()
     flat = aligned(pad_rows(x.reshape(-1, 1), size)).view(-1)
+    if len(flat) == size:
+        return torch.exp(flat)[: x.numel()].view(x.shape)
     out = torch.empty_like(flat)
     for tile, target in zip(flat.split(size), out.split(size), strict=True):
         torch.exp(tile, out=target)
@@ -120,7 +126,8 @@ def row_sum(x: torch.Tensor) -> torch.Tensor:
     while (n := x.shape[-1]) > 1:
         if n % 2:
             x, n = F.pad(x, (0, 1)), n + 1
-        x = x[..., : n // 2] + x[..., n // 2 :]
+        low, high = x.split(n // 2, dim=-1)
+        x = low + high
     return x
 
 
