@@ -1,3 +1,4 @@
+import logging
 from functools import cache
 
 import pytest
@@ -37,3 +38,12 @@ def open_llm(engine):
 def no_progress_lines(monkeypatch):
     """A slow machine writes no lines where a test looks for none."""
     monkeypatch.setattr(progress, "INTERVAL", 3600.0)
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_left():
+    """A command that a test runs in this process logs to the stderr that pytest gave it, which ends with the test."""
+    yield
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
+        root.removeHandler(handler)

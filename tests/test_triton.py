@@ -557,6 +557,9 @@ def test_damaged_engine_ends_the_launch_in_one_sentence(server, engine_dir, tmp_
     for file in engine_dir.iterdir():
         (damaged / file.name).write_bytes(file.read_bytes())
     os.truncate(damaged / "rank0.engine", 10_000)
+    config = json.loads((damaged / "config.json").read_text())
+    del config["saw_int4"]["checksums"]  # which would stop it before the server starts
+    (damaged / "config.json").write_text(json.dumps(config))
     launched = Server(damaged, tmp_path)
     assert launched.ready == ""
     assert launched.process.wait(60) == 2
