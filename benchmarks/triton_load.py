@@ -5,7 +5,7 @@
 Clients ask the ensemble over gRPC for texts of a fixed length, each for one after the other, and stream them. The JSON
 file has a row for each engine and concurrency; the same is printed as a table.
 
-Engines of saw-bench engine have words of their own (w0, w1 and so on) and take long prompts of them, no two alike:
+Engines of random weights have words of their own (w0, w1 and so on) and take long prompts of them, no two alike:
 
     python benchmarks/triton_load.py --engine_dir bench_engines/fp16 bench_engines/saw_int4 --prompt_words 2048
 """
@@ -50,7 +50,7 @@ def main() -> int:
         "--prompt_words",
         type=int,
         metavar="N",
-        help="prompts of N random words, for engines of saw-bench",
+        help="prompts of N random words, for engines of random weights",
     )
     parser.add_argument("--requests", type=int, default=4, metavar="N", help="of each client (default: %(default)s)")
     parser.add_argument("--whole", action="store_true", help="ask for texts in one piece instead of token by token")

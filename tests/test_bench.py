@@ -1,4 +1,4 @@
-"""saw-bench without a GPU: cases, targets, the run with a fake timer, the record, tables, plots, bad input."""
+"""The kernels' benchmark without a GPU: cases, targets, a fake timer, the record, tables, plots, bad input."""
 
 import gzip
 import json
@@ -99,7 +99,7 @@ def results():
         saw_trtllm="0.1.0",
         commit="249ac14",
         dirty=True,
-        command="saw-bench kernels --official sglang-fork | tee log",
+        command="python -m benchmarks kernels --official sglang-fork | tee log",
         date="2026-11-22 05:00 UTC",
     )
     return Results(environment=environment, flush="256 MiB written", bandwidth=BANDWIDTH, cases=made)
@@ -381,7 +381,7 @@ def test_fill_in_writes_each_table_between_its_markers(results, tmp_path):
     text = copy.read_text()
     body = re.search(r"<!-- begin write -->\n(.*?)\n<!-- end write -->", text, re.DOTALL)[1]
     assert body == markdown(suite_table(results, "write"))
-    assert "`saw-bench kernels --official sglang-fork \\| tee log`" in text
+    assert "`python -m benchmarks kernels --official sglang-fork \\| tee log`" in text
     outside = r"(<!-- begin \w+ -->\n).*?(<!-- end)"
     assert re.sub(outside, r"\1\2", text, flags=re.DOTALL) == re.sub(
         outside, r"\1\2", DOCUMENT.read_text(), flags=re.DOTALL
@@ -403,7 +403,7 @@ def test_the_document_shows_what_the_record_holds(tmp_path):
     copy = document(tmp_path)
     if RECORD.exists():
         fill_in(copy, Results.load(RECORD))
-        assert copy.read_text() == DOCUMENT.read_text(), f"saw-bench plot {RECORD.relative_to(ROOT)} --output docs"
+        assert copy.read_text() == DOCUMENT.read_text(), "python -m benchmarks report writes it anew"
         assert all((DOCUMENT.parent / "plots" / f"{suite}.svg").exists() for suite in SUITES)
     else:
         assert not re.search(r"begin \w+ -->\n(?!<!-- end)", copy.read_text())

@@ -1,4 +1,4 @@
-"""saw-bench engine without a GPU: cases, steps given to a fake executor, the record, targets, tables, plots, flags."""
+"""The engines' benchmark without a GPU: cases, steps, a fake executor, the record, targets, tables, plots, flags."""
 
 import importlib
 import itertools
@@ -370,7 +370,7 @@ def machine(engine, tmp_path, monkeypatch):
 def test_a_run_from_its_engine_to_its_record(machine, tmp_path):
     cuda, plan = machine
     output = tmp_path / "record.json.gz"
-    results = run_engines(plan, "saw-bench engine", "249ac14", output)
+    results = run_engines(plan, "python -m benchmarks engine", "249ac14", output)
     assert EngineResults.load(output) == results
     assert results.aborted is None
     (found,) = results.engines
@@ -387,7 +387,7 @@ def test_a_run_that_ends_early_keeps_what_it_has(machine, monkeypatch, tmp_path)
     cuda, plan = machine
     broken = KernelError("an illegal memory access")
     monkeypatch.setattr(StepBench, "profile", lambda *args: (_ for _ in ()).throw(broken))
-    run_engines(plan, "saw-bench engine", "249ac14", tmp_path / "record.json")
+    run_engines(plan, "python -m benchmarks engine", "249ac14", tmp_path / "record.json")
     results = EngineResults.load(tmp_path / "record.json")
     assert results.aborted == "the run ended early: an illegal memory access"
     assert len(results.engines[0].steps) == len(plan.steps())
@@ -437,7 +437,7 @@ def results():
         saw_trtllm="0.1.0",
         commit="249ac14",
         dirty=None,
-        command="saw-bench engine --num_layers 8 | tee log",
+        command="python -m benchmarks engine --num_layers 8 | tee log",
         date="2026-11-27 15:00 UTC",
     )
     made = EngineResults(
@@ -492,7 +492,7 @@ def test_a_record_comes_back_from_its_file(results, tmp_path):
     with pytest.raises(ConfigError, match="schema_version 0: this version reads 1"):
         EngineResults.load(path)
     path.write_text('{"kind": "engine", "schema_version": 1}')
-    with pytest.raises(ConfigError, match="is not what saw-bench engine --output writes"):
+    with pytest.raises(ConfigError, match="is not what python -m benchmarks engine --output writes"):
         EngineResults.load(path)
 
 
@@ -518,7 +518,7 @@ def test_the_document_has_the_tables_of_its_record(tmp_path):
     copy.write_text(DOCUMENT.read_text())
     if RECORD.exists():
         fill_in(copy, EngineResults.load(RECORD))
-        assert copy.read_text() == DOCUMENT.read_text(), f"saw-bench plot {RECORD.relative_to(ROOT)} --output docs"
+        assert copy.read_text() == DOCUMENT.read_text(), "python -m benchmarks report writes it anew"
     else:
         assert not re.search(r"begin \w+ -->\n(?!<!-- end)", copy.read_text())
 
@@ -528,7 +528,7 @@ def test_the_documents_markers_take_the_tables(results, tmp_path):
     copy.write_text(DOCUMENT.read_text())
     fill_in(copy, results)
     assert f"| {results.speedup:.3f}x |" in copy.read_text()
-    assert "`saw-bench engine --num_layers 8 \\| tee log`" in copy.read_text()
+    assert "`python -m benchmarks engine --num_layers 8 \\| tee log`" in copy.read_text()
 
 
 def test_plot_tells_the_records_apart(results, tmp_path, capsys):

@@ -78,7 +78,7 @@ class Record(RecordPart):
         ConfigError
             If it is not a run's record.
         """
-        writer = f"saw-bench {cls.command_name} --output writes"
+        writer = f"python -m benchmarks {cls.command_name} --output writes"
         if raw.get("schema_version") != SCHEMA_VERSION:
             raise ConfigError(
                 f"{path} has schema_version {raw.get('schema_version')}: this version reads {SCHEMA_VERSION}, as "

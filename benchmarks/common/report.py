@@ -80,7 +80,7 @@ def draw_plots(folder: Path, plots: dict[str, Callable[[Any], None]]) -> list[Pa
         from saw_trtllm.svg import save_svg
     except ModuleNotFoundError as e:
         raise BackendUnavailableError(
-            f"saw-bench plot needs {e.name}, which is not installed: pip install 'saw-trtllm[bench]'"
+            f"the report needs {e.name}, which is not installed: pip install 'saw-trtllm[bench]'"
         ) from e
     written = []
     for name, plot in plots.items():

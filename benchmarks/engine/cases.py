@@ -1,4 +1,4 @@
-"""What ``saw-bench engine`` measures and what it must reach, as data."""
+"""What ``python -m benchmarks engine`` measures and what it must reach, as data."""
 
 from __future__ import annotations
 

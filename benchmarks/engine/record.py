@@ -1,4 +1,4 @@
-"""The record of ``saw-bench engine``: a JSON file that holds all that its tables and plots show."""
+"""The record of ``python -m benchmarks engine``: a JSON file that holds all that its tables and plots show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``saw-bench engine``: engines that differ in nothing but their cache's format, on one GPU in one run."""
+"""``python -m benchmarks engine``: engines that differ in nothing but their cache's format, on one GPU in one run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``saw-bench kernels`` measures and what it must reach: shapes and targets are data, and need no GPU."""
+"""What the kernels' benchmark measures and what it must reach: shapes and targets are data, and need no GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``saw-bench kernels``: our kernels beside their peers, on one GPU in one run."""
+"""``python -m benchmarks kernels``: our kernels beside their peers, on one GPU in one run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_kernels(
     *,
     quick: bool = False,
     commit: str | None = None,
-    command: str = "saw-bench kernels",
+    command: str = "python -m benchmarks kernels",
 ) -> Results:
     """Measure suites on the current GPU.
 
@@ -58,7 +58,7 @@ def run_kernels(
     """
     cases = select_cases(suites, peers, quick)
     if not torch.cuda.is_available():
-        raise BackendUnavailableError("PyTorch sees no CUDA GPU: saw-bench kernels measures on one; check nvidia-smi")
+        raise BackendUnavailableError("PyTorch sees no CUDA GPU: the kernels are measured on one; check nvidia-smi")
     kernels()
     flashinfer = FlashInfer() if "flashinfer" in peers else None
     official = Official(official_dir) if "official" in peers and official_dir else None

@@ -1,4 +1,4 @@
-"""saw-bench's GPU half on small cases: what is timed is attention, captured in a graph."""
+"""The kernels' benchmark on a GPU, on small cases: what is timed is attention, captured in a graph."""
 
 from __future__ import annotations
 
