@@ -71,6 +71,12 @@ class Launch:
                 env={**os.environ, MARK: self._mark},
             )
 
+    def __enter__(self) -> Launch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clean()
+
     def wait_ready(self) -> None:
         """Wait for the line that says so, the next one after a restart."""
         line = self.process.stdout.readline()
@@ -161,13 +167,10 @@ def in_a_stream(number: int) -> Callable[[Path, Path], float]:
     """A signal while texts grow that take longer than the grace."""
 
     def run(engine_dir: Path, folder: Path) -> float:
-        launch = Launch(engine_dir, folder)
-        try:
+        with Launch(engine_dir, folder) as launch:
             launch.wait_ready()
             launch.stream()
             return launch.end(number, 0)
-        finally:
-            launch.clean()
 
     return run
 
@@ -176,56 +179,44 @@ def in_the_start(number: int) -> Callable[[Path, Path], float]:
     """A signal at any moment of the start, from when the command takes signals."""
 
     def run(engine_dir: Path, folder: Path) -> float:
-        launch = Launch(engine_dir, folder)
-        try:
+        with Launch(engine_dir, folder) as launch:
             while "starting " not in launch.log.read_text():
                 time.sleep(0.01)
             time.sleep(random.uniform(0, 4))
             return launch.end(number, 0)
-        finally:
-            launch.clean()
 
     return run
 
 
 def stopped_stub(engine_dir: Path, folder: Path) -> float:
     """SIGTERM while one of the models' processes is stopped."""
-    launch = Launch(engine_dir, folder)
-    try:
+    with Launch(engine_dir, folder) as launch:
         launch.wait_ready()
         launch.find(STUB).suspend()
         return launch.end(signal.SIGTERM, 0)
-    finally:
-        launch.clean()
 
 
 def killed(name: str) -> Callable[[Path, Path], float]:
     """A process that is killed: the server starts again once, and then ends with code 1."""
 
     def run(engine_dir: Path, folder: Path) -> float:
-        launch = Launch(engine_dir, folder, restart=1)
-        try:
+        with Launch(engine_dir, folder, restart=1) as launch:
             launch.wait_ready()
             launch.find(name).kill()
             launch.wait_ready()
             launch.generate(4)
             launch.find(name).kill()
             return launch.end(None, 1)
-        finally:
-            launch.clean()
 
     return run
 
 
 def killed_launcher(engine_dir: Path, folder: Path) -> float:
     """The command itself is killed while texts grow."""
-    launch = Launch(engine_dir, folder)
-    try:
+    with Launch(engine_dir, folder) as launch:
         launch.wait_ready()
         launch.stream()
         return launch.end(signal.SIGKILL, -signal.SIGKILL)
-    finally:
-        launch.clean()
 
 
 CASES: dict[str, Callable[[Path, Path], float]] = {

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -89,18 +90,24 @@ class Server:
         return code
 
 
-@pytest.fixture(scope="module")
-def server(engine_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("triton")
+@contextmanager
+def running_server(engine_dir, folder, *flags):
+    """A server that becomes ready and ends well; without one to be had the tests are skipped."""
     try:
         find_server(None, folder / "backends")
     except SawError as e:
         pytest.skip(str(e))
-    server = Server(engine_dir, folder)
+    server = Server(engine_dir, folder, *flags)
     assert server.ready.startswith("ready: "), server.log.read_text()
     yield server
-    code, log = server.stop(), server.log.read_text()
-    assert code == 0, log
+    assert server.stop() == 0, server.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def server(engine_dir, tmp_path_factory):
+    with running_server(engine_dir, tmp_path_factory.mktemp("triton")) as server:
+        yield server
+    log = server.log.read_text()
     assert "was cut off" not in log, log  # all requests of all tests have ended
 
 
@@ -575,9 +582,8 @@ def launch(engine_dir, tmp_path):
     spec = importlib.util.spec_from_file_location("launch_trials", ROOT / "benchmarks" / "launch_trials.py")
     trials = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(trials)
-    launch = trials.Launch(engine_dir, tmp_path, restart=1)
-    yield launch
-    launch.clean()
+    with trials.Launch(engine_dir, tmp_path, restart=1) as launch:
+        yield launch
 
 
 def test_server_starts_again_without_a_stub_and_ends_with_one_that_is_stuck(launch):

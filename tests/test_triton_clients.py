@@ -6,11 +6,9 @@ import queue
 import numpy as np
 import pytest
 from example_engine import build_example
-from test_triton import PROMPT, Server, active, as_array, post, read_metrics, wait_until
+from test_triton import PROMPT, active, as_array, post, read_metrics, running_server, wait_until
 
 from saw_trtllm import LLM, SamplingParams
-from saw_trtllm.errors import SawError
-from saw_trtllm.serve.installation import find_server
 
 grpc = pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
 http = pytest.importorskip("tritonclient.http", reason="tritonclient is not installed")
@@ -36,15 +34,8 @@ def llm(engine_dir):
 
 @pytest.fixture(scope="module")
 def server(engine_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("triton")
-    try:
-        find_server(None, folder / "backends")
-    except SawError as e:
-        pytest.skip(str(e))
-    server = Server(engine_dir, folder, "--decoupled_mode", "false")
-    assert server.ready.startswith("ready: "), server.log.read_text()
-    yield server
-    assert server.stop() == 0, server.log.read_text()
+    with running_server(engine_dir, tmp_path_factory.mktemp("triton"), "--decoupled_mode", "false") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from saw_trtllm.checkpoint import (
-    TOKENIZER_FILES,
-    copy_tokenizer_files,
-)
-from saw_trtllm.engine.config import (
-    CONFIG_FILE,
-    engine_file,
-)
+from saw_trtllm.checkpoint import TOKENIZER_FILES, copy_tokenizer_files
+from saw_trtllm.engine.config import CONFIG_FILE, engine_file
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.files import replacing_folder
 from saw_trtllm.paths import is_file, read_json

@@ -17,9 +17,7 @@ from dataclasses import dataclass, replace
 from saw_trtllm.engine.step import PREFILL, StepPacker
 from saw_trtllm.errors import EngineError, QueueFullError, ShutdownError
 from saw_trtllm.runtime.executor import Executor, PendingStep, StepOutput
-from saw_trtllm.runtime.outputs import (
-    require_process,
-)
+from saw_trtllm.runtime.outputs import require_process
 from saw_trtllm.runtime.request import Request
 from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.scheduler import Scheduled, Scheduler
