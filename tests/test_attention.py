@@ -59,7 +59,7 @@ class World:
         angle = torch.randn(max(lengths), head_dim // 2, generator=generator)
         self.cos_sin = torch.stack([angle.cos(), angle.sin()], dim=-1)
 
-    def run(self, parts, garbage=False, k_center=None, **options):
+    def run(self, parts, garbage=False, k_center=None, frames=(None, None), **options):
         """Compute ``(sequence, start, count, kind)`` parts in one step: the outputs by part, in float64."""
         sequences = [StepSequence([0] * n, start, self.lengths[s], kind, self.tables[s]) for s, start, n, kind in parts]
         inputs = StepInputs.pack(sequences, NUM_LAYERS)
@@ -67,9 +67,8 @@ class World:
             inputs = with_garbage(inputs, [len(self.tables[s]) for s, *_ in parts])
         plan = StepPlan.make(inputs, self.pool)
         q, k, v = (torch.cat([self.qkv[s][i][a : a + n] for s, a, n, _ in parts]) for i in range(3))
-        rotated = rotate_quantize_kv(
-            q, k, v, self.cos_sin, self.pool, LAYER, plan, rotate_v=self.rotate_v, k_center=k_center
-        )
+        levers = {"rotate_v": self.rotate_v, "k_center": k_center, "k_frame": frames[0], "q_frame": frames[1]}
+        rotated = rotate_quantize_kv(q, k, v, self.cos_sin, self.pool, LAYER, plan, **levers)
         out = paged_attention(*rotated, self.pool, LAYER, plan, **options)
         assert out.dtype == q.dtype
         return [o.double().numpy() for o in out.split([n for _, _, n, _ in parts])]
@@ -276,6 +275,51 @@ def test_centred_keys_are_rotated_behind_it():
     world.run([(0, 0, 17, PREFILL)], k_center=mu)
     expected = world.roped(0, 1) - mu.double().numpy() @ world.basis
     assert np.abs(world.stored(0, 0, 17) - expected).max() < 0.5
+
+
+def random_frames(heads=2, head_dim=64, condition=30.0):
+    """Frames of keys and queries whose channels are ``condition`` times as large one as another."""
+    rng = np.random.default_rng(6)
+    left, _, right = np.linalg.svd(rng.normal(size=(heads, head_dim, head_dim)))
+    k_frame = (left * np.geomspace(1, condition, head_dim) / np.sqrt(condition)) @ right
+    return [torch.from_numpy(m.astype(np.float32)) for m in (k_frame, np.linalg.inv(k_frame).swapaxes(1, 2))]
+
+
+def test_frames_leave_the_output():
+    """Rows in fp32: what is left is rounding of the frames' products and of scores over up to `condition` terms."""
+    center = torch.randn(2, 64, generator=torch.Generator().manual_seed(3))
+    outs = []
+    for levers in ({}, {"frames": random_frames(), "k_center": center}):
+        world = World("fp16", lengths=(40, 17))
+        world.run([(0, 0, 20, PREFILL), (1, 0, 16, PREFILL)], **levers)
+        outs.append(world.run([(0, 20, 20, PREFILL), (1, 16, 1, DECODE)], **levers))
+    for plain, framed in zip(*outs, strict=True):
+        # A score is a sum of 64 products of up to 30 times the size that cancel to what they were.
+        np.testing.assert_allclose(framed, plain, atol=30 * 2**-24 * 64)
+        assert (framed != plain).any()
+
+
+def test_rows_are_centred_and_framed():
+    """The codes are those of centred keys times the head's own frame; V is left alone."""
+    world, frames = World(lengths=(17,)), random_frames()
+    center = torch.randn(2, 64, generator=torch.Generator().manual_seed(3))
+    world.run([(0, 0, 17, PREFILL)], frames=frames, k_center=center)
+    keys = world.roped(0, 1) @ world.basis - center.double().numpy()
+    keys = np.einsum("thd,hde->the", keys, frames[0].double().numpy())
+    step = (keys.max(-1) - keys.min(-1)) / 15
+    half_a_code_and_the_clipped_ends = step * (0.5 + 15 * (1 - world.format.range_factor) / 2)
+    error = np.abs(world.stored(0, 0, 17) - keys).max(-1)
+    assert (error <= half_a_code_and_the_clipped_ends + 4e-3 * np.abs(keys).max()).all()
+    assert (np.abs(world.stored(0, 1, 17) - world.roped(0, 2)).max(-1) < 0.5).all()
+
+
+def test_a_framed_row_does_not_depend_on_the_rows_beside_it():
+    frames, rows = random_frames(), []
+    for parts in ([(0, 0, 40, PREFILL)], [(0, 0, 13, PREFILL), (1, 0, 64, PREFILL)]):
+        world = World(lengths=(40, 64))
+        world.run(parts, frames=frames)
+        rows.append(world.stored(0, 1, 13))
+    np.testing.assert_array_equal(*rows)
 
 
 # -- the pool

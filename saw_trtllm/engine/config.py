@@ -36,6 +36,16 @@ def k_center_name(layer: int) -> str:
     return f"transformer.layers.{layer}.attention.k_center"
 
 
+def k_frame_name(layer: int) -> str:
+    """Name of a layer's frame of keys in an engine file: fp32 ``[num_kv_heads, head_dim, head_dim]``."""
+    return f"transformer.layers.{layer}.attention.k_frame"
+
+
+def q_frame_name(layer: int) -> str:
+    """Name of a layer's frame of queries in an engine file, the inverse transpose of that of its keys."""
+    return f"transformer.layers.{layer}.attention.q_frame"
+
+
 class PluginConfig(BaseModel):
     """TensorRT-LLM's plugin switches: those that its executor reads, with the values that a SAW engine has."""
 
@@ -137,6 +147,9 @@ class SawSection(BaseModel):
     kv_skip_layers: list[int] = Field(default_factory=list)
     #: Whether the engine file holds a center of the keys of each layer, ``[num_kv_heads, head_dim]`` in fp32.
     k_center: bool = False
+    #: Whether it holds frames of keys and queries, ``[num_kv_heads, head_dim, head_dim]`` in fp32, in place of their
+    #: rotation, of each layer that is not skipped.
+    k_frame: bool = False
     plugin_version: str | None = None
     tensorrt_version: str | None = None
     compute_capability: str | None = None
@@ -251,6 +264,11 @@ class EngineConfig(BaseModel):
     def layer_format(self, layer: int) -> KVFormat:
         """How the cache of a layer is stored."""
         return next(pool.format for pool in self.pools if layer in pool.layers)
+
+    @property
+    def framed_layers(self) -> list[int]:
+        """Layers of whose keys and queries the engine file holds frames: those with 4-bit rows, where it has any."""
+        return self.pools[0].layers if self.saw_int4.k_frame else []
 
     @property
     def bytes_per_token(self) -> int:

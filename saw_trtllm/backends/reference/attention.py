@@ -15,7 +15,7 @@ import torch
 
 from saw_trtllm.backends.reference.cache import KEY_TILE, K, PagedPool, StepPlan, V
 from saw_trtllm.backends.reference.int4 import rotate
-from saw_trtllm.backends.reference.invariant import exp, pad_rows, products, row_sum, tanh
+from saw_trtllm.backends.reference.invariant import aligned, exp, pad_rows, products, row_sum, tanh
 
 #: Queries of a prefill that are attended at a time, so that scores do not grow with chunk x context.
 _QUERY_TILE = 512
@@ -38,6 +38,21 @@ def apply_rope(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+def apply_frame(x: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
+    """Each head's rows times the matrix of its KV head.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        fp32 ``[n, heads, head_dim]``: ``heads`` is a multiple of ``num_kv_heads``.
+    frame : torch.Tensor
+        fp32 ``[num_kv_heads, head_dim, head_dim]``.
+    """
+    heads = x.unflatten(1, (len(frame), -1)).permute(1, 2, 0, 3)
+    rows = products(heads.flatten(1, 2), aligned(frame)[:, None])[:, 0]
+    return rows.unflatten(1, heads.shape[1:3]).permute(2, 0, 1, 3).flatten(1, 2)
+
+
 def rotate_quantize_kv(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -49,8 +64,10 @@ def rotate_quantize_kv(
     *,
     rotate_v: bool = False,
     k_center: torch.Tensor | None = None,
+    k_frame: torch.Tensor | None = None,
+    q_frame: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """RoPE, centring, rotation, quantization and the paged write of a step.
+    """RoPE, centring, rotation or frame, quantization and the paged write of a step.
 
     Parameters
     ----------
@@ -69,6 +86,10 @@ def rotate_quantize_kv(
         Rotate V here; false when the rotation is folded into the weights.
     k_center : torch.Tensor, optional
         fp32 ``[num_kv_heads, head_dim]``, subtracted from all keys after RoPE.
+    k_frame, q_frame : torch.Tensor, optional
+        fp32 ``[num_kv_heads, head_dim, head_dim]``, in place of the rotation of K and of Q: centred keys become
+        ``k @ k_frame`` and the queries of the head's group ``q @ q_frame``. ``k_frame @ q_frame.mT`` is the identity,
+        so that scores stay as they are. Both or neither; V is not concerned.
 
     Returns
     -------
@@ -80,7 +101,10 @@ def rotate_quantize_kv(
     q, k, v = apply_rope(q, angles), apply_rope(k, angles), v.float()
     if k_center is not None:
         k = k - k_center
-    q, k = rotate(q, order), rotate(k, order)
+    if k_frame is None:
+        q, k = rotate(q, order), rotate(k, order)
+    else:
+        q, k = apply_frame(q, q_frame), apply_frame(k, k_frame)
     if rotate_v:
         v = rotate(v, order)
     pool.write(layer, K, plan.write_blocks, plan.write_offsets, k)

@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 from safetensors import SafetensorError, safe_open
 
-from saw_trtllm.engine.config import CONFIG_FILE, EngineConfig, engine_file, k_center_name
+from saw_trtllm.engine.config import CONFIG_FILE, EngineConfig, engine_file, k_center_name, k_frame_name, q_frame_name
 from saw_trtllm.engine.step import StepInputs
 from saw_trtllm.errors import BackendUnavailableError, EngineError
 from saw_trtllm.paths import is_file
@@ -56,8 +56,10 @@ class ReferenceExecutor:
             raise EngineError(f"{path} does not exist: build it anew with saw-build")
         try:
             with safe_open(path, framework="np") as weights:
-                center = _k_center(weights.get_tensor, config) if config.saw_int4.k_center else None
-                self._model = ReferenceModel(model, weights.get_tensor, build.max_seq_len, center)
+                load = weights.get_tensor
+                center = _k_center(load, config) if config.saw_int4.k_center else None
+                frames = {i: _frames(load, config, i) for i in config.framed_layers}
+                self._model = ReferenceModel(model, load, build.max_seq_len, center, frames)
         except ValueError as e:
             raise EngineError(f"{path} does not fit its {CONFIG_FILE} ({e}): build it anew with saw-build") from e
         except (OSError, SafetensorError) as e:
@@ -119,3 +121,13 @@ def _k_center(load: Callable[[str], np.ndarray], config: EngineConfig) -> torch.
     if center.shape != due:
         raise ValueError(f"the centers of the keys have the shape {list(center.shape)} where {list(due)} is due")
     return torch.from_numpy(center)
+
+
+def _frames(load: Callable[[str], np.ndarray], config: EngineConfig, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    model = config.pretrained_config
+    due = (model.num_key_value_heads, model.head_size, model.head_size)
+    frames = [load(name(layer)) for name in (k_frame_name, q_frame_name)]
+    for frame in frames:
+        if frame.shape != due:
+            raise ValueError(f"a frame of layer {layer} has the shape {list(frame.shape)} where {list(due)} is due")
+    return tuple(map(torch.from_numpy, frames))

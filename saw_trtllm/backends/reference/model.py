@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -43,6 +43,9 @@ class ReferenceModel:
         Positions that the RoPE table covers.
     k_center : torch.Tensor, optional
         fp32 ``[num_layers, num_kv_heads, head_dim]``, subtracted from all keys after RoPE.
+    frames : mapping of int to pair of torch.Tensor, optional
+        By layer, the frame of keys and that of queries, fp32 ``[num_kv_heads, head_dim, head_dim]``, in place of the
+        rotation.
 
     Raises
     ------
@@ -56,11 +59,13 @@ class ReferenceModel:
         load: Callable[[str], np.ndarray],
         max_seq_len: int,
         k_center: torch.Tensor | None = None,
+        frames: Mapping[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> None:
         self.config = config
         self.dtype = TORCH_DTYPES[config.dtype]
         self._load = load
         self._k_center = k_center
+        self._frames = frames or {}
         self._shapes = expected_shapes(config)
         self._cos_sin = torch.from_numpy(rotary_cos_sin(config, max_seq_len))
         self._embedding = self._tensor("transformer.vocab_embedding.weight")
@@ -120,6 +125,9 @@ class ReferenceModel:
         q, k, v = (t.to(self.dtype) for t in (q, k, v))
         pool, index = cache.place(layer)
         center = None if self._k_center is None else self._k_center[layer]
-        q, k, v = rotate_quantize_kv(q, k, v, self._cos_sin, pool, index, plan, k_center=center)
+        k_frame, q_frame = self._frames.get(layer, (None, None))
+        q, k, v = rotate_quantize_kv(
+            q, k, v, self._cos_sin, pool, index, plan, k_center=center, k_frame=k_frame, q_frame=q_frame
+        )
         out = paged_attention(q, k, v, pool, index, plan, window=c.window(layer))
         return linear(out.flatten(1).float(), w["attention.dense.weight"])
