@@ -20,10 +20,11 @@ from fake_cuda import Cuda
 
 from saw_trtllm.backends.reference.cache import PagedCache
 from saw_trtllm.backends.reference.model import ReferenceModel
-from saw_trtllm.backends.tensorrt.profiles import LOGITS, profiles, shapes, step_inputs
+from saw_trtllm.backends.tensorrt.profiles import profiles, shapes, step_inputs
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.engine.config import EngineConfig, k_center_name
 from saw_trtllm.engine.step import StepInputs
+from saw_trtllm.engine.tensors import LOGITS
 from saw_trtllm.plugins.library import VERSION
 from saw_trtllm.runtime.sampling import SamplingState, sample
 
@@ -98,13 +99,13 @@ class _Engine:
         self.module.cuda.device.pop(self._address, None)
 
     def get_tensor_name(self, index: int) -> str:
-        return [*self.inputs, LOGITS][index]
+        return [*self.inputs, LOGITS.name][index]
 
     def get_tensor_dtype(self, name: str) -> Any:
-        return fake.float32 if name == LOGITS else getattr(fake, self.inputs[name].dtype)
+        return fake.float32 if name == LOGITS.name else getattr(fake, self.inputs[name].dtype)
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        if name == LOGITS:
+        if name == LOGITS.name:
             return (-1, self.module.engine_config.pretrained_config.vocab_size)
         return tuple(-1 if isinstance(d, str) else d for d in self.inputs[name].shape)
 
@@ -161,7 +162,7 @@ class _Context:
                 step, _cache(config, cuda, pointers[:, 0].tolist()), all_logits=rows is None
             )
             count = extents["input_ids"][0] if rows is None else num_sequences
-            target = cuda.array(addresses[LOGITS], np.float32, (count, logits.shape[1]))
+            target = cuda.array(addresses[LOGITS.name], np.float32, (count, logits.shape[1]))
             target[...] = np.nan
             target[: len(logits)] = logits.numpy()
 

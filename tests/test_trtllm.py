@@ -231,7 +231,7 @@ def test_a_plugin_that_refuses_its_fields(frontend):
     from saw_trtllm.backends.tensorrt_llm.attention import add_plugin
 
     with pytest.raises(ConfigError, match=r"SawRotateQuantizeKV refuses {'layer_idx': 0}: see TensorRT's log"):
-        add_plugin(WRITE, {"layer_idx": 0}, [])
+        add_plugin(WRITE, {"layer_idx": 0}, [], [])
 
 
 def test_a_class_for_another_family(frontend, checkpoint):

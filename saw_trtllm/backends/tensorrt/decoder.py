@@ -12,10 +12,12 @@ import numpy as np
 
 from saw_trtllm.backends.tensorrt.attention import paged_attention
 from saw_trtllm.backends.tensorrt.graph import Graph, Tensor
-from saw_trtllm.backends.tensorrt.profiles import LOGITS, step_inputs
+from saw_trtllm.backends.tensorrt.profiles import step_inputs
 from saw_trtllm.checkpoint.layout import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix
 from saw_trtllm.engine.config import EngineConfig, k_center_name
+from saw_trtllm.engine.tensors import INPUT_IDS, LAST_TOKEN_IDS, LOGITS
 from saw_trtllm.model.rope import rotary_cos_sin
+from saw_trtllm.plugins.layer import K_CENTER, ROTARY_COS_SIN
 
 Load = Callable[[str], np.ndarray]
 
@@ -51,23 +53,23 @@ class _Decoder:
             for x in step_inputs(config, graph.tensorrt)
         }
         table = rotary_cos_sin(self.model, config.build_config.max_seq_len)
-        self._cos_sin = graph.constant(table, "rotary_cos_sin")
+        self._cos_sin = graph.constant(table, ROTARY_COS_SIN)
 
     def define(self) -> None:
         """``input_ids [num_tokens]`` to ``logits [num_sequences, vocab_size]``, or of all tokens where asked for."""
         graph, embedding = self.graph, self._weight(EMBEDDING)
-        x, added = graph.embedding(embedding, self._inputs["input_ids"]), None
+        x, added = graph.embedding(embedding, self._inputs[INPUT_IDS.name]), None
         for i in range(self.model.num_hidden_layers):
             with graph.scope(layer_prefix(i).removesuffix(".")):
                 x, added = self._layer(layer_prefix(i), i, x, added)
         x = x + added
         if not self.config.build_config.gather_context_logits:
             one = graph.constant(np.ones(1, np.int32))
-            x = graph.gather(x, self._inputs["last_token_ids"] - one)
+            x = graph.gather(x, self._inputs[LAST_TOKEN_IDS.name] - one)
         _, x = self._norm(x, FINAL_NORM)
         lm_head = embedding if self.model.share_embedding_table else self._weight(LM_HEAD)
         dtype = (self.model.model_extra or {}).get("logits_dtype", "float32")
-        graph.output(graph.linear(x, lm_head, dtype), LOGITS)
+        graph.output(graph.linear(x, lm_head, dtype), LOGITS.name)
 
     def _layer(self, prefix: str, i: int, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
         """``[num_tokens, hidden_size]``, and what is still to be added to it, to the same: a norm adds it."""
@@ -88,8 +90,10 @@ class _Decoder:
             qkv = qkv + graph.constant(self._load(prefix + "qkv.bias")[None], prefix + "qkv.bias")
         if model.qk_layernorm:
             qkv = self._norm_qk(prefix, qkv)
-        center = self._weight(k_center_name(i)) if self.config.saw_int4.k_center else None
-        context = paged_attention(graph, self.config, i, qkv, self._cos_sin, center, self._inputs)
+        constants = {ROTARY_COS_SIN: self._cos_sin}
+        if self.config.saw_int4.k_center:
+            constants[K_CENTER] = self._weight(k_center_name(i))
+        context = paged_attention(graph, self.config, i, qkv, constants, self._inputs)
         return graph.linear(context, self._weight(prefix + "dense.weight"))
 
     def _norm(self, x: Tensor, weight: str, added: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,10 @@ from typing import Any
 
 from saw_trtllm.backends.tensorrt.cuda import memory_info
 from saw_trtllm.backends.tensorrt.device import compute_capability
-from saw_trtllm.backends.tensorrt.profiles import LOGITS, step_inputs
+from saw_trtllm.backends.tensorrt.profiles import step_inputs
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.engine.config import CONFIG_FILE, EngineConfig, engine_file
+from saw_trtllm.engine.tensors import LOGITS
 from saw_trtllm.errors import BackendUnavailableError, EngineError
 from saw_trtllm.paths import is_file
 from saw_trtllm.plugins import library
@@ -109,13 +110,13 @@ def _check_tensors(path: Path, config: EngineConfig, tensorrt: TensorRT, engine:
     }
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     found = {name: (engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))) for name in names}
-    logits = found.pop(LOGITS, None)
+    logits = found.pop(LOGITS.name, None)
     if found != due or logits is None or logits[1] != (-1, config.pretrained_config.vocab_size):
-        different = sorted(n for n in found.keys() | due.keys() if found.get(n) != due.get(n)) or [LOGITS]
+        different = sorted(n for n in found.keys() | due.keys() if found.get(n) != due.get(n)) or [LOGITS.name]
         raise EngineError(
             f"{path} is not of its {CONFIG_FILE}, which says otherwise of {', '.join(different)}: {_AGAIN}"
         )
-    if logits[0] != tensorrt.dtype("float32"):
+    if logits[0] != tensorrt.dtype(LOGITS.dtype):
         raise EngineError(
             f"{path} gives logits that are not float32, from which this runtime samples: build it from a checkpoint "
             "whose config.json has no other logits_dtype"

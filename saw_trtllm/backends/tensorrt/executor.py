@@ -15,7 +15,6 @@ from saw_trtllm.backends.tensorrt.cuda import ALIGNMENT, DeviceBuffer, Stream, c
 from saw_trtllm.backends.tensorrt.engine_checks import check_versions, read_engine
 from saw_trtllm.backends.tensorrt.graphs import DecodeGraphs, buckets
 from saw_trtllm.backends.tensorrt.memory import MemoryPlan, plan_blocks
-from saw_trtllm.backends.tensorrt.profiles import LOGITS
 from saw_trtllm.backends.tensorrt.results import PendingResult, ResultSlot
 from saw_trtllm.backends.tensorrt.sampler import GpuSampler
 from saw_trtllm.backends.tensorrt.session import Session
@@ -23,6 +22,7 @@ from saw_trtllm.backends.tensorrt.staging import HostTensors, Staging, StepShape
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import DECODE, StepInputs, StepSequence
+from saw_trtllm.engine.tensors import LAST_TOKEN_IDS, LOGITS, POOL_MAPPING, POOL_POINTERS, WINDOW_SIZES
 from saw_trtllm.errors import EngineError, KernelError
 from saw_trtllm.runtime.sampling import SamplingState
 
@@ -115,7 +115,7 @@ class TensorRTExecutor:
             self._session.enqueue(self._profile(step), self._tensors(step, shape), self._stream)
         else:
             self._graphs.launch(size, self._stream)
-        rows = addresses["last_token_ids"] if self._every_token else 0
+        rows = addresses[LAST_TOKEN_IDS.name] if self._every_token else 0
         self._sampler.enqueue(self.logits.address, rows, num_sequences, self._stream.handle)
         spans = self._wanted(step, sampling, context_logits)
         return slot.take(self._stream, self._sampler, self.logits.address, spans)
@@ -209,10 +209,10 @@ class TensorRTExecutor:
         addresses = np.array([[pool.address, 0] for pool in self.pools], np.int64)
         places = {layer: (p, i) for p, pool in enumerate(pools) for i, layer in enumerate(pool.layers)}
         return {
-            "host_kv_cache_pool_pointers": addresses.view(dtype).reshape(shape),
-            "host_kv_cache_pool_mapping": np.array([places[layer] for layer in range(layers)], np.int32),
+            POOL_POINTERS.name: addresses.view(dtype).reshape(shape),
+            POOL_MAPPING.name: np.array([places[layer] for layer in range(layers)], np.int32),
             # The model's own window is a field of the plugin; the smaller one holds.
-            "host_max_attention_window_sizes": np.full(layers, config.build_config.max_seq_len, np.int32),
+            WINDOW_SIZES.name: np.full(layers, config.build_config.max_seq_len, np.int32),
         }
 
     def _record(self, graphs: bool) -> None:
@@ -251,7 +251,7 @@ class TensorRTExecutor:
     def _tensors(self, step: StepInputs | None, shape: StepShape) -> dict[str, tuple[int, Sequence[int] | None]]:
         addresses, shapes = self._staging.addresses(shape), shape.tensors
         on_gpu = {name: (addresses[name], shapes[name]) for name in shapes}
-        return on_gpu | self._host.tensors(step, shape.num_sequences) | {LOGITS: (self.logits.address, None)}
+        return on_gpu | self._host.tensors(step, shape.num_sequences) | {LOGITS.name: (self.logits.address, None)}
 
     def _wanted(
         self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]

@@ -1,4 +1,4 @@
-"""The engine's tensors, in TensorRT-LLM's names and shapes, and the ranges that optimization profiles give them."""
+"""The engine's inputs to TensorRT, and the ranges that optimization profiles give their shapes."""
 
 from __future__ import annotations
 
@@ -6,29 +6,22 @@ from typing import NamedTuple
 
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.engine.config import BuildConfig, EngineConfig
-
-#: Dimensions that differ from step to step.
-NUM_TOKENS, NUM_SEQUENCES, MAX_BLOCKS = "num_tokens", "num_sequences", "max_blocks_per_seq"
-
-LOGITS = "logits"
+from saw_trtllm.engine.tensors import (
+    INPUTS,
+    MAX_BLOCKS,
+    NUM_LAYERS,
+    NUM_POOLS,
+    NUM_SEQUENCES,
+    NUM_TOKENS,
+    POOL_POINTERS,
+    EngineTensor,
+)
 
 #: Rows from which on a GEMM on current GPUs is bound by arithmetic, and below which by its weights, about: what the
 #: kernels of a decode are best chosen for.
 _DECODE_TOKENS = 128
 #: A prefill's: large enough for any GEMM to fill the GPU.
 _PREFILL_TOKENS = 2048
-
-
-class Input(NamedTuple):
-    """An input: NumPy's dtype name, and a shape whose dynamic dimensions are names.
-
-    Those called ``host_*`` are bound to host memory. To TensorRT they are like the others; the plugins read them when
-    they are enqueued.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
 
 
 class Range(NamedTuple):
@@ -39,21 +32,13 @@ class Range(NamedTuple):
     most: int
 
 
-def step_inputs(config: EngineConfig, tensorrt: TensorRT) -> list[Input]:
-    """What the engine is fed in a step; :mod:`saw_trtllm.engine.step` says what is in them."""
-    layers, pools = config.pretrained_config.num_hidden_layers, len(config.pools)
-    pointers_dtype, pointers_shape = tensorrt.pool_pointers(pools)
-    return [
-        Input("input_ids", "int32", (NUM_TOKENS,)),
-        Input("position_ids", "int32", (NUM_TOKENS,)),
-        Input("last_token_ids", "int32", (NUM_SEQUENCES,)),
-        Input("sequence_length", "int32", (NUM_SEQUENCES,)),
-        Input("host_request_types", "int32", (NUM_SEQUENCES,)),
-        Input("kv_cache_block_offsets", "int32", (pools, NUM_SEQUENCES, 2, MAX_BLOCKS)),
-        Input("host_kv_cache_pool_pointers", pointers_dtype, pointers_shape),
-        Input("host_kv_cache_pool_mapping", "int32", (layers, 2)),
-        Input("host_max_attention_window_sizes", "int32", (layers,)),
-    ]
+def step_inputs(config: EngineConfig, tensorrt: TensorRT) -> list[EngineTensor]:
+    """The engine's inputs, with what it fixes of their shapes as numbers."""
+    pools = len(config.pools)
+    fixed = {NUM_POOLS: pools, NUM_LAYERS: config.pretrained_config.num_hidden_layers}
+    inputs = [tensor._replace(shape=tuple(fixed.get(d, d) for d in tensor.shape)) for tensor in INPUTS]
+    dtype, shape = tensorrt.pool_pointers(pools)
+    return [x._replace(dtype=dtype, shape=shape) if x.name == POOL_POINTERS.name else x for x in inputs]
 
 
 def profiles(limits: BuildConfig, decode_profile: bool) -> list[dict[str, Range]]:
@@ -80,6 +65,6 @@ def profiles(limits: BuildConfig, decode_profile: bool) -> list[dict[str, Range]
     return found
 
 
-def shapes(tensor: Input, profile: dict[str, Range]) -> tuple[tuple[int, ...], ...]:
+def shapes(tensor: EngineTensor, profile: dict[str, Range]) -> tuple[tuple[int, ...], ...]:
     """Least, best and most shape of an input in a profile."""
     return tuple(tuple(profile[d][i] if isinstance(d, str) else d for d in tensor.shape) for i in range(3))

@@ -11,11 +11,19 @@ import numpy as np
 
 from saw_trtllm.backends.tensorrt.cuda import ALIGNMENT, DeviceBuffer, Event, PinnedBuffer, Stream, align
 from saw_trtllm.engine.step import StepInputs
+from saw_trtllm.engine.tensors import (
+    BLOCK_OFFSETS,
+    INPUT_IDS,
+    LAST_TOKEN_IDS,
+    POSITION_IDS,
+    REQUEST_TYPES,
+    SEQUENCE_LENGTH,
+)
 
 #: Of a step, what lies on the GPU: int32 all of it. The block table comes last, since it alone may be padded within.
-TABLE = "kv_cache_block_offsets"
-_PER_TOKEN = ("input_ids", "position_ids")
-_PER_SEQUENCE = ("last_token_ids", "sequence_length")
+TABLE = BLOCK_OFFSETS.name
+_PER_TOKEN = (INPUT_IDS.name, POSITION_IDS.name)
+_PER_SEQUENCE = (LAST_TOKEN_IDS.name, SEQUENCE_LENGTH.name)
 
 _WORD = np.dtype(np.int32).itemsize
 
@@ -115,7 +123,7 @@ class Staging:
         offsets = shape.offsets
         table_bytes = step.kv_cache_block_offsets.nbytes
         pinned = self._next(offsets[TABLE] + table_bytes)
-        fills = dict.fromkeys(_PER_TOKEN, 0) | {"last_token_ids": own.num_tokens, "sequence_length": 0}
+        fills = dict.fromkeys(_PER_TOKEN, 0) | {LAST_TOKEN_IDS.name: own.num_tokens, SEQUENCE_LENGTH.name: 0}
         for name, fill in fills.items():
             source, target = getattr(step, name), pinned.array(np.int32, shape.tensors[name], offsets[name])
             target[: len(source)] = source
@@ -169,4 +177,4 @@ class HostTensors:
         if step is not None:
             self._types[: len(step.host_request_types)] = step.host_request_types
         found = {name: (array.ctypes.data, array.shape) for name, array in self._arrays.items()}
-        return found | {"host_request_types": (self._types.ctypes.data, (num_sequences,))}
+        return found | {REQUEST_TYPES.name: (self._types.ctypes.data, (num_sequences,))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +16,18 @@ from tensorrt_llm.layers.attention import Attention
 from tensorrt_llm.module import Module
 
 from saw_trtllm.backends.tensorrt_llm.options import SwapOptions
+from saw_trtllm.engine.tensors import LAST_TOKEN_IDS, POSITION_IDS, SEQUENCE_LENGTH
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.format import hadamard
-from saw_trtllm.plugins.library import ATTENTION, WRITE, load_plugins, make_plugin
+from saw_trtllm.plugins.layer import K_CENTER, ROTARY_COS_SIN, AttentionLayer, Fields, add_attention
+from saw_trtllm.plugins.library import load_plugins, make_plugin
 
 _DTYPES = {trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16"}
 #: Inputs that the executor always feeds, and that TensorRT-LLM does not declare in each engine: another input that
 #: their first dimension is the same as, and the name of that dimension.
 _UNDECLARED = {
-    "last_token_ids": ("sequence_length", "batch_size_last_token_ids"),
-    "position_ids": ("hidden_states_input", "position_ids_num_tokens_range"),
+    LAST_TOKEN_IDS.name: (SEQUENCE_LENGTH.name, "batch_size_last_token_ids"),
+    POSITION_IDS.name: ("hidden_states_input", "position_ids_num_tokens_range"),
 }
 
 
@@ -81,37 +83,29 @@ def saw_attention(qkv: Tensor, rotary_cos_sin: Tensor, layer: Layer, options: Sw
         raise ConfigError(f"the model computes in {qkv.dtype}: give --dtype float16 or bfloat16")
     fmt = options.kv_format
     rotate_v = fmt.rotate_v and not options.v_folded
-    common = {
-        "layer_idx": layer.layer_idx,
-        "num_heads": layer.num_heads,
-        "num_kv_heads": layer.num_kv_heads,
-        "head_dim": layer.head_dim,
-        "tokens_per_block": int(default_net().plugin_config.tokens_per_block),
-        "dtype": _DTYPES[qkv.dtype],
-        "kv": fmt.kv,
-    }
+    made = AttentionLayer(
+        layer.layer_idx,
+        layer.num_heads,
+        layer.num_kv_heads,
+        layer.head_dim,
+        int(default_net().plugin_config.tokens_per_block),
+        _DTYPES[qkv.dtype],
+        fmt,
+        rotate_v,
+        1.0 / (layer.q_scaling * math.sqrt(layer.head_dim)),
+        layer.softcap,
+        layer.window,
+    )
+    constants = {ROTARY_COS_SIN: rotary_cos_sin}
+    if layer.k_center is not None:
+        constants[K_CENTER] = constant(layer.k_center)
     # TensorRT-LLM's last_token_ids is the inclusive sum of the sequences' tokens as long as none is a draft.
-    step = [network_input("last_token_ids"), network_input("sequence_length"), network_input("kv_cache_block_offsets")]
-    pool = [network_input("host_kv_cache_pool_pointers"), network_input("host_kv_cache_pool_mapping")]
-    center = [] if layer.k_center is None else [constant(layer.k_center)]
-    written = add_plugin(
-        WRITE,
-        common
-        | {"hadamard_order": fmt.hadamard_order, "rotate_v": int(rotate_v), "range_factor": float(fmt.range_factor)}
-        | {"use_k_center": len(center)},
-        [qkv, network_input("position_ids"), *step, *pool, rotary_cos_sin, *center],
-    )
-    scale = 1.0 / (layer.q_scaling * math.sqrt(layer.head_dim))
-    (context,) = add_plugin(
-        ATTENTION,
-        common | {"softmax_scale": scale, "softcap": float(layer.softcap), "window": layer.window, "use_sinks": 0},
-        [*written, network_input("host_request_types"), *step, *pool, network_input("host_max_attention_window_sizes")],
-    )
+    context = add_attention(made, qkv, constants, network_input, add_plugin)
     return _rotate_back(context, layer, fmt.hadamard_order) if rotate_v else context
 
 
-def add_plugin(name: str, fields: Mapping[str, int | float | str], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Add one of our plugins to the network that is being defined, and give its outputs.
+def add_plugin(name: str, fields: Fields, inputs: Sequence[Tensor], dtypes: Sequence[str]) -> list[Tensor]:
+    """Add one of our plugins to the network that is being defined, and give its outputs, whose dtypes it knows.
 
     Raises
     ------
