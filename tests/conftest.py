@@ -2,10 +2,11 @@ import logging
 from functools import cache
 
 import pytest
-from example_engine import build_example
-from fold_skips import pytest_terminal_summary  # noqa: F401
 
 from saw_trtllm import LLM, progress
+from tests.support.example import build_example
+
+pytest_plugins = ["tests.support.fold_skips", "tests.support.gpu"]
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT
+
 SCRIPTS = ROOT / "build_scripts"
 
 
@@ -116,14 +117,14 @@ def test_skips_are_folded_and_the_last_line_is_pytests(tmp_path):
         "pytest",
         "-q",
         "-p",
-        "fold_skips",
+        "tests.support.fold_skips",
         "-p",
         "no:cacheprovider",
         options,
         "-c",
         os.devnull,
     ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "-c", os.devnull, "--rootdir", tmp_path, tmp_path],
         env=environment,

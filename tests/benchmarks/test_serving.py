@@ -1,0 +1,69 @@
+"""benchmarks/triton_load.py: what it makes of perf_analyzer's timestamps."""
+
+import contextlib
+import importlib.util
+import json
+import sys
+
+import pytest
+
+from tests.support import ROOT
+
+#: Two clients, three requests each of 100 ms: the first token of a client's n-th request comes after 10 n ms.
+ANALYZER = """\
+#!{python}
+import json, sys
+args = dict(zip(sys.argv[1:], sys.argv[2:]))
+count, clients = int(args["--request-count"]), int(args["--concurrency-range"])
+assert json.load(open(args["--input-data"]))["data"][0]["max_tokens"] == [16]
+requests = []
+for i in range(count):
+    start = int(1e9) + i // clients * 100_000_000 + i % clients
+    first = start + (i // clients + 1) * 10_000_000
+    requests.append({{"timestamp": start, "response_timestamps": [first, start + 100_000_000]}})
+json.dump({{"experiments": [{{"requests": requests[::-1]}}]}}, open(args["--profile-export-file"], "w"))
+"""
+
+
+@pytest.fixture
+def load(monkeypatch):
+    spec = importlib.util.spec_from_file_location("triton_load", ROOT / "benchmarks" / "triton_load.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "_Server", lambda *_: contextlib.nullcontext())
+    return module
+
+
+def run(load, monkeypatch, tmp_path, engine_dir, analyzer):
+    (tmp_path / "perf_analyzer").write_text(analyzer.format(python=sys.executable))
+    (tmp_path / "perf_analyzer").chmod(0o755)
+    argv = ["--engine_dir", engine_dir, "--concurrency", "1,2", "--requests", "2", "--output_tokens", "16"]
+    argv += ["--perf_analyzer", tmp_path, "--output", tmp_path / "load.json"]
+    monkeypatch.setattr(sys, "argv", ["triton_load.py", *map(str, argv)])
+    return load.main()
+
+
+def test_a_row_for_each_concurrency(load, engine, monkeypatch, tmp_path, capsys):
+    assert run(load, monkeypatch, tmp_path, engine("saw_int4"), ANALYZER) == 0
+    record = json.loads((tmp_path / "load.json").read_text())
+    assert record["output_tokens"] == 16
+    one, two = record["rows"]
+    assert (one["kv"], one["concurrency"], two["concurrency"]) == ("saw_int4", 1, 2)
+    # Without the first request of each client: the second and the third.
+    assert one["requests_per_s"] == pytest.approx(10, abs=0.01)
+    assert two["tokens_per_s"] == pytest.approx(20 * 16, abs=0.1)
+    assert one["first_ms_p50"] == pytest.approx(25)
+    assert two["request_ms_p90"] == pytest.approx(100)
+    assert "| saw_int4 | 2 | 20.0 |" in capsys.readouterr().out
+
+
+def test_a_load_that_fails_ends_with_what_was_said(load, engine, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match=r"perf_analyzer failed with 3:\nno server there"):
+        run(load, monkeypatch, tmp_path, engine("saw_int4"), "#!/bin/sh\necho no server there\nexit 3\n")
+
+
+def test_prompts_of_words_are_all_different(load):
+    prompts = load._words(5, 16, 50)
+    assert len(set(prompts)) == 50
+    assert {word for prompt in prompts for word in prompt.split()} == {f"w{i}" for i in range(16)}
+    assert {len(prompt.split()) for prompt in prompts} == {5}

@@ -1,0 +1,19 @@
+"""SawSiluMul on the GPU, through TensorRT's interfaces without it: against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.exactness import ROUNDING
+from tests.support.plugin_library import SILU_MUL
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(64, 14336), (3, 33)])
+def test_gates(rows, width, dtype, run_plugin):
+    x, gate = (torch.randn(2, rows, width, device="cuda") * 5).to(dtype)
+    x[0, :4] = torch.tensor([-100, 0, 100, -8], dtype=dtype)
+    (y,) = run_plugin(SILU_MUL, dtype, [x, gate], hidden_size=width)
+    want = torch.nn.functional.silu(x.double()) * gate.double()
+    assert ((y.double() - want).abs() <= (ROUNDING[dtype] + 1e-5) * want.abs() + 1e-7).all()

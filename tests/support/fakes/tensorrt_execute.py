@@ -1,0 +1,182 @@
+"""Runs a network that :mod:`.tensorrt` recorded, in fp32 PyTorch, for one step of prefills without history.
+
+In such a step attention reads only the step's own K and V, which are not quantized: the outputs are the model's.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from saw_trtllm.format import hadamard
+from tests.support.fakes import tensorrt as trt
+
+_ELEMENTWISE = {
+    "SUM": torch.add,
+    "SUB": torch.sub,
+    "PROD": torch.mul,
+    "POW": torch.pow,
+    "MAX": torch.maximum,
+    "MIN": torch.minimum,
+    "FLOOR_DIV": torch.floor_divide,
+}
+_UNARY = {"SQRT": torch.sqrt, "EXP": torch.exp, "SIGMOID": torch.sigmoid, "TANH": torch.tanh}
+_REDUCE = {"SUM": torch.sum, "AVG": torch.mean}
+
+
+def execute(network: trt.INetworkDefinition, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The network's outputs by name; floats are fp32 whatever the network says, integers int64."""
+    values = {id(t): inputs[t.name] for t in network._inputs if t.name in inputs}
+    todo = [t.producer for t in network._outputs]
+    while todo:
+        layer = todo[-1]
+        needed = [t for t in layer._inputs if t is not None and id(t) not in values]
+        if needed:
+            assert all(t.producer is not None for t in needed), [t.name for t in needed]
+            todo += [t.producer for t in needed]
+            continue
+        todo.pop()
+        arguments = [None if t is None else values[id(t)] for t in layer._inputs]
+        results = _run(layer, arguments)
+        for output, result in zip(layer._outputs, results, strict=True):
+            values[id(output)] = result
+    return {t.name: values[id(t)] for t in network._outputs}
+
+
+def _run(layer, x):
+    if isinstance(layer, trt.PluginLayer):
+        plugins = {"SawRotateQuantizeKV": _write, "SawInt4PagedAttention": _attention}
+        plugins |= {"SawGemm": lambda fields, x: [_gemm(fields, *x)], "SawLookup": lambda fields, x: [x[1][x[0]]]}
+        plugins |= {"SawRmsNorm": lambda fields, x: _rms_norm(fields, *x)}
+        plugins |= {"SawSiluMul": lambda fields, x: [torch.nn.functional.silu(x[0]) * x[1]]}
+        return plugins[layer.plugin.plugin_type](layer.plugin.fields, x)
+    return [getattr(_Layers, layer.type.name.lower())(layer, *x)]
+
+
+class _Layers:
+    @staticmethod
+    def constant(layer):
+        value = torch.from_numpy(layer.weights.numpy().copy()).reshape(layer.shape)
+        return value.float() if value.is_floating_point() else value.long()
+
+    @staticmethod
+    def shape(layer, x):
+        return torch.tensor(x.shape)
+
+    @staticmethod
+    def gather(layer, x, indices):
+        if layer.mode == trt.GatherMode.ELEMENT:
+            return torch.gather(x, layer.axis, indices)
+        taken = x.index_select(layer.axis, indices.reshape(-1))
+        return taken.reshape(*x.shape[: layer.axis], *indices.shape, *x.shape[layer.axis + 1 :])
+
+    @staticmethod
+    def concatenation(layer, *x):
+        return torch.cat(x, layer.axis)
+
+    @staticmethod
+    def shuffle(layer, x, dims=None):
+        if layer.first_transpose is not None:
+            x = x.permute(*layer.first_transpose)
+        dims = layer.reshape_dims if dims is None else dims.tolist()
+        if dims is not None:
+            x = x.reshape([x.shape[i] if d == 0 and layer.zero_is_placeholder else d for i, d in enumerate(dims)])
+        return x if layer.second_transpose is None else x.permute(*layer.second_transpose)
+
+    @staticmethod
+    def slice(layer, x, starts=None, sizes=None):
+        starts = layer.start if starts is None else starts.tolist()
+        sizes = layer.shape if sizes is None else sizes.tolist()
+        for dim, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+            x = x.narrow(dim, start, size)
+        return x
+
+    @staticmethod
+    def elementwise(layer, a, b):
+        if layer.op.name == "DIV":
+            return a / b if a.is_floating_point() else a // b
+        return _ELEMENTWISE[layer.op.name](a, b)
+
+    @staticmethod
+    def unary(layer, x):
+        return _UNARY[layer.op.name](x)
+
+    activation = unary
+
+    @staticmethod
+    def identity(layer, x):
+        return x
+
+    @staticmethod
+    def cast(layer, x):
+        return x.float() if layer.to_type in (trt.float32, trt.float16, trt.bfloat16) else x.long()
+
+    @staticmethod
+    def reduce(layer, x):
+        dims = [i for i in range(x.ndim) if layer.axes >> i & 1]
+        return _REDUCE[layer.op.name](x, dim=dims, keepdim=layer.keep_dims)
+
+    @staticmethod
+    def matrix_multiply(layer, a, b):
+        a, b = (x if op.name == "NONE" else x.transpose(-1, -2) for x, op in ((a, layer.op0), (b, layer.op1)))
+        return a @ b
+
+
+def _rotate(x, order):
+    return (x.unflatten(-1, (-1, order)) @ torch.from_numpy(hadamard(order))).flatten(-2)
+
+
+def _gemm(fields, x, weight):
+    return x.float() @ weight.float().T if fields["output_dtype"] == "float32" else x @ weight.T
+
+
+def _rms_norm(fields, x, weight, *residual):
+    x = sum(residual, x)
+    heads, normed = fields["num_heads"], fields["num_normed"]
+    wide = x.unflatten(-1, (heads, -1))[:, :normed].float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + fields["epsilon"])
+    y = torch.cat([(wide * scale * weight).flatten(1).to(x.dtype), x[:, normed * fields["hidden_size"] :]], 1)
+    return [y, x][: 1 + fields["use_residual"]]
+
+
+def _write(fields, x):
+    qkv, position_ids, last_token_ids, *_ = x
+    D, H, Hkv = fields["head_dim"], fields["num_heads"], fields["num_kv_heads"]
+    q, k, v = qkv.unflatten(-1, (-1, D)).split([H, Hkv, Hkv], dim=1)
+    cos, sin = x[7].reshape(-1, D // 2, 2)[position_ids].unsqueeze(1).unbind(-1)
+    q, k = (
+        torch.cat(
+            [a[..., : D // 2] * cos - a[..., D // 2 :] * sin, a[..., D // 2 :] * cos + a[..., : D // 2] * sin], -1
+        )
+        for a in (q, k)
+    )
+    if fields["use_k_center"]:
+        k = k - x[8]
+    order = fields["hadamard_order"]
+    if fields["kv"] == "saw_int4":
+        q, k = _rotate(q, order), _rotate(k, order)
+    if fields["rotate_v"]:
+        v = _rotate(v, order)
+    return [*(a.flatten(1) for a in (q, k, v)), torch.zeros(len(last_token_ids), Hkv, dtype=torch.int64)]
+
+
+def _attention(fields, x):
+    q, k, v, _, request_types, last_token_ids, sequence_length, *_, windows = x
+    D, H, Hkv = fields["head_dim"], fields["num_heads"], fields["num_kv_heads"]
+    q, k, v = (a.unflatten(-1, (-1, D)) for a in (q, k, v))
+    k, v = (a.repeat_interleave(H // Hkv, dim=1) for a in (k, v))
+    ends = last_token_ids.tolist()
+    starts = [0, *ends[:-1]]
+    assert not request_types.any()
+    assert sequence_length.tolist() == [e - s for s, e in zip(starts, ends, strict=True)]
+    given = [w for w in (fields["window"], int(windows[fields["layer_idx"]])) if w > 0]
+    scale = fields["softmax_scale"] or D**-0.5
+    outputs = []
+    for start, end in zip(starts, ends, strict=True):
+        scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * scale
+        if fields["softcap"]:
+            scores = fields["softcap"] * torch.tanh(scores / fields["softcap"])
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = (distance >= 0) & (distance < min(given, default=end))
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, v[start:end]).flatten(1))
+    return [torch.cat(outputs)]

@@ -1,0 +1,218 @@
+"""A row's bits do not depend on what is computed beside it, whatever the BLAS does with other numbers of rows."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from saw_trtllm import SamplingParams
+from saw_trtllm.backends.reference import invariant
+from saw_trtllm.backends.reference.executor import ReferenceExecutor
+from saw_trtllm.backends.reference.invariant import exp, linear, products, row_sum, silu, tanh
+from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
+from saw_trtllm.runtime.sampling import SamplingState
+from tests.support import ROOT
+
+EPS = torch.finfo(torch.float32).eps
+PRODUCTS = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")
+#: What PyTorch computes in a way that it does not specify, element by element or over a row.
+UNSPECIFIED = ("rsqrt", "tanh", "sigmoid", "silu", "log", "pow", "sum", "mean", "_softmax", "cumsum", "addcmul", "lerp")
+
+
+@pytest.fixture(autouse=True)
+def fresh_probes():
+    """Each test probes for itself, since a stand-in for the BLAS may be at work."""
+    caches = (invariant._tile_rows, invariant._exp_elements)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def random(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
+
+
+class Calls(TorchDispatchMode):
+    """Records each operator's name and the shapes of its tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        shapes = tuple(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))
+        self.seen.add((func.overloadpacket.__name__, shapes))
+        return func(*args, **(kwargs or {}))
+
+
+class HostileBlas(TorchDispatchMode):
+    """Matrix products whose last bits depend on the number of rows, or on the place of a row among them."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name in ("linear", "matmul"):  # which inference mode leaves whole
+            with self:
+                return func.decompose(*args, **kwargs)
+        if name not in ("mm", "addmm", "bmm"):
+            return func(*args, **kwargs)
+        bias, (x, matrix) = (args[0], args[1:3]) if name == "addmm" else (0, args)
+        rows = x.shape[-2]
+        # One row at a time, so that the true BLAS has no say in it.
+        pairs = [(x, matrix)] if name != "bmm" else zip(x, matrix, strict=True)
+        y = torch.stack([torch.cat([row[None].clone() @ m for row in a]) for a, m in pairs]).view(*x.shape[:-1], -1)
+        wrong = torch.arange(rows)[:, None] if self.kind == "place" else rows
+        y = y * (1 + 4 * EPS * (wrong % 251)) + bias
+        return kwargs["out"].copy_(y) if "out" in kwargs else y
+
+
+@pytest.fixture
+def executor(engine):
+    folder = engine("saw_int4")
+    return ReferenceExecutor(folder, EngineConfig.load(folder), 1024, 0.5)
+
+
+def run(executor, sequences, steps):
+    """Logits and tokens of sequences, which are (number, prompt, params), that all run in the same steps."""
+    texts, logits = [[] for _ in sequences], []
+    for step in range(steps):
+        parts, states = [], []
+        for (number, prompt, params), text in zip(sequences, texts, strict=True):
+            ids, start = (prompt, 0) if step == 0 else (text[-1:], len(prompt) + step - 1)
+            kind = PREFILL if step == 0 else DECODE
+            parts.append(StepSequence(ids, start, len(prompt) + steps, kind, range(2 * number, 2 * number + 2)))
+            states.append(SamplingState(params, prompt, list(text)))
+        output = executor.execute(StepInputs.pack(parts, 4), states, [False] * len(parts))
+        logits.append(output.logits)
+        for text, token in zip(texts, output.token_ids, strict=True):
+            text.append(token)
+    return [(text, [row[i].tolist() for row in logits]) for i, text in enumerate(texts)]
+
+
+def requests(count, length):
+    """Prompts of ``length`` tokens and more, every other one sampled."""
+    ids = random(count, length + count).mul(300).long().abs().clamp(3, 1000).tolist()
+    params = [
+        SamplingParams(temperature=1.0 if i % 2 else 0.0, seed=i, return_generation_logits=True) for i in range(count)
+    ]
+    return [(i, ids[i][: length + i], params[i]) for i in range(count)]
+
+
+# -- the functions
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_are_those_of_exact_arithmetic(bias):
+    x, weight, b = random(77, 173), random(50, 173), random(50) if bias else None
+    exact = torch.nn.functional.linear(x.double(), weight.double(), b if b is None else b.double())
+    bound = 173 * EPS * (x.abs().double() @ weight.abs().double().T + 1)
+    assert ((linear(x, weight, b) - exact).abs() <= bound).all()
+
+    x, matrices = random(3, 2, 5, 64), random(3, 2, 4, 64, 32)
+    exact = x.double()[:, :, None] @ matrices.double()
+    bound = 64 * EPS * (x.abs().double()[:, :, None] @ matrices.abs().double())
+    for m in (matrices, matrices.mT.contiguous().mT):
+        got = products(x, m)
+        assert got.shape == (3, 2, 4, 5, 32)
+        assert ((got - exact).abs() <= bound).all()
+
+
+def test_elementwise_functions_and_sums_are_pytorchs():
+    x = random(7, 1001) * 10
+    assert (row_sum(x) - x.double().sum(-1, keepdim=True)).abs().max() <= 10 * EPS * x.abs().sum(-1).max()
+    assert row_sum(x[:, :1]).equal(x[:, :1])
+    torch.testing.assert_close(exp(x), x.double().exp().float(), rtol=4 * EPS, atol=0)
+    torch.testing.assert_close(tanh(x), x.double().tanh().float(), rtol=0, atol=4 * EPS)
+    torch.testing.assert_close(silu(x), torch.nn.functional.silu(x.double()).float(), rtol=8 * EPS, atol=1e-30)
+    assert torch.equal(silu(torch.tensor([-200.0, 0.0, 200.0])), torch.tensor([-0.0, 0.0, 200.0]))
+    assert exp(torch.tensor([-torch.inf, 0.0])).tolist() == [0, 1]
+    assert exp(torch.empty(0, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("function", [silu, exp, row_sum, lambda x: linear(x, random(40, 1001))])
+def test_a_row_is_the_same_beside_any_others(function):
+    """1001 columns: the tails of vector loops fall on another column in each row."""
+    x = random(64, 1001)
+    single = torch.cat([function(row) for row in x.split(1)])
+    for rows in (2, 3, 8, 17, 64):
+        assert torch.equal(torch.cat([function(part) for part in x.split(rows)]), single)
+    assert torch.equal(function(x.flatten()[3 * 1001 :].view(61, 1001)), single[3:])  # at another address
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("rows", (16,)), ("place", (1,))])
+def test_tiles_shrink_where_the_library_asks_for_it(kind, sizes):
+    with HostileBlas(kind):
+        assert invariant._tile_rows(96, 40, True, 1) == sizes
+
+
+def test_the_probe_tells_places_of_an_elementwise_loop_apart(monkeypatch):
+    """A tail of 5 elements, as scalar code behind a vector loop leaves it, is found out."""
+    true_exp = torch.exp
+
+    def exp_with_a_tail(x):
+        y = true_exp(x)
+        return torch.cat([y[:-5], y[-5:] * (1 + 4 * EPS)]) if len(y) > 5 else y
+
+    monkeypatch.setattr(torch, "exp", exp_with_a_tail)
+    assert invariant._exp_elements() == 1
+
+
+# -- the whole model
+
+
+def test_the_number_of_rows_never_reaches_the_library(executor):
+    """All products and transcendental functions of all steps are calls of a few shapes, whatever the batch."""
+    elements = invariant._exp_elements()
+    for count in (1, 3):
+        with Calls() as calls:
+            run(executor, requests(count, 20 + count), 3)
+        names = {name for name, _ in calls.seen}
+        assert not names & {*UNSPECIFIED, *PRODUCTS} - {"mm"}
+        rows = {shapes[0][0] for name, shapes in calls.seen if name == "mm"}
+        assert rows <= {*invariant._BASE_ROWS, *invariant._MORE_ROWS}
+        assert {s[0] for name, s in calls.seen if name == "exp"} == {(elements,)}
+
+
+@pytest.mark.parametrize("kind", ["rows", "place"])
+def test_a_hostile_blas_does_not_change_a_bit(executor, kind):
+    sequences = requests(3, 12)
+    with HostileBlas(kind):
+        single = [run(executor, [sequence], 3)[0] for sequence in sequences]
+        batch = run(executor, sequences, 3)
+    assert batch == single
+
+
+# -- the BLAS as it is
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{}, {"MKL_CBWR": "COMPATIBLE"}, {"MKL_ENABLE_INSTRUCTIONS": "AVX2"}],
+    ids=["default", "compatible", "avx2"],
+)
+def test_a_batch_changes_no_token_whatever_mkl_does(engine, setting):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment["OMP_DISPLAY_ENV"] = "TRUE"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.batch_invariance", engine("saw_int4")],
+        cwd=ROOT,
+        env=environment | setting,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr  # else one busy core holds up every call of two threads
+    for found in json.loads(done.stdout):
+        assert found["batch"] == found["single"], found["num_threads"]
+        assert len(set(map(tuple, found["single"]))) == 16

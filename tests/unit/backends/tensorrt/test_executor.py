@@ -1,0 +1,424 @@
+"""The TensorRT executor on a machine without a GPU: over stand-ins for CUDA and TensorRT, against the reference."""
+
+import importlib
+import shutil
+import sys
+import traceback
+import types
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from saw_trtllm import LLM, KvCacheConfig, SamplingParams
+from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
+from saw_trtllm.errors import BackendUnavailableError, EngineError, KernelError
+from saw_trtllm.runtime.sampling import SamplingState
+from tests.support.example import build_example
+from tests.support.fakes import cuda as fake_cuda
+from tests.support.fakes import engine as fake_engine
+from tests.support.fakes.cuda import cudaError_t
+
+LIMITS = {"max_batch_size": 16, "max_num_tokens": 128, "max_seq_len": 256}
+TOKENS = {"max_tokens": 2048}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Engine folders of the example model by kv: the reference's, and the same as TensorRT's."""
+    made = {}
+
+    def make(kv="saw_int4", **options):
+        key = (kv, *sorted(options.items()))
+        if key not in made:
+            base = tmp_path_factory.mktemp("engines")
+            build_example(base / "reference", kv=kv, **{**LIMITS, **options})
+            shutil.copytree(base / "reference", base / "tensorrt")
+            fake_engine.as_tensorrt(base / "tensorrt")
+            made[key] = (base / "reference", base / "tensorrt")
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with a GPU and TensorRT, for an engine's config."""
+
+    def make(folder, total=fake_cuda.TOTAL):
+        cuda = fake_cuda.install(monkeypatch, total)
+        module = fake_engine.Module(cuda, EngineConfig.load(folder))
+        monkeypatch.setitem(sys.modules, "tensorrt", module)
+        sampler = types.ModuleType("saw_trtllm.backends.tensorrt.sampler")
+        sampler.GpuSampler = lambda *sizes: fake_engine.Sampler(cuda, *sizes)
+        monkeypatch.setitem(sys.modules, "saw_trtllm.backends.tensorrt.sampler", sampler)
+        return cuda, module
+
+    return make
+
+
+@pytest.fixture
+def open_executor(machine):
+    """Open the executor of a folder."""
+    opened = []
+
+    def make(folder, total=fake_cuda.TOTAL, max_tokens=2048, fraction=0.9, **options):
+        cuda, module = machine(folder, total)
+        executor = importlib.import_module("saw_trtllm.backends.tensorrt.executor")
+        made = executor.TensorRTExecutor(folder, EngineConfig.load(folder), max_tokens, fraction, **options)
+        opened.append(made)
+        return made, cuda, module
+
+    yield make
+    for executor in opened:
+        executor.shutdown()
+
+
+def generate(folder, prompts, params, **cache):
+    with LLM(folder, kv_cache_config=KvCacheConfig(**cache)) as llm:
+        outputs = llm.generate(prompts, params)
+        return [o.outputs[0] for o in outputs], outputs, llm.stats()
+
+
+def requests(count, seed=0, max_tokens=12):
+    """Prompts of random lengths, greedy and sampled."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(3, 500, rng.integers(2, 90)).tolist() for _ in range(count)]
+    kinds = [{}, {"temperature": 1.0, "top_k": 20, "seed": 5}, {"repetition_penalty": 1.2, "logprobs": True}]
+    return prompts, [SamplingParams(max_tokens=max_tokens, ignore_eos=True, **kinds[i % 3]) for i in range(count)]
+
+
+@pytest.mark.parametrize("kv", ["fp16", "int4", "saw_int4"])
+def test_requests_with_preemption_give_what_the_reference_gives(kv, folders, machine):
+    reference, folder = folders(kv)
+    prompts, params = requests(12, max_tokens=40)
+    expected, _, _ = generate(reference, prompts, params, **TOKENS)
+    cuda, _ = machine(folder)
+    found, _, stats = generate(folder, prompts, params, max_tokens=320)
+    assert stats.preemptions_total > 0
+    assert [o.token_ids for o in found] == [o.token_ids for o in expected]
+    assert [o.logprobs for o in found] == [o.logprobs for o in expected]
+    assert cuda.launched > 0
+    assert cuda.everything() == []
+
+
+def test_skipped_layers_have_a_pool_of_their_own(folders, machine):
+    reference, folder = folders(kv_skip_layers="0,last")
+    prompts, params = requests(6, seed=1)
+    expected, _, _ = generate(reference, prompts, params, **TOKENS)
+    machine(folder)
+    found, _, _ = generate(folder, prompts, params, **TOKENS)
+    assert [o.token_ids for o in found] == [o.token_ids for o in expected]
+
+
+def test_logits_come_to_the_host_for_those_who_ask(folders, machine):
+    reference, folder = folders(gather_all_token_logits=True)
+    prompts, _ = requests(4, seed=2)
+    wanted = [{"return_context_logits": True}, {"return_generation_logits": True}, {}]
+    wanted.append({**wanted[0], **wanted[1]})
+    params = [SamplingParams(max_tokens=5, ignore_eos=True, **w) for w in wanted]
+    _, expected, _ = generate(reference, prompts, params, **TOKENS)
+    machine(folder)
+    _, found, _ = generate(folder, prompts, params, **TOKENS)
+    for a, b in zip(found, expected, strict=True):
+        for x, y in (
+            (a.context_logits, b.context_logits),
+            (a.outputs[0].generation_logits, b.outputs[0].generation_logits),
+        ):
+            assert (x is None) == (y is None)
+            if y is not None:
+                np.testing.assert_array_equal(x, y)
+
+
+# -- steps by hand
+
+
+def pack(*sequences):
+    return StepInputs.pack([StepSequence(*s) for s in sequences], 4)
+
+
+def state(**params):
+    return SamplingState(SamplingParams(**params), [1], [])
+
+
+def test_a_step_takes_the_tokens_of_the_one_under_way(folders, open_executor):
+    executor, cuda, _ = open_executor(folders()[1])
+    first = executor.launch(
+        pack(([5, 6, 7], 0, 3, PREFILL, [0]), ([9, 8], 0, 2, PREFILL, [1])), [state()] * 2, [False] * 2
+    )
+    blind = executor.launch(pack(([-2], 2, 2, DECODE, [1]), ([-1], 3, 3, DECODE, [0])), [state()] * 2, [False] * 2)
+    assert cuda.streams[executor.stream].work, "nothing has waited for the GPU"
+    tokens = first.result().token_ids
+    found = blind.result().token_ids
+    again, _, _ = open_executor(folders()[1])
+    again.launch(pack(([5, 6, 7], 0, 3, PREFILL, [0]), ([9, 8], 0, 2, PREFILL, [1])), [None] * 2, [False] * 2).result()
+    known = pack(([tokens[1]], 2, 2, DECODE, [1]), ([tokens[0]], 3, 3, DECODE, [0]))
+    assert again.launch(known, [state()] * 2, [False] * 2).result().token_ids == found
+
+
+def test_a_third_launch_keeps_the_first_ones_result(folders, open_executor):
+    executor, _, _ = open_executor(folders()[1])
+    steps = [executor.launch(pack(([5 + i], 0, 1, PREFILL, [i])), [state()], [False]) for i in range(3)]
+    alone = [executor.launch(pack(([5 + i], 0, 1, PREFILL, [i])), [state()], [False]).result() for i in range(3)]
+    assert [s.result().token_ids for s in steps] == [s.token_ids for s in alone]
+
+
+def test_decodes_are_padded_to_a_graph_and_larger_batches_run_without(folders, open_executor):
+    executor, cuda, _ = open_executor(folders()[1])
+    assert executor.buckets == [1, 2, 4, 8, 16]
+    for count, graphs in ((3, 1), (16, 2), (1, 3)):
+        step = pack(*(([7], 0, 1, DECODE, [i]) for i in range(count)))
+        assert len(executor.launch(step, [state()] * count, [False] * count).result().token_ids) == count
+        assert cuda.launched == graphs
+    executor.launch(pack(([7], 0, 1, PREFILL, [0]), ([7], 0, 1, DECODE, [1])), [state()] * 2, [False] * 2).result()
+    assert cuda.launched == graphs, "a prefill is in no graph"
+
+
+def test_an_engine_without_a_profile_for_decodes_runs_too(folders, machine):
+    reference, folder = folders()
+    prompts, params = requests(4, seed=3)
+    expected, _, _ = generate(reference, prompts, params, **TOKENS)
+    _, module = machine(folder)
+    module.num_profiles = 1
+    found, _, _ = generate(folder, prompts, params, **TOKENS)
+    assert [o.token_ids for o in found] == [o.token_ids for o in expected]
+
+
+def test_a_step_that_does_not_begin_leaves_the_one_under_way(folders, open_executor):
+    executor, _, module = open_executor(folders()[1], graphs=False)
+    under_way = executor.launch(pack(([5, 6], 0, 2, PREFILL, [0])), [state()], [False])
+    module.refusing.add(1)
+    with pytest.raises(KernelError, match=r"^TensorRT 8\.6\.0 does not run the step: "):
+        executor.launch(pack(([-1], 2, 2, DECODE, [0])), [state()], [False])
+    token = under_way.result().token_ids
+    module.refusing.clear()
+    again = executor.launch(pack(([5, 6], 0, 2, PREFILL, [0])), [state()], [False])
+    assert again.result().token_ids == token
+
+
+def test_a_failure_of_the_gpu_is_the_results(folders, open_executor):
+    executor, cuda, _ = open_executor(folders()[1])
+    step = executor.launch(pack(([5, 6], 0, 2, PREFILL, [0])), [state()], [False])
+    cuda.failing["cudaEventSynchronize"] = cudaError_t.cudaErrorIllegalAddress
+    with pytest.raises(KernelError, match=r"^cudaEventSynchronize failed: an illegal memory access \(cudaErrorIll"):
+        step.result()
+    cuda.failing.clear()
+
+
+def test_a_graph_that_is_not_recorded_is_done_without(folders, open_executor, machine, monkeypatch, caplog):
+    reference, folder = folders()
+    prompts, params = requests(3, seed=4)
+    expected, _, _ = generate(reference, prompts, params, **TOKENS)
+    cuda, _ = machine(folder)
+    cuda.failing["cudaGraphInstantiate"] = cudaError_t.cudaErrorMemoryAllocation
+    found, _, _ = generate(folder, prompts, params, **TOKENS)
+    assert [o.token_ids for o in found] == [o.token_ids for o in expected]
+    assert "decodes of 1 sequences and more run without a CUDA graph: cudaGraphInstantiate failed: out of memory" in (
+        caplog.text
+    )
+    assert cuda.launched == 0
+
+
+def test_a_profile_names_the_layers(folders, open_executor):
+    executor, _, _ = open_executor(folders()[1])
+    assert executor.profile(pack(([7], 0, 1, DECODE, [0]))) == [("all of it", 1.0)]
+
+
+# -- memory
+
+
+def test_the_plan_accounts_for_the_gpus_memory(folders, open_executor):
+    folder = folders()[1]
+    executor, cuda, _ = open_executor(folder, max_tokens=None, fraction=0.5)
+    plan, config = executor.memory, EngineConfig.load(folder)
+    assert plan.activations == fake_engine.ACTIVATIONS
+    assert plan.weights > 0
+    assert plan.pool == executor.num_blocks * 32 * config.bytes_per_token
+    assert executor.num_blocks == 16 * 8, "no more than all sequences need"
+    assert plan.free == cuda.total - cuda.used
+
+
+def test_executors_may_share_the_memory_of_their_caches(folders, machine):
+    _, folder = folders(kv_skip_layers="0,last")
+    cuda, _ = machine(folder)
+    executor, buffer = (
+        importlib.import_module(f"saw_trtllm.backends.tensorrt.{name}") for name in ("executor", "cuda")
+    )
+    memory = buffer.DeviceBuffer(8 << 20)
+    config = EngineConfig.load(folder)
+    made = [executor.TensorRTExecutor(folder, config, None, 1.0, pool_memory=memory) for _ in range(2)]
+    for x in made:
+        assert 0 < x.memory.pool <= memory.nbytes
+        assert [pool.address % 256 for pool in x.pools] == [0, 0]
+        assert x.pools[1].address >= x.pools[0].address + x.pools[0].nbytes
+    assert made[0].pools[0].address == made[1].pools[0].address == memory.address
+    for x in made:
+        x.shutdown()
+    assert list(cuda.device) == [memory.address]
+    memory.close()
+    assert cuda.everything() == []
+
+
+def test_the_pool_takes_its_share_of_what_is_left(folders, open_executor):
+    folder = folders()[1]
+    total = 24 << 20
+    executor, _, _ = open_executor(folder, total=total, max_tokens=None, fraction=0.05)
+    left = executor.memory.pool + executor.memory.free
+    assert 0.04 * left < executor.memory.pool <= 0.05 * left
+    assert executor.num_blocks < 16 * 8
+
+
+def too_little(folder, machine, cuda_total, max_tokens=None, fraction=0.9):
+    cuda, _ = machine(folder, cuda_total)
+    executor = importlib.import_module("saw_trtllm.backends.tensorrt.executor")
+    with pytest.raises(EngineError) as error:
+        executor.TensorRTExecutor(folder, EngineConfig.load(folder), max_tokens, fraction)
+    traceback.clear_frames(error.tb)  # which the engine is in
+    assert cuda.everything() == []
+    return str(error.value)
+
+
+def test_too_little_memory_says_how_much_and_which_flag(folders, machine):
+    folder = folders()[1]
+    message = too_little(folder, machine, 24 << 20, fraction=0.001)
+    assert message.startswith("the KV cache gets 0.0")
+    assert "0% of the" in message
+    assert "one sequence of max_seq_len 256 takes 0." in message
+    assert "raise --kv_cache_free_gpu_memory_fraction, free memory there, or build" in message
+    message = too_little(folder, machine, 24 << 20, max_tokens=1 << 20)
+    assert message.startswith("a KV cache of 1048576 tokens takes ")
+    assert "give it at most" in message
+    assert "raise --kv_cache_free_gpu_memory_fraction" in message
+    assert too_little(folder, machine, 24 << 20, max_tokens=31) == (
+        "the KV cache would hold 31 tokens and a block has 32: give it more tokens"
+    )
+    assert "of weights and kernels and the GPU has" in too_little(folder, machine, 1 << 20)
+
+
+# -- acceptance
+
+
+@pytest.fixture
+def refused(folders, machine, tmp_path):
+    """The sentence with which an engine is refused that ``change`` has been at."""
+
+    def refuse(change=lambda folder: None, errors=EngineError, prepare=lambda cuda, module: None, **section):
+        folder = tmp_path / "engine"
+        shutil.copytree(folders()[1], folder, dirs_exist_ok=True)
+        config = EngineConfig.load(folder)
+        config.model_copy(update={"saw_int4": config.saw_int4.model_copy(update=section)}).save(folder)
+        change(folder)
+        cuda, module = machine(folder)
+        prepare(cuda, module)
+        with pytest.raises(errors) as error:
+            LLM(folder)
+        traceback.clear_frames(error.tb)  # which the engine is in
+        assert cuda.everything() == []
+        message = str(error.value)
+        assert "\n" not in message
+        return message.replace(str(folder), "FOLDER")
+
+    return refuse
+
+
+AGAIN = "build it anew with saw-build on this machine"
+
+
+def test_versions_must_match(refused):
+    assert refused(plugin_version="7") == (
+        f"the engine in FOLDER was built with version 7 of the plugins and this runtime has version 1: {AGAIN}"
+    )
+    assert refused(tensorrt_version="10.14.1") == (
+        f"the engine in FOLDER was built with TensorRT 10.14.1 and TensorRT 8.6.0 is installed: {AGAIN}, or install "
+        "that version"
+    )
+    assert refused(compute_capability="8.9") == (
+        f"the engine in FOLDER was built for a GPU of compute capability 8.9 and this one has 9.0: {AGAIN}"
+    )
+
+
+def test_an_engine_with_the_gemm_plugin_needs_cublas_lt(refused, monkeypatch):
+    def with_plugin(folder):
+        config = EngineConfig.load(folder)
+        config.build_config.plugin_config.gemm_plugin = "float16"
+        config.save(folder)
+
+    monkeypatch.setattr("saw_trtllm.plugins.library.load_cublas_lt", lambda: False)
+    assert refused(with_plugin, errors=BackendUnavailableError) == (
+        "the engine in FOLDER has its GEMMs from cuBLASLt, which cannot be loaded: pip install nvidia-cublas-cu12, or "
+        "add the folder of libcublasLt.so.12 or .13 to LD_LIBRARY_PATH"
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100, None])
+def test_a_damaged_engine_file_is_refused(content, refused):
+    def damage(folder):
+        file = folder / "rank0.engine"
+        file.write_bytes(file.read_bytes()[:-500] if content is None else content)
+
+    message = refused(damage)
+    assert message.startswith("FOLDER/rank0.engine cannot be read as an engine (")
+    assert message.endswith(AGAIN)
+
+
+def test_a_missing_engine_file_is_refused(refused):
+    message = refused(lambda folder: (folder / "rank0.engine").unlink())
+    assert message == f"FOLDER/rank0.engine does not exist: {AGAIN}"
+
+
+def test_a_file_of_another_build_is_refused(refused):
+    def prepare(cuda, module):
+        section = module.config.saw_int4.model_copy(update={"kv_skip_layers": [0]})
+        module.engine_config = module.config.model_copy(update={"saw_int4": section})
+
+    assert refused(prepare=prepare) == (
+        "FOLDER/rank0.engine is not of its config.json, which says otherwise of host_kv_cache_pool_pointers, "
+        f"kv_cache_block_offsets: {AGAIN}"
+    )
+
+
+def test_what_is_missing_is_said(refused, monkeypatch):
+    def no_gpu(cuda, module):
+        cuda.failing["cudaGetDevice"] = cudaError_t.cudaErrorNoDevice
+
+    assert refused(errors=BackendUnavailableError, prepare=no_gpu).startswith("CUDA finds no GPU (cudaErrorNoDevice): ")
+
+    def no_plugins(cuda, module):
+        module.get_plugin_registry = lambda: types.SimpleNamespace(plugin_creator_list=[])
+
+    monkeypatch.setattr("saw_trtllm.__file__", "/nowhere/__init__.py")
+    message = refused(errors=BackendUnavailableError, prepare=no_plugins)
+    assert (
+        "libsaw_trtllm_plugins.so is missing: build it with SAW_TENSORRT_INCLUDE_DIR=DIR build_scripts/kernels"
+        in message
+    )
+
+    def no_tensorrt(cuda, module):
+        monkeypatch.setitem(sys.modules, "tensorrt", None)
+
+    message = refused(errors=BackendUnavailableError, prepare=no_tensorrt)
+    assert message.startswith("TensorRT cannot be imported here (")
+
+    def no_cuda(cuda, module):
+        monkeypatch.setitem(sys.modules, "cuda", None)
+        monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+
+    message = refused(errors=BackendUnavailableError, prepare=no_cuda)
+    assert message.startswith("CUDA for Python cannot be imported here (")
+    assert message.endswith("--backend reference runs on any CPU")
+
+
+# -- pieces
+
+
+@pytest.mark.parametrize(("most", "first", "last"), [(1, 1, 1), (3, 1, 3), (20, 1, 20), (2048, 1, 512)])
+def test_buckets_end_with_the_largest_batch(most, first, last, machine, folders):
+    machine(folders()[1])
+    graphs = importlib.import_module("saw_trtllm.backends.tensorrt.graphs")
+    sizes = graphs.buckets(most)
+    assert (sizes[0], sizes[-1]) == (first, last)
+    assert sizes == sorted(set(sizes))
+    # A batch is at most doubled up to 8, and from 64 on a quarter larger.
+    assert all(b <= 2 * a for a, b in pairwise(sizes))
+    assert all(b <= 1.25 * a for a, b in pairwise(sizes) if a >= 64)

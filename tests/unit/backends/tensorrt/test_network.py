@@ -1,0 +1,602 @@
+"""The project's own definitions: recorded by a stand-in for TensorRT, and run in PyTorch against the reference."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from saw_trtllm.backends.reference.attention import paged_attention, rotate_quantize_kv
+from saw_trtllm.backends.reference.cache import PagedCache, StepPlan
+from saw_trtllm.backends.reference.int4 import TORCH_DTYPES
+from saw_trtllm.backends.reference.model import ReferenceModel
+from saw_trtllm.backends.tensorrt.build import build_engine, serialize_engine
+from saw_trtllm.backends.tensorrt.decoder import define_decoder
+from saw_trtllm.backends.tensorrt.graph import Graph
+from saw_trtllm.backends.tensorrt.profiles import profiles, shapes, step_inputs
+from saw_trtllm.backends.tensorrt.versions import TensorRT
+from saw_trtllm.build import plan_build
+from saw_trtllm.calibrate import calibrate
+from saw_trtllm.checkpoint import Checkpoint
+from saw_trtllm.engine.config import EngineConfig, k_center_name
+from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
+from saw_trtllm.errors import BackendUnavailableError, CheckpointError, ConfigError, EngineError
+from saw_trtllm.plan.options import BuildOptions
+from saw_trtllm.plan.tensorrt_options import NetworkOptions
+from tests.support.fakes import tensorrt as fake_tensorrt
+from tests.support.fakes import tensorrt_86 as fake_tensorrt_86
+from tests.support.fakes import tensorrt_execute as fake_tensorrt_execute
+from tests.support.fakes.gpu import pretend_gpu
+from tests.support.models import make_hf_model
+from tests.support.tolerance import model_rounding
+
+IDS = np.random.default_rng(3).integers(3, 203, (3, 90)).tolist()
+#: What a step takes: sequence, first token, count, kind. A prefill, a chunk behind history, decodes, and all of them.
+STEPS = [
+    [(0, 0, 37, PREFILL)],
+    [(0, 37, 20, PREFILL), (1, 0, 5, PREFILL)],
+    [(0, 57, 1, DECODE), (1, 5, 1, DECODE)],
+    [(2, 0, 40, PREFILL), (1, 6, 30, PREFILL), (0, 58, 1, DECODE)],
+    [(0, 59, 1, DECODE), (1, 36, 1, DECODE), (2, 40, 1, DECODE)],
+]
+BLOCKS = [[6, 1, 5, 0, 3], [9, 2, 14, 13, 4], [7, 8, 10, 11, 12]]
+TOKENS_PER_BLOCK = 16
+
+
+@pytest.fixture
+def tensorrt(monkeypatch):
+    monkeypatch.setattr(fake_tensorrt.get_plugin_registry(), "saw", True)
+    return TensorRT(fake_tensorrt)
+
+
+@pytest.fixture
+def tensorrt_86():
+    return TensorRT(fake_tensorrt_86.Module())
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """Plans a build of a random model."""
+
+    def make(family="llama", calibrated=False, fields=None, **options):
+        folder = make_hf_model(tmp_path, family, **{"num_hidden_layers": 2, **(fields or {})})[0]
+        if calibrated:
+            windows = torch.randint(3, 203, (4, 64), generator=torch.Generator().manual_seed(1))
+            calibrate(Checkpoint.open(folder), windows).save(tmp_path / "calibration")
+            options["calibration"] = tmp_path / "calibration"
+        defaults = {"dtype": "float16", "max_batch_size": 16, "max_num_tokens": 512}
+        defaults["tokens_per_block"] = TOKENS_PER_BLOCK
+        return plan_build(BuildOptions(model_dir=folder, output_dir=tmp_path / "engine", **{**defaults, **options}))
+
+    return make
+
+
+def define(tensorrt, plan, use_plugins=False):
+    """The graph of a plan, which keeps its weights."""
+    network = tensorrt.create_network(tensorrt.builder(tensorrt.logger()))
+    graph = Graph(tensorrt, network, use_plugins)
+    define_decoder(graph, plan.config, plan.load)
+    return graph
+
+
+def plugin_layers(graph, name):
+    return fake_tensorrt.plugin_layers(graph.network, name)
+
+
+class Execution:
+    """Runs a recorded network step by step, with the reference's operations in the plugins' places.
+
+    In fp32 throughout, where the two differ in the order of their sums only; or in the network's own types.
+    """
+
+    def __init__(self, graph, plan, cache, monkeypatch, own_types=False):
+        self.network, self.config, self.cache = graph.network, plan.config, cache
+        self.dtype = TORCH_DTYPES[self.config.pretrained_config.dtype] if own_types else torch.float32
+        monkeypatch.setattr(fake_tensorrt_execute, "_write", self._write)
+        monkeypatch.setattr(fake_tensorrt_execute, "_attention", self._attention)
+        if own_types:
+            monkeypatch.setattr(fake_tensorrt_execute._Layers, "constant", staticmethod(self._constant))
+            monkeypatch.setattr(fake_tensorrt_execute._Layers, "cast", staticmethod(self._cast))
+
+    def run(self, step):
+        self.plan = StepPlan.make(step, self.cache.pools[0])
+        layers, pools = self.config.pretrained_config.num_hidden_layers, self.config.pools
+        places = [next([p, x.layers.index(i)] for p, x in enumerate(pools) if i in x.layers) for i in range(layers)]
+        fed = {name: getattr(step, name) for name in StepInputs.__dataclass_fields__}
+        fed["host_kv_cache_pool_mapping"] = np.array(places, np.int32)
+        fed["host_kv_cache_pool_pointers"] = np.array([[1 << 40, 0]] * len(pools))
+        fed["host_max_attention_window_sizes"] = np.full(layers, self.config.build_config.max_seq_len, np.int32)
+        values = {t.name: torch.from_numpy(fed[t.name]).long() for t in self.network._inputs}
+        outputs = fake_tensorrt_execute.execute(self.network, values)
+        assert list(outputs) == ["logits"]
+        return outputs["logits"]
+
+    def _write(self, fields, x):
+        qkv, mapping = x[0], x[6]
+        assert qkv.dtype == self.dtype
+        D, H, Hkv = fields["head_dim"], fields["num_heads"], fields["num_kv_heads"]
+        q, k, v = qkv.unflatten(-1, (-1, D)).split([H, Hkv, Hkv], dim=1)
+        pool, index = self._pool(fields, mapping)
+        assert fields["hadamard_order"] == pool.format.hadamard_order
+        assert fields["range_factor"] == pytest.approx(pool.format.range_factor)
+        center = x[8] if fields["use_k_center"] else None
+        rows = rotate_quantize_kv(
+            q, k, v, x[7], pool, index, self.plan, rotate_v=bool(fields["rotate_v"]), k_center=center
+        )
+        return [*(a.flatten(1) for a in rows), torch.zeros(len(x[2]), Hkv, dtype=torch.int64)]
+
+    def _attention(self, fields, x):
+        q, k, v = (a.unflatten(-1, (-1, fields["head_dim"])) for a in x[:3])
+        pool, index = self._pool(fields, x[9])
+        window = min(fields["window"] or 1 << 30, int(x[10][fields["layer_idx"]]))
+        assert not fields["softmax_scale"]
+        assert not fields["softcap"]
+        return [paged_attention(q, k, v, pool, index, self.plan, window=window).flatten(1)]
+
+    def _pool(self, fields, mapping):
+        which, index = mapping[fields["layer_idx"]].tolist()
+        pool = self.cache.pools[which]
+        assert (fields["kv"], fields["head_dim"]) == (pool.format.kv, pool.format.head_dim)
+        assert fields["tokens_per_block"] == pool.tokens_per_block
+        return pool, index
+
+    @staticmethod
+    def _constant(layer):
+        array = layer.weights.numpy()
+        value = torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array.copy())
+        value = value.view(torch.bfloat16) if array.dtype == np.uint16 else value
+        return value.reshape(layer.shape) if value.is_floating_point() else value.reshape(layer.shape).long()
+
+    @staticmethod
+    def _cast(layer, x):
+        types = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16}
+        return x.to(types[layer.to_type.name])
+
+
+def make_cache(plan, dtype):
+    """Pools as the plan's, with rows of ``dtype`` where they are not quantized."""
+    config = plan.config
+    pools = [(replace(pool.format, dtype=dtype), pool.layers) for pool in config.pools]
+    cache = PagedCache(pools, 16, config.pretrained_config.num_key_value_heads, TOKENS_PER_BLOCK)
+    for pool in cache.pools:
+        pool.data.zero_()  # so that two caches can be compared
+    return cache
+
+
+def reference(plan, dtype):
+    """The reference model of a plan, computing in ``dtype`` from the plan's weights."""
+    config, model = plan.config, plan.config.pretrained_config
+    center = None
+    if plan.calibration is not None:
+        center = torch.from_numpy(np.stack([plan.load(k_center_name(i)) for i in range(model.num_hidden_layers)]))
+    return ReferenceModel(model.model_copy(update={"dtype": dtype}), plan.load, config.build_config.max_seq_len, center)
+
+
+def pack(plan, parts):
+    sequences = [StepSequence(IDS[i][a : a + n], a, 60, kind, BLOCKS[i]) for i, a, n, kind in parts]
+    return StepInputs.pack(sequences, *(len(pool.layers) for pool in plan.config.pools))
+
+
+def differences(graph, plan, monkeypatch, own_types=False):
+    """Of each step, how far its logits are from the reference's."""
+    dtype = plan.config.pretrained_config.dtype if own_types else "float32"
+    model, cache = reference(plan, dtype), make_cache(plan, dtype)
+    execution = Execution(graph, plan, make_cache(plan, dtype), monkeypatch, own_types)
+    every = plan.config.build_config.gather_context_logits
+    for parts in STEPS:
+        step = pack(plan, parts)
+        expected = model.forward(step, cache, all_logits=every)
+        found = execution.run(step)
+        assert found.shape == expected.shape
+        assert expected.abs().max() > 1
+        yield (found - expected).abs().max().item()
+        follow(execution.cache, cache)
+
+
+def follow(cache, reference):
+    """What a step wrote is the reference's but for a row here and there that another order of sums rounds to another
+    code. The next step begins with the reference's rows, or such a code would be seen in all that follow."""
+    for mine, theirs in zip(cache.pools, reference.pools, strict=True):
+        if theirs.format.quantized:
+            different = (mine.data != theirs.data).sum().item()
+            assert different <= 0.01 * theirs.data.count_nonzero().item()
+            mine.data.copy_(theirs.data)
+
+
+CASES = {
+    "llama": ("llama", {}, {}),
+    "llama, fp16": ("llama", {}, {"kv": "fp16"}),
+    "llama, int4": ("llama", {}, {"kv": "int4"}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}, {}),
+    "llama, small blocks": ("llama", {}, {"hadamard_order": 16}),
+    "llama, V not rotated": ("llama", {}, {"rotate_v": "disable"}),
+    "llama, all logits": ("llama", {}, {"gather_context_logits": True}),
+    "llama, a layer skipped": ("llama", {"num_hidden_layers": 3}, {"kv_skip_layers": "1"}),
+    "llama 3, head_dim 128": ("llama3", {}, {}),
+    "llama, head_dim 256": ("llama", {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1}, {}),
+    "mistral, window": ("mistral", {}, {}),
+    "mistral, head_dim 128": ("mistral", {"head_dim": 128, "sliding_window": None}, {"kv": "int4"}),
+    "qwen2": ("qwen2", {}, {}),
+    "qwen2, head_dim 128, fp16": ("qwen2", {"head_dim": 128, "num_attention_heads": 2}, {"kv": "fp16"}),
+    "qwen3, tied": ("qwen3", {}, {}),
+    "qwen3, head_dim 128": ("qwen3", {"head_dim": 128, "tie_word_embeddings": False}, {}),
+    "llama, calibrated": ("llama", {}, {"calibrated": True}),
+    "qwen3, calibrated": ("qwen3", {}, {"calibrated": True}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_the_references(name, plan, tensorrt, monkeypatch):
+    family, fields, options = CASES[name]
+    made = plan(family, fields=fields, **options)
+    check_differences(define(tensorrt, made), made, monkeypatch)
+
+
+def check_differences(graph, plan, monkeypatch):
+    """A prefill reads no row; later, sums in another order may round a row to another code, if seldom."""
+    first, *later = differences(graph, plan, monkeypatch)
+    rounding = model_rounding(np.ones(1))  # logits are larger than 1
+    assert first < rounding
+    assert max(later) < (0.01 if plan.config.kv_format.quantized else rounding)
+    assert min(later) < 2e-4
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.03), ("bfloat16", 0.3)])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_logits_in_16_bits_are_near(family, dtype, tolerance, plan, tensorrt, monkeypatch):
+    made = plan(family, dtype=dtype, kv="fp16")
+    assert 0 < max(differences(define(tensorrt, made), made, monkeypatch, own_types=True)) < tolerance
+
+
+# -- the versions of TensorRT
+
+
+@pytest.mark.parametrize("use_plugins", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_network_of_8_6_is_the_same(family, use_plugins, plan, tensorrt_86, monkeypatch):
+    made = plan(family)
+    graph = define(tensorrt_86, made, use_plugins)
+    check_differences(graph, made, monkeypatch)
+    assert len(plugin_layers(graph, "SawInt4PagedAttention")) == 2
+    kinds = {layer.type.name for layer in fake_tensorrt.live_layers(graph.network)}
+    own = {"MATRIX_MULTIPLY", "ACTIVATION", "REDUCE"}
+    assert kinds & own == (set() if use_plugins else own)
+    assert len(plugin_layers(graph, "SawGemm")) == (2 * 5 + 1) * use_plugins
+    assert len(plugin_layers(graph, "SawRmsNorm")) == (2 * (2 + (family == "qwen3")) + 1) * use_plugins
+    assert len(plugin_layers(graph, "SawSiluMul")) == 2 * use_plugins
+    assert len(plugin_layers(graph, "SawLookup")) == use_plugins
+
+
+def test_8_6_is_told_the_type_of_each_layer(plan, tensorrt_86):
+    graph = define(tensorrt_86, plan("qwen3"))
+    free = ("CAST", "PLUGIN_V2")
+    for layer in fake_tensorrt.live_layers(graph.network):
+        dtype = layer.get_output(0).dtype
+        fixed = dtype == fake_tensorrt.float32 or layer.type.name != "CONSTANT"
+        if layer.type.name in free or dtype == fake_tensorrt.int32 or not fixed:
+            assert layer.types == {}
+        else:
+            assert (layer.precision, layer.types) == (dtype, {0: dtype}), layer.name
+    wide = {x.name for x in graph.network._layers if x.types == {0: fake_tensorrt.float32}}
+    assert "transformer.layers.1.mlp.sqrt" in wide
+    assert "rotary_cos_sin" in wide
+    config = tensorrt_86.create_config(tensorrt_86.builder(None))
+    assert {flag.name for flag in config.flags} == {"FP16", "OBEY_PRECISION_CONSTRAINTS"}
+    assert config.tactic_sources == 0b11000
+
+
+def test_typed_networks_are_strongly_typed(plan, tensorrt):
+    made = plan()
+    graph = define(tensorrt, made)
+    assert graph.network.get_flag(fake_tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    assert not any(hasattr(layer, "precision") for layer in graph.network._layers)
+    assert not tensorrt.create_config(tensorrt.builder(None)).flags
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_logits_are_of_the_checkpoints_logits_dtype(dtype, plan, tensorrt, tensorrt_86):
+    made = plan()
+    made.config.pretrained_config.logits_dtype = dtype
+    for version in (tensorrt, tensorrt_86):
+        assert define(version, made).network.get_output(0).dtype == getattr(fake_tensorrt, dtype)
+    # In fp32 they are the sums themselves, rounded to nothing before.
+    graph = define(tensorrt, made, use_plugins=True)
+    assert graph.network.get_output(0).dtype == getattr(fake_tensorrt, dtype)
+    assert graph.network.get_output(0).producer.plugin.fields["output_dtype"] == dtype
+
+
+def test_11_has_no_other_networks(tensorrt, monkeypatch):
+    monkeypatch.setattr(fake_tensorrt, "__version__", "11.1.0")
+    newest = TensorRT(fake_tensorrt)
+    assert newest.create_network(newest.builder(None)).flags == 0
+
+
+def test_what_does_not_fit_is_refused(plan, tensorrt, tensorrt_86, monkeypatch):
+    with pytest.raises(ConfigError, match=r"^the model is in bfloat16, which TensorRT 8\.6\.0 does not have: "):
+        define(tensorrt_86, plan(dtype="bfloat16"))
+    with pytest.raises(ConfigError, match=r"^the model is in float32, and the plugins compute in 16 bits: "):
+        define(tensorrt, plan(dtype="float32"))
+    monkeypatch.setattr(fake_tensorrt.get_plugin_registry(), "saw", False)
+    with pytest.raises(
+        BackendUnavailableError, match=r"^the plugin SawRotateQuantizeKV is not registered with TensorRT"
+    ):
+        define(tensorrt, plan())
+    for version in ("8.5.3", "9.3.0"):
+        monkeypatch.setattr(fake_tensorrt, "__version__", version)
+        with pytest.raises(BackendUnavailableError, match=f"^TensorRT {version} is not supported: install 8.6"):
+            TensorRT(fake_tensorrt)
+
+
+def test_a_plugin_that_refuses_its_fields_is_an_error(tensorrt):
+    network = tensorrt.create_network(tensorrt.builder(None))
+    with pytest.raises(ConfigError, match=r"^SawInt4PagedAttention refuses {'head_dim': 80}: see TensorRT's log"):
+        tensorrt.add_plugin(network, "SawInt4PagedAttention", {"head_dim": 80}, [])
+
+
+# -- what the engine is fed
+
+
+def test_inputs_are_those_of_the_executor(plan, tensorrt, tensorrt_86):
+    made = plan(fields={"num_hidden_layers": 3}, kv_skip_layers="1")
+    inputs = {t.name: (t.dtype, t.shape) for t in define(tensorrt, made).network._inputs}
+    tokens, sequences, i32 = (fake_tensorrt.int32, (-1,)), (fake_tensorrt.int32, (-1,)), fake_tensorrt.int32
+    assert inputs == {
+        "input_ids": tokens,
+        "position_ids": tokens,
+        "last_token_ids": sequences,
+        "sequence_length": sequences,
+        "host_request_types": sequences,
+        "kv_cache_block_offsets": (i32, (2, -1, 2, -1)),
+        "host_kv_cache_pool_pointers": (fake_tensorrt.int64, (2, 2)),
+        "host_kv_cache_pool_mapping": (i32, (3, 2)),
+        "host_max_attention_window_sizes": (i32, (3,)),
+    }
+    older = {t.name: (t.dtype, t.shape) for t in define(tensorrt_86, made).network._inputs}
+    assert older == inputs | {"host_kv_cache_pool_pointers": (i32, (2, 2, 2))}
+
+
+def test_profiles_hold_all_steps_and_decodes(plan, tensorrt):
+    made = plan(max_seq_len=250, max_batch_size=200, max_num_tokens=4096)
+    limits = made.config.build_config
+    whole, decode = profiles(limits, decode_profile=True)
+    assert [whole] == profiles(limits, decode_profile=False)
+    assert whole == {"num_sequences": (1, 128, 200), "num_tokens": (1, 2048, 4096), "max_blocks_per_seq": (1, 16, 16)}
+    assert decode == whole | {"num_tokens": (1, 128, 200)}
+    by_name = {x.name: x for x in step_inputs(made.config, tensorrt)}
+    assert shapes(by_name["kv_cache_block_offsets"], decode) == ((1, 1, 2, 1), (1, 128, 2, 16), (1, 200, 2, 16))
+    assert shapes(by_name["host_kv_cache_pool_mapping"], decode) == ((2, 2),) * 3
+
+
+def test_plugins_have_each_layers_format_and_window(plan, tensorrt):
+    windowed = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+    graph = define(tensorrt, plan("qwen2", fields=windowed, kv_skip_layers="0", hadamard_order=32))
+    writes, attentions = (plugin_layers(graph, n) for n in ("SawRotateQuantizeKV", "SawInt4PagedAttention"))
+    keys = ("layer_idx", "kv", "hadamard_order", "rotate_v", "use_k_center", "dtype")
+    assert [[layer.plugin.fields[key] for key in keys] for layer in writes] == [
+        [0, "fp16", 1, 0, 0, "float16"],
+        [1, "saw_int4", 32, 0, 0, "float16"],
+    ]
+    assert [layer.plugin.fields["window"] for layer in attentions] == [0, 9]
+    assert [layer.name for layer in attentions] == [
+        f"transformer.layers.{i}.attention.SawInt4PagedAttention" for i in range(2)
+    ]
+
+
+def test_layers_have_names_of_their_own(plan, tensorrt):
+    names = [layer.name for layer in define(tensorrt, plan("qwen3")).network._layers]
+    assert len(set(names)) == len(names)
+    assert {"transformer.vocab_embedding.weight", "transformer.layers.1.attention.qkv.weight"} <= set(names)
+
+
+def test_a_tied_head_is_the_embedding(plan, tensorrt):
+    tied = define(tensorrt, plan("qwen3")).network._layers
+    untied = define(tensorrt, plan("qwen3", fields={"tie_word_embeddings": False})).network._layers
+    assert len(untied) == len(tied) + 1
+
+
+# -- the build
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """One with a GPU, TensorRT and the plugins."""
+    pretend_gpu(monkeypatch)
+
+
+def files(plan):
+    return sorted(path.name for path in plan.output_dir.iterdir())
+
+
+def test_the_folder_holds_an_engine(plan, tensorrt, tensorrt_86, machine, tmp_path):
+    cache = tmp_path / "model.cache"
+    made, read = plan("qwen3", calibrated=True, backend="tensorrt", output_timing_cache=cache, workers=3), []
+    made.output_dir.mkdir()
+    size = build_engine(made, read.append, None, tensorrt)
+    assert files(made) == ["config.json", "generation_config.json", "rank0.engine"]
+    assert size == (made.output_dir / "rank0.engine").stat().st_size > 0
+    assert sorted(read) == sorted(made.engine_shapes)
+    assert len(read) == made.num_steps
+    assert cache.read_bytes() == b""
+    section = EngineConfig.load(made.output_dir).saw_int4
+    assert (section.backend, section.plugin_version) == ("tensorrt", "1")
+    assert (section.tensorrt_version, section.compute_capability) == ("10.14.1", "9.0")
+    build_engine(made, None, None, tensorrt_86)
+    assert EngineConfig.load(made.output_dir).saw_int4.tensorrt_version == "8.6.0"
+
+
+@pytest.mark.parametrize(("choice", "there"), [("auto", 1), ("auto", 0), ("disable", 1), ("float16", 1)])
+def test_the_gemm_plugin_is_taken_where_cublaslt_loads(choice, there, plan, tensorrt, tensorrt_86, monkeypatch, caplog):
+    pretend_gpu(monkeypatch)
+    monkeypatch.setattr("saw_trtllm.backends.tensorrt.build.load_cublas_lt", lambda: there)
+    made = plan(backend="tensorrt", gemm_plugin=choice)
+    made.output_dir.mkdir()
+    due = None if choice == "disable" or not there else "float16"
+    for version in (tensorrt_86, tensorrt):
+        build_engine(made, None, None, version)
+        switches = EngineConfig.load(made.output_dir).build_config.plugin_config
+        assert switches.gemm_plugin == due
+        assert switches.tokens_per_block == TOKENS_PER_BLOCK
+        network = fake_tensorrt.Builder.networks[-1]
+        assert network.builder_config.num_optimization_profiles == (1 if switches.gemm_plugin else 2)
+        layers = fake_tensorrt.live_layers(network)
+        assert any(layer.type.name == "MATRIX_MULTIPLY" for layer in layers) != bool(switches.gemm_plugin)
+    assert ("without cuBLASLt TensorRT's own GEMMs are taken" in caplog.text) != bool(there)
+
+
+def test_a_gemm_plugin_that_cannot_be(plan, tensorrt, monkeypatch):
+    monkeypatch.setattr("saw_trtllm.backends.tensorrt.build.load_cublas_lt", lambda: False)
+    pretend_gpu(monkeypatch)
+    made = plan(backend="tensorrt", gemm_plugin="float16")
+    with pytest.raises(BackendUnavailableError, match=r"^--gemm_plugin float16 needs cuBLASLt, .*: pip install "):
+        build_engine(made, None, None, tensorrt)
+    with pytest.raises(ConfigError, match=r"^--gemm_plugin bfloat16 was given and the model is in float16: give auto$"):
+        plan(backend="tensorrt", gemm_plugin="bfloat16")
+    with pytest.raises(ConfigError, match=r"^gemm_plugin was given, and it is for the backend tensorrt, not reference"):
+        plan(backend="reference", gemm_plugin="disable")
+
+
+def test_timing_caches_are_read_and_written(plan, tensorrt, monkeypatch, tmp_path):
+    made, old, new, taken = plan(), tmp_path / "old", tmp_path / "new", []
+    old.write_bytes(b"times")
+    config = fake_tensorrt.IBuilderConfig
+    monkeypatch.setattr(config, "create_timing_cache", lambda self, blob: blob)
+    monkeypatch.setattr(config, "set_timing_cache", lambda self, cache, _: taken.append(cache) or True)
+    monkeypatch.setattr(fake_tensorrt.ITimingCache, "serialize", lambda self: b"more times")
+    for source, target in ((None, None), (None, new), (old, new), (new, None)):
+        options = NetworkOptions(input_timing_cache=source, output_timing_cache=target)
+        serialize_engine(tensorrt, made.config, made.load, options)
+    assert taken == [b"", b"times", b"more times"]
+    assert (old.read_bytes(), new.read_bytes()) == (b"times", b"more times")
+
+
+def test_the_optimization_level_is_tensorrts_own_unless_given(plan, tensorrt, monkeypatch):
+    made, given = plan(), []
+    monkeypatch.setattr(
+        fake_tensorrt.Builder, "build_serialized_network", lambda self, _, config: given.append(config) or b""
+    )
+    for level in (None, 0):
+        serialize_engine(tensorrt, made.config, made.load, NetworkOptions(optimization_level=level))
+    assert [getattr(config, "builder_optimization_level", None) for config in given] == [None, 0]
+
+
+class PhaseLog(list):
+    def start(self, *args):
+        self.append(("start", *args))
+
+    def step(self, *args):
+        self.append(("step", *args))
+
+    def finish(self, *args):
+        self.append(("finish", *args))
+
+
+def test_a_build_tells_of_its_phases_where_tensorrt_does(plan, tensorrt, tensorrt_86, monkeypatch):
+    def report(self, network, config):
+        monitor = config.progress_monitor
+        monitor.phase_start("Building Engine", None, 2)
+        monitor.phase_start("Timing", "Building Engine", 7)
+        assert monitor.step_complete("Timing", 0)
+        monitor.phase_finish("Timing")
+        return b""
+
+    made, told = plan(), PhaseLog()
+    serialize_engine(tensorrt_86, made.config, made.load, NetworkOptions(), told)
+    assert told == []
+    monkeypatch.setattr(fake_tensorrt.Builder, "build_serialized_network", report)
+    serialize_engine(tensorrt, made.config, made.load, NetworkOptions(), told)
+    assert told == [
+        ("start", "Building Engine", None, 2),
+        ("start", "Timing", "Building Engine", 7),
+        ("step", "Timing"),
+        ("finish", "Timing"),
+    ]
+
+
+def test_a_weight_that_cannot_be_read_ends_the_build(plan, tensorrt, machine, monkeypatch):
+    made, asked = plan(backend="tensorrt", workers=2), []
+    made.output_dir.mkdir()
+
+    def load(self, name):
+        asked.append(name)
+        raise CheckpointError("the file is gone: copy it again")
+
+    monkeypatch.setattr(type(made), "load", load)
+    with pytest.raises(CheckpointError, match="the file is gone"):
+        build_engine(made, None, None, tensorrt)
+    assert files(made) == []
+
+
+@pytest.mark.parametrize("decode_profile", [False, True])
+def test_profiles_are_given_to_the_builder(decode_profile, plan, tensorrt, monkeypatch):
+    made, given = plan(), []
+    monkeypatch.setattr(
+        fake_tensorrt.Builder, "build_serialized_network", lambda self, *args: given.append(args) or b""
+    )
+    serialize_engine(tensorrt, made.config, made.load, NetworkOptions(decode_profile=decode_profile))
+    ((network, config),) = given
+    assert len(config.profiles) == 1 + decode_profile
+    assert all(set(p.shapes) == {t.name for t in network._inputs} for p in config.profiles)
+    assert config.profiles[-1].shapes["input_ids"] == ((1,), (16,), (16,)) if decode_profile else ((1,), (512,), (512,))
+
+
+def test_a_timing_cache_that_does_not_fit_is_started_anew(plan, tensorrt, monkeypatch, caplog, tmp_path):
+    made, path, taken = plan(), tmp_path / "model.cache", []
+    path.write_bytes(b"of another GPU")
+    config = fake_tensorrt.IBuilderConfig
+    monkeypatch.setattr(config, "create_timing_cache", lambda self, blob: blob)
+    monkeypatch.setattr(config, "set_timing_cache", lambda self, cache, _: taken.append(cache) or not cache)
+    serialize_engine(tensorrt, made.config, made.load, NetworkOptions(input_timing_cache=path))
+    assert taken == [b"of another GPU", b""]
+    assert path.read_bytes() == b"of another GPU"
+    assert "model.cache is of another TensorRT or GPU, or damaged: the build starts a new one" in caplog.text
+
+
+def test_a_build_that_fails_says_why_and_leaves_the_folder(plan, tensorrt, machine, monkeypatch):
+    made = plan()
+    made.output_dir.mkdir()
+    build_engine(made, None, None, tensorrt)
+    before = {name: (made.output_dir / name).read_bytes() for name in files(made)}
+    logger = tensorrt.logger()
+    monkeypatch.setattr(tensorrt, "logger", lambda: logger)
+
+    def fail(builder, network, config):
+        logger.log(1, "Could not find any implementation for node gather")
+        logger.log(2, "a warning behind it")
+
+    monkeypatch.setattr(fake_tensorrt.Builder, "build_serialized_network", fail)
+    with pytest.raises(EngineError, match=r"did not build the engine: Could not find any implementation for node gath"):
+        build_engine(made, None, None, tensorrt)
+    assert {name: (made.output_dir / name).read_bytes() for name in files(made)} == before
+
+
+def test_there_is_one_logger_which_forgets(tensorrt_86):
+    logger = tensorrt_86.logger()
+    logger.log(1, "3: getPluginCreator could not find plugin: SawInt4PagedAttentionsaw version: 1")
+    assert logger.reason == "it gave no reason"
+    logger.log(1, "1: broken\n  in two\n")
+    assert logger.reason == "1: broken in two"
+    logger.log(1, "SawGemm: what to do")
+    logger.log(1, "5: Error Code 5: Miscellaneous (no further information)")
+    assert logger.reason == "SawGemm: what to do"
+    assert tensorrt_86.logger() is logger
+    assert logger.reason == "it gave no reason"
+
+
+def test_without_a_gpu_the_builder_does_not_start(tensorrt, monkeypatch):
+    def fail(self, logger):
+        logger.log(2, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(fake_tensorrt.Builder, "__init__", fail)
+    with pytest.raises(
+        BackendUnavailableError, match=r"^TensorRT 10\.14\.1 does not start \(CUDA initialization failure"
+    ):
+        tensorrt.builder(tensorrt.logger())
+
+
+def test_a_missing_library_is_said_before_weights_are_read(plan, tensorrt, monkeypatch):
+    monkeypatch.setattr(fake_tensorrt.get_plugin_registry(), "saw", False)
+    monkeypatch.setattr("saw_trtllm.plugins.library.library_path", lambda: "/nowhere/libsaw_trtllm_plugins.so")
+    made = plan()
+    with pytest.raises(BackendUnavailableError, match="cannot be loaded"):
+        serialize_engine(tensorrt, made.config, lambda name: pytest.fail(name), NetworkOptions())

@@ -1,0 +1,332 @@
+"""What saw_trtllm.ops checks before a launch, and what it launches with: no GPU needed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from saw_trtllm import format, ops
+from saw_trtllm.errors import BackendUnavailableError, KernelError, OpError
+from saw_trtllm.format import KVFormat
+from saw_trtllm.ops import arrays as device_array
+from tests.support import ROOT
+
+TYPESTR = {"float16": "<f2", "bfloat16": "<V2", "float32": "<f4", "int32": "<i4", "int64": "<i8", "uint8": "|u1"}
+HEADS, KV_HEADS, TOKENS, SEQUENCES = 8, 2, 11, 3
+
+
+class Fake:
+    """An array on a GPU that is not there."""
+
+    def __init__(self, dtype: str, *shape: int, address: int = 0x7F0000000000, strides: tuple[int, ...] | None = None):
+        self.__cuda_array_interface__ = {
+            "typestr": TYPESTR[dtype],
+            "shape": shape,
+            "strides": strides,
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+@dataclass
+class FakeKernels:
+    """Stands in for saw_trtllm._C and keeps what it was called with."""
+
+    code: int = 0
+    calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    DType = SimpleNamespace(float16="float16", bfloat16="bfloat16")
+    CacheType = SimpleNamespace(int4="int4", raw="raw")
+    PagedPool = SimpleNamespace
+
+    def kv_write(self, **kwargs: Any) -> int:
+        self.calls.append(("kv_write", kwargs))
+        return self.code
+
+    def decode_attention(self, **kwargs: Any) -> int:
+        self.calls.append(("decode_attention", kwargs))
+        return self.code
+
+    def prefill_attention(self, **kwargs: Any) -> int:
+        self.calls.append(("prefill_attention", kwargs))
+        return self.code
+
+    def decode_workspace_bytes(self, max_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
+        return 1000 * max_sequences
+
+    def error_string(self, code: int) -> str:
+        return f"cudaError{code}"
+
+
+@pytest.fixture
+def fake(monkeypatch) -> FakeKernels:
+    kernels = FakeKernels()
+    for module in ("paged_attention", "pool", "rotate_quantize_kv"):
+        monkeypatch.setattr(f"saw_trtllm.ops.{module}.kernels", lambda: kernels)
+    return kernels
+
+
+def write_arguments(dtype: str = "float16", kv_format: KVFormat | None = None) -> dict[str, Any]:
+    kv_format = kv_format or KVFormat("saw_int4", 128)
+    d = kv_format.head_dim
+    return {
+        "qkv": Fake(dtype, TOKENS, (HEADS + 2 * KV_HEADS) * d),
+        "cos_sin": Fake("float32", 4096, d // 2, 2),
+        "position_ids": Fake("int32", TOKENS),
+        "last_token_ids": Fake("int32", SEQUENCES),
+        "sequence_length": Fake("int32", SEQUENCES),
+        "pool": Fake("uint8", 9, 4, 2, KV_HEADS, 64, kv_format.row_bytes),
+        "block_offsets": Fake("int32", SEQUENCES, 2, 5),
+        "kv_format": kv_format,
+        "layer": 1,
+        "q_out": Fake(dtype, TOKENS, HEADS, d),
+        "k_out": Fake(dtype, TOKENS, KV_HEADS, d),
+        "v_out": Fake(dtype, TOKENS, KV_HEADS, d),
+        "k_center": Fake("float32", KV_HEADS, d),
+    }
+
+
+def decode_arguments() -> dict[str, Any]:
+    return {
+        "q": Fake("bfloat16", SEQUENCES, HEADS, 128),
+        "sequence_length": Fake("int32", SEQUENCES),
+        "pool": Fake("uint8", 9, 4, 2, KV_HEADS, 64, 68),
+        "block_offsets": Fake("int32", SEQUENCES, 2, 5),
+        "kv_format": KVFormat("saw_int4", 128),
+        "layer": 3,
+        "out": Fake("bfloat16", SEQUENCES, HEADS, 128),
+        "workspace": Fake("uint8", 3000),
+    }
+
+
+def prefill_arguments() -> dict[str, Any]:
+    return {
+        "q": Fake("bfloat16", TOKENS, HEADS, 128),
+        "k": Fake("bfloat16", TOKENS, KV_HEADS, 128),
+        "v": Fake("bfloat16", TOKENS, KV_HEADS, 128),
+        "last_token_ids": Fake("int32", SEQUENCES),
+        "sequence_length": Fake("int32", SEQUENCES),
+        "pool": Fake("uint8", 9, 4, 2, KV_HEADS, 64, 68),
+        "block_offsets": Fake("int32", SEQUENCES, 2, 5),
+        "kv_format": KVFormat("saw_int4", 128),
+        "layer": 3,
+        "out": Fake("bfloat16", TOKENS, HEADS, 128),
+    }
+
+
+ARGUMENTS = {
+    ops.kv_write: write_arguments,
+    ops.decode_attention: decode_arguments,
+    ops.prefill_attention: prefill_arguments,
+}
+
+
+def test_kv_write_launches_with_what_the_arrays_say(fake):
+    ops.kv_write(**write_arguments("bfloat16"), stream=77)
+    ((name, call),) = fake.calls
+    assert name == "kv_write"
+    assert (call["num_tokens"], call["num_sequences"], call["num_heads"]) == (TOKENS, SEQUENCES, HEADS)
+    assert (call["head_dim"], call["hadamard_order"], call["rotate_v"]) == (128, 128, True)
+    assert (call["dtype"], call["cache"], call["stream"], call["device"]) == ("bfloat16", "int4", 77, -1)
+    pool = vars(call["pool"])
+    assert (pool["layer"], pool["num_kv_heads"], pool["tokens_per_block"], pool["row_bytes"]) == (1, KV_HEADS, 64, 68)
+    assert pool["max_blocks_per_seq"] == 5
+
+
+def test_optional_tensors_are_null(fake):
+    arguments = write_arguments() | {"k_out": None, "v_out": None, "k_center": None}
+    ops.kv_write(**arguments)
+    ((_, call),) = fake.calls
+    assert (call["k_out"], call["v_out"], call["k_center"], call["stream"]) == (0, 0, 0, 0)
+
+
+def test_raw_cache(fake):
+    kv_format = KVFormat("fp16", 64, dtype="bfloat16")
+    ops.kv_write(**write_arguments("bfloat16", kv_format))
+    assert fake.calls[0][1]["cache"] == "raw"
+    with pytest.raises(OpError, match="qkv has dtype float16 and kv_format stores rows of bfloat16"):
+        ops.kv_write(**write_arguments("float16", kv_format))
+
+
+def test_decode_launches_with_what_the_arrays_say(fake):
+    ops.decode_attention(**decode_arguments(), window=7, softcap=30.0)
+    ((name, call),) = fake.calls
+    assert name == "decode_attention"
+    assert (call["num_sequences"], call["num_heads"], call["head_dim"]) == (SEQUENCES, HEADS, 128)
+    assert (call["window"], call["softcap"], call["sinks"]) == (7, 30.0, 0)
+    assert call["softmax_scale"] == pytest.approx(128**-0.5)
+
+
+def test_prefill_launches_with_what_the_arrays_say(fake):
+    ops.prefill_attention(**prefill_arguments(), window=7, sinks=Fake("float32", HEADS))
+    ((name, call),) = fake.calls
+    assert name == "prefill_attention"
+    assert (call["num_tokens"], call["num_sequences"], call["num_heads"]) == (TOKENS, SEQUENCES, HEADS)
+    assert (call["window"], call["softcap"], call["cache"], call["dtype"]) == (7, 0.0, "int4", "bfloat16")
+    assert call["sinks"] == 0x7F0000000000
+
+
+BAD_WRITES = {
+    "dtype": ({"qkv": Fake("float32", TOKENS, 1536)}, "qkv has dtype float32: it must be float16 or bfloat16"),
+    "mixed dtypes": ({"q_out": Fake("bfloat16", TOKENS, HEADS, 128)}, "q_out has dtype bfloat16"),
+    "int64 lengths": ({"sequence_length": Fake("int64", SEQUENCES)}, "sequence_length has dtype int64"),
+    "rank": ({"qkv": Fake("float16", TOKENS, 12, 128)}, r"qkv has shape \[11, 12, 128\]"),
+    "heads": ({"qkv": Fake("float16", TOKENS, 1536 - 128)}, "qkv has 1408 channels"),
+    "too narrow": ({"qkv": Fake("float16", TOKENS, 512)}, "qkv has 512 channels"),
+    "positions": ({"position_ids": Fake("int32", TOKENS - 1)}, r"position_ids has shape \[10\]: it must be \[11\]"),
+    "angles": ({"cos_sin": Fake("float32", 4096, 128)}, r"cos_sin has shape .* \[num_positions, 64, 2\]"),
+    "sequences": ({"last_token_ids": Fake("int32", 4)}, r"last_token_ids has shape \[4\]: it must be \[3\]"),
+    "table": ({"block_offsets": Fake("int32", 1, SEQUENCES, 2, 5)}, "block_offsets has shape"),
+    "row bytes": ({"pool": Fake("uint8", 9, 4, 2, KV_HEADS, 64, 72)}, r"pool has shape .* tokens_per_block, 68\]"),
+    "block size": ({"pool": Fake("uint8", 9, 4, 2, KV_HEADS, 48, 68)}, "pool has blocks of 48 tokens"),
+    "layer": ({"layer": 4}, "layer is 4: pool has layers 0 to 3"),
+    "centre": ({"k_center": Fake("float32", HEADS, 128)}, "k_center has shape"),
+    "strides": ({"qkv": Fake("float16", TOKENS, 1536, strides=(6144, 2))}, "qkv is not contiguous"),
+    "alignment": ({"qkv": Fake("float16", TOKENS, 1536, address=0x1008)}, "qkv begins at address 0x1008"),
+    "integers": ({"position_ids": Fake("int32", TOKENS, address=0x1002)}, "position_ids begins at address 0x1002"),
+    "no array": ({"qkv": [1, 2]}, "qkv is a list"),
+    "numpy": ({"qkv": np.zeros((TOKENS, 1536), np.float16)}, "qkv lies on the CPU"),
+    "torch": ({"k_out": torch.zeros(TOKENS, KV_HEADS, 128)}, "k_out lies on the CPU"),
+    "stream": ({"stream": "main"}, "stream is a str"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_WRITES.values(), ids=BAD_WRITES.keys())
+def test_kv_write_refuses(change, message, fake):
+    with pytest.raises(OpError, match=message):
+        ops.kv_write(**write_arguments() | change)
+    assert not fake.calls
+
+
+BAD_DECODES = {
+    "rows of another dtype": (
+        {"kv_format": KVFormat("fp16", 128)},
+        "q has dtype bfloat16 and kv_format stores rows of float16",
+    ),
+    "heads": ({"q": Fake("bfloat16", SEQUENCES, 7, 128)}, "num_heads is 7 and num_kv_heads 2"),
+    "group": ({"q": Fake("bfloat16", SEQUENCES, 34, 128)}, "num_kv_heads times 1 to 16"),
+    "head_dim": ({"q": Fake("bfloat16", SEQUENCES, HEADS, 64)}, r"q has shape .* \[num_sequences, num_heads, 128\]"),
+    "out": ({"out": Fake("float16", SEQUENCES, HEADS, 128)}, "out has dtype float16: it must be bfloat16"),
+    "workspace": ({"workspace": Fake("uint8", 2999)}, "workspace has 2999 bytes: 3 sequences need the 3000"),
+    "sinks": ({"sinks": Fake("float32", 3)}, r"sinks has shape \[3\]: it must be \[8\]"),
+    "window": ({"window": 0}, "window is 0"),
+    "softcap": ({"softcap": -1.0}, "softcap is -1.0"),
+    "scale": ({"softmax_scale": float("nan")}, "softmax_scale is nan"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_DECODES.values(), ids=BAD_DECODES.keys())
+def test_decode_refuses(change, message, fake):
+    with pytest.raises(OpError, match=message):
+        ops.decode_attention(**decode_arguments() | change)
+    assert not fake.calls
+
+
+BAD_PREFILLS = {
+    "k": ({"k": Fake("bfloat16", TOKENS, HEADS, 128)}, r"k has shape \[11, 8, 128\]: it must be \[11, 2, 128\]"),
+    "v": ({"v": Fake("float16", TOKENS, KV_HEADS, 128)}, "v has dtype float16: it must be bfloat16"),
+    "tokens": ({"out": Fake("bfloat16", TOKENS - 1, HEADS, 128)}, r"out has shape \[10, 8, 128\]"),
+    "sequences": ({"last_token_ids": Fake("int32", 4)}, r"last_token_ids has shape \[4\]: it must be \[3\]"),
+    "rows": ({"kv_format": KVFormat("fp16", 128)}, "kv_format stores rows of float16"),
+    "group": ({"q": Fake("bfloat16", TOKENS, 34, 128)}, "num_kv_heads times 1 to 16"),
+    "window": ({"window": -1}, "window is -1"),
+    "alignment": ({"k": Fake("bfloat16", TOKENS, KV_HEADS, 128, address=0x1008)}, "k begins at address 0x1008"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_PREFILLS.values(), ids=BAD_PREFILLS.keys())
+def test_prefill_refuses(change, message, fake):
+    with pytest.raises(OpError, match=message):
+        ops.prefill_attention(**prefill_arguments() | change)
+    assert not fake.calls
+
+
+def test_workspace_of_heads_that_no_kernel_takes(fake):
+    with pytest.raises(OpError, match="head_dim is 80"):
+        ops.decode_workspace_bytes(1, 8, 2, 80)
+    with pytest.raises(OpError, match="num_heads is 8 and num_kv_heads 0"):
+        ops.decode_workspace_bytes(1, 8, 0, 128)
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_a_refused_launch_names_its_configuration(op, fake):
+    fake.code = 98
+    with pytest.raises(
+        KernelError, match=rf"{op.__name__} .*cudaError98.*head_dim 128, kv saw_int4, hadamard_order 128"
+    ):
+        op(**ARGUMENTS[op]())
+
+
+def test_without_the_module_the_error_says_how_to_build_it(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "saw_trtllm._C", None)
+    monkeypatch.delattr("saw_trtllm._C", raising=False)
+    with pytest.raises(BackendUnavailableError, match="build_scripts/kernels"):
+        ops.kv_write(**write_arguments())
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "contiguous"),
+    [
+        ((2, 3), None, True),
+        ((2, 3), (3, 1), True),
+        ((2, 3), (1, 2), False),
+        ((1, 3), (99, 1), True),
+        ((2, 0), (7, 7), True),
+        ((2, 3), (4, 1), False),
+    ],
+)
+def test_contiguity(shape, strides, contiguous):
+    in_bytes = None if strides is None else tuple(4 * s for s in strides)
+    assert device_array.DeviceArray.of("x", Fake("float32", *shape, strides=in_bytes)).contiguous is contiguous
+
+
+@pytest.mark.parametrize(
+    ("stream", "handle"),
+    [
+        (None, 0),
+        (5, 5),
+        (SimpleNamespace(cuda_stream=6), 6),
+        (SimpleNamespace(ptr=7), 7),
+        (SimpleNamespace(__cuda_stream__=lambda: (0, 8)), 8),
+    ],
+)
+def test_streams(stream, handle):
+    assert device_array.stream_handle(stream) == handle
+
+
+def test_arrays_on_two_gpus():
+    arrays = [device_array.DeviceArray(n, 0, (1,), "int32", True, d) for n, d in (("a", 0), ("b", None), ("c", 1))]
+    with pytest.raises(OpError, match="c lies on GPU 1 and a on GPU 0"):
+        device_array.common_device(arrays)
+    assert device_array.common_device(arrays[:2]) == 0
+    assert device_array.common_device([None, arrays[1]]) == -1
+
+
+def test_the_header_and_the_format_are_one():
+    header = (ROOT / "plugins/include/saw/layout.h").read_text()
+
+    def constant(name: str) -> float:
+        expression = re.search(rf"{name} = ([^;]+);", header)[1].replace("kCodeMax", str(format.CODE_MAX))
+        return eval(re.sub(r"0x1p-(\d+)f", r"2.0**-\1", expression))
+
+    assert constant("kFormatVersion") == format.FORMAT_VERSION
+    assert constant("kCodeMax") == format.CODE_MAX
+    assert constant("kRangeEps") == format.EPS
+    assert constant("kTailBytes") == format.ROW_TAIL_BYTES
+    row = re.search(r"int4_row_bytes\(int head_dim\) \{ return ([^;]+);", header)[1]
+    for head_dim in format.HEAD_DIMS:
+        expression = row.replace("head_dim", str(head_dim)).replace("kTailBytes", str(format.ROW_TAIL_BYTES))
+        assert eval(expression.replace("/", "//")) == KVFormat("saw_int4", head_dim).row_bytes
+
+
+def test_the_built_module_has_the_same_rows():
+    module = pytest.importorskip("saw_trtllm._C", reason="saw_trtllm._C is not built")
+    assert module.FORMAT_VERSION == format.FORMAT_VERSION
+    for head_dim in format.HEAD_DIMS:
+        assert module.row_bytes(module.CacheType.int4, head_dim) == KVFormat("int4", head_dim).row_bytes
+        assert module.row_bytes(module.CacheType.raw, head_dim) == KVFormat("fp16", head_dim).row_bytes

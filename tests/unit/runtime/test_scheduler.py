@@ -1,0 +1,504 @@
+"""The scheduler over a model whose every row, and so every token, is a hash of all that it may see."""
+
+import random
+import subprocess
+import sys
+from functools import partial
+from itertools import count
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from saw_trtllm.engine.step import DECODE, PREFILL
+from saw_trtllm.errors import RequestError
+from saw_trtllm.runtime.block_manager import BlockManager
+from saw_trtllm.runtime.sampling_params import SamplingParams
+from saw_trtllm.runtime.scheduler import Scheduler, Sequence
+from tests.support import ROOT
+
+VOCAB = 5  # few, so that prompts share beginnings
+
+
+class FakeModel:
+    """A pool of numbers. A row is the hash of its token, its position and all rows that it sees through the table.
+
+    In a cache that is not exact, a row in the pool is another number than the same row within its own chunk, as a
+    4-bit cache would have it.
+    """
+
+    def __init__(self, exact, tokens_per_block):
+        self.exact, self.tokens_per_block = exact, tokens_per_block
+        self.pool = {}
+
+    def stored(self, row):
+        return row if self.exact else hash(("quantized", row))
+
+    def compute(self, inputs):
+        table, end = list(inputs.block_table), inputs.start + len(inputs.token_ids)
+        slots = [(table[i // self.tokens_per_block], i % self.tokens_per_block) for i in range(end)]
+        seen = [self.pool[slot] for slot in slots[: inputs.start]]
+        for position, token in enumerate(inputs.token_ids, inputs.start):
+            row = hash((token, position, tuple(seen)))
+            if inputs.kind == DECODE and not self.exact:
+                row = hash(("reads itself from the pool", row))
+            seen.append(row)
+            self.pool[slots[position]] = self.stored(row)
+        return seen[-1] % VOCAB
+
+
+class Runtime:
+    """Drives a scheduler step by step, and checks each."""
+
+    def __init__(
+        self,
+        num_blocks=100,
+        tokens_per_block=4,
+        max_batch_size=8,
+        max_num_tokens=40,
+        prefill_chunk=8,
+        exact=False,
+        reuse=True,
+        ids=None,
+    ):
+        multiple = tokens_per_block if exact else prefill_chunk
+        self.blocks = BlockManager(num_blocks, tokens_per_block, reuse, multiple)
+        self.scheduler = Scheduler(self.blocks, max_batch_size, max_num_tokens, prefill_chunk, exact)
+        self.limits = (max_batch_size, max_num_tokens, prefill_chunk)
+        self.model = FakeModel(exact, tokens_per_block)
+        self.finished = {}
+        self.ids = count() if ids is None else ids
+        self.queued = []
+
+    def add(self, prompt, max_tokens, **params):
+        sequence = Sequence(next(self.ids), list(prompt), SamplingParams(max_tokens=max_tokens, **params))
+        self.scheduler.check(sequence)
+        self.scheduler.add(sequence)
+        self.queued.append(sequence)
+        return sequence
+
+    @property
+    def has_work(self):
+        return self.scheduler.has_work
+
+    def step(self):
+        running, preemptions = list(self.scheduler.running), self.scheduler.num_preemptions
+        unfinished = [*running, *self.scheduler.waiting]
+        step = self.scheduler.schedule()
+        self.check(step, unfinished)
+        if self.scheduler.num_preemptions > preemptions:
+            assert all(s in running for s in self.scheduler.running), "a step that lacks blocks lets others in"
+        for scheduled in step:
+            token = self.model.compute(scheduled.inputs)
+            sequence = scheduled.sequence
+            samples = scheduled.samples
+            self.scheduler.advance(scheduled)
+            if samples:
+                sequence.generated.append(token)
+                if len(sequence.generated) == sequence.params.max_tokens:
+                    self.scheduler.remove(sequence)
+                    self.finished[sequence.request_id] = sequence.generated
+        self.blocks.check()
+        return step
+
+    def check(self, step, unfinished):
+        max_batch_size, max_num_tokens, prefill_chunk = self.limits
+        assert step, "nothing is computed though there is work"
+        sequences = [s.sequence for s in step]
+        assert len({s.request_id for s in sequences}) == len(sequences) <= max_batch_size
+        assert sum(len(s.inputs.token_ids) for s in step) <= max_num_tokens
+        kinds = [s.inputs.kind for s in step]
+        assert kinds == sorted(kinds)
+        oldest = next(s for s in self.queued if s in unfinished)
+        assert oldest in sequences, "the oldest request does not come on"
+        for s in step:
+            inputs, sequence = s.inputs, s.sequence
+            end = inputs.start + len(inputs.token_ids)
+            known = [*sequence.prompt, *sequence.generated]
+            assert list(inputs.token_ids) == known[inputs.start : end]
+            assert inputs.start == sequence.num_computed
+            assert inputs.prompt_len == len(sequence.prompt)
+            assert len(inputs.block_table) * self.blocks.tokens_per_block >= end
+            assert inputs.block_table is sequence.table.blocks, "a sequence of the step was preempted by it"
+            if inputs.kind == DECODE:
+                assert len(inputs.token_ids) == 1
+                assert inputs.start >= len(sequence.prompt)
+            else:
+                whole = len(known) if self.model.exact else len(sequence.prompt)
+                assert end == whole or end % prefill_chunk == 0
+                assert len(inputs.token_ids) <= prefill_chunk
+
+    def run(self, limit=100_000):
+        for _ in range(limit):
+            if not self.scheduler.has_work:
+                return self.finished
+            self.step()
+        raise AssertionError("it does not end")
+
+
+def alone(prompt, max_tokens, prefill_chunk=8, exact=False):
+    """What a request gives with the whole machine for itself."""
+    runtime = Runtime(prefill_chunk=prefill_chunk, exact=exact, reuse=False)
+    runtime.add(prompt, max_tokens)
+    return runtime.run()[0]
+
+
+def test_it_needs_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None;"
+        "import tests.unit.runtime.test_scheduler as t; assert len(t.alone([1] * 20, 5)) == 5"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_fake_model_sees_chunks_and_blocks():
+    """The oracle would notice a wrong chunk (when not exact), a wrong block and a wrong position."""
+    prompt = [1, 2, 3, 4, 0] * 7
+    assert alone(prompt, 20, 8) != alone(prompt, 20, 16)
+    assert alone(prompt, 20, 8, exact=True) == alone(prompt, 20, 16, exact=True)
+    for exact in (False, True):
+        runtime = Runtime(exact=exact)
+        sequence = runtime.add(prompt, 20)
+        for _ in range(7):
+            runtime.step()
+        blocks = sequence.table.blocks
+        blocks[0], blocks[1] = blocks[1], blocks[0]
+        assert runtime.run()[0] != alone(prompt, 20, exact=exact)
+
+
+# -- one property at a time
+
+
+def test_decodes_first_then_begun_prefills_then_arrivals():
+    runtime = Runtime(max_num_tokens=16, max_batch_size=8)
+    a = runtime.add([1] * 4, 10)
+    runtime.step()
+    b, c, d = runtime.add([2] * 20, 3), runtime.add([3] * 20, 3), runtime.add([4] * 5, 3)
+    # One token of a, eight of b; c's eight would make 17, and d must not overtake it.
+    assert [(s.sequence, len(s.inputs.token_ids)) for s in runtime.step()] == [(b, 8), (a, 1)]
+    assert [s.sequence for s in runtime.step()] == [b, a]
+    # b's last four, and room for c now; d waits behind it.
+    assert [(s.sequence, len(s.inputs.token_ids)) for s in runtime.step()] == [(b, 4), (c, 8), (a, 1)]
+    assert d in runtime.scheduler.waiting
+    runtime.run()
+
+
+def test_a_chunk_that_does_not_fit_waits_whole():
+    runtime = Runtime(max_num_tokens=15, max_batch_size=7, prefill_chunk=8)
+    runtime.add([1] * 24, 1)
+    runtime.add([2] * 24, 1)
+    counts = [[len(s.inputs.token_ids) for s in runtime.step()] for _ in range(6)]
+    assert counts == [[8]] * 6
+
+
+def test_no_more_sequences_than_the_batch_holds():
+    runtime = Runtime(max_batch_size=3)
+    for i in range(7):
+        runtime.add([i % VOCAB], 4)
+    sizes = []
+    while runtime.scheduler.has_work:
+        sizes.append(len(runtime.step()))
+    assert max(sizes) == 3
+    assert sum(sizes) == 7 * 4
+
+
+def test_requests_that_can_never_fit_are_refused():
+    runtime = Runtime(num_blocks=5, tokens_per_block=4)
+    runtime.add([1] * 12, 8)
+    with pytest.raises(RequestError, match="21 tokens, 6 blocks, and the KV cache has 5"):
+        runtime.add([1] * 12, 9)
+    assert len(runtime.run()[0]) == 8
+
+
+def test_the_last_arrived_is_preempted_and_comes_back_first():
+    runtime = Runtime(num_blocks=6, tokens_per_block=4, reuse=False)
+    sequences = [runtime.add([i] * 4, 12) for i in range(3)]
+    late = runtime.add([4] * 4, 1)
+    running = []
+    while runtime.scheduler.has_work:
+        runtime.step()
+        running.append([s.request_id for s in runtime.scheduler.running])
+        if runtime.scheduler.num_preemptions == 1 and 2 in [s.request_id for s in runtime.scheduler.waiting]:
+            assert runtime.scheduler.waiting[0] is sequences[2]
+            assert late in runtime.scheduler.waiting
+            assert (sequences[2].num_computed, sequences[2].table.blocks) == (0, [])
+    assert runtime.scheduler.num_preemptions > 0
+    assert all(r == sorted(r) for r in running)
+    assert list(runtime.finished)[:2] == [0, 1]
+    assert runtime.finished == {i: alone([i] * 4, 12) for i in range(3)} | {3: alone([4] * 4, 1)}
+
+
+@pytest.mark.parametrize("num_blocks", [6, 7, 9])
+def test_the_queue_gives_the_order_and_not_the_ids(num_blocks):
+    """Two threads may queue in another order than they named their requests in."""
+    runtime = Runtime(num_blocks=num_blocks, reuse=False, ids=count(3, -1))
+    for i in range(4):
+        runtime.add([i] * 4, 12)
+    finished = runtime.run()
+    assert runtime.scheduler.num_preemptions > 0
+    assert next(iter(finished)) == 3
+    assert finished == {3 - i: alone([i] * 4, 12) for i in range(4)}
+
+
+def test_a_step_that_preempts_its_own_sequence_is_an_error(monkeypatch):
+    """Two of its sequences would write to one block, and both would go on with wrong tokens."""
+    runtime = Runtime(num_blocks=6, reuse=False)
+    for i in range(3):
+        runtime.add([i] * 4, 12)
+    make_room = runtime.scheduler._make_room
+
+    def preempt_the_first(part):
+        runtime.scheduler._preempt(runtime.scheduler.running[0])
+        return make_room(part)
+
+    monkeypatch.setattr(runtime.scheduler, "_make_room", preempt_the_first)
+    with pytest.raises(RuntimeError, match="request 0 was preempted by the step that it is part of"):
+        runtime.run()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_preempted_sequence_replays_as_it_was_computed(exact):
+    runtime = Runtime(num_blocks=9, tokens_per_block=4, prefill_chunk=8, exact=exact, reuse=False)
+    runtime.add([0] * 6, 20)
+    second = runtime.add([1] * 6, 20)
+    while not runtime.scheduler.num_preemptions:
+        runtime.step()
+    generated = len(second.generated)
+    assert generated > 2
+    parts = []
+    while second.num_computed < 6 + generated:
+        parts += [s.inputs for s in runtime.step() if s.sequence is second]
+    if exact:  # chunk by chunk, the generated tokens with the prompt
+        ends = [p.start + len(p.token_ids) for p in parts]
+        assert all(p.kind == PREFILL or len(p.token_ids) == 1 for p in parts)
+        assert ends == [*range(8, 6 + generated, 8), 6 + generated]
+    else:  # the prompt, then token by token
+        assert [(p.kind, len(p.token_ids)) for p in parts] == [(PREFILL, 6)] + [(DECODE, 1)] * generated
+    runtime.run()
+    assert runtime.finished[1] == alone([1] * 6, 20, exact=exact)
+
+
+def test_prefixes_are_reused_in_whole_chunks_of_an_inexact_cache():
+    prompt = list(range(4)) * 6
+    for exact, expected in ((False, 16), (True, 20)):
+        runtime = Runtime(exact=exact, prefill_chunk=8, tokens_per_block=4)
+        runtime.add(prompt[:23], 2)
+        runtime.run()
+        second = runtime.add(prompt, 2)
+        first_step = runtime.step()
+        assert second.num_reused == expected
+        assert first_step[0].inputs.start == expected
+        assert runtime.run()[1] == alone(prompt, 2, exact=exact)
+
+
+def test_a_prompt_whose_logits_are_wanted_is_computed_whole():
+    runtime = Runtime()
+    for wants in (False, True, False):
+        sequence = runtime.add([1, 2, 3, 4] * 5, 1, return_context_logits=wants)
+        runtime.run()
+        assert sequence.num_reused == (16 if sequence.request_id == 2 else 0)
+
+
+def test_removed_at_any_time():
+    runtime = Runtime(num_blocks=12)
+    sequences = [runtime.add([i % VOCAB] * 9, 12) for i in range(6)]
+    runtime.scheduler.remove(sequences[5])  # not begun
+    runtime.step()
+    runtime.scheduler.remove(sequences[0])  # in the middle of its prompt
+    for _ in range(4):
+        runtime.step()
+    runtime.scheduler.remove(sequences[1])  # decoding
+    runtime.scheduler.remove(sequences[1])  # already gone
+    runtime.run()
+    assert sorted(runtime.finished) == [2, 3, 4]
+    assert runtime.blocks.num_free == 12
+
+
+def test_sequences_of_one_step_may_end_and_share():
+    """Twins that arrive together compute the same, and leave nothing behind."""
+    runtime = Runtime()
+    for _ in range(4):
+        runtime.add([1, 2, 3] * 6, 5)
+    runtime.run()
+    assert set(map(tuple, runtime.finished.values())) == {tuple(alone([1, 2, 3] * 6, 5))}
+    assert runtime.blocks.num_free == runtime.blocks.num_blocks
+
+
+# -- random loads
+
+
+LOADS = {
+    "seed": st.integers(0, 2**32 - 1),
+    "exact": st.booleans(),
+    "reuse": st.booleans(),
+    "tokens_per_block": st.sampled_from([1, 2, 4, 8]),
+    "chunk_blocks": st.integers(1, 4),
+    "max_batch_size": st.integers(1, 9),
+    "spare": st.integers(0, 30),
+    "spare_blocks": st.integers(0, 20),
+}
+many_loads = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def check_random_load(make_runtime, load, cancelled_share, penalized_share=0.0, expected=lambda tokens: tokens):
+    """Requests come and go at random; each that stays gives what it gives alone, as ``expected`` has it."""
+    rng, longest = random.Random(load["seed"]), 40
+    tokens_per_block, max_batch_size, exact = load["tokens_per_block"], load["max_batch_size"], load["exact"]
+    chunk = load["chunk_blocks"] * tokens_per_block
+    runtime = make_runtime(
+        num_blocks=-(-longest // tokens_per_block) + load["spare_blocks"],
+        tokens_per_block=tokens_per_block,
+        max_batch_size=max_batch_size,
+        max_num_tokens=max_batch_size + chunk + load["spare"],
+        prefill_chunk=chunk,
+        exact=exact,
+        reuse=load["reuse"],
+        ids=iter(rng.sample(range(1000), 25)),
+    )
+    stem = [rng.randrange(VOCAB) for _ in range(30)]
+    requests, cancelled = {}, set()
+    for _ in range(rng.randint(1, 25)):
+        prompt = stem[: rng.randint(0, 25)] + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 5))]
+        max_tokens = rng.randint(1, longest - len(prompt))
+        penalty = {"presence_penalty": 0.1} if rng.random() < penalized_share else {}
+        sequence = runtime.add(prompt, max_tokens, **penalty)
+        requests[sequence.request_id] = (prompt, max_tokens)
+        for _ in range(rng.choice([0, 0, 1, 3, 10])):
+            if runtime.has_work:
+                runtime.step()
+        if rng.random() < cancelled_share:
+            victim = rng.choice([*runtime.scheduler.running, *runtime.scheduler.waiting, sequence])
+            if victim.request_id not in runtime.finished:
+                runtime.scheduler.remove(victim)
+                cancelled.add(victim.request_id)
+    finished = runtime.run()
+    assert set(finished) == set(requests) - cancelled
+    for request_id, tokens in finished.items():
+        assert tokens == expected(alone(*requests[request_id], prefill_chunk=chunk, exact=exact))
+    assert runtime.blocks.num_free == runtime.blocks.num_blocks
+
+
+@many_loads
+@given(**LOADS)
+def test_everything_ends_as_it_would_alone(**load):
+    check_random_load(Runtime, load, cancelled_share=0.1)
+
+
+# -- a step ahead
+
+
+class AheadRuntime(Runtime):
+    """Schedules a step while the one before it is under way. A text ends at its stop token, too."""
+
+    def __init__(self, stop, **options):
+        super().__init__(**options)
+        self.stop = stop
+        self.under_way = []
+        self.num_ahead = self.num_thrown_away = 0
+
+    @property
+    def has_work(self):
+        return super().has_work or bool(self.under_way)
+
+    def step(self):
+        step, ahead, preemptions = [], bool(self.under_way), self.scheduler.num_preemptions
+        if self.scheduler.has_work:
+            step = self.scheduler.schedule()
+        assert step or ahead or not self.scheduler.has_work, "nothing is computed though there is work"
+        assert not ahead or self.scheduler.num_preemptions == preemptions
+        if step:
+            self.launch(step)
+            self.num_ahead += ahead
+        while len(self.under_way) > bool(step):
+            self.finish(*self.under_way.pop(0))
+        self.blocks.check()
+        return step
+
+    def launch(self, step):
+        """Compute at once: later steps see what earlier ones wrote, as in one stream of a GPU."""
+        last, last_tokens = self.under_way[0] if self.under_way else ([], [])
+        written = [(p, self.written(p)) for p in last]
+        for scheduled in step:
+            for part, blocks in written:
+                other = part.sequence is not scheduled.sequence
+                assert not (other and blocks & set(scheduled.inputs.block_table)), "a block is given away too early"
+        self.scheduler.launched(step)
+        tokens = []
+        for scheduled in step:
+            known = [last_tokens[-1 - t] if t < 0 else t for t in scheduled.inputs.token_ids]
+            tokens.append(self.model.compute(scheduled.inputs._replace(token_ids=known)))
+        self.under_way.append((step, tokens))
+
+    def written(self, part):
+        size = self.blocks.tokens_per_block
+        return set(part.inputs.block_table[part.inputs.start // size : (part.end - 1) // size + 1])
+
+    def finish(self, step, tokens):
+        for scheduled, token in zip(step, tokens, strict=True):
+            sequence = scheduled.sequence
+            if sequence not in self.scheduler.running:
+                self.num_thrown_away += 1
+                self.scheduler.done(scheduled)
+                continue
+            assert len(sequence.generated) == scheduled.num_drawn
+            self.scheduler.advance(scheduled)
+            if scheduled.samples:
+                sequence.generated.append(token)
+                if token == self.stop or len(sequence.generated) == sequence.params.max_tokens:
+                    self.scheduler.remove(sequence)
+                    self.finished[sequence.request_id] = sequence.generated
+
+    def run(self, limit=100_000):
+        finished = super().run(limit)
+        self.step()
+        return finished
+
+
+def cut(tokens, stop):
+    return tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_step_ahead_of_decodes(exact):
+    runtime = AheadRuntime(stop=None, exact=exact)
+    prompts = [[i] * (3 + 7 * i) for i in range(4)]
+    for prompt in prompts:
+        runtime.add(prompt, 12)
+    assert runtime.run() == {i: alone(p, 12, exact=exact) for i, p in enumerate(prompts)}
+    assert runtime.num_ahead > 12
+    assert runtime.num_thrown_away == 0, "something is computed past max_tokens"
+
+
+def test_what_a_removed_sequence_holds_is_freed_behind_its_step():
+    runtime = AheadRuntime(stop=None, num_blocks=4)
+    first, second = runtime.add([1] * 6, 8), runtime.add([2] * 3, 4)
+    runtime.step()
+    runtime.step()
+    held = runtime.blocks.num_blocks - runtime.blocks.num_free
+    runtime.scheduler.remove(first)
+    assert runtime.blocks.num_blocks - runtime.blocks.num_free == held
+    assert runtime.run() == {1: alone([2] * 3, 4)}
+    assert runtime.num_thrown_away > 0
+    assert (first.table.blocks, second.table.blocks) == ([], [])
+
+
+def test_penalties_and_preemptions_wait_for_the_step_under_way():
+    for params, blocks in (({"repetition_penalty": 1.5}, 100), ({}, 6)):
+        runtime = AheadRuntime(stop=None, num_blocks=blocks, reuse=False)
+        for i in range(3):
+            runtime.add([i] * 4, 12, **params)
+        waited = []
+        while runtime.scheduler.has_work:
+            under_way = bool(runtime.under_way)
+            waited.append(not runtime.step() and under_way and bool(runtime.scheduler.running))
+        assert any(waited)
+        assert runtime.run() == {i: alone([i] * 4, 12) for i in range(3)}
+    assert runtime.scheduler.num_preemptions > 0
+
+
+@many_loads
+@given(stop=st.sampled_from([None, 0]), **LOADS)
+def test_a_step_ahead_everything_ends_as_it_would_alone(stop, **load):
+    check_random_load(
+        partial(AheadRuntime, stop), load, cancelled_share=0.2, penalized_share=0.1, expected=partial(cut, stop=stop)
+    )
