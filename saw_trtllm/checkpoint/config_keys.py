@@ -2,51 +2,24 @@
 
 A key is honored where transformers' class of the family reads it and so does this project, harmless where the class
 does not read it or reads it for training and outputs alone, and rejected where it changes the model and this project
-does not follow. A key that stands nowhere here changes nothing in transformers' classes either: it gives a warning.
+does not follow. Here is what all families have; a family's file has what is its own. A key that stands nowhere changes
+nothing in transformers' classes either: it gives a warning.
 """
 
 from __future__ import annotations
 
 import logging
 import reprlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
+from saw_trtllm.checkpoint.families import FAMILIES, Family, KeyRule
+from saw_trtllm.checkpoint.families.family import OFF, Treatment
 from saw_trtllm.errors import CheckpointError
-from saw_trtllm.model.config import MODELS
 
 log = logging.getLogger(__name__)
 
-Treatment = Literal["honored", "harmless", "rejected"]
-
-
-@dataclass(frozen=True)
-class KeyRule:
-    """How the families treat some keys.
-
-    Attributes
-    ----------
-    treatment : str
-    note : str
-        What it does or why it does nothing, for the table.
-    keys : tuple of str
-    families : tuple of str
-        The others do not read them: there they are harmless.
-    unless : tuple
-        Values of rejected keys that change nothing.
-    """
-
-    treatment: Treatment
-    note: str
-    keys: tuple[str, ...]
-    families: tuple[str, ...] = MODELS
-    unless: tuple[Any, ...] = ()
-
-
-_OFF = (None, False)
-_QWEN = ("qwen2", "qwen3")
-RULES = (
+COMMON = (
     KeyRule("honored", "the family", ("architectures",)),
     KeyRule("honored", "of the weights; `saw-build --dtype` gives the engine another", ("dtype", "torch_dtype")),
     KeyRule("honored", "shape", ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")),
@@ -54,7 +27,6 @@ RULES = (
     KeyRule("honored", "the default of `--max_seq_len`", ("max_position_embeddings",)),
     KeyRule("honored", "above 0", ("rms_norm_eps",)),
     KeyRule("honored", "a head that is stored nevertheless, and differs, is not tied", ("tie_word_embeddings",)),
-    KeyRule("honored", "`silu`, also as `swish`; others are rejected", ("hidden_act",)),
     KeyRule(
         "honored",
         "types default, linear, llama3 and yarn, one set for all layers; others are rejected",
@@ -66,36 +38,32 @@ RULES = (
         "kept for the runtime; generation_config.json's `eos_token_id` goes before",
         ("bos_token_id", "eos_token_id", "pad_token_id"),
     ),
-    KeyRule("honored", "above 0 where a layer uses it", ("sliding_window",), ("mistral", *_QWEN)),
-    KeyRule("honored", "whose the window is", ("use_sliding_window", "max_window_layers", "layer_types"), _QWEN),
-    KeyRule("rejected", "biases of the attention's projections", ("attention_bias",), ("llama", "qwen3"), _OFF),
-    KeyRule("rejected", "biases of the MLP", ("mlp_bias",), ("llama",), _OFF),
     KeyRule("rejected", "quantized weights", ("quantization_config",), unless=(None, {})),
     KeyRule("rejected", "layers of several shapes", ("per_layer_config",), unless=(None, {})),
-    KeyRule("rejected", "not a decoder alone", ("is_encoder_decoder", "add_cross_attention"), unless=_OFF),
+    KeyRule("rejected", "not a decoder alone", ("is_encoder_decoder", "add_cross_attention"), unless=OFF),
     KeyRule(
         "rejected",
         "another model's experts",
         ("num_experts", "num_local_experts", "n_routed_experts"),
-        unless=(*_OFF, 0, 1),
+        unless=(*OFF, 0, 1),
     ),
     KeyRule(
         "rejected",
         "another model's scores and logits",
         ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling", "attention_multiplier"),
-        unless=(*_OFF, 1),
+        unless=(*OFF, 1),
     ),
     KeyRule(
         "rejected",
         "another model's embedding and residuals",
         ("embedding_multiplier", "residual_multiplier", "scale_emb", "scale_depth"),
-        unless=(*_OFF, 1),
+        unless=(*OFF, 1),
     ),
     KeyRule(
         "rejected",
         "another model's attention",
         ("use_mrope", "no_rope_layers", "attention_chunk_size", "clip_qkv", "alibi", "use_qk_norm", "kv_lora_rank"),
-        unless=(*_OFF, []),
+        unless=(*OFF, []),
     ),
     KeyRule("harmless", "training", ("attention_dropout", "initializer_range", "pretraining_tp")),
     KeyRule(
@@ -130,17 +98,18 @@ RULES = (
         ),
     ),
 )
-_RULES = {key: rule for rule in RULES for key in rule.keys}
+_COMMON = {key: rule for rule in COMMON for key in rule.keys}
+_OWN = {family.name: {key: rule for rule in family.keys for key in rule.keys} for family in FAMILIES}
 _OTHERS_DO_NOT_READ = KeyRule("harmless", "this family's class does not read it", ())
 
 
-def rule(key: str, family: str) -> KeyRule | None:
+def rule(key: str, family: Family) -> KeyRule | None:
     """What becomes of a key in a family's config; None for a key that transformers' classes do not have."""
-    found = _RULES.get(key)
-    return found if found is None or family in found.families else _OTHERS_DO_NOT_READ
+    found = _OWN[family.name].get(key, _COMMON.get(key))
+    return _OTHERS_DO_NOT_READ if found is None and any(key in keys for keys in _OWN.values()) else found
 
 
-def honored(raw: dict[str, Any], family: str, path: Path) -> dict[str, Any]:
+def honored(raw: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
     """Take the honored keys of a config, and warn of those that nobody knows; ``path`` is for the messages.
 
     Raises
@@ -168,9 +137,10 @@ def honored(raw: dict[str, Any], family: str, path: Path) -> dict[str, Any]:
 def markdown_table() -> str:
     """The rules as docs/checkpoints.md shows them."""
     lines = ["| key | | families | |", "|---|---|---|---|"]
-    for r in RULES:
+    own = dict.fromkeys(r for family in FAMILIES for r in family.keys)
+    for r in sorted((*COMMON, *own), key=lambda r: get_args(Treatment).index(r.treatment)):
         keys = ", ".join(f"`{key}`" for key in r.keys)
-        families = "all" if r.families == MODELS else ", ".join(r.families)
+        families = "all" if r in COMMON else ", ".join(f.name for f in FAMILIES if r in f.keys)
         values = ", ".join(f"`{v!r}`" for v in r.unless)
         lines.append(f"| {keys} | {r.treatment}{f' unless {values}' if values else ''} | {families} | {r.note} |")
     return "\n".join(lines) + "\n"

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from saw_trtllm.checkpoint.config_keys import honored
-from saw_trtllm.checkpoint.huggingface_config import HuggingFaceConfig
+from saw_trtllm.checkpoint.families import family_of, find_family
 from saw_trtllm.checkpoint.layout import EMBEDDING, FINAL_NORM, LM_HEAD, expected_shapes
 from saw_trtllm.checkpoint.reader import (
     NUMPY_DTYPES,
@@ -21,14 +21,12 @@ from saw_trtllm.checkpoint.reader import (
     reject_quantized,
     reject_unknown,
 )
-from saw_trtllm.checkpoint.rope_scaling import rotary_scaling
 from saw_trtllm.errors import CheckpointError, first_error
-from saw_trtllm.model.config import ARCHITECTURES, ModelConfig, check_architecture
+from saw_trtllm.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
-
-_LAYER_NAMES = {
+_NAMES = {
     "input_layernorm.weight": ("input_layernorm.weight",),
     "attention.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "attention.qkv.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
@@ -42,22 +40,13 @@ _LAYER_NAMES = {
     "mlp.proj.weight": ("mlp.down_proj.weight",),
 }
 
-
 _NAMES = {
     EMBEDDING: "model.embed_tokens.weight",
     FINAL_NORM: "model.norm.weight",
     LM_HEAD: "lm_head.weight",
 }
-
-
 #: What exports of older transformers stored beside the weights, and its classes compute themselves.
 _HARMLESS = re.compile(r"\brotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)$")
-
-
-#: Of the classes that do not take num_attention_heads where the key is left out.
-_DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
-
-
 #: What our words for some fields are in a Hugging Face config.
 _THEIR_WORDS = {
     "norm_epsilon": "rms_norm_eps",
@@ -65,9 +54,6 @@ _THEIR_WORDS = {
     "rotary_scaling": "rope_scaling",
     "head_size": "head_dim",
 }
-
-
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read(folder: Path, raw: dict[str, Any]) -> tuple[ModelConfig, dict[str, list[StoredTensor]]]:
@@ -103,45 +89,14 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     """Translate a Hugging Face ``config.json``; ``path`` is for the error messages."""
     # First of all: another architecture's config has other keys, and the lack of ours would be the wrong complaint.
     architectures = raw.get("architectures")
-    check_architecture(str(architectures[0]) if isinstance(architectures, list) and architectures else "none", path)
-    family = ARCHITECTURES[architectures[0]]
+    family = find_family(str(architectures[0]) if isinstance(architectures, list) and architectures else "none", path)
     _reject_quantized_model(raw, path)
     try:
-        hf = HuggingFaceConfig(**honored(raw, family, path))
+        hf = family.config(**honored(raw, family, path))
     except ValidationError as e:
         raise CheckpointError(f"{path}: {first_error(e)}") from None
-    if hf.hidden_act not in ("silu", "swish"):
-        raise CheckpointError(f"{path} sets hidden_act to {hf.hidden_act!r}, but only 'silu' is supported")
-    architecture, heads = hf.architectures[0], hf.num_attention_heads
-    kv_heads = hf.num_key_value_heads
-    if kv_heads is None:
-        kv_heads = heads if "num_key_value_heads" in raw else _DEFAULT_KV_HEADS.get(family, heads)
-    head_dim = hf.head_dim
-    if head_dim is None:
-        head_dim = 128 if family == "qwen3" else hf.hidden_size // heads
-    base, scaling = rotary_scaling(hf, path)
     try:
-        return ModelConfig(
-            architecture=architecture,
-            dtype=_dtype(raw) or "float32",
-            hidden_size=hf.hidden_size,
-            num_hidden_layers=hf.num_hidden_layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_size=head_dim,
-            intermediate_size=hf.intermediate_size,
-            vocab_size=hf.vocab_size,
-            max_position_embeddings=hf.max_position_embeddings,
-            hidden_act="silu",
-            norm_epsilon=hf.rms_norm_eps,
-            rotary_base=base,
-            rotary_scaling=scaling,
-            attn_bias=family == "qwen2",
-            qk_layernorm=family == "qwen3",
-            sliding_window=_sliding_window(hf, path),
-            share_embedding_table=hf.tie_word_embeddings,
-            **{key: getattr(hf, key) for key in _TOKEN_IDS if getattr(hf, key) is not None},
-        )
+        return ModelConfig(**family.fields(hf, path) | family.fixed | {"dtype": _dtype(raw) or "float32"})
     except ValidationError as e:
         field, _, what = first_error(e).partition(":")
         raise CheckpointError(f"{path}: {_THEIR_WORDS.get(field, field)}:{what}") from None
@@ -163,37 +118,6 @@ def _dtype(raw: dict[str, Any]) -> str | None:
     return name if isinstance(name, str) and name in NUMPY_DTYPES else None
 
 
-def _sliding_window(hf: HuggingFaceConfig, path: Path) -> list[int | None] | None:
-    """Window of each layer, or None if no layer has one.
-
-    Transformers' mask keeps ``kv_idx > q_idx - sliding_window`` (``masking_utils.sliding_window_overlay``): a query
-    sees that many tokens, itself among them, which is what :attr:`ModelConfig.sliding_window` says too.
-    """
-    layers, family = hf.num_hidden_layers, ARCHITECTURES[hf.architectures[0]]
-    if family == "mistral":
-        sliding = [True] * layers
-    elif family in ("qwen2", "qwen3") and hf.use_sliding_window:
-        sliding = [i >= hf.max_window_layers for i in range(layers)]
-        if hf.layer_types is not None:
-            odd = next((kind for kind in hf.layer_types if kind not in ("full_attention", "sliding_attention")), None)
-            if odd is not None:
-                raise CheckpointError(
-                    f"{path} has {odd!r} among its layer_types, but full_attention and sliding_attention are supported"
-                )
-            sliding = [kind == "sliding_attention" for kind in hf.layer_types]
-    else:
-        return None
-    if len(sliding) != layers:
-        raise CheckpointError(
-            f"{path} names {len(sliding)} layer_types for {layers} layers, but one for each is needed"
-        )
-    if hf.sliding_window is None or not any(sliding):
-        return None
-    if hf.sliding_window < 1:
-        raise CheckpointError(f"{path} sets sliding_window to {hf.sliding_window}, but at least 1 is needed")
-    return [hf.sliding_window if s else None for s in sliding]
-
-
 def _needed(config: ModelConfig, stored: dict[str, StoredTensor]) -> list[tuple[str, tuple[int, ...]]]:
     shapes = expected_shapes(config)
     if config.share_embedding_table and _NAMES[LM_HEAD] not in stored:
@@ -201,12 +125,12 @@ def _needed(config: ModelConfig, stored: dict[str, StoredTensor]) -> list[tuple[
     return list(shapes.items())
 
 
-def _their_names(name: str) -> list[str]:
+def _their_names(name: str, config: ModelConfig) -> list[str]:
     """The stored tensors that make one up."""
     if name in _NAMES:
         return [_NAMES[name]]
     _, _, layer, kind = name.split(".", 3)
-    return [f"model.layers.{layer}.{source}" for source in _LAYER_NAMES[kind]]
+    return [f"model.layers.{layer}.{source}" for source in family_of(config).layer_names[kind]]
 
 
 def _stored_parts(
@@ -218,7 +142,7 @@ def _stored_parts(
     folder: Path,
 ) -> list[StoredTensor]:
     """Look up the stored tensors that make up ``name``, and check their shapes."""
-    sources = _their_names(name)
+    sources = _their_names(name, config)
     kv_rows = config.num_key_value_heads * config.head_size
     rows = [shape[0]] if len(sources) == 1 else [shape[0] - 2 * kv_rows, kv_rows, kv_rows]
     parts = []

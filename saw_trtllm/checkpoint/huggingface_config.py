@@ -10,7 +10,10 @@ from saw_trtllm.model.config import MAX_LAYERS
 
 
 class HuggingFaceConfig(BaseModel):
-    """What is read of a Hugging Face ``config.json``, with transformers' own defaults for what it leaves out."""
+    """What is read of every family's ``config.json``, with transformers' own defaults for what it leaves out.
+
+    A family's file adds what its class reads beside it, and the defaults that are its own.
+    """
 
     model_config = ConfigDict(strict=True)
 
@@ -27,16 +30,11 @@ class HuggingFaceConfig(BaseModel):
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
-    hidden_act: str = "silu"
     rope_theta: float | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
     partial_rotary_factor: float | None = None
     original_max_position_embeddings: int | None = None
-    use_sliding_window: bool = False
-    sliding_window: int | None = 4096
-    max_window_layers: int = 28
-    layer_types: list[str] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None

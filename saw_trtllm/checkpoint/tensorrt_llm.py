@@ -8,11 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from saw_trtllm.checkpoint.families import family_of, find_family
 from saw_trtllm.checkpoint.layout import EMBEDDING, LM_HEAD, check_tp_size, expected_shapes, shard_shape
 from saw_trtllm.checkpoint.reader import StoredTensor, check_dtypes, open_file, reject_quantized, reject_unknown
 from saw_trtllm.checkpoint.rope_scaling import normalize_scaling
 from saw_trtllm.errors import CheckpointError, ConfigError, first_error
-from saw_trtllm.model.config import ARCHITECTURES, Mapping, ModelConfig, check_architecture
+from saw_trtllm.model.config import Mapping, ModelConfig
 
 #: Keys of its Llama and Qwen configs that change the computation, with the one value that is supported.
 _SUPPORTED_VALUES = {
@@ -97,21 +98,20 @@ def read(folder: Path, raw: dict[str, Any]) -> tuple[ModelConfig, dict[str, list
 def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     """Check a TensorRT-LLM ``config.json`` and bring it to this project's spelling; ``path`` is for the messages."""
     fields = dict(raw)
-    architecture = _architecture(raw, path)
+    family = find_family(_architecture(raw), path)
     _refuse_unsupported(raw, path)
-    llama = ARCHITECTURES[architecture] in ("llama", "mistral")
-    if llama and raw.get("attn_bias"):
-        # TensorRT-LLM's Llama would have the bias on attention.dense as well.
-        raise CheckpointError(f"{path} sets attn_bias, which {architecture} cannot have here: use a model without it")
-    if raw.get("qk_layernorm") and architecture != "Qwen3ForCausalLM":
-        raise CheckpointError(f"{path} sets qk_layernorm, which {architecture} has not: use a model without it")
+    for key in family.trtllm_rejects:
+        if raw.get(key):
+            raise CheckpointError(
+                f"{path} sets {key}, which {family.architecture} cannot have here: use a model without it"
+            )
     scaling = _section(raw, "rotary_scaling", path)
     scaling = _SCALING_DEFAULTS.get(str(scaling.get("type", scaling.get("rope_type"))), {}) | scaling
-    fields["architecture"] = architecture
+    fields["architecture"] = family.architecture
     fields["rotary_scaling"] = normalize_scaling(scaling, path)
-    fields["attn_bias"] = raw.get("attn_bias", architecture == "Qwen2ForCausalLM")
+    fields["attn_bias"] = raw.get("attn_bias", family.fixed.get("attn_bias", False))
     # TensorRT-LLM goes by qwen_type here and leaves the key false.
-    fields["qk_layernorm"] = architecture == "Qwen3ForCausalLM"
+    fields["qk_layernorm"] = family.fixed.get("qk_layernorm", False)
     fields["share_embedding_table"] = raw.get("share_embedding_table", raw.get("tie_word_embeddings", False))
     if fields.get("num_key_value_heads") is None:
         fields["num_key_value_heads"] = raw.get("num_attention_heads")
@@ -136,29 +136,23 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
 
 def write_config(config: ModelConfig, dtype: str, tp_size: int) -> dict[str, Any]:
     """Describe a checkpoint of ``tp_size`` ranks in what TensorRT-LLM 1.2 reads for this family."""
+    extra = config.model_extra or {}
     written = config.model_dump() | {
         "dtype": dtype,
-        "logits_dtype": (config.model_extra or {}).get("logits_dtype", "float32"),
+        "logits_dtype": extra.get("logits_dtype", "float32"),
         "mapping": Mapping(world_size=tp_size, tp_size=tp_size).model_dump(),
         "mlp_bias": False,
         "tie_word_embeddings": config.share_embedding_table,
         "use_parallel_embedding": False,
     }
-    if config.model in ("qwen2", "qwen3"):
-        # Its one Qwen definition tells the generations apart by qwen_type, and has no default for these.
-        written |= {
-            "qwen_type": config.model,
-            "seq_length": (config.model_extra or {}).get("seq_length", 8192),
-            "use_logn_attn": False,
-        }
-    return written
+    return written | {key: extra.get(key, value) for key, value in family_of(config).trtllm_writes.items()}
 
 
-def _architecture(raw: dict[str, Any], path: Path) -> str:
+def _architecture(raw: dict[str, Any]) -> str:
+    """The name of its class in transformers; TensorRT-LLM's one Qwen definition tells the generations apart itself."""
     name, qwen_type = raw["architecture"], raw.get("qwen_type")
     if name in ("QWenForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM") and qwen_type is not None:
-        name = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}.get(str(qwen_type), f"{name} ({qwen_type})")
-    check_architecture(name, path)
+        return {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}.get(str(qwen_type), f"{name} ({qwen_type})")
     return name
 
 

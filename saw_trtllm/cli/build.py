@@ -11,6 +11,7 @@ import time
 from tqdm import tqdm
 
 from saw_trtllm.build import build, plan_build, tokens_that_fit
+from saw_trtllm.checkpoint.families import family_of
 from saw_trtllm.cli.common import add_fields, add_log_level, format_bytes, parse_fields, print_table, run, set_log_level
 from saw_trtllm.paths import is_file
 from saw_trtllm.plan.options import BuildOptions
@@ -117,7 +118,7 @@ def describe(plan: BuildPlan) -> dict[str, str]:
         detail += f", {layers} {', '.join(map(str, skipped))} in {model.dtype}"
     fp16, ours = plan.bytes_per_token("fp16"), plan.bytes_per_token()
     rows = {
-        "model": f"{model.model}: {model.num_hidden_layers} layers, {model.num_attention_heads} query and "
+        "model": f"{family_of(model).name}: {model.num_hidden_layers} layers, {model.num_attention_heads} query and "
         f"{model.num_key_value_heads} KV heads of {model.head_size}, vocabulary {model.vocab_size}, {model.dtype}",
         "backend": f"{plan.config.saw_int4.backend} ({plan.backend_reason})",
         "limits": f"max_batch_size {limits.max_batch_size}, max_input_len {limits.max_input_len}, max_seq_len "

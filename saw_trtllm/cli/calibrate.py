@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from saw_trtllm.backends.registry import choose_backend
 from saw_trtllm.checkpoint import Checkpoint
+from saw_trtllm.checkpoint.families import family_of
 from saw_trtllm.cli.common import add_fields, add_log_level, parse_fields, print_table, run, set_log_level
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.paths import is_folder
@@ -80,8 +81,8 @@ def _calibrate(options: CalibrateOptions) -> None:
     model = checkpoint.config
     print_table(
         {
-            "model": f"{model.model}: {model.num_hidden_layers} layers, {model.num_key_value_heads} KV heads of "
-            f"{model.head_size}",
+            "model": f"{family_of(model).name}: {model.num_hidden_layers} layers, {model.num_key_value_heads} KV heads "
+            f"of {model.head_size}",
             "text": f"{len(windows)} sequences of {windows.shape[1]} tokens",
             "calibration": calibration.describe(),
             "written": str(options.output),

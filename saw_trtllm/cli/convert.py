@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from saw_trtllm.checkpoint import NUMPY_DTYPES, Checkpoint, save_checkpoint
+from saw_trtllm.checkpoint.families import family_of
 from saw_trtllm.cli.common import LOG_LEVELS, run, set_log_level
 from saw_trtllm.progress import progress
 
@@ -50,7 +51,7 @@ def convert(args: argparse.Namespace) -> None:
     with progress(len(ckpt.names()), "saw-convert", "tensors") as bar:
         written = save_checkpoint(ckpt, args.output_dir, args.tp_size, args.dtype, lambda _: bar.update())
     config = ckpt.config
-    next_command = ["saw-build", "--model", config.model, "--kv", "saw_int4"]
+    next_command = ["saw-build", "--model", family_of(config).name, "--kv", "saw_int4"]
     next_command += ["--checkpoint_dir", str(args.output_dir), "--output_dir", "engine"]
     rows = {
         "architecture": config.architecture,

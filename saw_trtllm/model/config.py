@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from saw_trtllm.errors import CheckpointError, first_error
+from saw_trtllm.errors import first_error
 
 DTypeName = Literal["float16", "bfloat16", "float32"]
-
-
-#: Model families by TensorRT-LLM's architecture name. One definition serves them all; the flags of
-#: :class:`ModelConfig` (``attn_bias``, ``qk_layernorm``, ``sliding_window``) hold what differs.
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
-
-
-MODELS = tuple(ARCHITECTURES.values())
 
 
 #: Far above any published model, and low enough that work for each layer or position ends.
@@ -43,14 +29,6 @@ _Size = Annotated[int, Field(gt=0, lt=1 << 31)]
 
 
 _TokenId = Annotated[int, Field(lt=1 << 31, strict=True)]
-
-
-def check_architecture(name: str, path: Path) -> None:
-    """Refuse the checkpoint whose config is at ``path`` if its architecture is none of :data:`ARCHITECTURES`."""
-    if name not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{path} is of architecture {name}, which is not supported: use one of {', '.join(ARCHITECTURES)}"
-        )
 
 
 class Mapping(BaseModel):
@@ -151,11 +129,6 @@ class ModelConfig(BaseModel):
         if self.sliding_window is not None and len(self.sliding_window) != self.num_hidden_layers:
             raise ValueError(f"sliding_window names {len(self.sliding_window)} layers of {self.num_hidden_layers}")
         return self
-
-    @property
-    def model(self) -> str:
-        """The family, one of :data:`MODELS`."""
-        return ARCHITECTURES[self.architecture]
 
     @property
     def num_queries_per_kv(self) -> int:

@@ -7,8 +7,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from saw_trtllm.checkpoint.families import FAMILY_NAMES
 from saw_trtllm.format import RANGE_FACTORS, TOKENS_PER_BLOCK, KvName
-from saw_trtllm.model.config import MODELS, DTypeName
+from saw_trtllm.model.config import DTypeName
 
 Switch = Literal["enable", "disable"]
 
@@ -21,7 +22,7 @@ class BuildOptions(BaseModel):
 
     model_config = ConfigDict(protected_namespaces=())  # model_dir would be in one in pydantic before 2.10
 
-    model: Literal[MODELS] | None = Field(  # type: ignore[valid-type]
+    model: Literal[FAMILY_NAMES] | None = Field(  # type: ignore[valid-type]
         None, description="model family; by default the checkpoint's, and an error if it is another one"
     )
     kv: KvName = Field(

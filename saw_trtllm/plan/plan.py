@@ -14,6 +14,7 @@ from saw_trtllm.checkpoint import (
     tokenizer_files,
 )
 from saw_trtllm.checkpoint.calibration import Calibration
+from saw_trtllm.checkpoint.families import family_of
 from saw_trtllm.engine.config import (
     BackendName,
     BuildConfig,
@@ -178,7 +179,7 @@ def _open_checkpoint(options: BuildOptions) -> Checkpoint:
         given = "neither" if options.model_dir is None else "both"
         raise ConfigError(f"{given} of --checkpoint_dir and --model_dir was given: give one of them")
     checkpoint = Checkpoint.open(options.checkpoint_dir or options.model_dir)
-    found = checkpoint.config.model
+    found = family_of(checkpoint.config).name
     if options.model not in (None, found):
         raise ConfigError(
             f"--model {options.model} was given and {checkpoint.folder} holds a {found} model: give --model {found}"

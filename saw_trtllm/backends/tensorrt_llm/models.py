@@ -16,6 +16,7 @@ from saw_trtllm.backends.tensorrt_llm.limits import TensorRTLLMLimits
 from saw_trtllm.backends.tensorrt_llm.model import SawModel
 from saw_trtllm.backends.tensorrt_llm.options import CheckpointSection, SwapOptions
 from saw_trtllm.checkpoint import shard
+from saw_trtllm.checkpoint.families import family_of
 from saw_trtllm.checkpoint.layout import check_tp_size
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
@@ -105,7 +106,7 @@ CLASSES: dict[str, type[SawDecoder]] = {
 
 def class_for(model: ModelConfig) -> type[SawDecoder]:
     """The class of a supported family."""
-    return {"llama": SawLLaMAForCausalLM, "mistral": SawMistralForCausalLM}.get(model.model, SawQWenForCausalLM)
+    return CLASSES[family_of(model).trtllm_class]
 
 
 def rank_weights(

@@ -14,8 +14,8 @@ import transformers
 from transformers.modeling_rope_utils import RotaryEmbeddingConfigMixin
 
 from saw_trtllm.checkpoint import Checkpoint, config_keys
+from saw_trtllm.checkpoint.families import FAMILIES
 from saw_trtllm.checkpoint.huggingface import read_config
-from saw_trtllm.checkpoint.huggingface_config import HuggingFaceConfig
 from saw_trtllm.errors import CheckpointError
 from tests.support import ROOT
 from tests.support.models import make_hf_model
@@ -26,6 +26,8 @@ CLASSES = {
     "qwen2": transformers.Qwen2ForCausalLM,
     "qwen3": transformers.Qwen3ForCausalLM,
 }
+FAMILY = {family.name: family for family in FAMILIES}
+KEYS = {key for rules in (config_keys.COMMON, *(f.keys for f in FAMILIES)) for rule in rules for key in rule.keys}
 WRONG = {"nobody": ["reads this"]}
 
 
@@ -60,14 +62,16 @@ def test_every_key_of_the_classes_is_in_the_table(family):
     assert {"rope_theta", "rope_scaling", "torch_dtype", "per_layer_config"} <= keys
     # get_text_config and the like are methods; quantization_config comes from the code that loads weights.
     keys = {key for key in keys if not inspect.isroutine(getattr(transformers.PreTrainedConfig, key, None))}
-    assert sorted(key for key in keys | {"quantization_config"} if config_keys.rule(key, family) is None) == []
+    assert sorted(key for key in keys | {"quantization_config"} if config_keys.rule(key, FAMILY[family]) is None) == []
 
 
-def test_the_table_has_each_key_once_and_what_is_honored_is_read():
-    keys = [key for rule in config_keys.RULES for key in rule.keys]
+@pytest.mark.parametrize("family", CLASSES)
+def test_a_family_has_each_key_once_and_what_is_honored_is_read(family):
+    rules = (*config_keys.COMMON, *FAMILY[family].keys)
+    keys = [key for rule in rules for key in rule.keys]
     assert len(keys) == len(set(keys))
-    honored = {key for rule in config_keys.RULES if rule.treatment == "honored" for key in rule.keys}
-    assert honored == set(HuggingFaceConfig.model_fields)
+    honored = {key for rule in rules if rule.treatment == "honored" for key in rule.keys}
+    assert honored == set(FAMILY[family].config.model_fields)
 
 
 def test_the_document_has_the_table():
@@ -82,8 +86,8 @@ def test_each_key_is_treated_as_the_table_says(family):
     """Harmless: any value leaves the model as it was. Rejected: one sentence. Honored: read, so a wrong type shows."""
     raw = raw_config(family)
     expected = read(raw)
-    for key in {key for rule in config_keys.RULES for key in rule.keys}:
-        rule, changed = config_keys.rule(key, family), raw | {key: WRONG}
+    for key in KEYS:
+        rule, changed = config_keys.rule(key, FAMILY[family]), raw | {key: WRONG}
         if rule.treatment == "harmless":
             assert read(changed) == expected, key
             continue

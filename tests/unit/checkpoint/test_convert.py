@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from saw_trtllm.checkpoint import TOKENIZER_FILES, Checkpoint, convert
+from saw_trtllm.checkpoint.families import family_of
 from saw_trtllm.cli.convert import main
 from tests.support.models import FAMILIES, make_hf_model
 
@@ -64,7 +65,7 @@ def test_converts_and_says_what_comes_next(tmp_path, capsys, family):
     next_command = shlex.split(table["next"])
     assert next_command[0] == "saw-build"
     assert next_command[next_command.index("--checkpoint_dir") + 1] == str(out)
-    assert next_command[next_command.index("--model") + 1] == Checkpoint.open(folder).config.model
+    assert next_command[next_command.index("--model") + 1] == family_of(Checkpoint.open(folder).config).name
 
 
 @pytest.mark.parametrize(
