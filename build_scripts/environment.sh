@@ -20,7 +20,7 @@ install_package() {
     show_progress "$log" &
     progress=$!
     .venv/bin/pip install --disable-pip-version-check --progress-bar off \
-        --editable '.[reference,eval,triton,client,kernels,test]' > "$log" 2>&1 || failed=$?
+        --editable '.[reference,eval,triton,client,serve,kernels,test]' > "$log" 2>&1 || failed=$?
     kill "$progress" && wait "$progress" 2> /dev/null || true
     [[ ! -t 2 ]] || printf '\r\033[K' >&2
     if [[ "$failed" != 0 ]]; then

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import logging
 import os
 import weakref
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from saw_trtllm.paths import is_file
 from saw_trtllm.plan.checksums import check_not_replaced, verify_engine
 from saw_trtllm.progress import progress
 from saw_trtllm.runtime.block_manager import BlockManager
+from saw_trtllm.runtime.chat_template import ChatTemplate, Messages
 from saw_trtllm.runtime.detokenizer import Detokenizer
 from saw_trtllm.runtime.engine_core import EngineCore
 from saw_trtllm.runtime.keywords import check_keywords, is_number, shown
@@ -30,6 +32,8 @@ from saw_trtllm.runtime.sampling_params import SamplingParams
 from saw_trtllm.runtime.scheduler import Scheduler, Sequence
 from saw_trtllm.runtime.stats import Stats
 from saw_trtllm.runtime.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 _ADVICE = {
     "tensor_parallel_size": "leave it out; an engine of its own runtime is on one GPU",
@@ -112,6 +116,7 @@ class LLM:
         self._end_ids = read_end_ids(folder)
         if self._end_ids is None:
             self._end_ids = self.tokenizer.eos_ids if self.tokenizer else ()
+        self._hints = self.chat_template is not None
         build = self.config.build_config
         chunk = _prefill_chunk(self.config, prefill_chunk)
         exact = not self.config.kv_format.quantized
@@ -129,6 +134,11 @@ class LLM:
         self._ids = itertools.count()
         # An interpreter that exits under a thread that computes would abort.
         self._shutdown = weakref.finalize(self, self._core.shutdown)
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """How the model was taught to see conversations; None if its tokenizer does not say."""
+        return self.tokenizer.chat_template if self.tokenizer else None
 
     @property
     def max_input_len(self) -> int:
@@ -181,6 +191,87 @@ class LLM:
                 outputs.append(result.result())
                 bar.update()
         return outputs[0] if single else outputs
+
+    def chat(
+        self,
+        messages: Messages | SequenceABC[Messages],
+        sampling_params: SamplingParams | SequenceABC[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+        **template: Any,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Answer a conversation or a list of conversations, and wait for it.
+
+        Parameters
+        ----------
+        messages : list of dict, or list of lists of dict
+            ``{"role": ..., "content": ...}`` each.
+        sampling_params, use_tqdm
+            As for :meth:`generate`.
+        **template
+            What :meth:`chat_prompt` takes besides the messages.
+
+        Returns
+        -------
+        RequestOutput or list of RequestOutput
+            In the order of the conversations.
+
+        Raises
+        ------
+        RequestError
+            If the model has no chat template or the template rejects the messages; and as for :meth:`generate`.
+        """
+        several = isinstance(messages, SequenceABC) and bool(messages) and isinstance(messages[0], SequenceABC)
+        prompts = [self.chat_prompt(m, **template) for m in (messages if several else [messages])]
+        return self.generate(prompts if several else prompts[0], sampling_params, use_tqdm)
+
+    def chat_prompt(
+        self,
+        messages: Messages,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: SequenceABC[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """A conversation as a prompt for :meth:`generate` or :meth:`generate_async`: its text, and its tokens.
+
+        Parameters
+        ----------
+        messages : list of dict
+        chat_template : str, optional
+            A template in jinja2 in the place of the tokenizer's.
+        add_generation_prompt, continue_final_message : bool
+            Whether the prompt ends where an answer begins, or within the last message. Of the two
+            ``continue_final_message`` needs ``add_generation_prompt=False``.
+        tools : list of dict, optional
+            Functions that the model may call.
+        chat_template_kwargs : dict, optional
+            What else the template knows, such as ``enable_thinking``.
+
+        Raises
+        ------
+        RequestError
+            If there is no template, or it rejects the messages.
+        """
+        if self.tokenizer is None:
+            raise RequestError("this engine has no tokenizer, which has the template: give LLM(..., tokenizer=FOLDER)")
+        template = self.chat_template
+        if chat_template is not None:
+            template = template.replaced(chat_template) if template else ChatTemplate(chat_template)
+        if template is None:
+            raise RequestError(
+                "this model's tokenizer has no chat template: give a prompt instead of messages, or a chat_template"
+            )
+        text = template.render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=chat_template_kwargs,
+        )
+        # The template has written the special tokens; a second BOS would change the answer.
+        ids = encode_prompt(self.tokenizer, text, self.max_input_len, add_special_tokens=False)
+        return {"prompt": text, "prompt_token_ids": ids}
 
     def generate_async(
         self, inputs: Prompt, sampling_params: SamplingParams | None = None, streaming: bool = False
@@ -252,6 +343,12 @@ class LLM:
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
             raise RequestError("this engine has no tokenizer: give token ids, or LLM(..., tokenizer=FOLDER)")
+        if self._hints and not self.tokenizer.names_special(text):
+            self._hints = False
+            log.warning(
+                "this model was taught to answer in conversations and the prompt is none: use LLM.chat, saw-run --chat "
+                "or /v1/chat/completions, which apply its chat template"
+            )
         return encode_prompt(self.tokenizer, text, self.max_input_len)
 
     def _check(self, ids: list[int], params: SamplingParams) -> None:

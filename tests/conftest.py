@@ -1,9 +1,11 @@
 import logging
+import shutil
 from functools import cache
 
 import pytest
 
 from saw_trtllm import LLM, progress
+from tests.support.chat_templates import COMMENTS
 from tests.support.example import build_example
 
 pytest_plugins = ["tests.support.fold_skips", "tests.support.gpu"]
@@ -19,6 +21,14 @@ def engine(tmp_path_factory):
         return build_example(tmp_path_factory.mktemp(kv), **options)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def chat_engine(engine, tmp_path_factory):
+    """The example's engine with a chat template: the example was taught none, and writes on in Python."""
+    folder = shutil.copytree(engine("saw_int4"), tmp_path_factory.mktemp("chat") / "example")
+    (folder / "chat_template.jinja").write_text(COMMENTS)
+    return folder
 
 
 @pytest.fixture

@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 from saw_trtllm.cli.common import add_log_level, add_no_verify, run, set_log_level
-from saw_trtllm.errors import RequestError
+from saw_trtllm.cli.conversation import Conversation, typed_lines
+from saw_trtllm.errors import ConfigError, RequestError
 from saw_trtllm.llm import LLM
+from saw_trtllm.model.config import MAX_POSITIONS
 from saw_trtllm.progress import progress
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.runtime.outputs import GenerationResult, RequestOutput
@@ -27,12 +29,24 @@ def make_parser() -> argparse.ArgumentParser:
         "--engine_dir", type=Path, required=True, metavar="DIR", default=unset, help="what saw-build wrote"
     )
     parser.add_argument("--tokenizer_dir", type=Path, metavar="DIR", default=unset, help="by default the engine folder")
-    source = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="apply the model's chat template: to --input_text or --input_file, or to what is typed, as a conversation",
+    )
+    parser.add_argument("--system_prompt", metavar="TEXT", default=unset, help="what a conversation begins with")
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--input_text", nargs="+", metavar="TEXT", default=unset, help="prompts, each an argument")
     source.add_argument(
         "--input_file", type=Path, metavar="FILE", default=unset, help="prompts, each a line; - is stdin"
     )
-    parser.add_argument("--max_output_len", type=int, default=64, metavar="N", help="tokens to generate at most")
+    parser.add_argument(
+        "--max_output_len",
+        type=int,
+        metavar="N",
+        default=unset,
+        help="tokens to generate at most; by default 64, and in a conversation what the engine holds",
+    )
     parser.add_argument(
         "--temperature", type=float, metavar="T", default=unset, help="by default the likeliest token is taken"
     )
@@ -62,15 +76,24 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see ``saw-run --help``."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    given = vars(args)
+    if not args.chat and not given.keys() & {"input_text", "input_file"}:
+        parser.error("one of the arguments --input_text --input_file --chat is required")
     set_log_level(args.log_level)
     return run(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> None:
     given = vars(args)
+    if "system_prompt" in given and not args.chat:
+        raise ConfigError("--system_prompt is part of a conversation: give --chat too")
+    talks = not given.keys() & {"input_text", "input_file"}
+    if talks and args.json:
+        raise ConfigError("--json prints answers to prompts: give --input_text or --input_file too")
     params = SamplingParams(
-        max_tokens=args.max_output_len,
+        max_tokens=given.get("max_output_len", MAX_POSITIONS if args.chat else 64),
         min_tokens=args.min_tokens,
         temperature=given.get("temperature"),
         top_k=given.get("top_k"),
@@ -79,16 +102,22 @@ def _run(args: argparse.Namespace) -> None:
         stop=given.get("stop_words"),
         repetition_penalty=args.repetition_penalty,
     )
-    prompts = given.get("input_text") or _read_prompts(args.input_file)
+    prompts = [] if talks else given.get("input_text") or _read_prompts(args.input_file)
     cache = KvCacheConfig(given.get("kv_cache_max_tokens"), args.kv_cache_free_gpu_memory_fraction)
     options = {"max_queue_size": 0, "verify": not args.no_verify}
     with LLM(args.engine_dir, given.get("tokenizer_dir"), cache, **options) as llm:
+        if args.chat and not args.json:
+            _chat(llm, params, given.get("system_prompt"), prompts)
+            return
         start = time.monotonic()
         unit = "prompt" if "input_text" in given else "line"
         results = []
         for number, prompt in enumerate(prompts, 1):
             try:
-                results.append(llm.generate_async(prompt, params, streaming=not args.json))
+                if args.chat:
+                    results.append(Conversation(llm, params, given.get("system_prompt")).begin(prompt, False))
+                else:
+                    results.append(llm.generate_async(prompt, params, streaming=not args.json))
             except RequestError as e:
                 raise (RequestError(f"{unit} {number}: {e}") if len(prompts) > 1 else e) from None
         if args.json:
@@ -98,6 +127,16 @@ def _run(args: argparse.Namespace) -> None:
             _stream(prompt, result)
             if len(prompts) > 1:
                 print()
+
+
+def _chat(llm: LLM, params: SamplingParams, system_prompt: str | None, prompts: list[str]) -> None:
+    """One conversation of what is typed, or one of each prompt."""
+    if not prompts:
+        Conversation(llm, params, system_prompt).run(typed_lines())
+    for prompt in prompts:
+        Conversation(llm, params, system_prompt).ask(prompt)
+        if len(prompts) > 1:
+            print()
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -11,6 +11,7 @@ import tokenizers
 from saw_trtllm.errors import CheckpointError
 from saw_trtllm.model.end_ids import read_end_ids
 from saw_trtllm.paths import is_file, is_folder, read_json, reject_lfs_pointer
+from saw_trtllm.runtime.chat_template import ChatTemplate
 from saw_trtllm.runtime.keywords import shown
 from saw_trtllm.runtime.token_decoder import TokenDecoder
 
@@ -25,6 +26,8 @@ class Tokenizer:
     eos_ids : tuple of int
         Tokens that end a text: those that the model's files beside it name, else tokenizer_config.json's.
     bos_id : int or None
+    chat_template : ChatTemplate or None
+        How the model was taught to see conversations.
     decoder : TokenDecoder
         What each token adds to a text.
 
@@ -34,8 +37,15 @@ class Tokenizer:
         If its decoder is none that is known.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, eos_ids: Sequence[int] = (), bos_id: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        eos_ids: Sequence[int] = (),
+        bos_id: int | None = None,
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self.chat_template = chat_template
         self.eos_ids = tuple(eos_ids)
         self.bos_id = bos_id
         self.decoder = TokenDecoder(tokenizer)
@@ -66,7 +76,8 @@ class Tokenizer:
         if eos_ids is None:
             eos = _token_id(tokenizer, settings.get("eos_token"))
             eos_ids = () if eos is None else (eos,)
-        return cls(tokenizer, eos_ids, _token_id(tokenizer, settings.get("bos_token")))
+        bos_id = _token_id(tokenizer, settings.get("bos_token"))
+        return cls(tokenizer, eos_ids, bos_id, ChatTemplate.load(file.parent))
 
     @property
     def vocab_size(self) -> int:
@@ -81,6 +92,11 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text to token ids, with the special tokens that the tokenizer's own template adds."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def names_special(self, text: str) -> bool:
+        """Whether a text holds a special token."""
+        tokens = self._tokenizer.get_added_tokens_decoder().values()
+        return any(token.special and token.content in text for token in tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Token ids to text."""
