@@ -14,7 +14,7 @@ class DType:
 
 class CacheType:
     int4: ClassVar[CacheType]
-    raw: ClassVar[CacheType]
+    unquantized: ClassVar[CacheType]
 
 class PagedPool:
     def __init__(
@@ -35,7 +35,7 @@ def error_string(code: int) -> str: ...
 def dlpack_view(
     capsule: CapsuleType,
 ) -> tuple[int, tuple[int, ...], tuple[int, ...] | None, tuple[int, int]]: ...
-def kv_write(
+def rotate_quantize_kv(
     *,
     qkv: int,
     cos_sin: int,

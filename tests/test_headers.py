@@ -11,7 +11,7 @@ import pytest
 from tests.support import plugin_library as lib
 
 INCLUDE = lib.ROOT / "plugins" / "include"
-HEADERS = sorted(str(path.relative_to(INCLUDE)) for path in (INCLUDE / "saw").iterdir())
+HEADERS = sorted(str(path.relative_to(INCLUDE)) for path in INCLUDE.rglob("*.*h"))
 
 pytestmark = pytest.mark.skipif(not lib.nvcc(), reason="there is no nvcc: pip install 'saw-trtllm[kernels]'")
 

@@ -41,7 +41,7 @@ def _empty_pool(fmt: KVFormat, num_blocks: int, case: Case) -> torch.Tensor:
 
 
 def _filled_pool(problem: Problem, fmt: KVFormat, offsets: torch.Tensor) -> torch.Tensor:
-    """A pool of the problem's keys and values, written by kv_write with RoPE's angles at 0."""
+    """A pool of the problem's keys and values, written by rotate_quantize_kv with RoPE's angles at 0."""
     case, heads = problem.case, problem.case.heads
     pool = _empty_pool(fmt, problem.blocks.numel(), case)
     cos_sin = torch.tensor([1.0, 0.0], device="cuda").expand(1, heads.head_dim // 2, 2).contiguous()
@@ -49,7 +49,7 @@ def _filled_pool(problem: Problem, fmt: KVFormat, offsets: torch.Tensor) -> torc
     for first in range(0, case.batch, step):
         k, v = (x[first : first + step].flatten(0, 1) for x in (problem.k, problem.v))
         count = min(step, case.batch - first)
-        ops.kv_write(
+        ops.rotate_quantize_kv(
             torch.cat([k, k, v], dim=1).flatten(1),  # K in Q's place: as many heads
             cos_sin,
             torch.zeros(len(k), dtype=torch.int32, device="cuda"),
@@ -66,7 +66,7 @@ def _filled_pool(problem: Problem, fmt: KVFormat, offsets: torch.Tensor) -> torc
 
 
 def _turned(x: torch.Tensor, fmt: KVFormat, which: bool = True) -> torch.Tensor:
-    """Rotated as ``kv_write`` leaves it, if ``which`` is; rotated twice, it is as before."""
+    """Rotated as ``rotate_quantize_kv`` leaves it, if ``which`` is; rotated twice, it is as before."""
     return rotate(x, fmt.hadamard_order).to(x.dtype) if which and fmt.hadamard_order > 1 else x
 
 
@@ -137,7 +137,7 @@ def prefill(problem: Problem, name: str) -> Contender:
 
 
 def write(case: Case, name: str) -> Contender:
-    """``kv_write`` of a step; one of chunks gives K and V out, too, which their prefill attention takes."""
+    """``rotate_quantize_kv`` of a step; one of chunks gives K and V out, too, which their prefill attention takes."""
     heads = case.heads
     fmt = kv_format(name, heads.head_dim)
     blocks = case.batch * (case.context // case.tokens_per_block)
@@ -162,7 +162,7 @@ def write(case: Case, name: str) -> Contender:
             tensors[out] = torch.empty(case.tokens, heads.num_kv_heads, heads.head_dim, dtype=DTYPE, device="cuda")
 
     def launch() -> None:
-        ops.kv_write(**tensors, kv_format=fmt, layer=0, stream=torch.cuda.current_stream())
+        ops.rotate_quantize_kv(**tensors, kv_format=fmt, layer=0, stream=torch.cuda.current_stream())
 
     moved = [tensors[x] for x in ("qkv", "position_ids", "q_out", "k_out", "v_out") if x in tensors]
     return Contender(

@@ -6,7 +6,7 @@
 
 #include <dlfcn.h>
 
-#include "op.h"
+#include "adapter/op.h"
 
 namespace saw::trt::cublaslt {
 

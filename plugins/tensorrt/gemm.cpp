@@ -4,8 +4,8 @@
 #include <mutex>
 #include <tuple>
 
+#include "adapter/names.h"
 #include "cublaslt.h"
-#include "names.h"
 
 namespace saw::trt {
 

@@ -1,7 +1,7 @@
-// SawGemm: a linear layer by cuBLASLt, whose weight TensorRT's compilers do not see. See SawGemm.md.
+// SawGemm: a linear layer by cuBLASLt, whose weight TensorRT's compilers do not see. See gemm.md.
 #pragma once
 
-#include "op.h"
+#include "adapter/op.h"
 
 namespace saw::trt {
 

@@ -1,6 +1,7 @@
 #include "rotate_quantize_kv.h"
 
-#include "names.h"
+#include "adapter/names.h"
+#include "saw/rotate_quantize_kv/params.h"
 
 namespace saw::trt {
 
@@ -57,7 +58,7 @@ std::vector<Tensor> RotateQuantizeKv::outputs() const {
 }
 
 void RotateQuantizeKv::enqueue(Launch const& launch) const {
-    KvWriteParams p{};
+    RotateQuantizeKvParams p{};
     p.qkv = launch.inputs[kQkv];
     p.cos_sin = static_cast<float2 const*>(launch.inputs[kCosSin]);
     p.position_ids = static_cast<int32_t const*>(launch.inputs[kPositionIds]);
@@ -78,7 +79,7 @@ void RotateQuantizeKv::enqueue(Launch const& launch) const {
     p.range_factor = range_factor_;
     p.dtype = dtype();
     p.cache = cache();
-    check_cuda(kv_write(p, launch.stream), "kv_write");
+    check_cuda(rotate_quantize_kv(p, launch.stream), "rotate_quantize_kv");
 }
 
 }  // namespace saw::trt

@@ -1,8 +1,8 @@
 // SawRotateQuantizeKV: RoPE, centring, rotation, quantization and the paged write of a step. See
-// SawRotateQuantizeKV.md.
+// rotate_quantize_kv.md.
 #pragma once
 
-#include "paged_op.h"
+#include "adapter/paged_op.h"
 
 namespace saw::trt {
 

@@ -55,11 +55,11 @@ def decode_attention(
     Parameters
     ----------
     q : array
-        float16 or bfloat16 ``[num_sequences, num_heads, head_dim]``, rotated as :func:`kv_write` leaves it.
+        float16 or bfloat16 ``[num_sequences, num_heads, head_dim]``, rotated as :func:`rotate_quantize_kv` leaves it.
     sequence_length : array
         int32 ``[num_sequences]``: KV length with the current token; a sequence of length 0 gives zeros.
     pool, block_offsets, kv_format, layer
-        As in :func:`kv_write`.
+        As in :func:`rotate_quantize_kv`.
     out : array
         ``[num_sequences, num_heads, head_dim]`` of q's dtype, written; in V's rotated basis where V is rotated.
     workspace : array
@@ -135,15 +135,15 @@ def prefill_attention(
     Parameters
     ----------
     q : array
-        float16 or bfloat16 ``[num_tokens, num_heads, head_dim]``, rotated as :func:`kv_write` leaves it.
+        float16 or bfloat16 ``[num_tokens, num_heads, head_dim]``, rotated as :func:`rotate_quantize_kv` leaves it.
     k, v : array
-        ``[num_tokens, num_kv_heads, head_dim]`` of q's dtype: ``k_out`` and ``v_out`` of :func:`kv_write`.
+        ``[num_tokens, num_kv_heads, head_dim]`` of q's dtype: ``k_out`` and ``v_out`` of :func:`rotate_quantize_kv`.
     last_token_ids : array
         int32 ``[num_sequences]``: inclusive prefix sum of the tokens of each sequence.
     sequence_length : array
         int32 ``[num_sequences]``: KV length with this step's tokens.
     pool, block_offsets, kv_format, layer
-        As in :func:`kv_write`.
+        As in :func:`rotate_quantize_kv`.
     out : array
         ``[num_tokens, num_heads, head_dim]`` of q's dtype, written up to the last of ``last_token_ids``; in V's rotated
         basis where V is rotated.

@@ -71,7 +71,7 @@ def address(array: DeviceArray | None) -> int:
 
 def cache_type(kv_format: KVFormat) -> Any:
     """The kernels' name for the rows of a format."""
-    return kernels().CacheType.int4 if kv_format.quantized else kernels().CacheType.raw
+    return kernels().CacheType.int4 if kv_format.quantized else kernels().CacheType.unquantized
 
 
 def raise_for(code: int, kernel: str, kv_format: KVFormat, pool: Pool, dtype: str, num_heads: int, work: str) -> None:

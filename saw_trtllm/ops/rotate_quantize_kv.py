@@ -10,7 +10,7 @@ from saw_trtllm.ops.arrays import DeviceArray, common_device, kernels, stream_ha
 from saw_trtllm.ops.pool import ACTIVATION_DTYPES, Pool, address, cache_type, check_cache_dtype, raise_for
 
 
-def kv_write(
+def rotate_quantize_kv(
     qkv: Any,
     cos_sin: Any,
     position_ids: Any,
@@ -101,7 +101,7 @@ def kv_write(
         [packed, angles, positions, ends, lengths, where.array, where.block_offsets, q, k, v, center]
     )
     module, handle = kernels(), stream_handle(stream)
-    code = module.kv_write(
+    code = module.rotate_quantize_kv(
         qkv=packed.address,
         cos_sin=angles.address,
         position_ids=positions.address,
@@ -124,4 +124,4 @@ def kv_write(
         device=device,
         stream=handle,
     )
-    raise_for(code, "kv_write", kv_format, where, dtype, num_heads, f"{num_tokens} tokens")
+    raise_for(code, "rotate_quantize_kv", kv_format, where, dtype, num_heads, f"{num_tokens} tokens")

@@ -1,4 +1,4 @@
-"""kv_write against the CPU reference: every byte of the pool, and the rotated Q, K and V."""
+"""rotate_quantize_kv against the CPU reference: every byte of the pool, and the rotated Q, K and V."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def make_step(
 
 
 def launch(step: Step, tensors: dict[str, torch.Tensor], stream=None) -> None:
-    ops.kv_write(
+    ops.rotate_quantize_kv(
         **tensors, kv_format=step.kv_format, layer=LAYER, stream=stream or torch.cuda.current_stream().cuda_stream
     )
 

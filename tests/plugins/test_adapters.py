@@ -193,7 +193,7 @@ def test_creators(built):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_readme_lists_the_fields_and_the_tensors(name, built, interface, make):
-    text = (lib.SOURCES / f"{name}.md").read_text()
+    text = (lib.SOURCES / f"{lib.STEMS[name]}.md").read_text()
     section = {title: re.findall(r"^\| `(\w+)`", body, re.M) for title, body in _sections(text)}
     advertised = [field[0] for field in built.creators[interface, name].fields()]
     assert section["Fields"] == advertised
@@ -468,7 +468,7 @@ def test_write_launches_with_what_the_tensors_say(built, make):
     assert step.run(built, make(WRITE, **OPTIONAL[WRITE], layer_idx=2), WRITE, optional=True) == 0
     (call,) = lib.recorded_calls(built.library)
     assert call == {
-        "op": "kv_write",
+        "op": "rotate_quantize_kv",
         "qkv": 0x1000,
         "cos_sin": 0x7000,
         "position_ids": 0x2000,
@@ -675,7 +675,7 @@ def test_a_layer_that_the_host_tensors_lack(name, built, make, said):
 def test_a_refused_launch_is_an_error(name, built, make, said):
     lib.recorded_calls(built.library, next_error=98)
     assert StepOf([5], 1).run(built, make(name), name) != 0
-    kernel = "kv_write" if name == WRITE else "prefill_attention"
+    kernel = "rotate_quantize_kv" if name == WRITE else "prefill_attention"
     assert f"{kernel} was not launched: " in said()
     lib.recorded_calls(built.library)
 

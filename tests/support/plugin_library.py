@@ -29,6 +29,15 @@ FLAGS = ["-std=c++17", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-W
 WRITE, ATTENTION = "SawRotateQuantizeKV", "SawInt4PagedAttention"
 GEMM, LOOKUP, RMS_NORM, SILU_MUL = "SawGemm", "SawLookup", "SawRmsNorm", "SawSiluMul"
 NAMES = (WRITE, ATTENTION, GEMM, LOOKUP, RMS_NORM, SILU_MUL)
+#: Of each plugin the stem of its files.
+STEMS = {
+    WRITE: "rotate_quantize_kv",
+    ATTENTION: "paged_attention",
+    GEMM: "gemm",
+    LOOKUP: "lookup",
+    RMS_NORM: "rms_norm",
+    SILU_MUL: "silu_mul",
+}
 #: nvinfer1::DataType and nvinfer1::PluginFieldType.
 FLOAT, HALF, INT32, BF16, INT64 = 0, 1, 3, 7, 8
 FIELD_FLOAT32, FIELD_INT32, FIELD_CHAR = 1, 5, 6
@@ -107,7 +116,7 @@ def recording_library(include_dir: Path) -> Path:
     folder.mkdir()
     # One translation unit: TensorRT's headers take most of the time.
     unit = folder / "plugins.cpp"
-    sources = [*sorted(SOURCES.glob("*.cpp")), DRIVER / "recorder.cpp"]
+    sources = [*sorted(SOURCES.glob("*.cpp")), *sorted(SOURCES.glob("adapter/*.cpp")), DRIVER / "recorder.cpp"]
     unit.write_text("".join(f'#include "{source}"\n' for source in sources))
     flags = [
         "-isystem",
@@ -120,8 +129,8 @@ def recording_library(include_dir: Path) -> Path:
 
 
 def build_preload_library(include_dir: Path, folder: Path) -> Path:
-    flags = ["-isystem", str(include_dir)]
-    return compile_library(folder / "libsaw_trtllm_preload.so", [SOURCES / "preload" / "preload.cpp"], flags)
+    source = SOURCES / "adapter" / "preload" / "preload.cpp"
+    return compile_library(folder / "libsaw_trtllm_preload.so", [source], ["-isystem", str(include_dir)])
 
 
 def build_fake_tensorrt(include_dir: Path, folder: Path) -> Path:

@@ -190,7 +190,7 @@ def run_kernels(step: Step) -> dict[str, torch.Tensor]:
     )
     context = torch.full_like(q, torch.nan)
     shared = {"kv_format": step.kv_format, "layer": LAYER, "stream": torch.cuda.current_stream()}
-    ops.kv_write(
+    ops.rotate_quantize_kv(
         step.gpu["qkv"],
         step.gpu["rotary_cos_sin"],
         step.gpu["position_ids"],

@@ -45,8 +45,8 @@ class Call {
 
 namespace saw {
 
-cudaError_t kv_write(KvWriteParams const& p, cudaStream_t stream) {
-    Call("kv_write")
+cudaError_t rotate_quantize_kv(RotateQuantizeKvParams const& p, cudaStream_t stream) {
+    Call("rotate_quantize_kv")
         .ADD(qkv)
         .ADD(cos_sin)
         .ADD(position_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -41,11 +42,11 @@ class FakeKernels:
     code: int = 0
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     DType = SimpleNamespace(float16="float16", bfloat16="bfloat16")
-    CacheType = SimpleNamespace(int4="int4", raw="raw")
+    CacheType = SimpleNamespace(int4="int4", unquantized="unquantized")
     PagedPool = SimpleNamespace
 
-    def kv_write(self, **kwargs: Any) -> int:
-        self.calls.append(("kv_write", kwargs))
+    def rotate_quantize_kv(self, **kwargs: Any) -> int:
+        self.calls.append(("rotate_quantize_kv", kwargs))
         return self.code
 
     def decode_attention(self, **kwargs: Any) -> int:
@@ -67,7 +68,7 @@ class FakeKernels:
 def fake(monkeypatch) -> FakeKernels:
     kernels = FakeKernels()
     for module in ("paged_attention", "pool", "rotate_quantize_kv"):
-        monkeypatch.setattr(f"saw_trtllm.ops.{module}.kernels", lambda: kernels)
+        monkeypatch.setattr(sys.modules[f"saw_trtllm.ops.{module}"], "kernels", lambda: kernels)
     return kernels
 
 
@@ -120,16 +121,16 @@ def prefill_arguments() -> dict[str, Any]:
 
 
 ARGUMENTS = {
-    ops.kv_write: write_arguments,
+    ops.rotate_quantize_kv: write_arguments,
     ops.decode_attention: decode_arguments,
     ops.prefill_attention: prefill_arguments,
 }
 
 
-def test_kv_write_launches_with_what_the_arrays_say(fake):
-    ops.kv_write(**write_arguments("bfloat16"), stream=77)
+def test_rotate_quantize_kv_launches_with_what_the_arrays_say(fake):
+    ops.rotate_quantize_kv(**write_arguments("bfloat16"), stream=77)
     ((name, call),) = fake.calls
-    assert name == "kv_write"
+    assert name == "rotate_quantize_kv"
     assert (call["num_tokens"], call["num_sequences"], call["num_heads"]) == (TOKENS, SEQUENCES, HEADS)
     assert (call["head_dim"], call["hadamard_order"], call["rotate_v"]) == (128, 128, True)
     assert (call["dtype"], call["cache"], call["stream"], call["device"]) == ("bfloat16", "int4", 77, -1)
@@ -140,17 +141,17 @@ def test_kv_write_launches_with_what_the_arrays_say(fake):
 
 def test_optional_tensors_are_null(fake):
     arguments = write_arguments() | {"k_out": None, "v_out": None, "k_center": None}
-    ops.kv_write(**arguments)
+    ops.rotate_quantize_kv(**arguments)
     ((_, call),) = fake.calls
     assert (call["k_out"], call["v_out"], call["k_center"], call["stream"]) == (0, 0, 0, 0)
 
 
 def test_raw_cache(fake):
     kv_format = KVFormat("fp16", 64, dtype="bfloat16")
-    ops.kv_write(**write_arguments("bfloat16", kv_format))
-    assert fake.calls[0][1]["cache"] == "raw"
+    ops.rotate_quantize_kv(**write_arguments("bfloat16", kv_format))
+    assert fake.calls[0][1]["cache"] == "unquantized"
     with pytest.raises(OpError, match="qkv has dtype float16 and kv_format stores rows of bfloat16"):
-        ops.kv_write(**write_arguments("float16", kv_format))
+        ops.rotate_quantize_kv(**write_arguments("float16", kv_format))
 
 
 def test_decode_launches_with_what_the_arrays_say(fake):
@@ -197,9 +198,9 @@ BAD_WRITES = {
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_WRITES.values(), ids=BAD_WRITES.keys())
-def test_kv_write_refuses(change, message, fake):
+def test_rotate_quantize_kv_refuses(change, message, fake):
     with pytest.raises(OpError, match=message):
-        ops.kv_write(**write_arguments() | change)
+        ops.rotate_quantize_kv(**write_arguments() | change)
     assert not fake.calls
 
 
@@ -266,7 +267,7 @@ def test_without_the_module_the_error_says_how_to_build_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "saw_trtllm._C", None)
     monkeypatch.delattr("saw_trtllm._C", raising=False)
     with pytest.raises(BackendUnavailableError, match="build_scripts/kernels"):
-        ops.kv_write(**write_arguments())
+        ops.rotate_quantize_kv(**write_arguments())
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def test_arrays_on_two_gpus():
 
 
 def test_the_header_and_the_format_are_one():
-    header = (ROOT / "plugins/include/saw/layout.h").read_text()
+    header = (ROOT / "plugins/include/saw/common/pool.h").read_text()
 
     def constant(name: str) -> float:
         expression = re.search(rf"{name} = ([^;]+);", header)[1].replace("kCodeMax", str(format.CODE_MAX))
@@ -329,4 +330,4 @@ def test_the_built_module_has_the_same_rows():
     assert module.FORMAT_VERSION == format.FORMAT_VERSION
     for head_dim in format.HEAD_DIMS:
         assert module.row_bytes(module.CacheType.int4, head_dim) == KVFormat("int4", head_dim).row_bytes
-        assert module.row_bytes(module.CacheType.raw, head_dim) == KVFormat("fp16", head_dim).row_bytes
+        assert module.row_bytes(module.CacheType.unquantized, head_dim) == KVFormat("fp16", head_dim).row_bytes

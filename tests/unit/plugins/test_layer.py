@@ -9,13 +9,13 @@ from saw_trtllm.engine import tensors
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.format import KVFormat
 from saw_trtllm.plugins.layer import OPTIONAL_CONSTANTS, ROTARY_COS_SIN, AttentionLayer, add_attention
-from tests.support.plugin_library import ATTENTION, SOURCES, WRITE
+from tests.support.plugin_library import ATTENTION, SOURCES, STEMS, WRITE
 
 OUTPUTS = {WRITE: ["q", "k", "v", "decode_counters"], ATTENTION: ["context"]}
 
 
 def table(name, section):
-    text = (SOURCES / f"{name}.md").read_text().partition(f"## {section}\n")[2].partition("\n## ")[0]
+    text = (SOURCES / f"{STEMS[name]}.md").read_text().partition(f"## {section}\n")[2].partition("\n## ")[0]
     return re.findall(r"^\| `(\w+)`", text, re.M)
 
 

@@ -13,16 +13,16 @@ from saw_trtllm.format import FORMAT_VERSION
 from saw_trtllm.plugins import library
 from tests.support.fakes import tensorrt as fake_tensorrt
 from tests.support.fakes import tensorrt_86 as fake_tensorrt_86
-from tests.support.plugin_library import NAMES, SOURCES
+from tests.support.plugin_library import NAMES, SOURCES, STEMS
 
 
 def test_the_versions_are_one():
-    header = (SOURCES / "names.h").read_text()
+    header = (SOURCES / "adapter" / "names.h").read_text()
     assert re.search(r'kVersion\[\] = "(\w+)"', header)[1] == str(FORMAT_VERSION)
 
 
 def test_only_the_entry_points_are_exported():
-    exports = (SOURCES / "exports.map").read_text()
+    exports = (SOURCES / "adapter" / "exports.map").read_text()
     names = re.search(r"global:(.*?)local:\s*\*;", exports, re.S)[1].replace(";", " ").split()
     assert names == [
         "initSawTrtllmPlugins",
@@ -35,8 +35,8 @@ def test_only_the_entry_points_are_exported():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_readme_has_no_name_of_its_own(name):
-    known = set(re.findall(r'\[\] = "(\w+)"', (SOURCES / "names.h").read_text()))
-    listed = re.findall(r"^\| `(\w+)`", (SOURCES / f"{name}.md").read_text(), re.M)
+    known = set(re.findall(r'\[\] = "(\w+)"', (SOURCES / "adapter" / "names.h").read_text()))
+    listed = re.findall(r"^\| `(\w+)`", (SOURCES / f"{STEMS[name]}.md").read_text(), re.M)
     assert set(listed) <= known
     assert len(listed) > 4
 

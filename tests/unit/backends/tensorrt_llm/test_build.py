@@ -23,7 +23,7 @@ from tests.support.fakes import tensorrt_llm as fake_tensorrt_llm
 from tests.support.fakes.gpu import NAME as GPU_NAME
 from tests.support.fakes.gpu import pretend_gpu
 from tests.support.models import make_hf_model
-from tests.support.plugin_library import SOURCES
+from tests.support.plugin_library import SOURCES, STEMS
 
 WRITE, ATTENTION = "SawRotateQuantizeKV", "SawInt4PagedAttention"
 INPUTS = {
@@ -74,7 +74,7 @@ def plugins(name, of=None):
 
 @pytest.mark.parametrize("plugin", [WRITE, ATTENTION])
 def test_the_stand_in_has_the_fields_and_inputs_of_the_plugins_pages(plugin):
-    text = (SOURCES / f"{plugin}.md").read_text()
+    text = (SOURCES / f"{STEMS[plugin]}.md").read_text()
     fields, inputs = (re.split(r"^## ", text, flags=re.M)[i] for i in (1, 2))
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| ([\w.]+) \|", fields, flags=re.M)
     kinds = {"int": "INT32", "float": "FLOAT32", "text": "CHAR"}

@@ -1,0 +1,5 @@
+#include "../prefill_launch.cuh"
+
+namespace saw {
+template cudaError_t launch_prefill<96>(PrefillParams const&, cudaStream_t);
+}  // namespace saw

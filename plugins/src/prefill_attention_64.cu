@@ -1,5 +1,0 @@
-#include "prefill_attention_launch.cuh"
-
-namespace saw {
-template cudaError_t launch_prefill<64>(PrefillParams const&, cudaStream_t);
-}  // namespace saw

@@ -1,0 +1,29 @@
+#include <algorithm>
+#include <limits>
+
+#include "saw/rms_norm/kernel.cuh"
+#include "saw/rms_norm/params.h"
+
+namespace saw {
+
+namespace {
+
+template <typename T, int N>
+void launch_rms_norm(RmsNormParams const& p, cudaStream_t stream) {
+    int const threads = std::min((p.width / N + 31) / 32 * 32, 1024);
+    rms_norm_kernel<T, N><<<p.num_rows * p.num_heads, threads, 0, stream>>>(p);
+}
+
+}  // namespace
+
+cudaError_t rms_norm(RmsNormParams const& p, cudaStream_t stream) {
+    if (p.num_rows == 0) return cudaSuccess;
+    if (int64_t(p.num_rows) * p.num_heads > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
+    bool const half = p.dtype == DType::kFloat16, packed = p.width % kWide == 0;
+    auto* const launch = half ? (packed ? &launch_rms_norm<__half, kWide> : &launch_rms_norm<__half, 1>)
+                              : (packed ? &launch_rms_norm<__nv_bfloat16, kWide> : &launch_rms_norm<__nv_bfloat16, 1>);
+    launch(p, stream);
+    return cudaGetLastError();
+}
+
+}  // namespace saw

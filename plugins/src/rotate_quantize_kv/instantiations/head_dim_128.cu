@@ -1,0 +1,5 @@
+#include "../launch.cuh"
+
+namespace saw {
+template cudaError_t launch_rotate_quantize_kv<128>(RotateQuantizeKvParams const&, cudaStream_t);
+}  // namespace saw

@@ -1,0 +1,17 @@
+#include "row_op.h"
+
+#include "names.h"
+
+namespace saw::trt {
+
+std::vector<Field> RowOp::fields() {
+    return {{names::kDtype, &dtype_, true}, {names::kHiddenSize, &hidden_size_, true}};
+}
+
+void RowOp::validate() const {
+    check_dtype(dtype_);
+    if (hidden_size_ < 1) refuse("hidden_size is " + std::to_string(hidden_size_) + ": it must be at least 1");
+    check_count("the numbers of a row", hidden_size_, names::kHiddenSize);
+}
+
+}  // namespace saw::trt

@@ -1,0 +1,23 @@
+// What the operations on rows of activations share: dtype and width. For each, TensorRT would compile several kernels
+// in every layer.
+#pragma once
+
+#include "op.h"
+#include "saw/common/pool.h"
+
+namespace saw::trt {
+
+class RowOp : public Op {
+  public:
+    std::vector<Field> fields() override;
+    void validate() const override;
+
+  protected:
+    std::string dtype_;
+    int32_t hidden_size_ = 0;
+
+    nvinfer1::DataType activation_type() const { return Op::activation_type(dtype_); }
+    DType dtype() const { return dtype_ == "bfloat16" ? DType::kBFloat16 : DType::kFloat16; }
+};
+
+}  // namespace saw::trt
