@@ -46,7 +46,7 @@ _ADVICE = {
 
 
 #: Tokens of a prefill chunk at most. Long enough to fill a GPU's matrix units, short enough that decodes beside it do
-#: not stall, and the grain in which a 4-bit cache's prefixes are reused.
+#: not stall, and the grain in which a 4-bit cache's prefixes are reused where the text must be deterministic.
 PREFILL_CHUNK = 512
 
 
@@ -119,16 +119,17 @@ class LLM:
         self._hints = self.chat_template is not None
         build = self.config.build_config
         chunk = _prefill_chunk(self.config, prefill_chunk)
-        exact = not self.config.kv_format.quantized
+        interchangeable = not (self.config.kv_format.quantized and kv_cache_config.deterministic)
         self.executor = open_executor(folder, self.config, kv_cache_config)
         check_not_replaced(folder, self.config.saw_int4.checksums)  # its files are read by name
         blocks = BlockManager(
             self.executor.num_blocks,
             build.tokens_per_block,
             kv_cache_config.enable_block_reuse,
-            reuse_multiple=build.tokens_per_block if exact else chunk,
+            kv_cache_config.enable_partial_reuse,
+            reuse_multiple=1 if interchangeable else chunk,
         )
-        self._scheduler = Scheduler(blocks, build.max_batch_size, build.max_num_tokens, chunk, exact)
+        self._scheduler = Scheduler(blocks, build.max_batch_size, build.max_num_tokens, chunk, interchangeable)
         num_layers = [len(pool.layers) for pool in self.config.pools]
         self._core = EngineCore(self.executor, self._scheduler, num_layers, max_queue_size)
         self._ids = itertools.count()
@@ -161,7 +162,8 @@ class LLM:
         Parameters
         ----------
         inputs : str, list of int, dict, or a list of these
-            Text, token ids, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``; of both the ids count.
+            Text, token ids, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``; of both the ids count. A dict may
+            hold a ``cache_salt`` too: text; only prompts of the same salt find each other's blocks in the cache.
         sampling_params : SamplingParams or list of SamplingParams, optional
             One for all, or one each. Greedy with 32 tokens by default.
         use_tqdm : bool
@@ -313,7 +315,7 @@ class LLM:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params is {shown(params)}: give SamplingParams(...), or nothing")
-        text, ids = read_prompt(prompt)
+        text, ids, salt = read_prompt(prompt)
         ids = self._encode(text) if ids is None else ids
         self._check(ids, params)
         if params.stop_strings and self.tokenizer is None:
@@ -329,7 +331,7 @@ class LLM:
         if params.min_tokens and len(end_ids) == vocab:
             raise RequestError("min_tokens is given and every token ends the text: leave a token out of stop_token_ids")
         request_id = next(self._ids)
-        sequence = Sequence(request_id, ids, params)
+        sequence = Sequence(request_id, ids, params, cache_salt=salt)
         self._scheduler.check(sequence)
         detokenizer = Detokenizer(self.tokenizer, params.stop_strings, params.include_stop_str_in_output)
         return Request(sequence, text, end_ids, detokenizer, streaming, OutputQueue())

@@ -195,7 +195,7 @@ def _one_engine(ids: range, number: int, seed: int, failures: float) -> Counter[
     # Little more than what one sequence may need, so that sequences are preempted.
     num_blocks = -(-(MAX_PROMPT + MAX_TOKENS) // size) + rng.randrange(2, 30)
     executor = FaultyExecutor(num_blocks, size, asynchronous, failures, rng)
-    blocks = BlockManager(num_blocks, size, reuse, size if exact else chunk)
+    blocks = BlockManager(num_blocks, size, reuse, rng.random() < 0.5, 1 if exact else chunk)
     scheduler = Scheduler(blocks, 16, 16 + 2 * chunk, chunk, exact)
     core = EngineCore(executor, scheduler, [1], max_queue_size=32)
     clients = [_Client(core, scheduler, ids[i::_CLIENTS], Random(rng.random())) for i in range(_CLIENTS)]

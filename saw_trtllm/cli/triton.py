@@ -96,6 +96,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--kv_cache_reuse", choices=_SWITCH, default="enable", help="share blocks of equal prefixes")
     parser.add_argument(
+        "--deterministic", action="store_true", help="let no text depend on what is in the cache: less of it is reused"
+    )
+    parser.add_argument(
         "--exclude_input_in_output", choices=_SWITCH, default="disable", help="for requests that do not say"
     )
     parser.add_argument(
@@ -184,6 +187,7 @@ def _parameters(args: argparse.Namespace) -> Parameters:
         kv_cache_free_gpu_mem_fraction=args.kv_cache_free_gpu_memory_fraction,
         max_queue_size=args.max_queue_size,
         enable_kv_cache_reuse=args.kv_cache_reuse == "enable",
+        deterministic=args.deterministic,
         decoupled_mode=args.decoupled_mode == "true",
         exclude_input_in_output=args.exclude_input_in_output == "enable",
         verify_engine=not args.no_verify,

@@ -39,6 +39,14 @@ class StepSequence(NamedTuple):
     block_table: Sequence[int]
 
 
+class RowCopy(NamedTuple):
+    """Rows to copy within every pool: the first ``rows`` of each layer's and head's keys and values of a block."""
+
+    source: int
+    target: int
+    rows: int
+
+
 @dataclass(frozen=True)
 class StepInputs:
     """B sequences, prefills first, packed without padding. All arrays are int32.
@@ -58,6 +66,8 @@ class StepInputs:
     kv_cache_block_offsets : ``[num_pools, B, 2, max_blocks_per_seq]``
         ``block · num_layers · 2 + (0 K, 1 V)``, num_layers being those of the pool; entries beyond a sequence's blocks
         are not read. A block has the same index in every pool.
+    copies : sequence of RowCopy
+        To be made in this order, before the step.
     """
 
     input_ids: np.ndarray
@@ -67,6 +77,7 @@ class StepInputs:
     context_lengths: np.ndarray
     host_request_types: np.ndarray
     kv_cache_block_offsets: np.ndarray
+    copies: Sequence[RowCopy] = ()
 
     @classmethod
     def pack(cls, sequences: Sequence[StepSequence], *num_layers: int) -> StepInputs:
@@ -89,8 +100,8 @@ class StepPacker:
         self._tables: list[Sequence[int]] = []
         self._known: list[int] = []  # how many entries of each are in its row
 
-    def pack(self, sequences: Sequence[StepSequence]) -> StepInputs:
-        """Pack a step's sequences, prefills first."""
+    def pack(self, sequences: Sequence[StepSequence], copies: Sequence[RowCopy] = ()) -> StepInputs:
+        """Pack a step's sequences, prefills first, and what is to be copied before it."""
         counts = np.array([len(s.token_ids) for s in sequences], dtype=np.int32)
         starts = np.array([s.start for s in sequences], dtype=np.int32)
         kinds = np.array([s.kind for s in sequences], dtype=np.int32)
@@ -105,6 +116,7 @@ class StepPacker:
             context_lengths=np.where(kinds == PREFILL, counts, prompts),
             host_request_types=kinds,
             kv_cache_block_offsets=self._offsets([s.block_table for s in sequences]),
+            copies=copies,
         )
 
     def _offsets(self, tables: list[Sequence[int]]) -> np.ndarray:

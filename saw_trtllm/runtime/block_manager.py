@@ -6,16 +6,36 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
 
 import numpy as np
+
+#: Blocks that continue one prefix and are compared with a prompt that does too, the latest first: work must be bounded
+#: where thousands of prompts part at one place.
+MAX_CANDIDATES = 16
 
 
 @dataclass
 class Block:
-    """A block's owners and, once its content is known, the key that finds it."""
+    """A block's owners and, once its content is known, what finds it.
+
+    Attributes
+    ----------
+    ref_count : int
+        Sequences that hold it.
+    key : bytes or None
+        Digest of all tokens up to its end, of a full block.
+    parent : bytes or None
+        Digest of all tokens before it; None while nobody can find it.
+    tokens : numpy.ndarray
+        int32, its own tokens: all of them, or the leading ones of a sequence's last block.
+    """
 
     ref_count: int = 0
     key: bytes | None = None
+    parent: bytes | None = None
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
 
 
 @dataclass
@@ -25,21 +45,30 @@ class BlockTable:
     Attributes
     ----------
     blocks : list of int
-    keys : list of bytes or None
-        Keys of the leading full prompt blocks; None before the table is first opened.
     num_registered : int
-        How many of ``keys`` are already in the manager's index.
+        How many leading blocks others can find.
+    keys : list of bytes
+        Keys of the leading full blocks.
+    digest : hashlib hash or None
+        Over the cache salt and the tokens that ``keys`` cover; None where nothing is to be found.
+    root : bytes
+        Digest of the salt: what is found before the first block.
+    partial : (int, int) or None
+        The block whose first rows continue the sequence, and how many rows, when it was opened.
     """
 
     blocks: list[int] = field(default_factory=list)
-    keys: list[bytes] | None = None
     num_registered: int = 0
+    keys: list[bytes] = field(default_factory=list)
+    digest: Any = None
+    root: bytes = b""
+    partial: tuple[int, int] | None = None
 
 
 class BlockManager:
-    """Hands out blocks, and finds those that already hold a prompt's beginning.
+    """Hands out blocks, and finds those that already hold a sequence's beginning.
 
-    A block is free when no sequence holds it. A free block that has a key keeps its content until it is needed for
+    A block is free when no sequence holds it. A free block that can be found keeps its content until it is needed for
     something else: the least recently freed goes first.
 
     Parameters
@@ -48,19 +77,27 @@ class BlockManager:
     tokens_per_block : int
     enable_block_reuse : bool
         Whether blocks are found again by their content.
+    enable_partial_reuse : bool
+        Whether a match may end within a block, whose rows are then copied.
     reuse_multiple : int
         A match is cut to a multiple of so many tokens.
     """
 
     def __init__(
-        self, num_blocks: int, tokens_per_block: int, enable_block_reuse: bool = True, reuse_multiple: int = 1
+        self,
+        num_blocks: int,
+        tokens_per_block: int,
+        enable_block_reuse: bool = True,
+        enable_partial_reuse: bool = True,
+        reuse_multiple: int = 1,
     ) -> None:
         self.tokens_per_block = tokens_per_block
         self.enable_block_reuse = enable_block_reuse
-        self._reuse_multiple = reuse_multiple
+        self._grain = max(reuse_multiple, 1 if enable_partial_reuse else tokens_per_block)
         self._blocks = [Block() for _ in range(num_blocks)]
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._by_key: dict[bytes, int] = {}
+        self._continuations: dict[bytes, dict[int, None]] = {}  # by their parents
 
     @property
     def num_blocks(self) -> int:
@@ -76,34 +113,45 @@ class BlockManager:
         """How many blocks so many tokens fill."""
         return -(-num_tokens // self.tokens_per_block)
 
-    def open(self, table: BlockTable, prompt: Sequence[int], reuse: bool = True) -> int:
-        """Begin a sequence with the cached blocks of its prompt, referenced for it.
+    def open(self, table: BlockTable, tokens: Sequence[int], reuse: bool = True, salt: str = "") -> int:
+        """Begin a sequence with the cached blocks of its tokens, referenced for it.
 
-        At least the prompt's last token is left to compute, since its logits are needed.
+        At least the last token is left to compute, since its logits are needed.
 
         Parameters
         ----------
         table : BlockTable
-            New, or closed.
-        prompt : sequence of int
+            New, or closed. If the match ends within a block, its ``partial`` says whose rows are to be copied.
+        tokens : sequence of int
+            The prompt, and what has been generated.
         reuse : bool
-            False for a sequence that must compute its whole prompt.
+            False for a sequence that must compute its whole prompt, and whose blocks nobody is to find.
+        salt : str
+            Only sequences of the same salt find each other's blocks.
 
         Returns
         -------
         int
-            How many tokens the table's blocks already hold.
+            How many tokens are already computed.
         """
-        if table.keys is None:  # a sequence that waits is opened at every step
-            table.keys = self._chain(prompt) if self.enable_block_reuse and reuse else []
+        if not (self.enable_block_reuse and reuse):
+            return 0
+        if table.digest is None:
+            table.digest = hashlib.sha256(salt.encode())
+            table.root = table.digest.digest()
+        self._extend(table, tokens)  # a sequence that waits is opened at every step, and has its keys
         hits = 0
         while hits < len(table.keys) and table.keys[hits] in self._by_key:
             hits += 1
-        num_tokens = min(hits * self.tokens_per_block, len(prompt) - 1)
-        num_tokens -= num_tokens % max(self._reuse_multiple, self.tokens_per_block)
-        for key in table.keys[: num_tokens // self.tokens_per_block]:
+        source, rows = self._partial_match(table, hits, tokens)
+        num_tokens = min(hits * self.tokens_per_block + rows, len(tokens) - 1)
+        num_tokens -= num_tokens % self._grain
+        full, rows = divmod(num_tokens, self.tokens_per_block)
+        if rows:
+            table.partial = (self._by_key[table.keys[full]] if full < hits else source, rows)
+        for key in table.keys[:full]:
             table.blocks.append(self._hold(self._by_key[key]))
-        table.num_registered = len(table.blocks)
+        table.num_registered = full
         return num_tokens
 
     def grow(self, table: BlockTable, num_tokens: int) -> bool:
@@ -125,22 +173,33 @@ class BlockManager:
             block = self._blocks[index]
             if block.ref_count:
                 raise RuntimeError(f"block {index} is free and has {block.ref_count} owners")
-            if block.key is not None:
-                del self._by_key[block.key]
-                block.key = None
+            self._forget(index)
             block.ref_count = 1
             table.blocks.append(index)
         return True
 
-    def register(self, table: BlockTable, num_tokens: int) -> None:
-        """Let others find the prompt's full blocks among the first ``num_tokens``, which have been computed."""
-        end = min(num_tokens // self.tokens_per_block, len(table.keys))
-        for i in range(table.num_registered, end):
+    def register(self, table: BlockTable, tokens: Sequence[int]) -> None:
+        """Let others find the full blocks of ``tokens``, the sequence's first, which have been computed."""
+        if table.digest is None:
+            return
+        self._extend(table, tokens)
+        size = self.tokens_per_block
+        for i in range(table.num_registered, len(tokens) // size):
             # A twin computed in the same step may have come first; its block serves, ours stays unnamed.
             if table.keys[i] not in self._by_key:
-                self._blocks[table.blocks[i]].key = table.keys[i]
-                self._by_key[table.keys[i]] = table.blocks[i]
-        table.num_registered = max(table.num_registered, end)
+                index = table.blocks[i]
+                self._blocks[index].key = table.keys[i]
+                self._by_key[table.keys[i]] = index
+                self._continue(index, self._parent(table, i), tokens[i * size : (i + 1) * size])
+            table.num_registered = i + 1
+
+    def register_tail(self, table: BlockTable, tokens: Sequence[int]) -> None:
+        """Let others find the rows of ``tokens`` that do not fill a block, when the sequence is about to be closed."""
+        full, rows = divmod(len(tokens), self.tokens_per_block)
+        # A match that ends within a block is what finds them.
+        if table.digest is None or rows < self._grain or full > len(table.keys):
+            return
+        self._continue(table.blocks[full], self._parent(table, full), tokens[full * self.tokens_per_block :])
 
     def close(self, table: BlockTable) -> None:
         """Give a sequence's blocks back. The last are evicted first: a prefix outlives its continuations.
@@ -158,10 +217,10 @@ class BlockManager:
             if block.ref_count == 0:
                 self._free[index] = None
                 # What nobody can find again is the first to be used.
-                if block.key is None:
+                if block.parent is None:
                     self._free.move_to_end(index, last=False)
         table.blocks = []  # a new list: whoever keeps the old one's content must not take it for this
-        table.num_registered = 0
+        table.num_registered, table.partial = 0, None
 
     def check(self) -> None:
         """Raise RuntimeError if counts, free list and index contradict each other."""
@@ -170,8 +229,12 @@ class BlockManager:
                 raise RuntimeError(f"block {index} has {block.ref_count} owners and is free: {index in self._free}")
             if block.key is not None and self._by_key.get(block.key) != index:
                 raise RuntimeError(f"block {index} has a key that finds block {self._by_key.get(block.key)}")
+            if (block.parent is not None) != (index in self._continuations.get(block.parent or b"", {})):
+                raise RuntimeError(f"block {index} continues another prefix than the index has")
         if len(self._by_key) != sum(b.key is not None for b in self._blocks):
             raise RuntimeError("the index holds keys of blocks that have none")
+        if sum(map(len, self._continuations.values())) != sum(b.parent is not None for b in self._blocks):
+            raise RuntimeError("the index holds continuations that no block is")
 
     def _hold(self, index: int) -> int:
         block = self._blocks[index]
@@ -180,12 +243,52 @@ class BlockManager:
         block.ref_count += 1
         return index
 
-    def _chain(self, prompt: Sequence[int]) -> list[bytes]:
-        """Digests of the prompt's full blocks, each over all tokens up to its end."""
-        full = len(prompt) // self.tokens_per_block
-        tokens = np.asarray(prompt[: full * self.tokens_per_block], dtype=np.int32).reshape(full, self.tokens_per_block)
-        keys, digest = [], hashlib.sha256()
-        for block in tokens:
-            digest.update(block.tobytes())
-            keys.append(digest.digest())
-        return keys
+    def _extend(self, table: BlockTable, tokens: Sequence[int]) -> None:
+        """Keys of all full blocks, each a digest over the salt and all tokens up to its end."""
+        size = self.tokens_per_block
+        known, full = len(table.keys), len(tokens) // size
+        if known < full:
+            for block in np.asarray(tokens[known * size : full * size], dtype=np.int32).reshape(-1, size):
+                table.digest.update(block.tobytes())
+                table.keys.append(table.digest.digest())
+
+    def _parent(self, table: BlockTable, i: int) -> bytes:
+        """What is found before a sequence's block ``i``: for the first one, the salt."""
+        return table.keys[i - 1] if i else table.root
+
+    def _partial_match(self, table: BlockTable, hits: int, tokens: Sequence[int]) -> tuple[int, int]:
+        """The block that continues ``hits`` blocks for longest as ``tokens`` do, and for how many rows."""
+        best = (-1, 0)
+        if self._grain < self.tokens_per_block:
+            start = hits * self.tokens_per_block
+            due = np.asarray(tokens[start : start + self.tokens_per_block], dtype=np.int32)
+            candidates = self._continuations.get(self._parent(table, hits), {})
+            for index in islice(reversed(candidates), MAX_CANDIDATES):
+                rows = _common_prefix(self._blocks[index].tokens, due)
+                if rows > best[1]:
+                    best = (index, rows)
+        return best
+
+    def _continue(self, index: int, parent: bytes, tokens: Sequence[int]) -> None:
+        block = self._blocks[index]
+        block.parent, block.tokens = parent, np.asarray(tokens, dtype=np.int32)
+        self._continuations.setdefault(parent, {})[index] = None
+
+    def _forget(self, index: int) -> None:
+        """Let nobody find a block: its content is about to change."""
+        block = self._blocks[index]
+        if block.key is not None:
+            del self._by_key[block.key]
+        if block.parent is not None:
+            continuations = self._continuations[block.parent]
+            del continuations[index]
+            if not continuations:
+                del self._continuations[block.parent]
+        block.key = block.parent = None
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many leading tokens two arrays have in common."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n

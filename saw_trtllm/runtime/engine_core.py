@@ -218,7 +218,8 @@ class EngineCore:
         sampling = [self._sampling(s) if s.samples else None for s in parts]
         context = [self._wants_context(s) for s in parts]
         try:
-            pending = self._executor.launch(self._packer.pack([s.inputs for s in parts]), sampling, context)
+            step = self._packer.pack([s.inputs for s in parts], self._scheduler.copies)
+            pending = self._executor.launch(step, sampling, context)
         except Exception as e:
             self._fail(parts, e)
             return False

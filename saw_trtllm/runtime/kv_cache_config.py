@@ -22,7 +22,13 @@ class KvCacheConfig:
     free_gpu_memory_fraction : float
         Share of the free memory (the host's, for the reference backend) that the pool may take.
     enable_block_reuse : bool
-        Whether prompts with the same beginning share its blocks.
+        Whether what was computed, of a prompt or of a generated text, is found again by a prompt that begins with it.
+    enable_partial_reuse : bool
+        Whether a match may end within a block, whose rows are then copied.
+    deterministic : bool
+        Whether a request's text must not depend on what is in the cache. In a 4-bit cache a token's rows depend a
+        little on whether its neighbours were computed beside it or read from the cache. Then prefixes are reused in
+        whole prefill chunks, generated text is not, and a preempted request replays its text token by token.
 
     Raises
     ------
@@ -33,6 +39,8 @@ class KvCacheConfig:
     max_tokens: int | None = None
     free_gpu_memory_fraction: float = 0.9
     enable_block_reuse: bool = True
+    enable_partial_reuse: bool = True
+    deterministic: bool = False
 
     def __new__(cls, *_: Any, **named: Any) -> KvCacheConfig:
         """Reject the names of arguments that it does not have."""
@@ -40,15 +48,16 @@ class KvCacheConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        tokens, fraction, reuse = self.max_tokens, self.free_gpu_memory_fraction, self.enable_block_reuse
+        tokens, fraction = self.max_tokens, self.free_gpu_memory_fraction
         if tokens is not None and not (is_number(tokens, whole=True) and tokens >= 1):
             raise ConfigError(f"the KV cache's max_tokens is {shown(tokens)}: it must be a whole number of at least 1")
         if not (is_number(fraction) and 0 < fraction <= 1):
             raise ConfigError(
                 f"the KV cache's free_gpu_memory_fraction is {shown(fraction)}: it must be above 0 and at most 1"
             )
-        if not isinstance(reuse, bool):
-            raise ConfigError(f"the KV cache's enable_block_reuse is {shown(reuse)}: it must be True or False")
+        for name in ("enable_block_reuse", "enable_partial_reuse", "deterministic"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"the KV cache's {name} is {shown(getattr(self, name))}: it must be True or False")
 
     @classmethod
     def of(cls, value: KvCacheConfig | Mapping[str, Any] | None) -> KvCacheConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.keywords import shown
@@ -13,6 +13,9 @@ from saw_trtllm.runtime.tokenizer import Tokenizer
 
 #: Text, token ids, or a dict of TensorRT-LLM's and vLLM's form.
 Prompt = str | Sequence[int] | Mapping[str, Any]
+
+#: Characters of a cache salt at most.
+MAX_SALT = 256
 
 _FORMS = 'text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}'
 
@@ -36,8 +39,20 @@ def split_prompts(inputs: Prompt | Iterable[Prompt]) -> tuple[list[Prompt], bool
     return ([prompts], True) if prompts and isinstance(prompts[0], numbers.Integral) else (prompts, False)
 
 
-def read_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:
-    """A prompt's text and its token ids, the one that was not given being None.
+class PromptParts(NamedTuple):
+    """A prompt's text and its token ids, the one that was not given being None, and its cache salt.
+
+    Only requests of the same salt find each other's blocks, so that who does not know it cannot learn from the time to
+    the first token what others have asked.
+    """
+
+    text: str | None
+    token_ids: list[int] | None
+    cache_salt: str = ""
+
+
+def read_prompt(prompt: Prompt) -> PromptParts:
+    """What a prompt of any form holds.
 
     Raises
     ------
@@ -45,10 +60,13 @@ def read_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:
         If it has none of the forms.
     """
     if isinstance(prompt, str):
-        return prompt, None
+        return PromptParts(prompt, None)
     if not isinstance(prompt, Mapping):
-        return None, _token_ids(prompt)
+        return PromptParts(None, _token_ids(prompt))
     given = {name: value for name, value in prompt.items() if value is not None}
+    salt = given.pop("cache_salt", "")
+    if not (isinstance(salt, str) and len(salt) <= MAX_SALT):
+        raise RequestError(f"cache_salt is {shown(salt)}: give text of at most {MAX_SALT} characters")
     unknown = given.keys() - {"prompt", "prompt_token_ids"}
     if unknown or not given:
         what = f"has {shown(next(iter(unknown)))}" if unknown else "is empty"
@@ -56,7 +74,7 @@ def read_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:
     text, ids = given.get("prompt"), given.get("prompt_token_ids")
     if not isinstance(text, str | None):
         raise RequestError(f"the prompt is {shown(text)}: give text, or token ids as prompt_token_ids")
-    return text, None if ids is None else _token_ids(ids)
+    return PromptParts(text, None if ids is None else _token_ids(ids), salt)
 
 
 def _token_ids(prompt: Iterable[int]) -> list[int]:

@@ -8,8 +8,10 @@ computes never depends on the others, so neither does its result:
 - A prompt's chunks end at multiples of ``prefill_chunk``, counted from the prompt's start. A chunk that does not fit
   into the step's budget waits for the next step; it is not cut.
 - In a 4-bit cache a token that attends to a neighbour of its own chunk sees it unquantized, and one of an earlier chunk
-  in 4 bits. Reused prefixes are therefore cut to whole chunks (``BlockManager``'s ``reuse_multiple``), and a preempted
-  sequence replays its generated tokens one by one, as it decoded them. A cache that is exact needs neither.
+  in 4 bits, so a token's rows depend a little on which step computed it. Where that must not show, reused prefixes are
+  cut to whole chunks (``BlockManager``'s ``reuse_multiple``), generated tokens are found by nobody, and a preempted
+  sequence replays them one by one, as it decoded them. Where it may, or in a cache that is exact, rows are
+  interchangeable: all that was computed is found again, and a preempted sequence computes its tokens in prefills.
 
 A step may be scheduled while the one before it is under way. Then some sequences' last tokens are not known yet: they
 are scheduled as if none of them ended the text. Nothing is preempted meanwhile, and what a sequence that is removed
@@ -22,7 +24,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from itertools import chain
 
-from saw_trtllm.engine.step import DECODE, PREFILL, StepSequence
+from saw_trtllm.engine.step import DECODE, PREFILL, RowCopy, StepSequence
 from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.block_manager import BlockManager, BlockTable
 from saw_trtllm.runtime.sampling_params import SamplingParams
@@ -44,6 +46,8 @@ class Sequence:
         Leading tokens whose rows are in the cache.
     num_reused : int
         Leading tokens that were found in the cache when the sequence was last admitted.
+    cache_salt : str
+        Only sequences of the same salt find each other's blocks.
     in_flight : Scheduled or None
         Its part of the step under way.
     removed : bool
@@ -57,6 +61,7 @@ class Sequence:
     table: BlockTable = field(default_factory=BlockTable)
     num_computed: int = 0
     num_reused: int = 0
+    cache_salt: str = ""
     in_flight: Scheduled | None = None
     removed: bool = False
 
@@ -118,21 +123,32 @@ class Scheduler:
         Tokens in a step.
     prefill_chunk : int
         Tokens of a chunk; ``max_num_tokens - max_batch_size`` at most, so that a chunk fits beside any decodes.
-    exact_cache : bool
-        Whether rows come back from the cache as they went in.
+    interchangeable_rows : bool
+        Whether a token's rows may come from any step that computed it: see above.
+
+    Attributes
+    ----------
+    copies : list of RowCopy
+        Rows that are to be copied, in this order, before the step that was scheduled last.
     """
 
     def __init__(
-        self, blocks: BlockManager, max_batch_size: int, max_num_tokens: int, prefill_chunk: int, exact_cache: bool
+        self,
+        blocks: BlockManager,
+        max_batch_size: int,
+        max_num_tokens: int,
+        prefill_chunk: int,
+        interchangeable_rows: bool,
     ) -> None:
         self.blocks = blocks
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.copies: list[RowCopy] = []
         self.num_preemptions = 0
         self._max_batch_size = max_batch_size
         self._max_num_tokens = max_num_tokens
         self._prefill_chunk = prefill_chunk
-        self._exact_cache = exact_cache
+        self._interchangeable_rows = interchangeable_rows
         self._num_leaving = 0  # removed ones whose parts are under way
 
     @property
@@ -165,6 +181,7 @@ class Scheduler:
 
         Empty when there is nothing to do, or nothing before the step under way is done.
         """
+        self.copies = []
         budget = self._max_num_tokens
         preemptions = self.num_preemptions
         parts = [self._next(s) for s in self.running if not s.draws_its_last]
@@ -206,8 +223,9 @@ class Scheduler:
         """Note that a sequence's part of a step has been computed."""
         sequence = scheduled.sequence
         sequence.num_computed = scheduled.end
-        if scheduled.inputs.kind == PREFILL:
-            self.blocks.register(sequence.table, min(sequence.num_computed, len(sequence.prompt)))
+        findable, table = self._findable(sequence), sequence.table
+        if table.digest is not None and findable // self.blocks.tokens_per_block > table.num_registered:
+            self.blocks.register(table, sequence.tokens(0, findable))
         self.done(scheduled)
 
     def done(self, scheduled: Scheduled) -> None:
@@ -217,19 +235,28 @@ class Scheduler:
             sequence.in_flight = None
             if sequence.removed:
                 self._num_leaving -= 1
-                self.blocks.close(sequence.table)
+                self._close(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or not, and free its blocks as soon as nothing writes to them."""
         if sequence in self.running:
             self.running.remove(sequence)
             if sequence.in_flight is None:
-                self.blocks.close(sequence.table)
+                self._close(sequence)
             else:
                 sequence.removed = True
                 self._num_leaving += 1
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+
+    def _findable(self, sequence: Sequence) -> int:
+        """How many of the computed tokens others may find."""
+        return sequence.num_computed if self._interchangeable_rows else min(sequence.num_computed, len(sequence.prompt))
+
+    def _close(self, sequence: Sequence) -> None:
+        if sequence.num_computed > sequence.num_reused:  # else rows that were to be copied may not have been
+            self.blocks.register_tail(sequence.table, sequence.tokens(0, self._findable(sequence)))
+        self.blocks.close(sequence.table)
 
     def _is_under_way(self) -> bool:
         return self._num_leaving > 0 or any(s.in_flight is not None for s in self.running)
@@ -242,11 +269,11 @@ class Scheduler:
             start = last.end
             if last.samples:
                 total, unknown = total + 1, [-1 - last.index]
-        if start >= prompt and (total - start == 1 or not self._exact_cache):
+        if start >= prompt and (total - start == 1 or not self._interchangeable_rows):
             kind, end = DECODE, start + 1
         else:
             kind, chunk_end = PREFILL, (start // self._prefill_chunk + 1) * self._prefill_chunk
-            end = min(total if self._exact_cache else prompt, chunk_end)
+            end = min(total if self._interchangeable_rows else prompt, chunk_end)
         samples = end == total
         tokens = unknown if unknown and start + 1 == total else s.tokens(start, end)
         return Scheduled(s, StepSequence(tokens, start, prompt, kind, s.table.blocks), end, samples, total - prompt)
@@ -262,14 +289,15 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self.blocks.close(sequence.table)
+        self._close(sequence)
         sequence.num_computed = 0
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
     def _admit(self, sequence: Sequence, budget: int) -> Scheduled | None:
-        reuse = not sequence.params.return_context_logits
-        table, reused = sequence.table, self.blocks.open(sequence.table, sequence.prompt, reuse)
+        reuse, table = not sequence.params.return_context_logits, sequence.table
+        known = sequence.tokens(0, sequence.num_tokens if self._interchangeable_rows else len(sequence.prompt))
+        reused = self.blocks.open(table, known, reuse, sequence.cache_salt)
         sequence.num_computed, sequence.num_reused = reused, reused
         part = self._next(sequence)
         missing = self.blocks.blocks_for(sequence.num_tokens) - len(table.blocks)
@@ -278,7 +306,11 @@ class Scheduler:
         if len(part.inputs.token_ids) > budget or missing + headroom > self.blocks.num_free:
             self.blocks.close(table)
             return None
+        full = len(table.blocks)
         self.blocks.grow(table, sequence.num_tokens)
+        if table.partial is not None:
+            source, rows = table.partial
+            self.copies.append(RowCopy(source, table.blocks[full], rows))
         self.running.append(sequence)
         return part
 

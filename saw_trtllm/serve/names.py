@@ -251,6 +251,8 @@ TENSORRT_LLM_MODEL = Model(
         "max_tokens_in_paged_kv_cache",
         "kv_cache_free_gpu_mem_fraction",
         "enable_kv_cache_reuse",
+        "enable_partial_reuse",
+        "deterministic",
         "exclude_input_in_output",
         "max_queue_size",
         "verify_engine",

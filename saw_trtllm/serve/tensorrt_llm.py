@@ -113,6 +113,8 @@ class TensorrtLlmModel:
             max_tokens=parameters.max_tokens_in_paged_kv_cache,
             free_gpu_memory_fraction=parameters.kv_cache_free_gpu_mem_fraction,
             enable_block_reuse=parameters.enable_kv_cache_reuse,
+            enable_partial_reuse=parameters.enable_partial_reuse,
+            deterministic=parameters.deterministic,
         )
         self._llm = LLM(
             parameters.gpt_model_path,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from saw_trtllm.backends.reference.int4 import decode_rows, encode_rows
-from saw_trtllm.engine.step import PREFILL, SECONDARY_POOL_BIT, StepInputs
+from saw_trtllm.engine.step import PREFILL, SECONDARY_POOL_BIT, RowCopy, StepInputs
 from saw_trtllm.format import KVFormat
 
 K, V = 0, 1
@@ -101,6 +101,12 @@ class PagedCache:
             for pool, (_, layers) in zip(self.pools, pools, strict=True)
             for i, layer in enumerate(layers)
         }
+
+    def copy(self, copies: Sequence[RowCopy]) -> None:
+        """Copy rows from block to block, in this order."""
+        for pool in self.pools:
+            for source, target, rows in copies:
+                pool.data[target, ..., :rows, :] = pool.data[source, ..., :rows, :]
 
     def place(self, layer: int) -> tuple[PagedPool, int]:
         """The pool that holds a layer, and the layer's index in it."""

@@ -94,6 +94,7 @@ class ReferenceExecutor:
         self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
     ) -> StepOutput:
         """Like :meth:`launch`, and give what was computed."""
+        self.cache.copy(step.copies)
         every = any(context_logits)
         logits = self._model.forward(step, self.cache, all_logits=every).numpy()
         ends = step.last_token_ids if every else np.arange(1, len(sampling) + 1)

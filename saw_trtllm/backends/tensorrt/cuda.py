@@ -93,6 +93,11 @@ class Stream:
         kind = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         call(runtime.cudaMemcpy2DAsync, address, pitch, source, width, width, rows, kind, self.handle)
 
+    def copy_rows(self, target: int, source: int, pitch: int, width: int, rows: int) -> None:
+        """Copy ``rows`` of ``width`` bytes, one of which begins each ``pitch`` bytes, within the GPU."""
+        kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        call(runtime.cudaMemcpy2DAsync, target, pitch, source, pitch, width, rows, kind, self.handle)
+
     def download(self, target: int, address: int, nbytes: int) -> None:
         """Copy from the GPU to pinned memory, in the stream's order."""
         call(

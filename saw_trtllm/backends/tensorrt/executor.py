@@ -21,7 +21,7 @@ from saw_trtllm.backends.tensorrt.session import Session
 from saw_trtllm.backends.tensorrt.staging import HostTensors, Staging, StepShape
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.engine.config import EngineConfig
-from saw_trtllm.engine.step import DECODE, StepInputs, StepSequence
+from saw_trtllm.engine.step import DECODE, RowCopy, StepInputs, StepSequence
 from saw_trtllm.engine.tensors import LAST_TOKEN_IDS, LOGITS, POOL_MAPPING, POOL_POINTERS, WINDOW_SIZES
 from saw_trtllm.errors import EngineError, KernelError
 from saw_trtllm.runtime.sampling import SamplingState
@@ -106,6 +106,7 @@ class TensorRTExecutor:
         slot = self._free_slot()
         num_sequences = len(sampling)
         size = self._graphs.size_for(num_sequences) if _decodes_alone(step) else None
+        self._copy_rows(step.copies)
         self._sampler.prepare(sampling)
         shape = self._staging.upload(step, self._stream, None if size is None else self._padded(size))
         addresses = self._staging.addresses(shape)
@@ -236,6 +237,15 @@ class TensorRTExecutor:
         self._stream.synchronize()
 
     # -- steps
+
+    def _copy_rows(self, copies: Sequence[RowCopy]) -> None:
+        """Copy rows from block to block, in this order, after the step under way and before the next."""
+        tokens, heads = self._config.build_config.tokens_per_block, self._config.pretrained_config.num_key_value_heads
+        for pool, memory in zip(self._config.pools, self.pools, strict=True):
+            region, regions = tokens * pool.format.row_bytes, len(pool.layers) * 2 * heads
+            for source, target, rows in copies:
+                start, end = (memory.address + block * regions * region for block in (source, target))
+                self._stream.copy_rows(end, start, region, rows * pool.format.row_bytes, regions)
 
     @property
     def _decode_profile(self) -> int:

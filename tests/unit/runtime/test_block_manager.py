@@ -6,22 +6,26 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from saw_trtllm.runtime.block_manager import BlockManager, BlockTable
 
 
+def manager_of_whole_blocks(num_blocks, tokens_per_block, **options):
+    return BlockManager(num_blocks, tokens_per_block, enable_partial_reuse=False, **options)
+
+
 def fill(manager, prompt):
     """Open a table for a prompt, give it room and compute it all."""
     table = BlockTable()
     reused = manager.open(table, prompt)
     assert manager.grow(table, len(prompt))
-    manager.register(table, len(prompt))
+    manager.register(table, prompt)
     return table, reused
 
 
 def test_blocks_for():
-    manager = BlockManager(8, 4)
+    manager = manager_of_whole_blocks(8, 4)
     assert [manager.blocks_for(n) for n in (0, 1, 4, 5, 8, 9)] == [0, 1, 1, 2, 2, 3]
 
 
 def test_grow_takes_what_is_missing_or_nothing():
-    manager = BlockManager(4, 4)
+    manager = manager_of_whole_blocks(4, 4)
     a, b = BlockTable(), BlockTable()
     manager.open(a, [1])
     assert manager.grow(a, 5)
@@ -38,7 +42,7 @@ def test_grow_takes_what_is_missing_or_nothing():
 
 
 def test_a_block_has_its_owners_alone():
-    manager = BlockManager(2, 4)
+    manager = manager_of_whole_blocks(2, 4)
     table, _ = fill(manager, [1, 2, 3, 4, 5])
     again = BlockTable(list(table.blocks))
     manager.close(table)
@@ -50,7 +54,7 @@ def test_a_block_has_its_owners_alone():
 
 
 def test_a_prefix_is_shared_while_both_live():
-    manager = BlockManager(8, 4)
+    manager = manager_of_whole_blocks(8, 4)
     prompt = list(range(10))
     a, none = fill(manager, prompt)
     b, reused = fill(manager, [*prompt[:8], 99, 98])
@@ -67,7 +71,7 @@ def test_a_prefix_is_shared_while_both_live():
 
 
 def test_a_prefix_is_found_behind_its_owners_end():
-    manager = BlockManager(8, 4)
+    manager = manager_of_whole_blocks(8, 4)
     a, _ = fill(manager, list(range(12)))
     blocks = list(a.blocks)
     manager.close(a)
@@ -77,7 +81,7 @@ def test_a_prefix_is_found_behind_its_owners_end():
 
 
 def test_the_last_token_is_always_left_to_compute():
-    manager = BlockManager(8, 4)
+    manager = manager_of_whole_blocks(8, 4)
     manager.close(fill(manager, list(range(8)))[0])
     assert fill(manager, list(range(8)))[1] == 4
     assert fill(manager, list(range(9)))[1] == 8
@@ -86,54 +90,92 @@ def test_the_last_token_is_always_left_to_compute():
 
 def test_a_key_names_all_tokens_before_it():
     """The same second block behind another first one is another block."""
-    manager = BlockManager(8, 4)
+    manager = manager_of_whole_blocks(8, 4)
     fill(manager, [0, 0, 0, 0, 1, 1, 1, 1, 2])
     assert fill(manager, [9, 0, 0, 0, 1, 1, 1, 1, 2])[1] == 0
     assert fill(manager, [0, 0, 0, 0, 1, 1, 1, 9, 2])[1] == 4
 
 
 def test_matches_are_cut_to_the_multiple():
-    manager = BlockManager(16, 4, reuse_multiple=8)
+    manager = manager_of_whole_blocks(16, 4, reuse_multiple=8)
     fill(manager, list(range(20)))
     assert fill(manager, list(range(20)))[1] == 16
     assert fill(manager, [*range(15), 99])[1] == 8
     assert fill(manager, list(range(8)))[1] == 0
 
 
+def test_a_match_within_a_block_is_copied():
+    manager = BlockManager(16, 4)
+    a, _ = fill(manager, list(range(10)))
+    b, reused = fill(manager, [0, 1, 2, 3, 4, 5, 99, 98, 97])
+    assert (reused, b.partial, b.blocks[0]) == (6, (a.blocks[1], 2), a.blocks[0])
+    assert b.blocks[1] != a.blocks[1]
+    manager.register_tail(a, list(range(10)))
+    last = a.blocks[2]
+    manager.close(a)
+    manager.check()
+    c, reused = fill(manager, list(range(14)))
+    assert (reused, c.partial) == (10, (last, 2))
+    assert fill(manager, [0, 1, 2, 3, 77])[1] == 4
+    assert fill(manager, [0, 1, 55])[1] == 2
+    manager.check()
+
+
+def test_the_longest_continuation_is_taken():
+    manager = BlockManager(16, 4)
+    tables = [fill(manager, [1, 1, 1, 1, *rest])[0] for rest in ([2, 3, 4, 5], [2, 3, 9, 9], [2, 8, 8, 8])]
+    table = BlockTable()
+    assert manager.open(table, [1, 1, 1, 1, 2, 3, 9, 0]) == 7
+    assert table.partial == (tables[1].blocks[1], 3)
+
+
+def test_rows_that_are_taken_for_something_else_are_not_found():
+    manager = BlockManager(2, 4)
+    table, _ = fill(manager, [1, 2, 3, 4, 5, 6])
+    manager.register_tail(table, [1, 2, 3, 4, 5, 6])
+    manager.close(table)
+    other = BlockTable()
+    manager.open(other, [9])
+    manager.grow(other, 8)
+    manager.close(other)
+    manager.check()
+    assert manager.open(BlockTable(), [1, 2, 3, 4, 5, 6, 7]) == 0
+
+
 def test_only_computed_blocks_are_found():
-    manager = BlockManager(8, 4)
+    manager = manager_of_whole_blocks(8, 4)
     a, b = BlockTable(), BlockTable()
     prompt = list(range(12))
     manager.open(a, prompt)
     manager.grow(a, 12)
-    manager.register(a, 7)
+    manager.register(a, prompt[:7])
     assert manager.open(b, prompt) == 4
     manager.close(b)
-    manager.register(a, 12)
+    manager.register(a, prompt)
     assert manager.open(b, prompt) == 8
 
 
 def test_reuse_can_be_off_for_all_or_for_one():
-    manager = BlockManager(8, 4, enable_block_reuse=False)
+    manager = manager_of_whole_blocks(8, 4, enable_block_reuse=False)
     fill(manager, list(range(8)))
     assert fill(manager, list(range(9)))[1] == 0
-    manager = BlockManager(8, 4)
+    manager = manager_of_whole_blocks(8, 4)
     own = BlockTable()
     assert manager.open(own, list(range(8)), reuse=False) == 0
     manager.grow(own, 8)
-    manager.register(own, 8)
+    manager.register(own, list(range(8)))
     assert fill(manager, list(range(9)))[1] == 0
     manager.check()
 
 
 def test_twins_of_one_step_keep_one_name():
-    manager = BlockManager(8, 4)
+    manager = manager_of_whole_blocks(8, 4)
     tables = [BlockTable(), BlockTable()]
     for t in tables:
         assert manager.open(t, list(range(9))) == 0
         manager.grow(t, 9)
     for t in tables:
-        manager.register(t, 9)
+        manager.register(t, list(range(9)))
     manager.check()
     late = BlockTable()
     manager.open(late, list(range(9)))
@@ -144,7 +186,7 @@ def test_twins_of_one_step_keep_one_name():
 
 
 def test_the_least_recently_freed_goes_first_and_a_prefix_outlives_its_end():
-    manager = BlockManager(6, 4)
+    manager = manager_of_whole_blocks(6, 4)
     a, b = fill(manager, [1] * 9)[0], fill(manager, [2] * 9)[0]  # two named blocks and one without a name each
     nameless = {a.blocks[2], b.blocks[2]}
     old, young = a.blocks[:2], b.blocks[:2]
@@ -158,7 +200,7 @@ def test_the_least_recently_freed_goes_first_and_a_prefix_outlives_its_end():
 
 
 def test_a_used_prefix_is_young_again():
-    manager = BlockManager(4, 4)
+    manager = manager_of_whole_blocks(4, 4)
     a, b = fill(manager, [1] * 8)[0], fill(manager, [2] * 8)[0]
     manager.close(a)
     manager.close(b)
@@ -170,7 +212,7 @@ def test_a_used_prefix_is_young_again():
 
 
 def test_check_notices():
-    manager = BlockManager(2, 4)
+    manager = manager_of_whole_blocks(2, 4)
     table, _ = fill(manager, [1, 2, 3, 4])
     manager._blocks[table.blocks[0]].ref_count = 0
     with pytest.raises(RuntimeError, match="owners"):
@@ -216,7 +258,7 @@ class Machine(RuleBasedStateMachine):
             if block not in before or 2 * i + 2 > sequence["computed"]:
                 self.content[block] = tuple(tokens[: 2 * i + 2])
         sequence["computed"] = end
-        self.manager.register(table, min(end, len(sequence["prompt"])))
+        self.manager.register(table, tokens[: len(sequence["prompt"])])
 
     @rule(sequence=consumes(tables))
     def end(self, sequence):

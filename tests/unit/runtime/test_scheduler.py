@@ -34,6 +34,10 @@ class FakeModel:
     def stored(self, row):
         return row if self.exact else hash(("quantized", row))
 
+    def copy(self, copies):
+        for source, target, rows in copies:
+            self.pool.update({(target, i): self.pool[source, i] for i in range(rows)})
+
     def compute(self, inputs):
         table, end = list(inputs.block_table), inputs.start + len(inputs.token_ids)
         slots = [(table[i // self.tokens_per_block], i % self.tokens_per_block) for i in range(end)]
@@ -59,10 +63,11 @@ class Runtime:
         prefill_chunk=8,
         exact=False,
         reuse=True,
+        partial=True,
         ids=None,
     ):
-        multiple = tokens_per_block if exact else prefill_chunk
-        self.blocks = BlockManager(num_blocks, tokens_per_block, reuse, multiple)
+        multiple = 1 if exact else prefill_chunk
+        self.blocks = BlockManager(num_blocks, tokens_per_block, reuse, partial, multiple)
         self.scheduler = Scheduler(self.blocks, max_batch_size, max_num_tokens, prefill_chunk, exact)
         self.limits = (max_batch_size, max_num_tokens, prefill_chunk)
         self.model = FakeModel(exact, tokens_per_block)
@@ -88,6 +93,7 @@ class Runtime:
         self.check(step, unfinished)
         if self.scheduler.num_preemptions > preemptions:
             assert all(s in running for s in self.scheduler.running), "a step that lacks blocks lets others in"
+        self.model.copy(self.scheduler.copies)
         for scheduled in step:
             token = self.model.compute(scheduled.inputs)
             sequence = scheduled.sequence
@@ -280,8 +286,8 @@ def test_a_preempted_sequence_replays_as_it_was_computed(exact):
 
 def test_prefixes_are_reused_in_whole_chunks_of_an_inexact_cache():
     prompt = list(range(4)) * 6
-    for exact, expected in ((False, 16), (True, 20)):
-        runtime = Runtime(exact=exact, prefill_chunk=8, tokens_per_block=4)
+    for exact, partial, expected in ((False, True, 16), (True, False, 20), (True, True, 23)):
+        runtime = Runtime(exact=exact, prefill_chunk=8, tokens_per_block=4, partial=partial)
         runtime.add(prompt[:23], 2)
         runtime.run()
         second = runtime.add(prompt, 2)
@@ -289,6 +295,30 @@ def test_prefixes_are_reused_in_whole_chunks_of_an_inexact_cache():
         assert second.num_reused == expected
         assert first_step[0].inputs.start == expected
         assert runtime.run()[1] == alone(prompt, 2, exact=exact)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_conversation_finds_its_own_text(partial):
+    """The next turn's prompt is the last one with its answer: all of it that was computed is found again."""
+    runtime, prompt = Runtime(exact=True, partial=partial), [1, 2, 3, 0] * 3
+    for turn in range(4):
+        first = runtime.add(prompt, 7)
+        runtime.run()
+        # The last token of an answer has been drawn, and never computed.
+        computed = 0 if turn == 0 else len(prompt) - 2 - 1
+        assert first.num_reused == (computed if partial else computed - computed % 4)
+        assert first.generated == alone(prompt, 7, exact=True)
+        prompt = [*prompt, *first.generated, 4, turn]
+
+
+def test_a_salt_keeps_prompts_apart():
+    runtime, prompt = Runtime(exact=True), [1, 2, 3, 0] * 4
+    for salt, expected in (("", 0), ("a", 0), ("a", 15), ("b", 0), ("", 15)):
+        sequence = Sequence(next(runtime.ids), list(prompt), SamplingParams(max_tokens=1), cache_salt=salt)
+        runtime.scheduler.add(sequence)
+        runtime.queued.append(sequence)
+        runtime.run()
+        assert sequence.num_reused == expected
 
 
 def test_a_prompt_whose_logits_are_wanted_is_computed_whole():
@@ -331,6 +361,7 @@ LOADS = {
     "seed": st.integers(0, 2**32 - 1),
     "exact": st.booleans(),
     "reuse": st.booleans(),
+    "partial": st.booleans(),
     "tokens_per_block": st.sampled_from([1, 2, 4, 8]),
     "chunk_blocks": st.integers(1, 4),
     "max_batch_size": st.integers(1, 9),
@@ -353,6 +384,7 @@ def check_random_load(make_runtime, load, cancelled_share, penalized_share=0.0, 
         prefill_chunk=chunk,
         exact=exact,
         reuse=load["reuse"],
+        partial=load["partial"],
         ids=iter(rng.sample(range(1000), 25)),
     )
     stem = [rng.randrange(VOCAB) for _ in range(30)]
@@ -423,6 +455,7 @@ class AheadRuntime(Runtime):
                 other = part.sequence is not scheduled.sequence
                 assert not (other and blocks & set(scheduled.inputs.block_table)), "a block is given away too early"
         self.scheduler.launched(step)
+        self.model.copy(self.scheduler.copies)
         tokens = []
         for scheduled in step:
             known = [last_tokens[-1 - t] if t < 0 else t for t in scheduled.inputs.token_ids]
