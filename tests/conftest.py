@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 
-from saw_trtllm import LLM, progress
+from saw_trtllm import LLM, KvCacheConfig, progress
 from tests.support.chat_templates import COMMENTS
 from tests.support.example import build_example
 
@@ -33,11 +33,12 @@ def chat_engine(engine, tmp_path_factory):
 
 @pytest.fixture
 def open_llm(engine):
-    """Open the example's engines with ``LLM``'s arguments; what was opened is shut down behind the test."""
+    """Open the example's engines with ``LLM``'s arguments, with texts that do not depend on what is in the cache unless
+    a cache is given; what was opened is shut down after the test."""
     opened = []
 
     def open_(kv="saw_int4", **options):
-        opened.append(LLM(engine(kv), **options))
+        opened.append(LLM(engine(kv), **{"kv_cache_config": KvCacheConfig(deterministic=True)} | options))
         return opened[-1]
 
     yield open_

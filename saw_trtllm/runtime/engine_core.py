@@ -266,6 +266,7 @@ class EngineCore:
         first_chunk = s.inputs.start == s.sequence.num_reused
         self._scheduler.advance(s)
         if first_chunk and not s.sequence.generated:
+            request.num_reused_tokens = s.sequence.num_reused
             self._stats.reused_tokens_total += s.sequence.num_reused
         if output.logits[i] is not None:
             request.keep_logits(output.logits[i], s.inputs.start, s.samples)

@@ -71,6 +71,8 @@ class RequestOutput:
     finished : bool
     context_logits : numpy.ndarray or None
         fp32 ``[len(prompt_token_ids), vocab_size]``, with the last piece.
+    num_reused_tokens : int
+        Leading tokens of the prompt that were found in the cache.
     """
 
     request_id: int
@@ -79,6 +81,7 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = False
     context_logits: np.ndarray | None = None
+    num_reused_tokens: int = 0
 
 
 class OutputQueue:

@@ -44,6 +44,7 @@ class Request:
         self.end_ids = end_ids
         self.outputs = outputs
         self.arrival = time.monotonic()
+        self.num_reused_tokens = 0
         self._prompt = prompt
         # A copy, since what is handed out may be changed by who gets it.
         self._prompt_token_ids = list(sequence.prompt)
@@ -134,5 +135,11 @@ class Request:
             output = replace(output, generation_logits=np.concatenate(logits[new] or [logits[0][:0]]))
         context = np.concatenate(self._context_logits) if reason and self._context_logits else None
         return RequestOutput(
-            sequence.request_id, self._prompt, self._prompt_token_ids, [output], reason is not None, context
+            sequence.request_id,
+            self._prompt,
+            self._prompt_token_ids,
+            [output],
+            reason is not None,
+            context,
+            self.num_reused_tokens,
         )

@@ -6,7 +6,7 @@ import queue
 import numpy as np
 import pytest
 
-from saw_trtllm import LLM, SamplingParams
+from saw_trtllm import LLM, KvCacheConfig, SamplingParams
 from tests.support.example import build_example
 from tests.triton.test_server import PROMPT, active, as_array, post, read_metrics, running_server, wait_until
 
@@ -28,7 +28,7 @@ def engine_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(engine_dir):
-    with LLM(engine_dir) as llm:
+    with LLM(engine_dir, kv_cache_config=KvCacheConfig(deterministic=True)) as llm:
         yield llm
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saw_trtllm import LLM, SamplingParams
+from saw_trtllm import LLM, KvCacheConfig, SamplingParams
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import SawError
 from saw_trtllm.serve import metrics, names
@@ -61,7 +61,7 @@ def engine_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(engine_dir):
-    with LLM(engine_dir) as llm:
+    with LLM(engine_dir, kv_cache_config=KvCacheConfig(deterministic=True)) as llm:
         yield llm
 
 
@@ -73,6 +73,7 @@ class Server:
         self.repository = folder / "repo"
         self.log = folder / "log"
         command = [sys.executable, "-m", "saw_trtllm.cli.triton", "--launch", "--engine_dir", engine_dir]
+        command += ["--deterministic"]  # so that its texts are those of the LLM beside it
         command += ["--model_repo", self.repository, "--grpc_port", self.grpc, "--http_port", self.http]
         command += ["--metrics_port", self.metrics, *flags]
         with self.log.open("w") as log:

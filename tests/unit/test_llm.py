@@ -64,9 +64,31 @@ def test_preemption_does_not_change_a_token(open_llm, kv):
     llm = open_llm(kv, prefill_chunk=32)
     alone = token_ids(llm.generate(p, s) for p, s in zip(prompts, params, strict=True))
     for reuse in (True, False):
-        llm = open_llm(kv, prefill_chunk=32, kv_cache_config=KvCacheConfig(256, enable_block_reuse=reuse))
+        llm = open_llm(
+            kv, prefill_chunk=32, kv_cache_config=KvCacheConfig(256, enable_block_reuse=reuse, deterministic=True)
+        )
         assert token_ids(llm.generate(prompts, params)) == alone
         assert llm.stats().preemptions_total > 0
+
+
+@pytest.mark.parametrize("kv", ["fp16", "saw_int4"])
+def test_a_conversation_finds_its_own_text_and_a_salt_keeps_it_apart(open_llm, kv):
+    """What is reused of the second turn: all of the first but the last token, which was drawn and never computed."""
+    llm, params = open_llm(kv, kv_cache_config=KvCacheConfig()), SamplingParams(max_tokens=20, ignore_eos=True)
+    prompt = llm.tokenizer.encode(STEM)
+    first = llm.generate(prompt, params).outputs[0].token_ids
+    before = llm.stats().reused_tokens_total
+    again = [*prompt, *first, *prompt]
+    output = llm.generate(again, params)
+    second = output.outputs[0].token_ids
+    assert output.num_reused_tokens == len(prompt) + len(first) - 1
+    assert llm.stats().reused_tokens_total - before == len(prompt) + len(first) - 1
+    if kv == "fp16":  # rows of an exact cache are what a prefill would have computed
+        with_none = open_llm(kv, kv_cache_config=KvCacheConfig(enable_block_reuse=False))
+        assert second == with_none.generate(again, params).outputs[0].token_ids
+    before = llm.stats().reused_tokens_total
+    llm.generate({"prompt_token_ids": again, "cache_salt": "another"}, params)
+    assert llm.stats().reused_tokens_total == before
 
 
 def test_chunks_do_not_change_a_token_of_an_exact_cache(open_llm):
@@ -245,7 +267,9 @@ def test_logits_survive_preemption_chunks_and_company(open_llm, kv, chunk):
     plain = SamplingParams(max_tokens=60, ignore_eos=True)
     llm = open_llm(kv, prefill_chunk=chunk)
     alone = [llm.generate(p, params) for p in prompts]
-    llm = open_llm(kv, prefill_chunk=chunk, kv_cache_config=KvCacheConfig(256, enable_block_reuse=False))
+    llm = open_llm(
+        kv, prefill_chunk=chunk, kv_cache_config=KvCacheConfig(256, enable_block_reuse=False, deterministic=True)
+    )
     crowded = llm.generate([q for p in prompts for q in (p, p)], [params, plain] * len(prompts))[::2]
     assert llm.stats().preemptions_total > 0
     for a, b in zip(alone, crowded, strict=True):
@@ -728,7 +752,7 @@ def test_a_program_may_end_while_requests_run(engine):
 
 
 def test_stats_count(open_llm):
-    llm = open_llm(kv_cache_config=KvCacheConfig(max_tokens=3200), prefill_chunk=32)
+    llm = open_llm(kv_cache_config=KvCacheConfig(max_tokens=3200, deterministic=True), prefill_chunk=32)
     fresh = llm.stats()
     assert (fresh.max_blocks, fresh.free_blocks, fresh.tokens_per_block) == (100, 100, 32)
     assert (fresh.requests_total, fresh.prompt_tokens_total, fresh.generated_tokens_total) == (0, 0, 0)
@@ -776,6 +800,7 @@ def test_stats_count(open_llm):
         ({"prompt": [5, 6]}, {}, "the prompt is .5, 6.: give text, or token ids as prompt_token_ids"),
         ({"prompt_token_ids": "abc"}, {}, "the prompt is 'abc'"),
         ({"prompt": "x", "multi_modal_data": {}}, {}, "has 'multi_modal_data'"),
+        ({"prompt": "x", "cache_salt": 7}, {}, "cache_salt is 7: give text of at most 256 characters"),
         ([5], {"min_tokens": 1, "stop_token_ids": range(1024)}, "every token ends the text"),
     ],
 )

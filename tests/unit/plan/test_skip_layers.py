@@ -43,7 +43,7 @@ def open_llm(engine):
     opened = []
 
     def open_(folder=engine, **options):
-        opened.append(LLM(folder, **options))
+        opened.append(LLM(folder, **{"kv_cache_config": KvCacheConfig(deterministic=True)} | options))
         return opened[-1]
 
     yield open_
@@ -147,7 +147,7 @@ def test_batch_reuse_and_preemption_do_not_change_a_token(open_llm):
     assert token_ids(llm.generate(prompts, params)) == alone
     assert token_ids(llm.generate(prompts, params)) == alone
     assert llm.stats().reused_tokens_total > 100
-    llm = open_llm(prefill_chunk=32, kv_cache_config=KvCacheConfig(320))
+    llm = open_llm(prefill_chunk=32, kv_cache_config=KvCacheConfig(320, deterministic=True))
     assert token_ids(llm.generate(prompts, params)) == alone
     assert llm.stats().preemptions_total > 0
 

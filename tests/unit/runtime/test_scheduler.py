@@ -286,8 +286,8 @@ def test_a_preempted_sequence_replays_as_it_was_computed(exact):
 
 def test_prefixes_are_reused_in_whole_chunks_of_an_inexact_cache():
     prompt = list(range(4)) * 6
-    for exact, partial, expected in ((False, True, 16), (True, False, 20), (True, True, 23)):
-        runtime = Runtime(exact=exact, prefill_chunk=8, tokens_per_block=4, partial=partial)
+    for exact, within, expected in ((False, True, 16), (True, False, 20), (True, True, 23)):
+        runtime = Runtime(exact=exact, prefill_chunk=8, tokens_per_block=4, partial=within)
         runtime.add(prompt[:23], 2)
         runtime.run()
         second = runtime.add(prompt, 2)

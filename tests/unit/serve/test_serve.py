@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from saw_trtllm import LLM, SamplingParams
+from saw_trtllm import LLM, KvCacheConfig, SamplingParams
 from saw_trtllm.errors import EngineError, RequestError
 from saw_trtllm.runtime.stats import Stats
 from saw_trtllm.runtime.tokenizer import Tokenizer
@@ -37,13 +37,15 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def llm(engine_dir):
-    with LLM(engine_dir) as llm:
+    with LLM(engine_dir, kv_cache_config=KvCacheConfig(deterministic=True)) as llm:
         yield llm
 
 
 @pytest.fixture(scope="module")
 def model(engine_dir):
-    model = TensorrtLlmModel(pb_utils, Parameters(gpt_model_path=engine_dir, stats_check_period_ms=10))
+    model = TensorrtLlmModel(
+        pb_utils, Parameters(gpt_model_path=engine_dir, stats_check_period_ms=10, deterministic=True)
+    )
     yield model
     model.finalize()
 
@@ -635,7 +637,7 @@ def test_loading_a_missing_engine_is_one_sentence(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def unary(engine_dir):
-    model = TensorrtLlmModel(pb_utils, Parameters(gpt_model_path=engine_dir, decoupled_mode=False))
+    model = TensorrtLlmModel(pb_utils, Parameters(gpt_model_path=engine_dir, decoupled_mode=False, deterministic=True))
     yield model
     model.finalize()
 

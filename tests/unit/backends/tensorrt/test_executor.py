@@ -95,12 +95,31 @@ def test_requests_with_preemption_give_what_the_reference_gives(kv, folders, mac
     prompts, params = requests(12, max_tokens=40)
     expected, _, _ = generate(reference, prompts, params, **TOKENS)
     cuda, _ = machine(folder)
-    found, _, stats = generate(folder, prompts, params, max_tokens=320)
+    found, _, stats = generate(folder, prompts, params, max_tokens=320, deterministic=True)
     assert stats.preemptions_total > 0
     assert [o.token_ids for o in found] == [o.token_ids for o in expected]
     assert [o.logprobs for o in found] == [o.logprobs for o in expected]
     assert cuda.launched > 0
     assert cuda.everything() == []
+
+
+@pytest.mark.parametrize("options", [{"kv": "fp16"}, {"kv": "saw_int4"}, {"kv": "saw_int4", "kv_skip_layers": "0"}])
+def test_rows_are_copied_within_blocks_of_every_pool(options, folders, machine):
+    """The second turn of a conversation, of which all but the new words are in the cache, and a fork within a block."""
+    reference, folder = folders(**options)
+    params = SamplingParams(max_tokens=11, ignore_eos=True)
+
+    def converse(folder):
+        with LLM(folder, kv_cache_config=KvCacheConfig(**TOKENS)) as llm:
+            first = llm.generate(list(range(3, 53)), params).outputs[0].token_ids
+            second = llm.generate([*range(3, 53), *first, 7, 8, 9], params).outputs[0].token_ids
+            third = llm.generate([*range(3, 45), 99, 98], params).outputs[0].token_ids
+            return first, second, third, llm.stats().reused_tokens_total
+
+    expected = converse(reference)
+    assert expected[-1] == 50 + 10 + 42
+    machine(folder)
+    assert converse(folder) == expected
 
 
 def test_skipped_layers_have_a_pool_of_their_own(folders, machine):
