@@ -229,7 +229,7 @@ class EngineCore:
 
     def _sampling(self, s: Scheduled) -> SamplingState:
         sequence = s.sequence
-        banned = self._requests[sequence.request_id].banned(s.num_drawn) if sequence.params.min_tokens else ()
+        banned = self._requests[sequence.request_id].banned(s.num_drawn) if sequence.params.bans else ()
         return SamplingState(sequence.params, sequence.prompt, sequence.generated, banned, s.num_drawn)
 
     def _wants_context(self, s: Scheduled) -> bool:
