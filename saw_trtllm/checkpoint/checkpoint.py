@@ -8,7 +8,7 @@ import numpy as np
 
 from saw_trtllm.checkpoint import huggingface, tensorrt_llm
 from saw_trtllm.checkpoint.layout import EMBEDDING, LM_HEAD, expected_shapes, layer_prefix, unshard
-from saw_trtllm.checkpoint.reader import NUMPY_DTYPES, StoredTensor
+from saw_trtllm.checkpoint.reader import NUMPY_DTYPES, StoredTensor, is_finite
 from saw_trtllm.errors import CheckpointError
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.end_ids import read_end_ids
@@ -63,6 +63,12 @@ class Checkpoint:
             f"{path} names neither architectures (Hugging Face) nor architecture (TensorRT-LLM): use a model's own"
         )
 
+    @property
+    def files(self) -> list[Path]:
+        """Its config and the files of its weights."""
+        weights = {part.path for parts in self._parts.values() for part in parts}
+        return [self.folder / "config.json", *sorted(weights)]
+
     def names(self) -> list[str]:
         """All of the model's tensors: embedding, layers in order, final norm, ``lm_head`` (also where it is tied)."""
         return list(self._shapes)
@@ -92,8 +98,8 @@ class Checkpoint:
     def load_finite(self, name: str) -> np.ndarray:
         """Read a whole tensor, and reject one that holds NaN or infinity."""
         array = self.load(name)
-        if not np.isfinite(array).all():
-            culprits = [part for part in self._stored(name) if not np.isfinite(part.load()).all()]
+        if not is_finite(array):
+            culprits = [part for part in self._stored(name) if not is_finite(part.load())]
             raise CheckpointError(
                 f"{self._where(name, culprits)} holds NaN or infinite weights: copy or download it again"
             )

@@ -14,7 +14,7 @@ import numpy as np
 
 from saw_trtllm.checkpoint.checkpoint import Checkpoint
 from saw_trtllm.checkpoint.layout import check_tp_size, shard, shard_shape
-from saw_trtllm.checkpoint.reader import NUMPY_DTYPES
+from saw_trtllm.checkpoint.reader import NUMPY_DTYPES, is_finite
 from saw_trtllm.checkpoint.tensorrt_llm import rank_file, write_config
 from saw_trtllm.checkpoint.writer import SafetensorsWriter
 from saw_trtllm.errors import CheckpointError, ConfigError
@@ -155,13 +155,12 @@ def _write(ckpt: Checkpoint, output_dir: Path, tp_size: int, dtype: str, progres
 
 
 def cast(array: np.ndarray, dtype: str, where: str) -> np.ndarray:
-    """Bring a tensor to ``dtype``, and reject a finite weight that would become infinite; ``where`` it comes from."""
+    """Bring a tensor of finite weights to ``dtype``, and reject one that becomes infinite; ``where`` it comes from."""
     target = NUMPY_DTYPES[dtype]
     if array.dtype == target:
         return array
     with np.errstate(over="ignore"):
         result = array.astype(target)
-    infinite = np.isinf(result)
-    if infinite.any() and not np.isinf(array[infinite]).all():
+    if not is_finite(result):
         raise CheckpointError(f"{where} has weights too large for {dtype}: give --dtype bfloat16")
     return result

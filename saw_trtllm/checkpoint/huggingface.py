@@ -166,4 +166,4 @@ def _stored_parts(
 def _equal(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
     """Compare two tensors piece by piece, so that neither has to be in memory whole."""
     pieces = [slice(i, min(i + rows, a.shape[0])) for i in range(0, a.shape[0], rows)]
-    return all(np.array_equal(a.load(piece), b.load(piece)) for piece in pieces)
+    return all(np.array_equal(a.load()[piece], b.load()[piece]) for piece in pieces)
