@@ -45,7 +45,8 @@ CODE_MAX = 15
 EPS = CODE_MAX * 2.0**-24
 #: The writer's range factor by head_dim. A row's extremes are the rarer the longer it is. Of Gaussian rows these have a
 #: mean square error within 1 % of the least, 4 to 13 % below min-max; on the example model the errors of keys, values
-#: and scores agree, for every order and without rotation, so one factor serves all (benchmarks/range_factor.py).
+#: and scores agree, for every order and without rotation, so one factor serves
+#: all (benchmarks/accuracy/range_factor.py).
 RANGE_FACTORS = {64: 0.97, 96: 0.95, 128: 0.94, 256: 0.90}
 #: Bytes of scale and lo behind the codes.
 ROW_TAIL_BYTES = 4

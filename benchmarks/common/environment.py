@@ -7,13 +7,14 @@ import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import saw_trtllm
 from benchmarks.common.record import Environment
 
 
-def describe(command: str, commit: str | None, flashinfer: bool, official: str | None) -> Environment:
-    """The current GPU and software.
+def describe(command: str, commit: str | None, **known: Any) -> Environment:
+    """The current machine and software.
 
     Parameters
     ----------
@@ -21,49 +22,49 @@ def describe(command: str, commit: str | None, flashinfer: bool, official: str |
         As it was typed.
     commit : str, optional
         For a tree without its git repository; else the repository says.
-    flashinfer : bool
-        Whether FlashInfer takes part.
-    official : str, optional
-        Digest of the official kernels, where they take part.
+    known
+        Other fields of :class:`~benchmarks.common.record.Environment`: what the run is made with.
     """
-    import torch
-
-    head, dirty = (commit, None) if commit else git_state()
+    head, dirty = (commit, None) if commit else _git_state()
     return Environment(
-        gpu=torch.cuda.get_device_name(),
-        driver=driver_version(),
-        cuda=torch.version.cuda,
+        driver=_nvidia_smi("driver_version") if known.get("gpu") else None,
         python=platform.python_version(),
-        torch=torch.__version__,
-        triton=_version("triton"),
-        flashinfer=_version("flashinfer-python") if flashinfer else None,
-        official=official,
         saw_trtllm=saw_trtllm.__version__,
         commit=head,
         dirty=dirty,
         command=command,
-        date=today(),
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        **known,
     )
 
 
-def today() -> str:
-    """The date and time of a record."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+def cpu_name() -> str:
+    """The CPU's model, or its architecture where Linux does not say more."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
 
 
-def driver_version() -> str | None:
-    """NVIDIA's driver; None where there is none."""
-    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+def gpu_name() -> str | None:
+    """The first GPU's name as NVIDIA's driver has it; None where there is none."""
+    return _nvidia_smi("name")
 
 
-def _version(package: str) -> str | None:
+def _nvidia_smi(what: str) -> str | None:
+    return _output("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", "--id=0")
+
+
+def version_of(package: str) -> str | None:
+    """An installed package's version; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def git_state() -> tuple[str | None, bool | None]:
+def _git_state() -> tuple[str | None, bool | None]:
     """The commit, and whether there are changes beside it; None where there is no repository."""
     root = str(Path(saw_trtllm.__file__).parents[1])
     head = _output("git", "-C", root, "rev-parse", "--short=12", "HEAD")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -41,16 +40,43 @@ class RecordPart(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Environment(RecordPart):
+    """Where and how a run was made; None for what is unknown or was not used."""
+
+    gpu: str | None = None
+    cpu: str | None = None
+    cores: int | None = None
+    threads: int | None = None
+    driver: str | None = None
+    cuda: str | None = None
+    """Of PyTorch, or of the runtime that CUDA for Python calls."""
+    tensorrt: str | None = None
+    python: str | None = None
+    torch: str | None = None
+    triton: str | None = None
+    """OpenAI's, the compiler of kernels."""
+    flashinfer: str | None = None
+    official: str | None = None
+    """SHA-256 over the official kernels' files."""
+    saw_trtllm: str
+    commit: str | None
+    dirty: bool | None = None
+    command: str
+    date: str | None
+
+
 class Record(RecordPart):
-    """A run, as it is kept: JSON on one line, without what is empty."""
+    """A run, as it is kept: JSON without what is empty.
 
-    #: The command that writes it.
-    command_name: ClassVar[str]
+    A class of its own for each command of ``python -m benchmarks``, whose name is the default of ``kind``.
+    """
 
+    kind: str
     schema_version: Literal[1] = SCHEMA_VERSION
+    environment: Environment
 
     def save(self, path: Path) -> None:
-        """Write JSON, compressed to a fifth if the name ends in ``.gz``.
+        """Write JSON.
 
         Raises
         ------
@@ -59,13 +85,13 @@ class Record(RecordPart):
         """
         check_writable(path)
         # What tells a record's kind is a default, too.
-        kind = {name: getattr(self, name) for name in ("kind", "schema_version") if name in type(self).model_fields}
+        kind = {"kind": self.kind, "schema_version": self.schema_version}
         filled = kind | self.model_dump(mode="json", exclude_defaults=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            data = (json.dumps(filled, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
+            data = json.dumps(filled, indent=1, ensure_ascii=False) + "\n"
             with replacing_file(path) as file:
-                file.write(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+                file.write(data.encode())
         except OSError as e:
             raise ConfigError(f"{path} cannot be written ({e.strerror}): give a file in a folder of yours") from e
 
@@ -78,7 +104,7 @@ class Record(RecordPart):
         ConfigError
             If it is not a run's record.
         """
-        writer = f"python -m benchmarks {cls.command_name} --output writes"
+        writer = f"python -m benchmarks {cls.model_fields['kind'].default} --output writes"
         if raw.get("schema_version") != SCHEMA_VERSION:
             raise ConfigError(
                 f"{path} has schema_version {raw.get('schema_version')}: this version reads {SCHEMA_VERSION}, as "
@@ -93,33 +119,3 @@ class Record(RecordPart):
     def load(cls: type[R], path: Path) -> R:
         """Read JSON; raises as :meth:`parse`."""
         return cls.parse(read_json(path), path)
-
-
-class Environment(RecordPart):
-    """Where and how a run was made; None for what is unknown or was not used."""
-
-    gpu: str
-    driver: str | None
-    cuda: str | None
-    python: str
-    torch: str
-    triton: str | None
-    flashinfer: str | None
-    official: str | None
-    """SHA-256 over the official kernels' files."""
-    saw_trtllm: str
-    commit: str | None
-    dirty: bool | None
-    command: str
-    date: str
-
-
-class TargetResult(RecordPart):
-    """A target and whether it was met; None where a contender is missing."""
-
-    contender: str
-    quantity: Literal["time", "share", "ratio", "speedup"]
-    limit: float
-    against: str | None = None
-    value: float | None
-    met: bool | None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
+from benchmarks.common.target import Limit
 from saw_trtllm.engine.config import BuildConfig, PluginConfig
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
@@ -70,38 +70,15 @@ def build_limits() -> BuildConfig:
     )
 
 
-@dataclass(frozen=True)
-class Target:
-    """A number that a run must reach.
-
-    Attributes
-    ----------
-    name : str
-        What is measured, in words: ``{}`` stands for the limit.
-    value : str
-        The property of :class:`~benchmarks.engine.record.EngineResults` that is compared.
-    limit : float
-    least : bool
-        Whether the limit is the least that is well, or the most.
-    """
-
-    name: str
-    value: str
-    limit: float
-    least: bool = True
-
-    def met(self, value: float) -> bool:
-        """Whether a measured value reaches it."""
-        return value >= self.limit if self.least else value <= self.limit
-
-
+#: What a run must reach: in words, where ``{}`` stands for the limit; the property of
+#: :class:`~benchmarks.engine.record.EngineResults` that is compared; and the limit.
 TARGETS = (
-    Target("saw_int4's step at most {}x int4's, at its worst batch and context", "int4_ratio", 1.01, least=False),
-    Target("saw_int4 at least {}x the tokens/s of fp16 at 64x8192", "speedup", 1.9),
-    Target("saw_int4 never below {}x the tokens/s of fp16", "least_speedup", 0.99),
-    Target("saw_int4 holds at least {}x the tokens of fp16 in the same pool", "capacity", 3.7),
-    Target("GPU busy at least {} of a step at batch 64", "busy", 0.95),
-    Target("start-up at most {} s longer than reading the engine's file", "startup", 10.0, least=False),
+    ("saw_int4's step at most {}x int4's, at its worst batch and context", "int4_ratio", Limit(1.01, least=False)),
+    ("saw_int4 at least {}x the tokens/s of fp16 at 64x8192", "speedup", Limit(1.9)),
+    ("saw_int4 never below {}x the tokens/s of fp16", "least_speedup", Limit(0.99)),
+    ("saw_int4 holds at least {}x the tokens of fp16 in the same pool", "capacity", Limit(3.7)),
+    ("GPU busy at least {} of a step at batch 64", "busy", Limit(0.95)),
+    ("start-up at most {} s longer than reading the engine's file", "startup", Limit(10.0, least=False)),
 )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from benchmarks.common.report import draw_plots
 from benchmarks.engine.record import EngineResults
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: The colours that the kernels' plots give to the same formats.
 _COLOURS = {"saw_int4": "#0072B2", "fp16": "#009E73"}
@@ -15,20 +17,15 @@ _COLOURS = {"saw_int4": "#0072B2", "fp16": "#009E73"}
 _MARKERS = {1: "o", 16: "s", 64: "^", 256: "D"}
 
 
-def draw(results: EngineResults, folder: Path) -> list[Path]:
-    """Draw ``engine_decode.svg``, if steps were measured.
-
-    Raises
-    ------
-    SawError
-        As :func:`benchmarks.common.report.draw_plots`.
-    """
+def plots(results: EngineResults) -> dict[str, Callable[[Figure], None]]:
+    """What draws ``decode``, if steps were measured."""
     measured = any(e.steps for e in results.engines)
-    return draw_plots(folder, {"engine_decode": partial(_decode, results=results)} if measured else {})
+    return {"decode": partial(_decode, results)} if measured else {}
 
 
-def _decode(axes: Any, results: EngineResults) -> None:
+def _decode(results: EngineResults, figure: Figure) -> None:
     """Tokens/s by context: a line for each batch and format, of which ``int4`` lies on ``saw_int4``."""
+    axes = figure.add_subplot()
     for e in (e for e in results.engines if e.kv in _COLOURS):
         for batch, marker in _MARKERS.items():
             steps = [s for s in e.steps if s.batch == batch]
@@ -50,4 +47,5 @@ def _decode(axes: Any, results: EngineResults) -> None:
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("context")
     axes.set_ylabel("tokens/s")
-    axes.set_title(f"Decode against context\n{results.environment.gpu}, {results.shape}", fontsize=9)
+    axes.set_title(f"Decode against context\n{results.environment.gpu}, {results.shape}")
+    figure.legend(loc="outside right upper")

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from benchmarks.common.record import Record, RecordPart
+from benchmarks.common.target import TargetResult
 from benchmarks.engine.cases import LLAMA_LAYERS, LOOP_BATCH, Part, llama_config
 from saw_trtllm.model.config import ModelConfig
-
-
-class EngineEnvironment(RecordPart):
-    """Where and how a run was made; None for what is unknown."""
-
-    gpu: str
-    driver: str | None
-    cuda: str
-    """Of the runtime that CUDA for Python calls."""
-    tensorrt: str
-    python: str
-    saw_trtllm: str
-    commit: str | None
-    dirty: bool | None
-    command: str
-    date: str
 
 
 class Shape(RecordPart):
@@ -145,21 +130,10 @@ class Engine(RecordPart):
         return next((s for s in self.steps if (s.batch, s.context) == (batch, context)), None)
 
 
-class TargetResult(RecordPart):
-    """A target and whether it was met; None where what it needs was not measured."""
-
-    name: str
-    value: float | None
-    met: bool | None
-
-
 class EngineResults(Record):
     """A run."""
 
     kind: Literal["engine"] = "engine"
-    command_name: ClassVar[str] = "engine"
-
-    environment: EngineEnvironment
     shape: Shape
     optimization_level: int | None
     """TensorRT's, of the engines that were built; None is its default."""

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from benchmarks.common.report import Table, align, fill_sections
+from benchmarks.common.report import Report, Table, environment_table
+from benchmarks.common.target import target_table
 from benchmarks.engine.cases import PARTS
+from benchmarks.engine.plots import plots
 from benchmarks.engine.record import EngineResults
-
-
-def environment_table(results: EngineResults) -> Table:
-    """Where the record came from, and what was built."""
-    e = results.environment
-    level = "its default" if results.optimization_level is None else f"{results.optimization_level}"
-    profiles = "one of their own for decodes" if results.decode_profile else "one for all steps"
-    gemms = f"SawGemm in {results.gemm_plugin}" if results.gemm_plugin else "TensorRT's own"
-    return [
-        ["what", "value"],
-        ["GPU", e.gpu],
-        ["driver, CUDA", f"{e.driver or 'unknown'}, {e.cuda}"],
-        ["TensorRT, Python", f"{e.tensorrt}, {e.python}"],
-        ["saw_trtllm", f"{e.saw_trtllm}, commit {e.commit or 'unknown'}{', with changes' if e.dirty else ''}"],
-        ["model", str(results.shape)],
-        ["build", f"optimization level {level}, {profiles}, {results.tokens_per_block} tokens a block, GEMMs: {gemms}"],
-        ["date", e.date],
-        ["command", f"`{e.command}`"],
-    ]
 
 
 def engine_table(results: EngineResults) -> Table:
@@ -91,33 +72,31 @@ def part_table(results: EngineResults) -> Table:
     return rows
 
 
-def target_table(results: EngineResults) -> Table:
-    """Each target, what was measured, and whether it was met."""
-    rows = [["must", "measured", "met"]]
-    for t in results.targets:
-        met = "-" if t.met is None else "yes" if t.met else "no"
-        rows.append([t.name, "not measured" if t.value is None else f"{t.value:.3f}", met])
-    return rows
+def _numbers(results: EngineResults) -> dict[str, str]:
+    numbers = {"commit": results.environment.commit or "unknown"}
+    for e in results.engines:
+        for s in e.steps:
+            numbers[f"{e.kv} {s.batch}x{s.context} µs"] = f"{s.median_us:.0f}"
+            numbers[f"{e.kv} {s.batch}x{s.context} tokens/s"] = f"{s.tokens_per_second:,.0f}"
+    for (batch, context), speedup in results.speedups("fp16").items():
+        numbers[f"{batch}x{context} over fp16"] = f"{speedup:.2f}x"
+    return numbers
 
 
-def _sections(results: EngineResults) -> dict[str, Table]:
-    return {
-        "environment": environment_table(results),
+def report(results: EngineResults) -> Report:
+    """What the record says."""
+    level = "its default" if results.optimization_level is None else f"{results.optimization_level}"
+    profiles = "one of their own for decodes" if results.decode_profile else "one for all steps"
+    gemms = f"SawGemm in {results.gemm_plugin}" if results.gemm_plugin else "TensorRT's own"
+    build = f"optimization level {level}, {profiles}, {results.tokens_per_block} tokens a block, GEMMs: {gemms}"
+    tables = {
+        "environment": environment_table(results.environment, ["model", str(results.shape)], ["build", build]),
         "engines": engine_table(results),
         "steps": step_table(results),
         "over_fp16": ratio_table(results, "fp16"),
         "over_int4": ratio_table(results, "int4"),
         "parts": part_table(results),
         "runtime": loop_table(results),
-        "targets": target_table(results),
+        "targets": target_table(((), t) for t in results.targets),
     }
-
-
-def plain(results: EngineResults) -> str:
-    """All tables with aligned columns."""
-    return align(_sections(results))
-
-
-def fill_in(document: Path, results: EngineResults) -> None:
-    """Write the tables between a document's markers; raises as :func:`benchmarks.kernels.report.fill_in`."""
-    fill_sections(document, _sections(results))
+    return Report(tables, _numbers(results), plots(results))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import platform
 from pathlib import Path
 
-import saw_trtllm
-from benchmarks.common.environment import driver_version, git_state, today
+from benchmarks.common.environment import describe
+from benchmarks.common.target import TargetResult
 from benchmarks.engine import cases
 from benchmarks.engine.plan import Plan, build_missing
-from benchmarks.engine.record import EngineEnvironment, EngineResults, Shape, TargetResult
+from benchmarks.engine.record import EngineResults, Shape
 from saw_trtllm.backends.tensorrt import device
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.engine.config import EngineConfig
@@ -37,8 +36,10 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
     SawError
         If there is no GPU or no TensorRT, or an engine cannot be built.
     """
-    # Behind the first look for TensorRT and a GPU, whose sentence is better than an import's.
-    environment = describe(command, commit)
+    # After the first look for TensorRT and a GPU, whose sentence is better than an import's.
+    environment = describe(
+        command, commit, gpu=device.gpu_name(), cuda=_cuda_version(), tensorrt=TensorRT.load().version
+    )
     from benchmarks.engine.on_gpu import measure_alone, measure_together
 
     results = EngineResults(
@@ -83,29 +84,14 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
 def judge(results: EngineResults) -> list[TargetResult]:
     """Hold the targets against a record."""
     found = []
-    for target in cases.TARGETS:
-        value = getattr(results, target.value)
-        met = None if value is None else target.met(value)
-        name = target.name.format(f"{target.limit:g}")
-        found.append(TargetResult(name=name, value=None if value is None else round(value, 4), met=met))
+    for words, name, limit in cases.TARGETS:
+        value = getattr(results, name)
+        found.append(limit.judge(words.format(f"{limit.limit:g}"), None if value is None else round(value, 4)))
     return found
 
 
-def describe(command: str, commit: str | None) -> EngineEnvironment:
-    """The current GPU and software."""
+def _cuda_version() -> str:
     from saw_trtllm.backends.tensorrt import cuda
 
-    head, dirty = (commit, None) if commit else git_state()
     number = cuda.call(cuda.runtime.cudaRuntimeGetVersion)
-    return EngineEnvironment(
-        gpu=device.gpu_name(),
-        driver=driver_version(),
-        cuda=f"{number // 1000}.{number % 1000 // 10}",
-        tensorrt=TensorRT.load().version,
-        python=platform.python_version(),
-        saw_trtllm=saw_trtllm.__version__,
-        commit=head,
-        dirty=dirty,
-        command=command,
-        date=today(),
-    )
+    return f"{number // 1000}.{number % 1000 // 10}"

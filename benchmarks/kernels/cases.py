@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from benchmarks.common.target import Limit, Unit
 from saw_trtllm.errors import ConfigError
 
 Suite = Literal["decode", "write", "prefill"]
@@ -23,6 +24,10 @@ LABELS = {
     "flashinfer": "FlashInfer bf16",
     "official": "official Triton INT4",
 }
+
+#: What bounds a suite, where it is memory.
+BOUNDS = {"decode": "of read bandwidth", "write": "of copy bandwidth"}
+UNITS: dict[str, Unit] = {"time": "µs", "share": "%", "ratio": "x", "speedup": "x"}
 
 #: KV length of each sequence of a write of single tokens, and new tokens of each sequence of larger ones.
 WRITE_CONTEXT = 1024
@@ -51,7 +56,7 @@ LLAMA = Heads(32, 8, 128)
 
 @dataclass(frozen=True)
 class Target:
-    """A number that a contender must reach.
+    """A number that a contender must reach in a case.
 
     Attributes
     ----------
@@ -70,9 +75,22 @@ class Target:
     limit: float
     against: str | None = None
 
-    def met(self, value: float) -> bool:
-        """Whether a measured value reaches it."""
-        return value <= self.limit if self.quantity in ("time", "ratio") else value >= self.limit
+    @property
+    def bound(self) -> Limit:
+        """The limit with its side."""
+        return Limit(self.limit, least=self.quantity in ("share", "speedup"))
+
+    def must(self, suite: str) -> str:
+        """In words."""
+        name, limit = LABELS[self.contender], f"{self.limit:g}"
+        if self.quantity == "time":
+            return f"{name}: at most {limit} µs"
+        if self.quantity == "share":
+            return f"{name}: at least {100 * self.limit:g} % {BOUNDS[suite]}"
+        other = LABELS[self.against or ""]
+        if self.quantity == "ratio":
+            return f"{name}: at most {limit}x the time of {other}"
+        return f"{name}: at least {limit}x the speed of {other}"
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.common.report import draw_plots
 from benchmarks.kernels.cases import LABELS, LLAMA, PEERS
 from benchmarks.kernels.record import CaseResult, Results
 from saw_trtllm.format import KVFormat
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Okabe and Ito's colours, which the colour-blind can tell apart, and markers for those who see none.
 _STYLES = {
@@ -26,21 +27,20 @@ _STYLES = {
 _ROOFLINE = "#555555"
 
 
-def draw(results: Results, folder: Path) -> list[Path]:
-    """Draw ``decode.svg``, ``write.svg`` and ``prefill.svg``: those whose suites are in the record.
+def plots(results: Results) -> dict[str, Callable[[Figure], None]]:
+    """What draws ``decode``, ``write`` and ``prefill``: those whose suites are in the record."""
+    every = {"decode": _decode, "write": _write, "prefill": _prefill}
+    return {
+        suite: partial(_on_axes, plot, results)
+        for suite, plot in every.items()
+        if any(case.measurements for case in results.suite(suite))
+    }
 
-    Raises
-    ------
-    BackendUnavailableError
-        If matplotlib is missing.
-    ConfigError
-        If the folder cannot be written.
-    """
-    plots: dict[str, Callable[[Any, Results], None]] = {"decode": _decode, "write": _write, "prefill": _prefill}
-    there = {suite for suite in plots if any(case.measurements for case in results.suite(suite))}
-    return draw_plots(
-        folder, {suite: partial(plot, results=results) for suite, plot in plots.items() if suite in there}
-    )
+
+def _on_axes(plot: Callable[[Any, Results], None], results: Results, figure: Figure) -> None:
+    axes = figure.add_subplot()
+    plot(axes, results)
+    figure.legend(loc="outside right upper")
 
 
 def _lines(axes: Any, cases: list[CaseResult], x: list[float], scale: float = 1.0, spacing: float = 0.0) -> None:
@@ -72,7 +72,7 @@ def _lines(axes: Any, cases: list[CaseResult], x: list[float], scale: float = 1.
 
 
 def _title(axes: Any, results: Results, text: str) -> None:
-    axes.set_title(f"{text}\n{results.environment.gpu}, heads {LLAMA}", fontsize=9)
+    axes.set_title(f"{text}\n{results.environment.gpu}, heads {LLAMA}")
 
 
 def _decode(axes: Any, results: Results) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Literal
 
 from pydantic import Field
 
-from benchmarks.common.record import Environment, Record, RecordPart, TargetResult
+from benchmarks.common.record import Record, RecordPart
+from benchmarks.common.target import TargetResult
 from benchmarks.kernels.cases import Suite
 
 
@@ -66,9 +67,7 @@ class CaseResult(RecordPart):
 class Results(Record):
     """A run of the kernels' benchmark."""
 
-    command_name: ClassVar[str] = "kernels"
-
-    environment: Environment
+    kind: Literal["kernels"] = "kernels"
     flush: str
     """What emptied the L2 before each run."""
     bandwidth: Bandwidth

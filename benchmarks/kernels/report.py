@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
-from benchmarks.common.record import TargetResult
-from benchmarks.common.report import Table, align, environment_table, fill_sections
-from benchmarks.kernels.cases import LABELS, SUITES
+from benchmarks.common.report import Report, Table, environment_table
+from benchmarks.common.target import target_table
+from benchmarks.kernels.cases import BOUNDS, LABELS, SUITES
+from benchmarks.kernels.plots import plots
 from benchmarks.kernels.record import CaseResult, Measurement, Results
 
 _SHAPES = {"decode": "sequences x context", "write": "tokens", "prefill": "tokens after history"}
-
-
-_BOUNDS = {"decode": "of read bandwidth", "write": "of copy bandwidth"}
 
 
 def suite_table(results: Results, suite: str) -> Table:
@@ -23,7 +20,7 @@ def suite_table(results: Results, suite: str) -> Table:
     peers = [c for c in ("flashinfer", "official") if c in contenders and "saw_int4" in contenders]
     rate = f"saw_int4 {'TFLOP/s' if suite == 'prefill' else 'GB/s'}"
     header = [_SHAPES[suite], *(f"{LABELS[c]} µs" for c in contenders), "saw_int4 p10 to p90", rate]
-    header += [_BOUNDS[suite]] if suite in _BOUNDS else []
+    header += [BOUNDS[suite]] if suite in BOUNDS else []
     header += [f"speedup over {LABELS[peer]}" for peer in peers]
     rows = [header]
     for case in cases:
@@ -31,7 +28,7 @@ def suite_table(results: Results, suite: str) -> Table:
         row = [case.name, *(_time(case, c) for c in contenders)]
         row.append(_or_dash(mine, lambda m: f"{m.p10_us:.1f} to {m.p90_us:.1f}"))
         row.append(_or_dash(mine, lambda m: f"{m.tflops:.0f}" if m.tflops else f"{m.gbps:.0f}"))
-        if suite in _BOUNDS:
+        if suite in BOUNDS:
             row.append(_or_dash(mine, lambda m: f"{100 * (m.share or 0):.1f} %"))
         for peer in peers:
             other = case.find(peer)
@@ -53,35 +50,6 @@ def _time(case: CaseResult, contender: str) -> str:
     return text if m.cuda_graph else f"{text} (no graph)"
 
 
-def target_table(results: Results) -> Table:
-    """Each target, what was measured, and whether it was met."""
-    rows = [["suite", "case", "must", "measured", "met"]]
-    for case in results.cases:
-        for t in case.targets:
-            measured = "not measured" if t.value is None else _value(t, t.value)
-            met = "-" if t.met is None else "yes" if t.met else "no"
-            rows.append([case.suite, case.name, _must(case, t), measured, met])
-    return rows
-
-
-def _value(target: TargetResult, value: float) -> str:
-    if target.quantity == "time":
-        return f"{value:.1f} µs"
-    return f"{100 * value:.1f} %" if target.quantity == "share" else f"{value:.3f}x"
-
-
-def _must(case: CaseResult, target: TargetResult) -> str:
-    name = LABELS[target.contender]
-    if target.quantity == "time":
-        return f"{name}: at most {target.limit:g} µs"
-    if target.quantity == "share":
-        return f"{name}: at least {100 * target.limit:g} % {_BOUNDS[case.suite]}"
-    other = LABELS[target.against or ""]
-    if target.quantity == "ratio":
-        return f"{name}: at most {target.limit:g}x the time of {other}"
-    return f"{name}: at least {target.limit:g}x the speed of {other}"
-
-
 def missing_lines(results: Results) -> list[str]:
     """Contenders and variants of them that were not measured: a line for each reason."""
     cases: dict[tuple[str, str, str], list[str]] = {}
@@ -97,32 +65,45 @@ def missing_lines(results: Results) -> list[str]:
     ]
 
 
-def _sections(results: Results) -> dict[str, Table]:
-    tables = {"environment": environment_table(results)}
+def summary_table(results: Results) -> Table:
+    """``saw_int4`` by case: its time, its share of what bounds it, and that of 16-bit rows."""
+    rows = [["case", "saw_int4 µs", "of what bounds it", "16-bit rows"]]
+    for case in results.cases:
+        mine, wide = case.find("saw_int4"), case.find("bf16")
+        if mine is not None:
+            rows.append([f"{case.suite} {case.name}", f"{mine.median_us:.1f}", _rate(mine), _or_dash(wide, _rate)])
+    return rows
+
+
+def _rate(m: Measurement) -> str:
+    if m.share is not None:
+        return f"{100 * m.share:.1f} %"
+    return f"{m.tflops:.0f} TFLOP/s" if m.tflops else "-"
+
+
+def _numbers(results: Results) -> dict[str, str]:
+    bandwidth = results.bandwidth
+    numbers = {"read GB/s": f"{bandwidth.read_gbps:.0f}", "copy GB/s": f"{bandwidth.copy_gbps:.0f}"}
+    numbers["commit"] = results.environment.commit or "unknown"
+    for case in results.cases:
+        for m in case.measurements:
+            numbers[f"{case.suite} {case.name} {m.contender} µs"] = f"{m.median_us:.0f}"
+    return numbers
+
+
+def report(results: Results) -> Report:
+    """What the record says."""
+    bandwidth = results.bandwidth
+    environment = environment_table(
+        results.environment,
+        ["read bandwidth", f"{bandwidth.read_gbps:.0f} GB/s (sum over 4 GiB)"],
+        ["copy bandwidth", f"{bandwidth.copy_gbps:.0f} GB/s (copy of 4 GiB, read and written)"],
+        ["before each run", results.flush],
+    )
+    tables = {"environment": environment}
     tables |= {suite: suite_table(results, suite) for suite in SUITES if results.suite(suite)}
-    return tables | {"targets": target_table(results)}
-
-
-def plain(results: Results) -> str:
-    """All tables with aligned columns."""
-    text = align(_sections(results))
-    if missing := missing_lines(results):
-        text = "\n".join([text, "", "not measured", *missing])
-    return text
-
-
-def fill_in(document: Path, results: Results) -> None:
-    """Replace what lies between a document's ``<!-- begin NAME -->`` and ``<!-- end NAME -->``.
-
-    Parameters
-    ----------
-    document : Path
-        Markdown with markers of ``environment``, ``targets`` and suites.
-    results : Results
-
-    Raises
-    ------
-    ConfigError
-        If the document lacks the marker of a table.
-    """
-    fill_sections(document, _sections(results))
+    targets = [((case.suite, case.name), t) for case in results.cases for t in case.targets]
+    tables["targets"] = target_table(targets, ("suite", "case"))
+    tables["summary"] = summary_table(results)
+    missing = missing_lines(results)
+    return Report(tables, _numbers(results), plots(results), ["not measured", *missing] if missing else [])

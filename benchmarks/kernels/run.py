@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import quantiles
 from typing import Any, Protocol
 
-from benchmarks.common.record import TargetResult
-from benchmarks.kernels.cases import Case, Target
+from benchmarks.common.target import TargetResult
+from benchmarks.kernels.cases import UNITS, Case, Target
 from benchmarks.kernels.record import Bandwidth, CaseResult, Measurement
 from saw_trtllm.errors import SawError
 
@@ -106,7 +106,7 @@ def run_case(
         tokens_per_block=case.tokens_per_block,
         measurements=measurements,
         missing=missing,
-        targets=[judge(target, by_name) for target in case.targets],
+        targets=[judge(case.suite, target, by_name) for target in case.targets],
     )
 
 
@@ -177,7 +177,7 @@ def _measurement(contender: Contender, choice: _Choice, times: list[float], peak
     )
 
 
-def judge(target: Target, measured: dict[str, Measurement]) -> TargetResult:
+def judge(suite: str, target: Target, measured: dict[str, Measurement]) -> TargetResult:
     """Hold a target against a case's measurements."""
     mine, other = measured.get(target.contender), measured.get(target.against or "")
     value = None
@@ -189,11 +189,4 @@ def judge(target: Target, measured: dict[str, Measurement]) -> TargetResult:
         elif other is not None:
             value = mine.median_us / other.median_us
             value = round(1 / value if target.quantity == "speedup" else value, 4)
-    return TargetResult(
-        contender=target.contender,
-        quantity=target.quantity,
-        limit=target.limit,
-        against=target.against,
-        value=value,
-        met=None if value is None else target.met(value),
-    )
+    return target.bound.judge(target.must(suite), value, UNITS[target.quantity])

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.common.environment import describe
+from benchmarks.common.environment import describe, version_of
 from benchmarks.kernels import saw as ours
 from benchmarks.kernels.cases import OURS, Case, select_cases
 from benchmarks.kernels.peers import FlashInfer, Official
@@ -62,7 +62,16 @@ def run_kernels(
     kernels()
     flashinfer = FlashInfer() if "flashinfer" in peers else None
     official = Official(official_dir) if "official" in peers and official_dir else None
-    environment = describe(command, commit, flashinfer is not None, official.digest if official else None)
+    environment = describe(
+        command,
+        commit,
+        gpu=torch.cuda.get_device_name(),
+        cuda=torch.version.cuda,
+        torch=torch.__version__,
+        triton=version_of("triton"),
+        flashinfer=version_of("flashinfer-python") if flashinfer else None,
+        official=official.digest if official else None,
+    )
     with tqdm(total=len(cases), desc="compiling", unit="case", disable=None) as bar:
         if flashinfer:
             flashinfer.compile({case.heads.head_dim for case in cases if "flashinfer" in case.contenders})

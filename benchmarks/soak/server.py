@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from benchmarks.launch_trials import Launch
+from benchmarks.serving.launch_trials import Launch
 from benchmarks.soak.mutations import HOSTILE, mutate_text
 
 #: Seconds for an answer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ try:
     import matplotlib.figure
     from jinja2 import Environment
 
-    from saw_trtllm.svg import to_svg
 except ImportError as e:
     raise BackendUnavailableError(
         f"--report needs {e.name}, which is not installed: pip install 'saw-trtllm[eval]'"
@@ -103,6 +103,15 @@ def _figure(width: float = 8, height: float = 4, columns: int = 1) -> tuple[matp
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
+def _svg(figure: matplotlib.figure.Figure) -> str:
+    """The element ``<svg>`` of a figure, as it stands in a page: text as text, the same bytes for the same numbers."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "saw"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    page = buffer.getvalue()
+    return page[page.index("<svg") :]
+
+
 def _memory_plot(evaluation: Evaluation) -> tuple[str, str]:
     figure, (axes,) = _figure()
     for name, q in evaluation.qualities.items():
@@ -111,8 +120,8 @@ def _memory_plot(evaluation: Evaluation) -> tuple[str, str]:
     perplexities = [q.perplexity for q in evaluation.qualities.values()]
     if max(perplexities) > 3 * min(perplexities):
         axes.set_yscale("log")
-    axes.legend(fontsize=8)
-    return "Memory against quality: down and to the left is better.", to_svg(figure)
+    axes.legend(fontsize=8, loc="upper right")
+    return "Memory against quality: down and to the left is better.", _svg(figure)
 
 
 def _position_plot(evaluation: Evaluation) -> tuple[str, str] | None:
@@ -128,8 +137,8 @@ def _position_plot(evaluation: Evaluation) -> tuple[str, str] | None:
         xscale="log",
         ylim=(0, None),
     )
-    axes.legend(fontsize=8)
-    return "Divergence by length of the context.", to_svg(figure)
+    axes.legend(fontsize=8, loc="upper right")
+    return "Divergence by length of the context.", _svg(figure)
 
 
 def _order_plot(evaluation: Evaluation) -> tuple[str, str] | None:
@@ -150,8 +159,8 @@ def _order_plot(evaluation: Evaluation) -> tuple[str, str] | None:
     orders = sorted({order for line in lines.values() for order in line})
     axes.set(xlabel="Hadamard order", ylabel="perplexity", xscale="log", xticks=orders, xticklabels=orders)
     axes.minorticks_off()
-    axes.legend(fontsize=8)
-    return "Perplexity by order of the rotation.", to_svg(figure)
+    axes.legend(fontsize=8, loc="upper right")
+    return "Perplexity by order of the rotation.", _svg(figure)
 
 
 def _error_plots(evaluation: Evaluation, what: str) -> list[tuple[str, str]]:
@@ -173,7 +182,7 @@ def _error_plots(evaluation: Evaluation, what: str) -> list[tuple[str, str]]:
             axes.set_title(name, fontsize=8)
             axes.set(xlabel="head", ylabel="layer")
         figure.colorbar(image, ax=list(columns))
-        plots.append((f"{text}, each layer's input being exact.", to_svg(figure)))
+        plots.append((f"{text}, each layer's input being exact.", _svg(figure)))
     return plots
 
 
@@ -183,14 +192,14 @@ def _channel_plot(evaluation: Evaluation) -> tuple[str, str]:
     left.plot(o.k_channels, label="as they are")
     left.plot(o.k_channels_rotated, label="rotated")
     left.set(xlabel="channel", ylabel="rms of keys", yscale="log", title=f"layer {o.worst[0]}, KV head {o.worst[1]}")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper right")
     for label, ratios in (("keys", o.k_ratio), ("keys, rotated", o.k_ratio_rotated), ("values", o.v_ratio)):
         right.plot([max(heads) for heads in ratios], "o-", label=label)
     right.xaxis.get_major_locator().set_params(integer=True)
     right.set(xlabel="layer", ylabel="largest channel over median", yscale="log", title="worst head of each layer")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="upper right")
     caption = "Where the outliers sit: rms of the channels of keys after RoPE, and how far the largest stands out."
-    return caption, to_svg(figure)
+    return caption, _svg(figure)
 
 
 def _histogram_plot(evaluation: Evaluation) -> tuple[str, str]:
@@ -203,5 +212,5 @@ def _histogram_plot(evaluation: Evaluation) -> tuple[str, str]:
         # A bin with nothing in it has no place on a logarithmic axis.
         axes.plot(centers, [value or float("nan") for value in density], label=label)
     axes.set(xlabel="component of a key over the rms of its row", ylabel="density", yscale="log")
-    axes.legend(fontsize=8)
-    return "Distribution of the keys of all layers before and after rotation by the largest order.", to_svg(figure)
+    axes.legend(fontsize=8, loc="upper right")
+    return "Distribution of the keys of all layers before and after rotation by the largest order.", _svg(figure)

@@ -3,7 +3,6 @@
 import importlib
 import itertools
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -14,12 +13,13 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
+from benchmarks.common.record import Environment
+from benchmarks.common.report import write
 from benchmarks.engine import cases, loop, random_engine, run
 from benchmarks.engine.cases import BATCHES, CONTEXTS, KVS, classify, parse_numbers
 from benchmarks.engine.plan import Plan
-from benchmarks.engine.plots import draw
-from benchmarks.engine.record import Engine, EngineEnvironment, EngineResults, Loop, Profile, Shape, StartUp, Step
-from benchmarks.engine.report import fill_in, plain, ratio_table, step_table
+from benchmarks.engine.record import Engine, EngineResults, Loop, Profile, Shape, StartUp, Step
+from benchmarks.engine.report import ratio_table, report, step_table
 from benchmarks.engine.run import judge, run_engines
 from benchmarks.engine.steps import ROUNDS, StepBench, measure
 from saw_trtllm.engine.config import EngineConfig
@@ -28,14 +28,11 @@ from saw_trtllm.errors import ConfigError, EngineError, KernelError
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.runtime.tokenizer import Tokenizer
-from tests.support import ROOT
 from tests.support.fakes import cuda as fake_cuda
 from tests.support.fakes import engine as fake_engine
 from tests.support.fakes.gpu import pretend_gpu
 from tests.support.rejection import refused
 
-RECORD = ROOT / "benchmarks" / "results" / "h200_engine.json.gz"
-DOCUMENT = ROOT / "docs" / "engine_benchmarks.md"
 LAYER = "transformer.layers.0."
 
 
@@ -368,7 +365,7 @@ def machine(engine, tmp_path, monkeypatch):
 
 def test_a_run_from_its_engine_to_its_record(machine, tmp_path):
     cuda, plan = machine
-    output = tmp_path / "record.json.gz"
+    output = tmp_path / "record.json"
     results = run_engines(plan, "python -m benchmarks engine", "249ac14", output)
     assert EngineResults.load(output) == results
     assert results.aborted is None
@@ -427,7 +424,7 @@ def results():
                 loop=Loop(batch=64, context=1100, step_us=1000, gpu_us=970),
             )
         )
-    environment = EngineEnvironment(
+    environment = Environment(
         gpu="NVIDIA H200",
         driver="580.1",
         cuda="13.0",
@@ -469,7 +466,7 @@ def _profile(batch, context):
 
 
 def test_targets_are_held_against_the_record(results):
-    found = {t.name: (t.value, t.met) for t in results.targets}
+    found = {t.must: (t.value, t.met) for t in results.targets}
     assert len(found) == len(cases.TARGETS)
     assert found["saw_int4 holds at least 3.7x the tokens of fp16 in the same pool"] == (3.7647, True)
     assert found["GPU busy at least 0.95 of a step at batch 64"] == (0.97, True)
@@ -499,7 +496,7 @@ def test_a_record_comes_back_from_its_file(results, tmp_path):
 
 
 def test_tables_show_what_was_measured(results):
-    text = plain(results)
+    text = report(results).plain()
     rows = {line.split("  ")[0]: line for line in text.splitlines()}
     assert rows["model"].endswith("Llama 3 8B's shape, 8 of 32 layers")
     steps, over = step_table(results), ratio_table(results, "fp16")
@@ -512,37 +509,17 @@ def test_tables_show_what_was_measured(results):
     assert str(Shape.of(cases.llama_config(8, 1000))) == "8 layers of 4096, heads 32/8/128, vocabulary 1000"
 
 
-def test_the_document_has_the_tables_of_its_record(tmp_path):
-    copy = tmp_path / "engine_benchmarks.md"
-    copy.write_text(DOCUMENT.read_text())
-    if RECORD.exists():
-        fill_in(copy, EngineResults.load(RECORD))
-        assert copy.read_text() == DOCUMENT.read_text(), "python -m benchmarks report writes it anew"
-    else:
-        assert not re.search(r"begin \w+ -->\n(?!<!-- end)", copy.read_text())
+def test_the_plot_is_of_the_record(results, tmp_path):
+    (path,) = write(tmp_path, {"x": report(results)})
+    drawn = path.read_text()
+    assert path == tmp_path / "plots" / "x_decode.svg"
+    assert "NVIDIA H200" in drawn
+    assert "batch 256" in drawn
 
 
-def test_the_documents_markers_take_the_tables(results, tmp_path):
-    copy = tmp_path / "engine_benchmarks.md"
-    copy.write_text(DOCUMENT.read_text())
-    fill_in(copy, results)
-    assert f"| {results.speedup:.3f}x |" in copy.read_text()
-    assert "`python -m benchmarks engine --num_layers 8 \\| tee log`" in copy.read_text()
-
-
-def test_plot_tells_the_records_apart(results, tmp_path, capsys):
-    results.save(tmp_path / "x.json")
-    assert command.main(["report", str(tmp_path / "x.json"), "--output", str(tmp_path)]) == 0
-    names = ["engine_decode.svg"]
-    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "plots" / name) for name in names]
-    texts = [(tmp_path / "plots" / name).read_text() for name in names]
-    assert "NVIDIA H200" in texts[0]
-    assert "batch 256" in texts[0]
-
-
-def test_what_was_not_measured_has_no_plot(results, tmp_path):
+def test_what_was_not_measured_has_no_plot(results):
     bare = [e.model_copy(update={"steps": []}) for e in results.engines]
-    assert draw(results.model_copy(update={"engines": bare}), tmp_path) == []
+    assert report(results.model_copy(update={"engines": bare})).plots == {}
 
 
 # -- the command

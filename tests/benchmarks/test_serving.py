@@ -1,13 +1,14 @@
-"""benchmarks/triton_load.py: what it makes of perf_analyzer's timestamps."""
+"""python -m benchmarks serving: what it makes of perf_analyzer's timestamps."""
 
 import contextlib
-import importlib.util
-import json
+import re
 import sys
 
 import pytest
 
-from tests.support import ROOT
+from benchmarks.__main__ import main
+from benchmarks.serving import load
+from benchmarks.serving.record import ServingResults
 
 #: Two clients, three requests each of 100 ms: the first token of a client's n-th request comes after 10 n ms.
 ANALYZER = """\
@@ -25,44 +26,34 @@ json.dump({{"experiments": [{{"requests": requests[::-1]}}]}}, open(args["--prof
 """
 
 
-@pytest.fixture
-def load(monkeypatch):
-    spec = importlib.util.spec_from_file_location("triton_load", ROOT / "benchmarks" / "triton_load.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "_Server", lambda *_: contextlib.nullcontext())
-    return module
-
-
-def run(load, monkeypatch, tmp_path, engine_dir, analyzer):
+def run(monkeypatch, tmp_path, engine_dir, analyzer):
+    monkeypatch.setattr(load, "_Server", lambda *_: contextlib.nullcontext())
     (tmp_path / "perf_analyzer").write_text(analyzer.format(python=sys.executable))
     (tmp_path / "perf_analyzer").chmod(0o755)
-    argv = ["--engine_dir", engine_dir, "--concurrency", "1,2", "--requests", "2", "--output_tokens", "16"]
-    argv += ["--perf_analyzer", tmp_path, "--output", tmp_path / "load.json"]
-    monkeypatch.setattr(sys, "argv", ["triton_load.py", *map(str, argv)])
-    return load.main()
+    argv = ["serving", "--engine_dir", engine_dir, "--concurrency", "1,2", "--requests", "2", "--output_tokens", "16"]
+    return main([*map(str, argv), "--perf_analyzer", str(tmp_path), "--output", str(tmp_path / "load.json")])
 
 
-def test_a_row_for_each_concurrency(load, engine, monkeypatch, tmp_path, capsys):
-    assert run(load, monkeypatch, tmp_path, engine("saw_int4"), ANALYZER) == 0
-    record = json.loads((tmp_path / "load.json").read_text())
-    assert record["output_tokens"] == 16
-    one, two = record["rows"]
-    assert (one["kv"], one["concurrency"], two["concurrency"]) == ("saw_int4", 1, 2)
+def test_a_row_for_each_concurrency(engine, monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, tmp_path, engine("saw_int4"), ANALYZER) == 0
+    record = ServingResults.load(tmp_path / "load.json")
+    assert record.output_tokens == 16
+    one, two = record.rows
+    assert (one.kv, one.concurrency, two.concurrency) == ("saw_int4", 1, 2)
     # Without the first request of each client: the second and the third.
-    assert one["requests_per_s"] == pytest.approx(10, abs=0.01)
-    assert two["tokens_per_s"] == pytest.approx(20 * 16, abs=0.1)
-    assert one["first_ms_p50"] == pytest.approx(25)
-    assert two["request_ms_p90"] == pytest.approx(100)
-    assert "| saw_int4 | 2 | 20.0 |" in capsys.readouterr().out
+    assert one.requests_per_s == pytest.approx(10, abs=0.01)
+    assert two.tokens_per_s == pytest.approx(20 * 16, abs=0.1)
+    assert one.first_ms_p50 == pytest.approx(25)
+    assert two.request_ms_p90 == pytest.approx(100)
+    assert re.search(r"^saw_int4 +2 +20\.0 +320 ", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_a_load_that_fails_ends_with_what_was_said(load, engine, monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match=r"perf_analyzer failed with 3:\nno server there"):
-        run(load, monkeypatch, tmp_path, engine("saw_int4"), "#!/bin/sh\necho no server there\nexit 3\n")
+def test_a_load_that_fails_ends_with_what_was_said(engine, monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, tmp_path, engine("saw_int4"), "#!/bin/sh\necho no server there\nexit 3\n") == 2
+    assert "perf_analyzer failed with 3:\nno server there" in capsys.readouterr().err
 
 
-def test_prompts_of_words_are_all_different(load):
+def test_prompts_of_words_are_all_different():
     prompts = load._words(5, 16, 50)
     assert len(set(prompts)) == 50
     assert {word for prompt in prompts for word in prompt.split()} == {f"w{i}" for i in range(16)}

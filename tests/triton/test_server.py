@@ -7,7 +7,6 @@ With the reference's engine, on any machine; or with ``SAW_TEST_ENGINE=DIR`` wit
 """
 
 import http.client
-import importlib.util
 import json
 import os
 import queue
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.serving.launch_trials import Launch
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import SawError
@@ -578,11 +578,8 @@ def test_damaged_engine_ends_the_launch_in_one_sentence(server, engine_dir, tmp_
 
 @pytest.fixture
 def launch(engine_dir, tmp_path):
-    """``saw-triton --launch`` with one restart, as benchmarks/launch_trials.py watches it."""
-    spec = importlib.util.spec_from_file_location("launch_trials", ROOT / "benchmarks" / "launch_trials.py")
-    trials = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(trials)
-    with trials.Launch(engine_dir, tmp_path, restart=1) as launch:
+    """``saw-triton --launch`` with one restart, as benchmarks/serving/launch_trials.py watches it."""
+    with Launch(engine_dir, tmp_path, restart=1) as launch:
         yield launch
 
 

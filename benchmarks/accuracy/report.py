@@ -1,17 +1,16 @@
-"""The numbers and tables of docs/accuracy.md, and its plots, from what benchmarks/accuracy.py measured alone."""
+"""The accuracy record as tables, numbers and a plot."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
+from functools import partial
+from typing import TYPE_CHECKING
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from benchmarks.accuracy.record import AccuracyResults
+from benchmarks.common.report import Report, Table, environment_table
 
-from saw_trtllm.svg import save_svg
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-_PLACE = re.compile("<!--([^>]+)-->.*?<!--/-->", re.DOTALL)
 TITLES = {"example": "example", "outliers": "planted outliers", "key bias": "planted key bias"}
 _RIVALS = {
     "per channel": "KIVI: keys per channel, groups of 32, the latest up to 127 tokens in 16 bits",
@@ -23,32 +22,21 @@ _RIVALS = {
 }
 
 
-def write(data: dict, output: Path) -> None:
-    """Write the page's numbers and its plots.
-
-    Parameters
-    ----------
-    data : dict
-        What benchmarks/accuracy.py measured.
-    output : Path
-        The folder of ``accuracy.md``, in which each ``<!--name-->...<!--/-->`` is filled, and of ``accuracy``, which
-        gets the plots.
-    """
-    models = [m for m in TITLES if m in data]
-    page, values = output / "accuracy.md", _values(data, models)
-    text = page.read_text(encoding="utf-8")
-    text = _PLACE.sub(lambda place: f"<!--{place[1]}-->{values[place[1]]}<!--/-->", text)
-    page.write_text(text, encoding="utf-8")
-    _plots(data, models, output / "accuracy")
+def report(results: AccuracyResults) -> Report:
+    """What the record says."""
+    models = [m for m in TITLES if m in results.models]
+    tables, numbers = _values(results, models)
+    return Report(tables, numbers, {"keys": partial(_key_plot, results.models, models)})
 
 
-def _values(data: dict, models: list[str]) -> dict[str, str]:
-    """Numbers and tables by the names of their places."""
-    about, example = data["about"], data["example"]
+def _values(results: AccuracyResults, models: list[str]) -> tuple[dict[str, Table], dict[str, str]]:
+    """Tables and numbers by the names of their places."""
+    data = results.models
+    example = data["example"]
     minutes = sum(data[m]["seconds"] for m in models) / 60
-    threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
     layer_bytes = example["suggestion"]["layers"][0]["bytes_per_token"] - example["suggestion"]["bytes_per_token"]
-    tables = {f"levers {m}": _lever_table(data, m) for m in models} | {
+    tables = {"environment": environment_table(results.environment)}
+    tables |= {f"levers {m}": _lever_table(data, m) for m in models} | {
         "recovered": _recovered_table(data, models[1:]),
         "errors": _error_table(data, models),
         "orders": _order_table(data, models),
@@ -59,13 +47,12 @@ def _values(data: dict, models: list[str]) -> dict[str, str]:
         "rivals": _rival_table(data, models),
     }
     numbers = {
-        "environment": f"{minutes:.0f} minutes of {threads} on a machine of {about['cores']} cores ({about['cpu']}) "
-        f"that had other work, commit {about['commit']},\nPython {about['python']}, torch {about['torch']}.",
-        "tokens": f"{about['num_tokens']:,}",
-        "window": about["window"],
-        "calibration tokens": f"{about['calibration_tokens']:,}",
-        "calibration seconds": example["calibration_seconds"],
-        "range factor": about["range_factor"],
+        "minutes": f"{minutes:.0f}",
+        "tokens": f"{results.num_tokens:,}",
+        "window": f"{results.window}",
+        "calibration tokens": f"{results.calibration_tokens:,}",
+        "calibration seconds": f"{example['calibration_seconds']}",
+        "range factor": f"{results.range_factor}",
         "target": _target([data[m]["levers"] for m in models[1:]]),
         "third": _third(example["levers"]),
         "mean key": f"{100 * _mean(example['outliers']['k_bias']):.0f}",
@@ -74,12 +61,7 @@ def _values(data: dict, models: list[str]) -> dict[str, str]:
     }
     rows = example["orders"] | example["rivals"] | example["levers"]
     divergences = {f"kl {row}": f"{q['kl_mean']:.4f}" for row, q in rows.items()}
-    return {name: f"\n{table}\n" for name, table in tables.items()} | numbers | divergences
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return tables, numbers | divergences
 
 
 def _recovered(levers: dict, row: str) -> float:
@@ -87,10 +69,10 @@ def _recovered(levers: dict, row: str) -> float:
     return 1 - levers[row]["nats_lost"] / levers["int4"]["nats_lost"]
 
 
-def _recovered_table(data: dict, models: list[str]) -> str:
+def _recovered_table(data: dict, models: list[str]) -> Table:
     columns = ("recipe", "γ", "γ, centred", "γ, smoothed", "all levers")
     rows = [[TITLES[m], *(f"{100 * _recovered(data[m]['levers'], c):.1f} %" for c in columns)] for m in models]
-    return _table(["", *columns], rows)
+    return [["", *columns], *rows]
 
 
 def _target(models: list[dict]) -> str:
@@ -110,18 +92,18 @@ def _third(levers: dict) -> str:
     )
 
 
-def _error_table(data: dict, models: list[str]) -> str:
+def _error_table(data: dict, models: list[str]) -> Table:
     header = ["layer", *(f"{TITLES[m]}: {row}" for m in models for row in data[m]["errors"])]
     columns = [errors["scores"] for m in models for errors in data[m]["errors"].values()]
     rms = [[f"{(sum(x * x for x in heads) / len(heads)) ** 0.5:.3f}" for heads in scores] for scores in columns]
-    return _table(header, [[f"{i}", *row] for i, row in enumerate(zip(*rms, strict=True))])
+    return [header, *([f"{i}", *row] for i, row in enumerate(zip(*rms, strict=True)))]
 
 
 def _mean(rows: list[list[float]]) -> float:
     return sum(map(sum, rows)) / sum(map(len, rows))
 
 
-def _lever_table(data: dict, model: str) -> str:
+def _lever_table(data: dict, model: str) -> Table:
     levers = data[model]["levers"]
     header = ["cache", "bytes/token", "perplexity", "nats lost", "KL mean", "KL p99", "top-1", "greedy"]
     rows = [
@@ -137,10 +119,10 @@ def _lever_table(data: dict, model: str) -> str:
         ]
         for name, q in levers.items()
     ]
-    return _table(header, rows)
+    return [header, *rows]
 
 
-def _order_table(data: dict, models: list[str]) -> str:
+def _order_table(data: dict, models: list[str]) -> Table:
     header = ["order"] + [f"{TITLES[m]}, {what}" for m in models for what in ("K", "K and V")]
     rows = []
     for order in (1, 16, 32, 64, 128):
@@ -150,10 +132,10 @@ def _order_table(data: dict, models: list[str]) -> str:
                 q = data[m]["orders"].get(f"{order} {what}")
                 row.append("" if q is None else f"{q['kl_mean']:.4f}")
         rows.append(row)
-    return _table(header, rows)
+    return [header, *rows]
 
 
-def _order_lever_table(data: dict, models: list[str]) -> str:
+def _order_lever_table(data: dict, models: list[str]) -> Table:
     header = ["order"] + [f"{TITLES[m]}: {what}" for m in models for what in ("γ", "+ centred", "+ smoothed", "+ both")]
     rows = []
     for order in (1, 16, 32, 64, 128):
@@ -161,10 +143,10 @@ def _order_lever_table(data: dict, models: list[str]) -> str:
             f"{data[m]['order levers'][f'{order} {c}']['kl_mean']:.4f}" for m in models for c in ("-", "c", "s", "cs")
         ]
         rows.append(["none" if order == 1 else str(order), *cells])
-    return _table(header, rows)
+    return [header, *rows]
 
 
-def _factor_table(data: dict) -> str:
+def _factor_table(data: dict) -> Table:
     factors = data["example"]["factors"]
     gammas = sorted({name.split()[1] for name in factors}, key=float, reverse=True)
     header = ["γ", *(f"{part}: {what}" for part in ("K", "V", "K and V") for what in ("KL", "nats lost"))]
@@ -175,10 +157,10 @@ def _factor_table(data: dict) -> str:
             q = factors[f"{part} {gamma}"]
             row += [f"{q['kl_mean']:.4f}", f"{q['nats_lost']:+.4f}"]
         rows.append(row)
-    return _table(header, rows)
+    return [header, *rows]
 
 
-def _rival_table(data: dict, models: list[str]) -> str:
+def _rival_table(data: dict, models: list[str]) -> Table:
     header = ["", "bytes/token", *(f"KL, {TITLES[m]}" for m in models), "pages", "fused attention", "no calibration"]
     rows = []
 
@@ -199,51 +181,38 @@ def _rival_table(data: dict, models: list[str]) -> str:
         for order, suffix in ((1, ""), (128, ", rotated")):
             found = [data[m]["rivals"][f"{name} {order}"] for m in models]
             add(title + suffix, found, [found[0][k] for k in ("pages", "fused", "calibration_free")])
-    return _table(header, rows)
+    return [header, *rows]
 
 
-def _layer_table(suggestion: dict) -> str:
+def _layer_table(suggestion: dict) -> Table:
     rows = [["none", f"{suggestion['kl_mean']:.4f}", "", f"{suggestion['bytes_per_token']:,.0f}"]]
     for kept in suggestion["layers"] + suggestion["together"][1:]:
         layers = ", ".join(map(str, kept["layers"]))
         rows.append(
             [layers, f"{kept['kl_mean']:.4f}", f"{100 * kept['gain']:.0f} %", f"{kept['bytes_per_token']:,.0f}"]
         )
-    return _table(["layers kept", "KL mean", "KL gone", "bytes/token"], rows)
+    return [["layers kept", "KL mean", "KL gone", "bytes/token"], *rows]
 
 
-def _position_table(levers: dict) -> str:
+def _position_table(levers: dict) -> Table:
     shown = ("int4", "recipe", "γ", "all levers")
     positions = list(levers["recipe"]["kl_by_position"])
     rows = [[p, *(f"{levers[row]['kl_by_position'][p]:.4f}" for row in shown)] for p in positions]
-    return _table(["tokens of context, up to", *shown], rows)
+    return [["tokens of context, up to", *shown], *rows]
 
 
-def _plots(data: dict, models: list[str], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_svg(_key_plot(data, models), folder / "keys.svg")
+def _key_plot(data: dict, models: list[str], figure: Figure) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
 
-
-def _columns(models: list[str]) -> tuple[Figure, list]:
-    figure = Figure(figsize=(3.6 * len(models) + 0.6, 3.4), layout="constrained")
+    figure.set_size_inches(3.6 * len(models) + 0.6, 3.4)
     columns = list(figure.subplots(1, len(models), squeeze=False)[0])
-    for axes, model in zip(columns, models, strict=True):
-        axes.set_title(TITLES[model], fontsize=10)
-        axes.set_yscale("log")
-        axes.yaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)), major_formatter="{x:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
-    return figure, columns
-
-
-# Half a pixel of what the curves may deviate halves the file.
-@mpl.rc_context({"path.simplify_threshold": 0.5})
-def _key_plot(data: dict, models: list[str]) -> Figure:
-    figure, columns = _columns(models)
     for axes, m in zip(columns, models, strict=True):
         outliers = data[m]["outliers"]
         axes.plot(sorted(outliers["k_channels"]), label="as they are")
         axes.plot(sorted(outliers["k_channels_rotated"]), label="rotated, order 128")
         axes.set(xlabel=f"channels by size (layer {outliers['worst'][0]}, KV head {outliers['worst'][1]})")
+        axes.set(title=TITLES[m], yscale="log")
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)), major_formatter="{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     columns[0].set_ylabel("rms of keys")
-    columns[0].legend(fontsize=8)
-    return figure
+    columns[0].legend(loc="upper left")

@@ -1,6 +1,6 @@
 """Errors of 4-bit rows by range factor: where the defaults of ``saw_trtllm.format.RANGE_FACTORS`` come from.
 
-    python benchmarks/range_factor.py --model_dir examples/tiny_llama --text FILE
+    python -m benchmarks.accuracy.range_factor --model_dir examples/tiny_llama --text FILE
 
 Prints a Markdown table: mean square error of rows over that of min-max (γ = 1), and of attention scores where keys are
 meant (after taking out what a query's scores have in common, which the softmax ignores).

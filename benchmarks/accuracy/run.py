@@ -1,8 +1,5 @@
 """The accuracy ablation: every cache on the example model and its planted variants, as docs/accuracy.md shows it.
 
-    build_scripts/accuracy                       # half an hour on two cores
-    python benchmarks/accuracy.py --render_only  # the page anew from docs/accuracy/results.json.gz
-
 Caches are judged on text that the example model has not read and calibrated on text that it has: files of the standard
 library of the Python that runs (``prepare`` in examples/tiny_llama/train.py chose the held-out ones by their names).
 """
@@ -11,40 +8,37 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gzip
 import html.parser
-import json
 import os
-import platform
-import subprocess
 import sys
 import time
 import typing
 import urllib.request
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.sax import expatreader
 
-import accuracy_page
 import torch
 from tqdm import tqdm
 
+from benchmarks.accuracy.record import AccuracyResults
+from benchmarks.common.environment import cpu_name, describe
 from saw_trtllm.backends.reference.quantizers import KVQuantizer, Row4Bit, SkipLayers
 from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.checkpoint.calibration import Calibration
+from saw_trtllm.errors import ConfigError
 from saw_trtllm.eval.analysis import analyse
 from saw_trtllm.eval.baselines import Codebook, HessianRounding, PerChannelKeys, gather
 from saw_trtllm.eval.metrics import Quality, evaluate, greedy_agreement
 from saw_trtllm.eval.outliers import plant_key_bias, plant_outliers
 from saw_trtllm.eval.suggest import suggest
 from saw_trtllm.format import RANGE_FACTORS, KVFormat, hadamard_orders
-from saw_trtllm.paths import read_json
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parent.parent
-EXAMPLE = ROOT / "examples" / "tiny_llama"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_llama"
 HELD_OUT = [Path(m.__file__) for m in (urllib.request, typing, html.parser, expatreader)]
 CALIBRATION = [Path(argparse.__file__)]
 WINDOW = 2048
@@ -190,55 +184,50 @@ def _numbers(quality: Quality, *, by_position: bool = False) -> dict:
 def _windows(paths: list[Path], tokenizer: Tokenizer, num_tokens: int) -> torch.Tensor:
     ids = tokenizer.encode("\n".join(path.read_text(encoding="utf-8") for path in paths))
     if len(ids) < num_tokens:
-        raise SystemExit(f"the texts give {len(ids)} tokens and {num_tokens} are asked for: lower --max_tokens")
+        raise ConfigError(f"the texts give {len(ids)} tokens and {num_tokens} are asked for: lower --max_tokens")
     return torch.tensor(ids[:num_tokens]).view(-1, WINDOW)
 
 
-def _about(num_tokens: int) -> dict:
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+def run_accuracy(
+    models: Sequence[str], max_tokens: int, command: str, commit: str | None, previous: AccuracyResults | None
+) -> Iterator[AccuracyResults]:
+    """Measure models one after the other.
 
-    cpus = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return {
-        "num_tokens": num_tokens,
-        "window": WINDOW,
-        "calibration_tokens": CALIBRATION_TOKENS,
-        "range_factor": RANGE_FACTORS[128],
-        "cpu": cpus[0] if cpus else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else ""),
-    }
+    Parameters
+    ----------
+    models : sequence of str
+        Of :data:`MODELS`.
+    max_tokens : int
+        Held-out tokens, a multiple of the window.
+    command : str
+        As it was typed.
+    commit : str, optional
+        For a tree without its git repository.
+    previous : AccuracyResults, optional
+        Whose other models keep their numbers.
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max_tokens", type=int, default=32768, help=f"held-out tokens, a multiple of {WINDOW}")
-    parser.add_argument("--models", default=",".join(MODELS), help="models to measure; others keep their numbers")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of accuracy.md")
-    parser.add_argument("--render_only", action="store_true", help="measure nothing")
-    args = parser.parse_args()
-    path = args.output / "accuracy" / "results.json.gz"
-    data = read_json(path) if path.is_file() else {}
-    if not args.render_only:
-        tokenizer = Tokenizer.load(EXAMPLE)
-        windows = _windows(HELD_OUT, tokenizer, args.max_tokens)
-        calibration_windows = _windows(CALIBRATION, tokenizer, CALIBRATION_TOKENS)
-        for name in filter(None, args.models.split(",")):
-            data[name] = measure(name, windows, calibration_windows)
-            data["about"] = _about(windows.numel())
-            _save(data, path)
-        _save(data, path)
-    accuracy_page.write(read_json(path), args.output)
-
-
-def _save(data: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(json.dumps(_rounded(data)).encode(), mtime=0))
+    Yields
+    ------
+    AccuracyResults
+        What is known after each model.
+    """
+    tokenizer = Tokenizer.load(EXAMPLE)
+    windows = _windows(HELD_OUT, tokenizer, max_tokens)
+    calibration_windows = _windows(CALIBRATION, tokenizer, CALIBRATION_TOKENS)
+    found = dict(previous.models) if previous else {}
+    environment = describe(
+        command, commit, cpu=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__
+    )
+    for name in models:
+        found[name] = _rounded(measure(name, windows, calibration_windows))
+        yield AccuracyResults(
+            environment=environment,
+            num_tokens=windows.numel(),
+            window=WINDOW,
+            calibration_tokens=CALIBRATION_TOKENS,
+            range_factor=RANGE_FACTORS[128],
+            models=found,
+        )
 
 
 #: Fields that the page has no use for.
@@ -252,7 +241,3 @@ def _rounded(value):
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items() if k not in _UNUSED}
     return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Ends, stops and kills ``saw-triton --launch`` and what it has started, again and again, and counts what went wrong.
 
-    python benchmarks/launch_trials.py --engine_dir engine --tries 50
+    python -m benchmarks.serving.launch_trials --engine_dir engine --tries 50
 
 A try is well if the command ends with the exit code that belongs to the case, and if 15 s after the signal no process
 and no shared-memory region is left. For the streams, the engine needs texts of more than 10 s (``--max_seq_len``).

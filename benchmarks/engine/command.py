@@ -1,0 +1,112 @@
+"""``python -m benchmarks engine``."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from benchmarks.common.command import finish
+from benchmarks.common.record import check_writable
+from benchmarks.engine import cases
+from saw_trtllm.backends.registry import choose_backend
+from saw_trtllm.errors import ConfigError, EngineError
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    engine = commands.add_parser(
+        "engine",
+        help="time whole decode steps of TensorRT engines by the format of their cache",
+        description="Build TensorRT engines of Llama 3 8B's shape with random weights, one for each format of the "
+        "cache, and time their decode steps, their parts, the whole runtime and the start.",
+    )
+    engine.add_argument("--kv", default=",".join(cases.KVS), metavar="NAMES", help="default: %(default)s")
+    engine.add_argument(
+        "--num_layers",
+        type=int,
+        default=cases.LLAMA_LAYERS,
+        metavar="N",
+        help="of the engines; fewer are built sooner, and the record says how many (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--vocab_size",
+        type=int,
+        default=cases.LLAMA_VOCAB,
+        metavar="N",
+        help="of the engines (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16"),
+        default="float16",
+        help="of the engines; bfloat16 is for TensorRT 10 and newer (default: %(default)s)",
+    )
+    for name, known in (("batch", cases.BATCHES), ("context", cases.CONTEXTS)):
+        default = ",".join(map(str, known))
+        engine.add_argument(f"--{name}", metavar="NUMBERS", help=f"comma-separated (default: {default})")
+    engine.add_argument("--quick", action="store_true", help="a few batches and contexts")
+    engine.add_argument(
+        "--engine_dir",
+        type=Path,
+        metavar="DIR",
+        help="keep the engines there, in a folder for each format, and take those that are there already, of any shape",
+    )
+    engine.add_argument("--build_timeout", type=float, metavar="S", help="end the run if a build takes longer")
+    engine.add_argument(
+        "--build_workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="engines built at once, each with its own weights in memory (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--builder_optimization_level", type=int, choices=range(6), metavar="N", help="as saw-build's, for all engines"
+    )
+    engine.add_argument("--multiple_profiles", choices=("enable", "disable"), help="as saw-build's")
+    engine.add_argument(
+        "--gemm_plugin", choices=("auto", "float16", "bfloat16", "disable"), default="auto", help="as saw-build's"
+    )
+    finish(engine, _run)
+
+
+def _run(args: argparse.Namespace, command: str) -> None:
+    kvs = args.kv.split(",")
+    for kv in kvs:
+        if kv not in cases.KVS:
+            raise ConfigError(f"--kv names {kv!r}: choose among {', '.join(cases.KVS)}")
+    numbers = {}
+    for name, all_of, few in (
+        ("batch", cases.BATCHES, cases.QUICK_BATCHES),
+        ("context", cases.CONTEXTS, cases.QUICK_CONTEXTS),
+    ):
+        given = getattr(args, name)
+        chosen = few if args.quick else all_of
+        numbers[name] = chosen if given is None else cases.parse_numbers(given, all_of, f"--{name}")
+    for name in ("num_layers", "vocab_size", "build_workers"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least 1")
+    if args.output is not None:
+        check_writable(args.output)
+    choose_backend("tensorrt")
+    from benchmarks.engine.plan import Plan
+    from benchmarks.engine.report import report
+    from benchmarks.engine.run import run_engines
+
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as temporary:
+        plan = Plan.of(
+            args.engine_dir or Path(temporary),
+            kvs,
+            cases.llama_config(args.num_layers, args.vocab_size, args.dtype),
+            batches=numbers["batch"],
+            contexts=numbers["context"],
+            optimization_level=args.builder_optimization_level,
+            decode_profile=None if args.multiple_profiles is None else args.multiple_profiles == "enable",
+            gemm_plugin=args.gemm_plugin,
+            build_timeout_s=args.build_timeout,
+            build_workers=args.build_workers,
+        )
+        results = run_engines(plan, command, args.commit, args.output)
+    print(report(results).plain())
+    if results.aborted:
+        raise EngineError(results.aborted)

@@ -1,0 +1,1 @@
+"""tritonserver: under load, and started and ended again and again."""
