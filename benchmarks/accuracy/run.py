@@ -56,20 +56,17 @@ class Cache:
     k_factor: float = 1.0
     v_factor: float = 1.0
     centred: bool = False
-    smoothed: bool = False
+    framed: bool = False
     skip: tuple[int, ...] = ()
 
     def quantizer(self, model: WindowModel, calibration: Calibration) -> KVQuantizer:
-        """Make it, with those of the calibration's levers that it has."""
+        """Make it, with those of the calibration's levers that it has. Frames are made for centred keys."""
         dim, dtype = model.config.head_size, model.config.dtype
         rotation = () if self.order == 1 else (self.order, self.rotate_v)
         kv = "int4" if self.order == 1 else "saw_int4"
         k, v = (KVFormat(kv, dim, dtype, *rotation, range_factor=factor) for factor in (self.k_factor, self.v_factor))
-        if not self.centred:
-            calibration = calibration.without_centring()
-        if not self.smoothed:
-            calibration = calibration.without_smoothing()
-        quantizer = Row4Bit(k, v, torch.from_numpy(calibration.k_center), torch.from_numpy(calibration.smoothing))
+        center, *frames = map(torch.from_numpy, (calibration.k_center, calibration.k_frame, calibration.v_frame))
+        quantizer = Row4Bit(k, v, center if self.centred else None, *(frames if self.framed else ()))
         return SkipLayers(quantizer, self.skip, model.exact) if self.skip else quantizer
 
 
@@ -80,18 +77,16 @@ def default_factors() -> dict[str, float]:
 
 def levers(best_layer: int) -> dict[str, Cache]:
     gamma = default_factors()
-    both = gamma | {"centred": True, "smoothed": True}
+    both = gamma | {"centred": True, "framed": True}
     return {
         "int4": Cache(order=1),
         "int4, γ": Cache(order=1, **gamma),
-        "int4, all levers": Cache(order=1, **both),
         "recipe": Cache(),
         "recipe, K only": Cache(rotate_v=False),
         "recipe, centred": Cache(centred=True),
         "γ": Cache(**gamma),
         "γ, centred": Cache(**gamma, centred=True),
-        "γ, smoothed": Cache(**gamma, smoothed=True),
-        "centred, smoothed": Cache(centred=True, smoothed=True),
+        "centred, framed": Cache(centred=True, framed=True),
         "all levers": Cache(**both),
         "all levers, one layer kept": Cache(**both, skip=(best_layer,)),
     }
@@ -110,9 +105,9 @@ def caches(best_layer: int, *, with_factors: bool) -> dict[str, dict[str, Cache]
             if order > 1 or what == "K"
         },
         "order levers": {
-            f"{order} {name}": Cache(order=order, **gamma, centred="c" in name, smoothed="s" in name)
+            f"{order} {name}": Cache(order=order, **gamma, centred=name == "c")
             for order in orders
-            for name in ("-", "c", "s", "cs")
+            for name in ("-", "c")
         },
     }
     if with_factors:
@@ -143,7 +138,7 @@ def measure(name: str, windows: torch.Tensor, calibration_windows: torch.Tensor)
     calibration_seconds = time.monotonic() - start
     model = WindowModel(checkpoint.config, checkpoint.load, WINDOW)
     # The layer to keep is chosen on the calibration's text, as a user would.
-    default = Cache(**default_factors(), centred=True, smoothed=True).quantizer(model, calibration)
+    default = Cache(**default_factors(), centred=True, framed=True).quantizer(model, calibration)
     suggestion = suggest(model, calibration_windows[:2], default)
     tables = caches(suggestion.layers[0].layers[0], with_factors=name == "example")
     unique = {cache: cache.quantizer(model, calibration) for table in tables.values() for cache in table.values()}

@@ -59,7 +59,7 @@ def soak_files(count: int, seed: int, model: Path) -> Counter[str]:
         build(plan_build(BuildOptions(model_dir=model, output_dir=engine, backend="reference", max_seq_len=256)))
         save_checkpoint(checkpoint, ckpt)
         calibration.parent.mkdir()
-        calibrate(checkpoint, torch.arange(1, 257)[None]).save(calibration)
+        calibrate(checkpoint, torch.arange(1, 513).view(2, 256)).save(calibration)
         openers: dict[Path, Callable[[Path], None]] = {
             engine: lambda folder: _engine(folder, rng),
             ckpt: lambda folder: _plan(checkpoint_dir=folder),

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from saw_trtllm.checkpoint import Checkpoint
-from saw_trtllm.engine.config import k_center_name
+from saw_trtllm.engine.config import k_center_name, k_frame_name, q_frame_name
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.files import replacing_file
 from saw_trtllm.paths import is_file
-
-if TYPE_CHECKING:
-    pass
-
 
 #: What two models must have in common for one's statistics to fit the other.
 _SHAPE = (
     *("architecture", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_size"),
     *("rotary_base", "rotary_scaling"),
 )
+
+
+_FORMAT = "saw_trtllm calibration 2"
+#: Of a frame: beyond it fp32, with its 24 bits, would lose more of a score than 4 bits do.
+_MAX_CONDITION = 1e5
 
 
 _PROBED = ("qkv.weight", "qkv.bias", "q_layernorm.weight", "k_layernorm.weight")
@@ -42,15 +43,17 @@ _PROBE_TOLERANCE = 0.005
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Statistics of a model's keys and queries on a text, as ``saw-calibrate`` writes them.
+    """What ``saw-calibrate`` found in a model's keys, queries and values on a text.
 
     Attributes
     ----------
     k_center : numpy.ndarray
-        float32 ``[num_layers, num_kv_heads, head_dim]``: mean of the keys behind RoPE, smoothed, before rotation.
-    smoothing : numpy.ndarray
-        float32 ``[num_layers, num_kv_heads, head_dim / 2]``: what a RoPE pair's keys are divided by and the queries of
-        the group multiplied by. Their geometric mean over a head is 1, since a factor on all of a row is no help.
+        float32 ``[num_layers, num_kv_heads, head_dim]``, subtracted from the keys after RoPE.
+    k_frame : numpy.ndarray
+        float32 ``[num_layers, num_kv_heads, head_dim, head_dim]``: what centred keys are multiplied by, as rows, in
+        place of their rotation.
+    v_frame : numpy.ndarray
+        The same of the values, which the weights take in.
     shape : dict
         The model's fields that must fit.
     probe : dict[str, numpy.ndarray]
@@ -60,34 +63,33 @@ class Calibration:
     """
 
     k_center: np.ndarray
-    smoothing: np.ndarray
+    k_frame: np.ndarray
+    v_frame: np.ndarray
     shape: dict[str, Any]
     probe: dict[str, np.ndarray]
     num_tokens: int
 
     @cached_property
-    def centers(self) -> dict[str, np.ndarray]:
-        """Each layer's ``[num_kv_heads, head_dim]`` under its name in an engine."""
-        return {k_center_name(i): center for i, center in enumerate(self.k_center)}
+    def q_frame(self) -> np.ndarray:
+        """Inverse transposes of :attr:`k_frame`, for the queries: float32, inverted in float64."""
+        return inverse_transpose(self.k_frame)
+
+    def tensors(self, framed_layers: Iterable[int]) -> dict[str, np.ndarray]:
+        """What an engine file holds of it: the center of each layer, and the frames of some, by their names."""
+        found = {k_center_name(i): center for i, center in enumerate(self.k_center)}
+        for i in framed_layers:
+            found |= {k_frame_name(i): self.k_frame[i], q_frame_name(i): self.q_frame[i]}
+        return found
 
     def describe(self) -> str:
         """What it holds, in a line."""
         return (
-            f"keys centred by up to {np.abs(self.k_center).max():.3g} and smoothed by {self.smoothing.min():.3g} to "
-            f"{self.smoothing.max():.3g}, from {self.num_tokens:,} tokens"
+            f"keys centered by up to {np.abs(self.k_center).max():.3g}; frames of keys, queries and values, from "
+            f"{self.num_tokens:,} tokens"
         )
 
-    def without_centring(self) -> Calibration:
-        """The smoothing alone."""
-        return replace(self, k_center=np.zeros_like(self.k_center))
-
-    def without_smoothing(self) -> Calibration:
-        """The centring alone."""
-        factors = np.concatenate([self.smoothing, self.smoothing], axis=-1)
-        return replace(self, k_center=self.k_center * factors, smoothing=np.ones_like(self.smoothing))
-
     def check(self, checkpoint: Checkpoint) -> None:
-        """Refuse to be used for another model.
+        """Reject another model.
 
         Raises
         ------
@@ -119,9 +121,9 @@ class Calibration:
         ConfigError
             If it cannot be written.
         """
-        tensors = {"k_center": self.k_center, "smoothing": self.smoothing}
+        tensors = {"k_center": self.k_center, "k_frame": self.k_frame, "v_frame": self.v_frame}
         tensors |= {f"probe.{name}": sample for name, sample in self.probe.items()}
-        metadata = {"format": "saw_trtllm calibration 1", "model": json.dumps(self.shape)}
+        metadata = {"format": _FORMAT, "model": json.dumps(self.shape)}
         try:
             with replacing_file(path) as file:
                 file.write(save(tensors, metadata | {"num_tokens": str(self.num_tokens)}))
@@ -144,19 +146,38 @@ class Calibration:
             with safe_open(path, framework="np") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            k_center, smoothing = tensors.pop("k_center"), tensors.pop("smoothing")
+            stored = metadata["format"]
+            if stored == "saw_trtllm calibration 1":
+                raise ConfigError(f"{path} is of an earlier release, before frames: run saw-calibrate again")
+            if stored != _FORMAT:
+                raise ValueError(f"its format is {stored!a}")
+            k_center, k_frame, v_frame = (tensors.pop(name) for name in ("k_center", "k_frame", "v_frame"))
             fields, num_tokens = json.loads(metadata["model"]), int(metadata["num_tokens"])
             shape = {key: fields[key] for key in _SHAPE}
             layers, heads, dim = (shape[k] for k in ("num_hidden_layers", "num_key_value_heads", "head_size"))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as e:
             raise ConfigError(f"{path} cannot be read as a calibration ({e}): write it anew with saw-calibrate") from e
-        finite = all(np.isfinite(x).all() for x in (k_center, smoothing, *tensors.values())) and (smoothing > 0).all()
-        if (k_center.shape, smoothing.shape) != ((layers, heads, dim), (layers, heads, dim // 2)) or not finite:
+        found = [x.shape for x in (k_center, k_frame, v_frame)]
+        finite = all(np.isfinite(x).all() for x in (k_center, k_frame, v_frame, *tensors.values()))
+        due = [(layers, heads, dim), *[(layers, heads, dim, dim)] * 2]
+        if found != due or not finite or not all(map(is_invertible, (k_frame, v_frame))):
             raise ConfigError(
-                f"{path} is damaged: its centers or factors do not fit its model: write it anew with saw-calibrate"
+                f"{path} is damaged: its centers or frames do not fit its model, or frames have no inverse: write it "
+                "anew with saw-calibrate"
             )
         probe = {name.removeprefix("probe."): sample for name, sample in tensors.items()}
-        return cls(k_center, smoothing, shape, probe, num_tokens)
+        return cls(k_center, k_frame, v_frame, shape, probe, num_tokens)
+
+
+def inverse_transpose(frames: np.ndarray) -> np.ndarray:
+    """float32 of the inverse transposes of ``[..., n, n]``, computed in float64."""
+    inverse = np.linalg.inv(frames.astype(np.float64))
+    return np.ascontiguousarray(inverse.swapaxes(-1, -2), np.float32)
+
+
+def is_invertible(frames: np.ndarray) -> bool:
+    """Whether fp32 products of all frames ``[..., n, n]`` and of their inverses keep some digits."""
+    return bool((np.linalg.cond(frames.astype(np.float64)) < _MAX_CONDITION).all())
 
 
 def model_shape(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class CacheScorer:
             model_dir=self._checkpoint.folder,
             output_dir=folder,
             kv=k.kv,
-            hadamard_order=k.hadamard_order if rotated else None,
+            hadamard_order=k.hadamard_order if rotated and self._variant.calibration is None else None,
             rotate_v=("enable" if k.rotate_v else "disable") if rotated else None,
             range_factor=k.range_factor if k.quantized else None,
             calibration=self._variant.calibration,

@@ -14,8 +14,8 @@ from saw_trtllm.errors import CheckpointError
 
 #: Predictions of a window whose mean divergence counts as one observation: neighbours depend on each other.
 _PIECE = 64
-#: Logits that are held at a time, of one model: 256 MiB.
-_MAX_LOGITS = 1 << 26
+#: Logits that are held at a time, of one model: 256 MiB, and on a CPU what fits its cache and glibc's free list.
+_MAX_LOGITS, _MAX_LOGITS_CPU = 1 << 26, 1 << 22
 
 
 @dataclass
@@ -104,13 +104,31 @@ def measure(
                 f"the model computes NaN or infinite numbers in {model.config.dtype} with an exact cache: use the "
                 "dtype that it was trained in"
             )
+        hidden = {}
         for name, quantizer in quantizers.items():
-            same = quantizer is model.exact
-            hidden = exact if same else model.hidden(window[None], quantizer)[0]
-            sums[name].add(model, window, exact, hidden)
+            hidden[name] = exact if quantizer is model.exact else model.hidden(window[None], quantizer)[0]
             if progress is not None:
                 progress()
+        _compare(model, window, exact, hidden, sums)
     return sums
+
+
+def _compare(
+    model: WindowModel,
+    window: torch.Tensor,
+    exact: torch.Tensor,
+    hidden: Mapping[str, torch.Tensor],
+    sums: Mapping[str, Sums],
+) -> None:
+    """Add a window ``[T]`` to all sums, from what ``lm_head`` is given with each cache, ``[T, hidden_size]``."""
+    targets = window[1:].to(exact.device)
+    size = max(1, (_MAX_LOGITS if exact.is_cuda else _MAX_LOGITS_CPU) // model.config.vocab_size)
+    for start in range(0, len(targets), size):
+        tile = slice(start, min(start + size, len(targets)))
+        p = model.logits(exact[tile]).log_softmax(-1)
+        for name, rows in hidden.items():
+            q = p if rows is exact else model.logits(rows[tile]).log_softmax(-1)
+            sums[name].add(p, q, targets[tile], start)
 
 
 def greedy_agreement(
@@ -170,21 +188,16 @@ class Sums:
         self._context: list[torch.Tensor] = []
         self._lengths: list[int] = []
 
-    def add(self, model: WindowModel, window: torch.Tensor, exact: torch.Tensor, hidden: torch.Tensor) -> None:
-        """Add a window ``[T]`` from what ``lm_head`` is given with either cache, ``[T, hidden_size]``."""
-        targets = window[1:].to(exact.device)
-        self._lengths.append(len(targets))
-        size = max(1, _MAX_LOGITS // model.config.vocab_size)
-        for start in range(0, len(targets), size):
-            tile = slice(start, min(start + size, len(targets)))
-            p = model.logits(exact[tile]).log_softmax(-1)
-            q = p if hidden is exact else model.logits(hidden[tile]).log_softmax(-1)
-            target = targets[tile, None]
-            self._exact_loss.append(-p.gather(1, target)[:, 0].cpu())
-            self._loss.append(-q.gather(1, target)[:, 0].cpu())
-            self._kl.append((p.exp() * (p - q)).sum(-1).clamp_min(0).cpu())
-            self._agree.append((p.argmax(-1) == q.argmax(-1)).cpu())
-            self._context.append(torch.arange(tile.start, tile.stop) + 1)
+    def add(self, p: torch.Tensor, q: torch.Tensor, targets: torch.Tensor, start: int) -> None:
+        """Add predictions ``start`` and following of a window: log probabilities of either cache, ``[n, vocab]``."""
+        if start == 0:
+            self._lengths.append(0)
+        self._lengths[-1] += len(targets)
+        self._exact_loss.append(-p.gather(1, targets[:, None])[:, 0].cpu())
+        self._loss.append(-q.gather(1, targets[:, None])[:, 0].cpu())
+        self._kl.append((p.exp() * (p - q)).sum(-1).clamp_min(0).cpu())
+        self._agree.append((p.argmax(-1) == q.argmax(-1)).cpu())
+        self._context.append(torch.arange(start, start + len(targets)) + 1)
 
     def kl_pieces(self) -> torch.Tensor:
         """Mean divergence of each piece of about 64 consecutive tokens of a window, fp64 ``[n]``."""

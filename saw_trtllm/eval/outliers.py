@@ -15,6 +15,7 @@ the second that of :func:`stop_slow_pairs`, which differs from the checkpoint by
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -23,7 +24,7 @@ from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.format import DTYPE_BYTES
 from saw_trtllm.model.config import ModelConfig
-from saw_trtllm.model.fold import fold_smoothing, layer_of
+from saw_trtllm.model.fold import layer_of
 from saw_trtllm.model.rope import inverse_frequencies
 
 #: What keys of planted pairs are multiplied by: from below what is reported of channels to some times as much.
@@ -81,15 +82,46 @@ def plant_outliers(
     PlantedCheckpoint
     """
     config = checkpoint.config
-    smoothing = np.ones((config.num_hidden_layers, config.num_key_value_heads, config.head_size // 2), np.float32)
+    planted = np.ones((config.num_hidden_layers, config.num_key_value_heads, config.head_size // 2), np.float32)
     rng = np.random.default_rng(seed)
-    for layer in smoothing:
+    for layer in planted:
         heads = layer[:1] if config.qk_layernorm else layer
         for head in heads:
             pairs = config.head_size // 4 + rng.choice(config.head_size // 4, pairs_per_head, replace=False)
-            head[pairs] = 1 / rng.choice(factors, pairs_per_head)
+            head[pairs] = rng.choice(factors, pairs_per_head)
         layer[:] = heads  # a q/k norm's one head for all
-    return PlantedCheckpoint(checkpoint, config, lambda name, x: fold_smoothing(name, x, config, smoothing))
+    return PlantedCheckpoint(checkpoint, config, lambda name, x: scale_key_pairs(name, x, config, planted))
+
+
+def scale_key_pairs(name: str, tensor: np.ndarray, config: ModelConfig, factors: np.ndarray) -> np.ndarray:
+    """The tensor with keys multiplied, and queries divided, by a factor for each RoPE pair, which turns as before.
+
+    Parameters
+    ----------
+    name : str
+        TensorRT-LLM's name. ``attention.qkv`` changes; where the model normalizes Q and K, the norms' weights instead.
+    tensor : numpy.ndarray
+        The unsharded tensor.
+    config : ModelConfig
+    factors : numpy.ndarray
+        float32 ``[num_layers, num_kv_heads, head_dim / 2]``; a q/k norm, whose weights all heads share, takes the first
+        head's.
+    """
+    layer = layer_of(name)
+    if layer is None:
+        return tensor
+    both = np.concatenate([factors[layer], factors[layer]], axis=-1)  # NeoX half-split pairs
+    if config.qk_layernorm:
+        changes = {"q_layernorm.weight": 1 / both[0], "k_layernorm.weight": both[0]}
+        return tensor.astype(np.float32) * changes[kind] if (kind := name.split(".", 4)[-1]) in changes else tensor
+    if not re.search(r"\.attention\.qkv\.(weight|bias)$", name):
+        return tensor
+    queries, keys = config.num_attention_heads * config.head_size, config.num_key_value_heads * config.head_size
+    scaled = tensor.astype(np.float32)
+    rows = scaled.reshape(len(scaled), -1)
+    rows[:queries] /= np.repeat(both, config.num_queries_per_kv, axis=0).reshape(-1, 1)
+    rows[queries : queries + keys] *= both.reshape(-1, 1)
+    return scaled
 
 
 def stop_slow_pairs(checkpoint: Checkpoint, count: int) -> PlantedCheckpoint:

@@ -28,7 +28,7 @@ class Variant:
     k_format, v_format : KVFormat
         They differ in ``range_factor`` at most.
     calibration : Path or None
-        Where the centres and the smoothing come from.
+        Where centers and frames come from.
     skip_layers : tuple of int
         Layers kept in the model's dtype.
     """
@@ -44,7 +44,9 @@ class Variant:
         k, v = self.k_format, self.v_format
         parts = [k.kv]
         if k.kv == "saw_int4":
-            parts += [f"h{k.hadamard_order}", "KV" if k.rotate_v else "K"]
+            # A calibration's frames are rotations without an order.
+            parts += [f"h{k.hadamard_order}"] if self.calibration is None else []
+            parts.append("KV" if k.rotate_v else "K")
         if k.quantized:
             same = k.range_factor == v.range_factor
             parts.append(f"γ{k.range_factor:g}" + ("" if same else f"/{v.range_factor:g}"))
@@ -70,8 +72,9 @@ class Variant:
         """Make it; ``exact`` is the model's own cache, ``calibration`` what :attr:`calibration` holds."""
         if not self.k_format.quantized:
             return exact
-        levers = () if calibration is None else (calibration.k_center, calibration.smoothing)
-        quantizer = Row4Bit(self.k_format, self.v_format, *map(torch.as_tensor, levers))
+        c = calibration
+        levers = () if c is None else map(torch.from_numpy, (c.k_center, c.k_frame, c.v_frame))
+        quantizer = Row4Bit(self.k_format, self.v_format, *levers)
         return SkipLayers(quantizer, self.skip_layers, exact) if self.skip_layers else quantizer
 
 
@@ -95,7 +98,9 @@ def grid(
     for name, order, rotated, factors, calibration, skipped in itertools.product(
         kv, hadamard_orders, rotate_v, range_factors, calibrations, skip_layers
     ):
-        rotation = (order, rotated) if name == "saw_int4" else (None, None)
+        # A calibration's frames stand in the rotation's place, whatever its order, and only there.
+        calibration = calibration if name == "saw_int4" else None
+        rotation = (order if calibration is None else None, rotated) if name == "saw_int4" else (None, None)
         quantized = name != "fp16"
         formats = [
             KVFormat(name, config.head_size, config.dtype, *rotation, factor if quantized else None)

@@ -49,7 +49,9 @@ class BuildOptions(BaseModel):
         + ", ".join(f"{factor} for {dim}" for dim, factor in RANGE_FACTORS.items()),
     )
     calibration: Path | None = Field(
-        None, description="file that saw-calibrate wrote for this model: centres and smooths the keys, free at run time"
+        None,
+        description="file that saw-calibrate wrote for this model: centers of the keys, and frames in the rotation's "
+        "place",
     )
     kv_skip_layers: str | None = Field(
         None, description="layers whose cache stays in the engine's own dtype: numbers from 0 or last, as in 0,1,last"

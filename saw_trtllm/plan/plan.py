@@ -8,11 +8,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from saw_trtllm.checkpoint import (
-    Checkpoint,
-    cast,
-    tokenizer_files,
-)
+from saw_trtllm.checkpoint import Checkpoint, cast
 from saw_trtllm.checkpoint.calibration import Calibration
 from saw_trtllm.checkpoint.families import family_of
 from saw_trtllm.engine.config import (
@@ -26,13 +22,13 @@ from saw_trtllm.engine.config import (
 from saw_trtllm.errors import ConfigError, first_error
 from saw_trtllm.format import KVFormat
 from saw_trtllm.model.config import ModelConfig
-from saw_trtllm.model.fold import fold_smoothing, fold_v_rotation, layer_of
+from saw_trtllm.model.fold import fold_v_frame, fold_v_rotation, layer_of
 from saw_trtllm.model.rope import table_bytes
 from saw_trtllm.paths import is_file, is_folder
 from saw_trtllm.plan.backend import BackendLimits
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
-from saw_trtllm.runtime.tokenizer import Tokenizer
+from saw_trtllm.plan.warnings import key_bias_warning, tokenizer_warning
 from saw_trtllm.version import __version__
 
 
@@ -50,7 +46,7 @@ class BuildPlan:
     backend_reason : str
         Why this backend.
     calibration : Calibration or None
-        What is folded into the weights and centres the keys.
+        What centers the keys, and the frames in the rotation's place.
     network : NetworkOptions
         How TensorRT builds the engine, for the backend ``tensorrt``.
     warnings : list of str
@@ -78,20 +74,23 @@ class BuildPlan:
         """Tensors of the engine; a tied ``lm_head`` is the embedding."""
         tied = self.config.pretrained_config.share_embedding_table
         names = [n for n in self.checkpoint.names() if not (tied and n == "lm_head.weight")]
-        centers = {} if self.calibration is None else self.calibration.centers
-        return {n: self.checkpoint.shape(n) for n in names} | {n: center.shape for n, center in centers.items()}
+        return {n: self.checkpoint.shape(n) for n in names} | {n: x.shape for n, x in self.constants.items()}
+
+    @property
+    def constants(self) -> dict[str, np.ndarray]:
+        """What of the calibration is in the engine as it is, by the tensors' names."""
+        return {} if self.calibration is None else self.calibration.tensors(self.config.framed_layers)
 
     def load(self, name: str) -> np.ndarray:
         """Read a tensor of the engine, with all that is folded in."""
-        if self.calibration is not None and name in self.calibration.centers:
-            return self.calibration.centers[name]
-        model = self.config.pretrained_config
+        if name in self.constants:
+            return self.constants[name]
+        model, layer = self.config.pretrained_config, layer_of(name)
         tensor = self.checkpoint.load_finite(name)
         # Folded before it is cast, so that a 16-bit weight is rounded once.
-        if self.calibration is not None:
-            tensor = fold_smoothing(name, tensor, model, self.calibration.smoothing)
-        layer = layer_of(name)
-        if layer is not None:
+        if layer in self.config.framed_layers and self.config.kv_format.rotate_v:
+            tensor = fold_v_frame(name, tensor, model, self.calibration.v_frame[layer])
+        elif layer is not None:
             tensor = fold_v_rotation(name, tensor, model, self.config.layer_format(layer))
         return cast(tensor, model.dtype, self.checkpoint.where(name))
 
@@ -128,6 +127,7 @@ def make_plan(options: BuildOptions, backend: BackendLimits, reason: str) -> Bui
         raise ConfigError("kv_skip_layers was given with --kv fp16, which has no layer to skip: leave it out")
     calibration = None
     if options.calibration is not None:
+        _check_calibrated(options)
         calibration = Calibration.load(options.calibration)
         calibration.check(checkpoint)
     backend.check(options, model)
@@ -143,10 +143,11 @@ def make_plan(options: BuildOptions, backend: BackendLimits, reason: str) -> Bui
             update={
                 "kv_skip_layers": parse_layers(options.kv_skip_layers, model.num_hidden_layers),
                 "k_center": calibration is not None,
+                "k_frame": calibration is not None,
             }
         ),
     )
-    warnings = [w for w in (_tokenizer_warning(checkpoint), _calibration_warning(options)) if w is not None]
+    warnings = [w for w in (tokenizer_warning(checkpoint), key_bias_warning(checkpoint, config)) if w is not None]
     return BuildPlan(checkpoint, options.output_dir, config, backend, reason, calibration, network, warnings)
 
 
@@ -253,27 +254,15 @@ def _network_options(options: BuildOptions, backend: BackendName, dtype: str) ->
     )
 
 
-def _tokenizer_warning(checkpoint: Checkpoint) -> str | None:
-    """Say what will not work for want of a tokenizer that fits; reject one that cannot be read or copied."""
-    folder, vocab = checkpoint.folder, checkpoint.config.vocab_size
-    if "tokenizer.json" not in tokenizer_files(folder):
-        return (
-            f"{folder} holds no tokenizer.json: the engine takes token ids, and text (saw-run, saw-triton) needs a "
-            "folder that holds one, as transformers' save_pretrained writes it, with --tokenizer_dir"
+def _check_calibrated(options: BuildOptions) -> None:
+    """A calibration's frames are rotations of their own."""
+    if options.kv != "saw_int4":
+        raise ConfigError(
+            f"--calibration was given with --kv {options.kv}, and its frames belong to the rotated cache: give --kv "
+            "saw_int4"
         )
-    size = Tokenizer.load(folder).vocab_size
-    if size > vocab:
-        return (
-            f"{folder / 'tokenizer.json'} has {size} tokens and the model {vocab}: a prompt with a token beyond the "
-            "model's will be rejected"
+    if options.hadamard_order is not None:
+        raise ConfigError(
+            "--calibration and --hadamard_order were both given, and a calibration's frames stand in the rotation's "
+            "place: leave one of them out"
         )
-    return None
-
-
-def _calibration_warning(options: BuildOptions) -> str | None:
-    if options.calibration is None or options.kv != "int4":
-        return None
-    return (
-        "a calibration can make the plain cache int4 worse, as it has on a real model: compare with saw-eval --kv int4 "
-        f"--calibration none,{options.calibration}, or build with --kv saw_int4"
-    )

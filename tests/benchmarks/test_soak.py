@@ -59,7 +59,7 @@ def test_a_calibration_with_other_names(tmp_path):
     from saw_trtllm.calibrate import calibrate
 
     checkpoint, path = Checkpoint.open(EXAMPLE), tmp_path / "calib.safetensors"
-    calibrate(checkpoint, torch.arange(1, 257)[None]).save(path)
+    calibrate(checkpoint, torch.arange(1, 513).view(2, 256)).save(path)
     with safe_open(path, framework="np") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         metadata = file.metadata()

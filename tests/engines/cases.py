@@ -77,10 +77,10 @@ def _centred(plan: BuildPlan) -> BuildPlan:
     model = plan.config.pretrained_config
     shape = (model.num_hidden_layers, model.num_key_value_heads, model.head_size)
     centers = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
-    smoothing = np.ones((*shape[:2], shape[2] // 2), np.float32)
+    frame = np.broadcast_to(np.eye(shape[2], dtype=np.float32), (*shape, shape[2]))
     section = plan.config.saw_int4.model_copy(update={"k_center": True})
     config = plan.config.model_copy(update={"saw_int4": section})
-    return dataclasses.replace(plan, config=config, calibration=Calibration(centers, smoothing, {}, {}, 0))
+    return dataclasses.replace(plan, config=config, calibration=Calibration(centers, frame, frame, {}, {}, 0))
 
 
 #: TensorRT 8.6 has no bfloat16.

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from saw_trtllm.backends.reference import model as reference_model
 from saw_trtllm.backends.reference.cache import PagedCache
 from saw_trtllm.backends.reference.int4 import TORCH_DTYPES
-from saw_trtllm.backends.reference.model import ReferenceModel
+from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs
 from saw_trtllm.plan.plan import BuildPlan
 from tests.engines.cases import (
     NUM_BLOCKS,
@@ -43,8 +43,8 @@ def steps(case: Case, folder: Path) -> dict[str, np.ndarray]:
     """Logits of each step, and the pools behind it."""
     plan = case.plan(folder, "reference")
     config = plan.config
-    center = None if plan.calibration is None else torch.from_numpy(plan.calibration.k_center)
-    model = ReferenceModel(config.pretrained_config, plan.load, config.build_config.max_seq_len, center)
+    levers = calibrated_inputs(config, plan.load)
+    model = ReferenceModel(config.pretrained_config, plan.load, config.build_config.max_seq_len, **levers)
     cache = PagedCache(config.pools, NUM_BLOCKS, config.pretrained_config.num_key_value_heads, TOKENS_PER_BLOCK)
     for pool in cache.pools:
         pool.data.zero_()

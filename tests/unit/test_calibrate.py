@@ -1,6 +1,7 @@
-"""Centers and smoothing of keys: exact without quantization, measured rightly, refused where they do not belong."""
+"""Centers and frames: exact without quantization, measured rightly, rejected where they do not belong."""
 
 import argparse
+import dataclasses
 import json
 import shutil
 
@@ -12,17 +13,20 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from saw_trtllm import LLM, SamplingParams
+from saw_trtllm.backends.reference.cache import PagedCache
+from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs
 from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.build import build, plan_build
-from saw_trtllm.calibrate import calibrate
+from saw_trtllm.calibrate import Statistics, balanced_frames, calibrate, orthogonal_mixing, score_noise
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
-from saw_trtllm.checkpoint.calibration import Calibration
+from saw_trtllm.checkpoint.calibration import Calibration, is_invertible
 from saw_trtllm.cli import build as saw_build
 from saw_trtllm.cli import calibrate as saw_calibrate
-from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.engine.config import EngineConfig, Pool
+from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import ConfigError
-from saw_trtllm.eval.outliers import PlantedCheckpoint, plant_key_bias
-from saw_trtllm.model.fold import fold_smoothing
+from saw_trtllm.eval.outliers import PlantedCheckpoint, plant_key_bias, scale_key_pairs
+from saw_trtllm.format import KVFormat, rotate
 from saw_trtllm.plan.options import BuildOptions
 from tests.support.eval_text import calibration_ids
 from tests.support.example import EXAMPLE
@@ -49,7 +53,7 @@ def calibrations(folders):
 
 
 def make_engine(model_dir, output_dir, **options):
-    defaults = {"kv": "fp16", "dtype": "float32", "max_batch_size": 16, "max_num_tokens": 512, "tokens_per_block": 16}
+    defaults = {"dtype": "float32", "max_batch_size": 16, "max_num_tokens": 512, "tokens_per_block": 16}
     options = defaults | {"gather_all_token_logits": True} | options
     build(plan_build(BuildOptions(model_dir=model_dir, output_dir=output_dir, **options)))
     return output_dir
@@ -66,74 +70,73 @@ def all_logits(engine, chunk=16, prompt=PROMPT, generated=8):
     return np.concatenate([answer.context_logits, output.generation_logits]), output.token_ids
 
 
-def scaled(checkpoint, smoothing):
-    config = checkpoint.config
-    return PlantedCheckpoint(checkpoint, config, lambda name, x: fold_smoothing(name, x, config, smoothing))
+def scaled(checkpoint, factors):
+    return PlantedCheckpoint(
+        checkpoint, checkpoint.config, lambda name, x: scale_key_pairs(name, x, checkpoint.config, factors)
+    )
 
 
-def model_logits(checkpoint):
-    model = WindowModel(checkpoint.config, checkpoint.load, WINDOWS.shape[1])
-    return model.logits(model.hidden(WINDOWS))
+def logits_of(plan, rows=None):
+    """Of a prompt in two chunks and a decode, by the reference with an engine's tensors and a cache of ``rows``."""
+    config, model = plan.config, plan.config.pretrained_config
+    pools = config.pools if rows is None else [Pool(rows, list(range(model.num_hidden_layers)))]
+    cache = PagedCache(pools, 8, model.num_key_value_heads, 16)
+    reference = ReferenceModel(model, plan.load, 128, **calibrated_inputs(config, plan.load))
+    found = []
+    for start, count, kind in ((0, 40, PREFILL), (40, 29, PREFILL), (69, 1, DECODE)):
+        sequence = StepSequence(PROMPT[start : start + count], start, 70, kind, list(range(5)))
+        step = StepInputs.pack([sequence], *(pool.num_layers for pool in cache.pools))
+        found.append(reference.forward(step, cache, all_logits=True))
+    return torch.cat(found)
 
 
 # -- exact without quantization
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_calibrated_engine_computes_what_the_plain_one_does(family, folders, calibrations, tmp_path):
-    """Through chunks whose history is in the cache and whose own keys are not, and through decodes."""
-    file = tmp_path / "calib.safetensors"
-    calibrations[family].save(file)
-    expected, text = all_logits(make_engine(folders[family], tmp_path / "plain"))
-    got, same_text = all_logits(make_engine(folders[family], tmp_path / "calibrated", calibration=file))
-    assert np.abs(expected).max() > 1
+def test_centers_and_frames_leave_the_model(family, folders, calibrations, tmp_path):
+    """With unquantized rows, through chunks whose history is in the cache and whose own keys are not, and a decode."""
+    calibrations[family].save(tmp_path / "c")
+    options = {"model_dir": folders[family], "backend": "reference", "dtype": "float32"}
+    expected = logits_of(plan_build(BuildOptions(kv="fp16", **options)))
+    plan = plan_build(BuildOptions(calibration=tmp_path / "c", **options))
+    assert plan.config.framed_layers == [0, 1, 2]
     assert np.abs(calibrations[family].k_center).max() > 0.1
-    assert calibrations[family].smoothing.std() > 0.02
-    assert same_text == text
-    np.testing.assert_allclose(got, expected, rtol=0, atol=model_rounding(expected))
-
-
-def test_any_center_is_exact(folders, calibrations, tmp_path):
-    """A vector of dozens that has nothing to do with the keys: the chunk's own must be centred as the history is."""
-    plain = calibrations["qwen2"].without_smoothing()
-    center = np.random.default_rng(0).normal(0, 20, plain.k_center.shape).astype(np.float32)
-    odd = Calibration(center, plain.smoothing, plain.shape, plain.probe, plain.num_tokens)
-    odd.save(tmp_path / "odd.safetensors")
-    expected, _ = all_logits(make_engine(folders["qwen2"], tmp_path / "plain"))
-    got, _ = all_logits(make_engine(folders["qwen2"], tmp_path / "odd", calibration=tmp_path / "odd.safetensors"))
-    np.testing.assert_allclose(got, expected, atol=5e-4)  # scores of thousands have their rounding
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_any_smoothing_is_exact(family, folders):
-    checkpoint = Checkpoint.open(folders[family])
-    factors = np.exp(np.random.default_rng(1).normal(0, 1.5, (3, 2, 32))).astype(np.float32)
-    if family == "qwen3":
-        factors[:] = factors[:, :1]
-    expected = model_logits(checkpoint)
-    torch.testing.assert_close(
-        model_logits(scaled(checkpoint, factors)), expected, atol=model_rounding(expected), rtol=0
+    got = logits_of(plan, KVFormat("fp16", 64, "float32"))
+    assert np.abs(expected).max() > 1
+    largest = max(
+        np.linalg.cond(frames).max() for frames in (calibrations[family].k_frame, calibrations[family].v_frame)
     )
-    one_channel = factors.copy()
-    one_channel[:, :, ::2] = 1
-    changed = {
-        name.split(".", 3)[3]
-        for name in checkpoint.names()
-        if not np.array_equal(scaled(checkpoint, one_channel).load(name), checkpoint.load(name))
-    }
-    biased = {"attention.qkv.weight", "attention.qkv.bias"}
-    normed = {"attention.q_layernorm.weight", "attention.k_layernorm.weight"}
-    assert changed == {"qwen2": biased, "qwen3": normed}.get(family, {"attention.qkv.weight"})
+    torch.testing.assert_close(got, expected, rtol=0, atol=model_rounding(expected) * max(1, largest / 30))
 
 
-def test_heads_that_share_a_norm_share_their_factors(folders, calibrations):
-    checkpoint = Checkpoint.open(folders["qwen3"])
-    smoothing = calibrations["qwen3"].smoothing
-    assert (smoothing == smoothing[:, :1]).all()
-    apart = smoothing.copy()
-    apart[1, 1, 3] *= 2
-    with pytest.raises(ConfigError, match="layer 1 differs from head to head"):
-        scaled(checkpoint, apart).load("transformer.layers.1.attention.q_layernorm.weight")
+@pytest.mark.parametrize("family", ["qwen2"])
+def test_any_center_and_frame_is_exact(family, folders, calibrations, tmp_path):
+    """Some that have nothing to do with the keys, each head's own: what is read from the pool and what is not agree."""
+    known, rng = calibrations[family], np.random.default_rng(0)
+    center = rng.normal(0, 20, known.k_center.shape).astype(np.float32)
+    k_frame, v_frame = rng.normal(size=(2, *known.k_frame.shape)).astype(np.float32) / 8 + np.eye(64, dtype=np.float32)
+    dataclasses.replace(known, k_center=center, k_frame=k_frame, v_frame=v_frame).save(tmp_path / "odd")
+    options = {"model_dir": folders[family], "backend": "reference", "dtype": "float32"}
+    expected = logits_of(plan_build(BuildOptions(kv="fp16", **options)))
+    plan = plan_build(BuildOptions(calibration=tmp_path / "odd", **options))
+    got = logits_of(plan, KVFormat("fp16", 64, "float32"))
+    torch.testing.assert_close(got, expected, rtol=0, atol=5e-3)  # scores of thousands have their rounding
+
+
+def test_skipped_layers_have_no_frames(folders, calibrations, tmp_path):
+    calibrations["llama"].save(tmp_path / "c")
+    engine = make_engine(folders["llama"], tmp_path / "e", calibration=tmp_path / "c", kv_skip_layers="1")
+    config, tensors = EngineConfig.load(engine), load_file(engine / "rank0.engine")
+    assert config.saw_int4.k_frame
+    assert [f"transformer.layers.{i}.attention.q_frame" in tensors for i in range(3)] == [True, False, True]
+    np.testing.assert_array_equal(tensors["transformer.layers.2.attention.k_frame"], calibrations["llama"].k_frame[2])
+    product = tensors["transformer.layers.2.attention.k_frame"] @ tensors[
+        "transformer.layers.2.attention.q_frame"
+    ].swapaxes(1, 2)
+    np.testing.assert_allclose(product, np.broadcast_to(np.eye(64), (2, 64, 64)), atol=1e-4)
+    with LLM(engine) as llm:
+        assert len(llm.generate(PROMPT, SamplingParams(max_tokens=3, ignore_eos=True)).outputs[0].token_ids) == 3
 
 
 def test_a_calibrated_cache_withstands_a_key_bias(folders, tmp_path):
@@ -142,7 +145,7 @@ def test_a_calibrated_cache_withstands_a_key_bias(folders, tmp_path):
     save_checkpoint(planted, tmp_path / "planted", dtype="float32")
     model = {"model_dir": None, "checkpoint_dir": tmp_path / "planted"}
     calibrate(Checkpoint.open(tmp_path / "planted"), WINDOWS).save(tmp_path / "c")
-    exact, _ = all_logits(make_engine(output_dir=tmp_path / "exact", **model))
+    exact, _ = all_logits(make_engine(output_dir=tmp_path / "exact", kv="fp16", **model))
     plain, _ = all_logits(make_engine(output_dir=tmp_path / "plain", kv="saw_int4", **model), generated=1)
     calibrated = make_engine(output_dir=tmp_path / "calibrated", kv="saw_int4", calibration=tmp_path / "c", **model)
     got, _ = all_logits(calibrated, generated=1)
@@ -163,59 +166,107 @@ def test_a_calibrated_cache_withstands_a_key_bias(folders, tmp_path):
 # -- what is measured
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_moments_are_those_of_the_text(family, folders, calibrations):
-    """Against NumPy on all keys and queries at once."""
-    checkpoint, calibration = Checkpoint.open(folders[family]), calibrations[family]
-    model, seen = WindowModel(checkpoint.config, checkpoint.load, 120), {0: [], 1: [], 2: []}
+@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+def test_moments_are_those_of_the_text(family, folders):
+    """Against NumPy on all keys, queries, values and attention at once; Mistral's layers have windows."""
+    checkpoint = Checkpoint.open(folders[family])
+    model, seen = WindowModel(checkpoint.config, checkpoint.load, 120), []
+    statistics = Statistics(checkpoint, model)
+    statistics.gather(WINDOWS)
+    found = [a + b for a, b in zip(*statistics._halves, strict=True)][1]
     for window in WINDOWS:
-        model.hidden(window[None], observe=lambda layer, a: seen[layer].append((a.q.numpy(), a.k.numpy())))
-    for layer, parts in seen.items():
-        q, k = (np.concatenate([p[i] for p in parts]).astype(np.float64) for i in range(2))
-        both = np.tile(calibration.smoothing[layer], 2)
-        np.testing.assert_allclose(calibration.k_center[layer] * both, k.mean(0), atol=1e-5)
-        rms_k = np.sqrt((k - k.mean(0)).reshape(-1, 2, 2, 32).__pow__(2).mean((0, 2)))
-        rms_q = np.sqrt((q**2).reshape(-1, 2, 4, 2, 32).mean((0, 2, 3)))
-        if family == "qwen3":
-            rms_k, rms_q = (np.sqrt((x**2).mean(0, keepdims=True)) for x in (rms_k, rms_q))
-        factors = np.sqrt(rms_k / rms_q)
-        factors /= np.exp(np.log(factors).mean(-1, keepdims=True))
-        np.testing.assert_allclose(calibration.smoothing[layer], np.broadcast_to(factors, (2, 32)), rtol=1e-4)
+        model.hidden(window[None], observe=lambda layer, a: seen.append(a) if layer == 1 else None)
+    group = checkpoint.config.num_queries_per_kv
+    q, k, v = (np.concatenate([getattr(a, x).numpy() for a in seen]).astype(np.float64) for x in "qkv")
+    np.testing.assert_allclose(found.k_mean, k.mean(0), atol=1e-6)
+    for head in range(2):
+        received = np.concatenate([_received(a, head, group) for a in seen])
+        keys, w = k[:, head] - found.k_mean[head], np.sqrt(received)[:, None]
+        expected = (w * keys).T @ keys / w.sum()
+        np.testing.assert_allclose(found.k_covariance(found.k_mean)[head], expected, atol=1e-6 * np.trace(expected))
+        queries = q[:, head * group : (head + 1) * group].reshape(-1, 64)
+        np.testing.assert_allclose(found.q_moment[head], queries.T @ queries / len(q), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(found.v_moment[head], v[:, head].T @ v[:, head] / len(q), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_smoothed_model_needs_no_more_smoothing(family, folders, calibrations):
-    """And its centers are the ones that were written down."""
-    smoothed = scaled(Checkpoint.open(folders[family]), calibrations[family].smoothing)
-    again = calibrate(smoothed, WINDOWS)
-    np.testing.assert_allclose(again.smoothing, 1, rtol=1e-4)
-    np.testing.assert_allclose(again.k_center, calibrations[family].k_center, atol=1e-4)
+def _received(a, head, group):
+    n = len(a.q)
+    distance = np.arange(n)[:, None] - np.arange(n)
+    visible = (distance >= 0) & (distance < (a.window or n))
+    scores = np.einsum("tgd,sd->gts", a.q.numpy()[:, head * group : (head + 1) * group], a.k.numpy()[:, head]) / 8
+    weights = np.where(visible, np.exp(scores.astype(np.float64)), 0)
+    return (weights / weights.sum(-1, keepdims=True)).sum((0, 1))
 
 
-def test_levers_come_apart(calibrations):
-    both = calibrations["llama"]
-    assert not both.without_centring().k_center.any()
-    alone = both.without_smoothing()
-    assert (alone.smoothing == 1).all()
-    np.testing.assert_allclose(alone.k_center, both.k_center * np.concatenate([both.smoothing] * 2, -1), rtol=1e-6)
+def random_moments(n, heads=3, seed=0):
+    """Covariances of keys and moments of queries over four orders of magnitude, as real heads have them."""
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.normal(size=(2, heads, n, n)))[0]
+    return (basis * np.geomspace(1e-2, 1e2, n)) @ basis.swapaxes(-1, -2)
 
 
-def test_pairs_that_nothing_asks_for_have_finite_factors(folders):
+@pytest.mark.parametrize("n", [64, 96, 128, 256])
+def test_frames_balance_keys_and_queries(n):
+    """Both have the same covariance, spread evenly over the channels, and no other map tried makes less noise."""
+    c, m = random_moments(n)
+    ridge = 1e-3 * np.trace(c, axis1=1, axis2=2).mean() / n * np.eye(n)  # about the same for all heads here
+    frames = balanced_frames(c, m)
+    inverse = np.linalg.inv(frames)
+    keys, queries = frames.swapaxes(1, 2) @ c @ frames, inverse @ m @ inverse.swapaxes(1, 2)
+    tolerance = 0.1 * np.trace(keys, axis1=1, axis2=2).max() / n  # the ridge moves the smallest eigenvalues
+    np.testing.assert_allclose(keys, queries, atol=tolerance)
+    channels = np.diagonal(keys, axis1=1, axis2=2)
+    assert (channels.max(-1) < (1.01 if n != 96 else 2.5) * channels.mean(-1)).all()
+    rotation = np.broadcast_to(orthogonal_mixing(n), c.shape)
+    smoothing = np.sqrt(np.sqrt(np.diagonal(m, axis1=1, axis2=2) / np.diagonal(c, axis1=1, axis2=2)))
+    best = score_noise(frames, c + ridge, m + ridge)
+    assert (best < score_noise(rotation, c + ridge, m + ridge) / 2).all()
+    assert (best < score_noise(smoothing[..., None] * rotation, c + ridge, m + ridge)).all()
+    for seed in range(3):
+        near = frames + 0.05 * np.random.default_rng(seed).normal(size=frames.shape) * np.abs(frames).mean()
+        assert (best < score_noise(near, c + ridge, m + ridge)).all()
+
+
+@pytest.mark.parametrize("n", [64, 96, 128, 256])
+def test_mixing_is_orthogonal(n):
+    mixing = orthogonal_mixing(n)
+    np.testing.assert_allclose(mixing @ mixing.T, np.eye(n), atol=1e-6)
+    assert np.abs(mixing).max() <= (1 if n != 96 else 1.5) / np.sqrt(n) + 1e-7
+    if n != 96:
+        np.testing.assert_allclose(mixing, rotate(np.eye(n), n), atol=1e-7)
+
+
+def test_singular_moments_have_frames_with_an_inverse():
+    """Keys in a plane, queries along a line, or nothing at all: a ridge makes them regular, nothing is rotated."""
+    rng = np.random.default_rng(0)
+    plane, line = rng.normal(size=(2, 64)), rng.normal(size=(1, 64))
+    zero = np.zeros((64, 64))
+    c, m = np.stack([plane.T @ plane, plane.T @ plane, zero]), np.stack([line.T @ line, zero, line.T @ line])
+    frames = balanced_frames(c, m)
+    assert is_invertible(frames.astype(np.float32))
+    np.testing.assert_array_equal(frames[1:], np.stack([orthogonal_mixing(64)] * 2))
+
+
+def test_halves_of_one_text_agree_and_of_two_texts_do_not(folders):
     checkpoint = Checkpoint.open(folders["llama"])
+    model = WindowModel(checkpoint.config, checkpoint.load, 120)
 
-    def edit(name, tensor):
-        if name.endswith("qkv.weight"):
-            tensor = tensor.copy()
-            tensor[: 8 * 64].reshape(8, 2, 32, -1)[:, :, 5] = 0  # queries of pair 5
-            tensor[8 * 64 : 10 * 64].reshape(2, 2, 32, -1)[:, :, 6] = 0  # keys of pair 6
-        return tensor
+    def excess(windows):
+        statistics = Statistics(checkpoint, model)
+        statistics.gather(windows)
+        return statistics.split_half_excess()
 
-    dead = PlantedCheckpoint(checkpoint, checkpoint.config, edit)
-    calibration = calibrate(dead, WINDOWS)
-    assert 1e-3 < calibration.smoothing.min() < calibration.smoothing.max() < 1e3
-    expected = model_logits(dead)
-    got = model_logits(scaled(dead, calibration.smoothing))
-    torch.testing.assert_close(got, expected, atol=model_rounding(expected), rtol=0)
+    few = torch.from_numpy(np.random.default_rng(1).integers(3, 203, (2, 120)))
+    many = torch.from_numpy(np.random.default_rng(1).integers(3, 203, (12, 120)))
+    assert excess(few[:1].repeat(2, 1)) == pytest.approx(0, abs=1e-3)  # the ridge is part of the frame
+    assert 0 < excess(many) < excess(few) / 2
+
+
+def test_a_model_that_is_not_finite_is_rejected(folders):
+    checkpoint = Checkpoint.open(folders["llama"])
+    huge = PlantedCheckpoint(checkpoint, checkpoint.config, lambda n, x: x * 1e30 if n.endswith("qkv.weight") else x)
+    with pytest.raises(ConfigError, match="are not finite"):
+        calibrate(huge, WINDOWS)
 
 
 # -- the file
@@ -226,7 +277,8 @@ def test_a_file_gives_back_what_was_saved(calibrations, tmp_path):
     saved.save(tmp_path / "c.safetensors")
     loaded = Calibration.load(tmp_path / "c.safetensors")
     np.testing.assert_array_equal(loaded.k_center, saved.k_center)
-    np.testing.assert_array_equal(loaded.smoothing, saved.smoothing)
+    np.testing.assert_array_equal(loaded.k_frame, saved.k_frame)
+    np.testing.assert_array_equal(loaded.v_frame, saved.v_frame)
     assert (loaded.shape, loaded.num_tokens, loaded.describe()) == (saved.shape, 360, saved.describe())
     assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
 
@@ -277,18 +329,36 @@ def test_from_a_text_to_an_engine(tmp_path, capsys):
     assert rows["next"] == f"saw-build --model_dir {EXAMPLE} --calibration {file} --output_dir engine"
     assert saw_build.main([*rows["next"].split()[1:-1], str(engine)]) == 0
     out, err = capsys.readouterr()
-    assert "keys centred" in out
+    assert "keys centered" in out
     assert "saw-eval" not in err
     with LLM(engine) as llm:
         assert llm.generate("def read(", SamplingParams(max_tokens=4)).outputs[0].text
 
 
-def test_a_calibration_of_a_plain_cache_is_warned_of(folders, calibrations, tmp_path, capsys):
-    """It may do harm there, which saw-eval shows."""
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--kv", "int4"], "give --kv saw_int4"),
+        (["--kv", "fp16"], "give --kv saw_int4"),
+        (["--hadamard_order", "16"], "leave one of them out"),
+    ],
+)
+def test_frames_belong_to_the_rotated_cache(flags, said, folders, calibrations, tmp_path, capsys):
     calibrations["llama"].save(tmp_path / "c")
-    argv = ["--model_dir", folders["llama"], "--kv", "int4", "--calibration", tmp_path / "c", "--dry_run"]
-    assert saw_build.main([*map(str, argv), "--output_dir", str(tmp_path / "engine")]) == 0
-    assert f"compare with saw-eval --kv int4 --calibration none,{tmp_path / 'c'}" in capsys.readouterr().err
+    argv = ["--model_dir", folders["llama"], "--calibration", tmp_path / "c", *flags]
+    assert said in refused(capsys, saw_build.main, *argv, "--output_dir", tmp_path / "engine")
+
+
+@pytest.mark.parametrize(("magnitude", "warned"), [(60.0, True), (600.0, True), (0.01, False)])
+def test_a_large_key_bias_is_warned_of(magnitude, warned, folders, calibrations, tmp_path, capsys):
+    """Of a 4-bit cache that nothing centers; the random model's own bias is small."""
+    planted = plant_key_bias(Checkpoint.open(folders["qwen2"]), magnitude=magnitude)
+    save_checkpoint(planted, tmp_path / "planted", dtype="float32")
+    calibrate(Checkpoint.open(tmp_path / "planted"), WINDOWS).save(tmp_path / "c")
+    argv = ["--checkpoint_dir", tmp_path / "planted", "--dry_run", "--output_dir", tmp_path / "engine"]
+    for extra, expected in (((), warned), (("--calibration", tmp_path / "c"), False), (("--kv", "fp16"), False)):
+        assert saw_build.main([str(a) for a in (*argv, *extra)]) == 0
+        assert ("the bias of the keys is up to" in capsys.readouterr().err) == expected
 
 
 def bad_file(path, kind, tmp_path):
@@ -302,17 +372,27 @@ def bad_file(path, kind, tmp_path):
     elif kind == "no calibration":
         save_file({"x": np.zeros(3, np.float32)}, out)
     elif kind == "another shape":
-        save_file(tensors | {"smoothing": tensors["smoothing"][:, :, :5].copy()}, out, head)
+        save_file(tensors | {"k_frame": tensors["k_frame"][:, :, :5].copy()}, out, head)
     elif kind == "NaN":
         tensors["k_center"][0, 0, 0] = np.nan
         save_file(tensors, out, head)
-    elif kind == "factors of zero":
-        tensors["smoothing"][0, 0, 0] = 0
+    elif kind == "a frame without an inverse":
+        tensors["v_frame"][0, 0, 0] = 0
         save_file(tensors, out, head)
+    elif kind == "format 1":
+        save_file({"k_center": tensors["k_center"]}, out, head | {"format": "saw_trtllm calibration 1"})
+    elif kind == "format 3":
+        save_file(tensors, out, head | {"format": "saw_trtllm calibration 3"})
     return out
 
 
-@pytest.mark.parametrize("kind", ["missing", "truncated", "no calibration", "another shape", "NaN", "factors of zero"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("missing", "truncated", "no calibration", "another shape", "NaN", "a frame without an inverse"),
+        *("format 1", "format 3"),
+    ],
+)
 def test_bad_calibration_files_are_refused(kind, folders, calibrations, tmp_path, capsys):
     calibrations["llama"].save(tmp_path / "c")
     bad = bad_file(tmp_path / "c", kind, tmp_path)
@@ -335,7 +415,7 @@ def test_another_models_calibration_is_refused_by_saw_build(folders, calibration
         ({"--text": None}, "--text"),
         ({"--text": "nowhere.txt"}, "nowhere.txt"),
         ({"--max_tokens": "200"}, "longer text or a smaller --max_seq_len"),
-        ({"--max_tokens": "200", "--max_seq_len": "100"}, "calibration needs 256"),
+        ({"--max_tokens": "200", "--max_seq_len": "100"}, "heads of 128 need 2 and 512"),
         ({"--max_seq_len": "4096"}, "max_position_embeddings"),
         ({"--output": "nowhere/c"}, "nowhere is not a folder"),
         ({"--model_dir": None}, "neither of --checkpoint_dir and --model_dir"),

@@ -1,4 +1,4 @@
-"""From a plan to an engine of the reference: a safetensors file of the weights, and the centers of keys."""
+"""From a plan to an engine of the reference: a safetensors file of the weights, and a calibration's constants."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def build_engine(plan: BuildPlan, progress: Callable[[str], None] | None = None)
     """
     with replacing_engine(plan) as part:
         path = part / engine_file()
-        centers = () if plan.calibration is None else plan.calibration.centers
-        with SafetensorsWriter(path, plan.engine_shapes, plan.config.pretrained_config.dtype, centers) as writer:
+        dtype = plan.config.pretrained_config.dtype
+        with SafetensorsWriter(path, plan.engine_shapes, dtype, plan.constants) as writer:
             for name in plan.engine_shapes:
                 writer.write(name, plan.load(name))
                 if progress is not None:

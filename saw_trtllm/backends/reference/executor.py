@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import psutil
 from safetensors import SafetensorError, safe_open
 
-from saw_trtllm.engine.config import CONFIG_FILE, EngineConfig, engine_file, k_center_name, k_frame_name, q_frame_name
+from saw_trtllm.engine.config import CONFIG_FILE, EngineConfig, engine_file
 from saw_trtllm.engine.step import StepInputs
 from saw_trtllm.errors import BackendUnavailableError, EngineError
 from saw_trtllm.paths import is_file
@@ -24,7 +24,7 @@ except ImportError as e:
     ) from e
 
 from saw_trtllm.backends.reference.cache import PagedCache
-from saw_trtllm.backends.reference.model import ReferenceModel
+from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs
 
 
 class ReferenceExecutor:
@@ -33,7 +33,7 @@ class ReferenceExecutor:
     Parameters
     ----------
     folder : Path
-        The engine folder; its ``rank0.engine`` is a safetensors file of the weights and the centers of keys.
+        The engine folder; its ``rank0.engine`` is a safetensors file of the weights and a calibration's constants.
     config : EngineConfig
     max_tokens : int, optional
         Tokens of the pool. By default what ``memory_fraction`` of the available memory holds, and at most what
@@ -57,9 +57,7 @@ class ReferenceExecutor:
         try:
             with safe_open(path, framework="np") as weights:
                 load = weights.get_tensor
-                center = _k_center(load, config) if config.saw_int4.k_center else None
-                frames = {i: _frames(load, config, i) for i in config.framed_layers}
-                self._model = ReferenceModel(model, load, build.max_seq_len, center, frames)
+                self._model = ReferenceModel(model, load, build.max_seq_len, **calibrated_inputs(config, load))
         except ValueError as e:
             raise EngineError(f"{path} does not fit its {CONFIG_FILE} ({e}): build it anew with saw-build") from e
         except (OSError, SafetensorError) as e:
@@ -113,22 +111,3 @@ class ReferenceExecutor:
     def shutdown(self) -> None:
         """Release the cache and the weights."""
         del self._model, self.cache
-
-
-def _k_center(load: Callable[[str], np.ndarray], config: EngineConfig) -> torch.Tensor:
-    model = config.pretrained_config
-    center = np.stack([load(k_center_name(i)) for i in range(model.num_hidden_layers)])
-    due = (model.num_hidden_layers, model.num_key_value_heads, model.head_size)
-    if center.shape != due:
-        raise ValueError(f"the centers of the keys have the shape {list(center.shape)} where {list(due)} is due")
-    return torch.from_numpy(center)
-
-
-def _frames(load: Callable[[str], np.ndarray], config: EngineConfig, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    model = config.pretrained_config
-    due = (model.num_key_value_heads, model.head_size, model.head_size)
-    frames = [load(name(layer)) for name in (k_frame_name, q_frame_name)]
-    for frame in frames:
-        if frame.shape != due:
-            raise ValueError(f"a frame of layer {layer} has the shape {list(frame.shape)} where {list(due)} is due")
-    return tuple(map(torch.from_numpy, frames))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from saw_trtllm.backends.reference.cache import PagedCache, StepPlan
 from saw_trtllm.backends.reference.int4 import TORCH_DTYPES
 from saw_trtllm.backends.reference.invariant import aligned, linear, row_sum, silu
 from saw_trtllm.checkpoint import expected_shapes
+from saw_trtllm.engine.config import EngineConfig, k_center_name, k_frame_name, q_frame_name
 from saw_trtllm.engine.step import StepInputs
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.rope import rotary_cos_sin
@@ -28,6 +30,39 @@ def to_torch(x: np.ndarray) -> torch.Tensor:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """``x / rms(x) · weight`` over the last axis."""
     return x / torch.sqrt(row_sum(x.square()) / x.shape[-1] + eps) * weight
+
+
+def calibrated_inputs(config: EngineConfig, load: Callable[[str], np.ndarray]) -> dict[str, Any]:
+    """``k_center`` and ``frames`` of :class:`ReferenceModel` from the constants of an engine.
+
+    Parameters
+    ----------
+    config : EngineConfig
+    load : callable
+        Gives the tensor of an engine by its name.
+
+    Raises
+    ------
+    ValueError
+        If a constant has another shape than ``config`` gives it.
+    """
+    model = config.pretrained_config
+    heads, dim = model.num_key_value_heads, model.head_size
+
+    def constant(name: str, *due: int) -> torch.Tensor:
+        found = load(name)
+        if found.shape != due:
+            raise ValueError(f"{name} has the shape {list(found.shape)} where {list(due)} is due")
+        return torch.from_numpy(found)
+
+    center = None
+    if config.saw_int4.k_center:
+        center = torch.stack([constant(k_center_name(i), heads, dim) for i in range(model.num_hidden_layers)])
+    frames = {
+        i: tuple(constant(name(i), heads, dim, dim) for name in (k_frame_name, q_frame_name))
+        for i in config.framed_layers
+    }
+    return {"k_center": center, "frames": frames}
 
 
 class ReferenceModel:

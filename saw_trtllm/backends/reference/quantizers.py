@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
-from saw_trtllm.backends.reference.int4 import TORCH_DTYPES, dequantize, quantize, rotate
-from saw_trtllm.format import KVFormat
+from saw_trtllm.backends.reference.int4 import TORCH_DTYPES, dequantize, quantize
+from saw_trtllm.format import KVFormat, hadamard
 
 
 class KVQuantizer(Protocol):
@@ -88,11 +88,11 @@ class Row4Bit(TokenwiseQuantizer):
     k_format, v_format : KVFormat
         Of the keys' rows and of the values': they may differ in ``range_factor``.
     k_center : torch.Tensor, optional
-        fp32 ``[num_layers, num_kv_heads, head_dim]``, subtracted from the keys after RoPE and smoothing.
-    smoothing : torch.Tensor, optional
-        fp32 ``[num_layers, num_kv_heads, head_dim / 2]``: keys are divided by it, queries take it up. The two channels
-        of a RoPE pair share a factor, so that it commutes with RoPE and may as well be folded into the weights; here it
-        is undone on reading, which is the same.
+        fp32 ``[num_layers, num_kv_heads, head_dim]``, subtracted from the keys after RoPE.
+    k_frame, v_frame : torch.Tensor, optional
+        fp32 ``[num_layers, num_kv_heads, head_dim, head_dim]``: what centered keys, and values, are multiplied by in
+        place of their rotation. An engine's queries take up the inverse of the one and its weights that of the other;
+        here both are undone on reading, which is the same.
     """
 
     def __init__(
@@ -100,28 +100,38 @@ class Row4Bit(TokenwiseQuantizer):
         k_format: KVFormat,
         v_format: KVFormat | None = None,
         k_center: torch.Tensor | None = None,
-        smoothing: torch.Tensor | None = None,
+        k_frame: torch.Tensor | None = None,
+        v_frame: torch.Tensor | None = None,
     ) -> None:
         self.k_format = k_format
         self.v_format = v_format or k_format
         self.k_center = k_center
-        self.smoothing = None if smoothing is None else torch.cat([smoothing, smoothing], dim=-1)
+        self._k_frame, self._v_frame = (
+            None if f is None else (f, torch.linalg.inv(f.double()).float()) for f in (k_frame, v_frame)
+        )
 
     def quantize(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Smooth, centre, rotate, quantize; and all the way back."""
-        divisor = None if self.smoothing is None else self.smoothing[layer].to(k.device)
-        center = None if self.k_center is None else self.k_center[layer].to(k.device)
-        if divisor is not None:
-            k = k / divisor
-        if center is not None:
-            k = k - center
-        k = round_rows(k, self.k_format.hadamard_order, self.k_format.range_factor)
-        if center is not None:
-            k = k + center
-        if divisor is not None:
-            k = k * divisor
-        order = self.v_format.hadamard_order if self.v_format.rotate_v else 1
-        return k, round_rows(v, order, self.v_format.range_factor)
+        """Center, rotate or frame, quantize; and all the way back."""
+        if self.k_center is not None:
+            center = self.k_center[layer].to(k.device)
+            k = self._round(k - center, layer, self._k_frame, self.k_format) + center
+        else:
+            k = self._round(k, layer, self._k_frame, self.k_format)
+        return k, self._round(v, layer, self._v_frame, self.v_format, rotated=self.v_format.rotate_v)
+
+    @staticmethod
+    def _round(
+        x: torch.Tensor,
+        layer: int,
+        frame: tuple[torch.Tensor, torch.Tensor] | None,
+        kv_format: KVFormat,
+        rotated: bool = True,
+    ) -> torch.Tensor:
+        if frame is None or not rotated:
+            return round_rows(x, kv_format.hadamard_order if rotated else 1, kv_format.range_factor)
+        there, back = (f[layer].to(x.device) for f in frame)
+        rows = dequantize(*quantize(x.transpose(0, 1) @ there, kv_format.range_factor))
+        return (rows @ back).transpose(0, 1)
 
     def layer_bytes(self, layer: int, num_kv_heads: int, head_dim: int) -> float:
         """Both rows."""
@@ -161,7 +171,12 @@ class SkipLayers:
 
 def round_rows(x: torch.Tensor, order: int, range_factor: float = 1.0) -> torch.Tensor:
     """Rotate the rows ``[..., head_dim]``, quantize them to 4 bits, and take both back, in fp32."""
-    return rotate(dequantize(*quantize(rotate(x, order), range_factor)), order)
+    matrix = torch.from_numpy(hadamard(order)).to(x.device)
+
+    def rotated(y: torch.Tensor) -> torch.Tensor:
+        return (y.unflatten(-1, (-1, order)) @ matrix).flatten(-2) if order > 1 else y
+
+    return rotated(dequantize(*quantize(rotated(x), range_factor)))
 
 
 def bytes_per_token(quantizer: KVQuantizer, num_layers: int, num_kv_heads: int, head_dim: int) -> float:

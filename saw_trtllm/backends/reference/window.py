@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from saw_trtllm.backends.reference.attention import apply_rope
-from saw_trtllm.backends.reference.model import ReferenceModel, rms_norm
+from saw_trtllm.backends.reference.model import ReferenceModel
 from saw_trtllm.backends.reference.quantizers import Exact, KVQuantizer
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
@@ -102,6 +102,9 @@ class WindowModel(ReferenceModel):
         super().__init__(config, load, max_seq_len)
         self._cos_sin = self._cos_sin.to(self.device)
         self.exact = Exact(config.dtype)
+        # glibc gives freed blocks of a layer's size back to the system and faults them in anew, which takes as long as
+        # the products; it keeps those up to the largest that was freed, and takes one of 31 MiB into account at most.
+        torch.empty(31 << 20, dtype=torch.uint8)
 
     def _tensor(self, name: str) -> torch.Tensor:
         return super()._tensor(name).to(self.device)
@@ -235,6 +238,11 @@ def attention(
             q[:, :, tile], keys, values, attn_mask=visible, enable_gqa=True, scale=1 / math.sqrt(q.shape[-1])
         )
     return out.transpose(1, 2)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x / rms(x) · weight`` over the last axis, with PyTorch's own sum: what is beside a row may show in its bits."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 def first_visible(query: int, window: int | None) -> int:

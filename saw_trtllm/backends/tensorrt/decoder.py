@@ -1,7 +1,7 @@
 """Llama, Mistral, Qwen2 and Qwen3: one decoder, whose configuration holds what differs.
 
 All tokens of a step are packed into one dimension, prefills first. Weights come as :meth:`BuildPlan.load` gives them,
-V's rotation and the smoothing of keys folded in. :mod:`saw_trtllm.backends.reference.model` is the same in PyTorch.
+V's rotation or frame folded in. :mod:`saw_trtllm.backends.reference.model` is the same in PyTorch.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from saw_trtllm.plan.plan import BuildPlan, make_plan
 
 
 class SawDecoder(SawModel):
-    """A supported family: its weights take in V's rotation and the smoothing of the keys as they are read."""
+    """A supported family: its weights take in V's rotation or frame as they are read."""
 
     @classmethod
     def from_checkpoint(

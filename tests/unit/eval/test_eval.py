@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from saw_trtllm import LLM, SamplingParams
 from saw_trtllm.backends.reference import window as forward
 from saw_trtllm.backends.reference.cache import PagedCache
-from saw_trtllm.backends.reference.model import ReferenceModel
+from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs
 from saw_trtllm.backends.reference.quantizers import Exact, Row4Bit, SkipLayers, TokenwiseQuantizer, bytes_per_token
 from saw_trtllm.backends.reference.window import History, WindowModel
 from saw_trtllm.build import plan_build
@@ -89,11 +89,10 @@ def test_the_exact_window_is_transformers(family, tmp_path):
     torch.testing.assert_close(ours.logits(ours.hidden(IDS[None])), expected, atol=model_rounding(expected), rtol=0)
 
 
-def decoded(plan, calibration=None):
+def decoded(plan):
     """Logits of an engine that reads every token from its pool: IDS decoded one by one, the first one too."""
     model = plan.config.pretrained_config
-    center = None if calibration is None else torch.from_numpy(calibration.k_center)
-    reference = ReferenceModel(model, plan.load, 64, center)
+    reference = ReferenceModel(model, plan.load, 64, **calibrated_inputs(plan.config, plan.load))
     cache = PagedCache(plan.config.pools, 4, model.num_key_value_heads, 16)
     layers = len(plan.config.pools[0].layers)
     logits = []
@@ -112,17 +111,18 @@ def decoded(plan, calibration=None):
         {"kv": "saw_int4", "hadamard_order": 16, "rotate_v": "disable", "range_factor": 0.9},
         {"kv": "saw_int4", "kv_skip_layers": "0,last"},
         {"kv": "saw_int4", "calibration": True},
+        {"kv": "saw_int4", "calibration": True, "kv_skip_layers": "0,last"},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
 def test_a_window_is_what_an_engine_decodes(family, options, tmp_path):
-    """Rotation, V's fold, centring, smoothing and skipped layers come out as in the reference backend's decode."""
+    """Rotation, V's fold, centring, frames and skipped layers come out as in the reference backend's decode."""
     folder, _ = make_hf_model(tmp_path, family)
     model = window_model(folder)
     calibration, file = None, None
     if options.get("calibration"):
         file = tmp_path / "calib.safetensors"
-        text = torch.randint(3, 203, (3, 128), generator=torch.Generator().manual_seed(6))
+        text = torch.randint(3, 203, (4, 128), generator=torch.Generator().manual_seed(6))
         calibration = calibrate(Checkpoint.open(folder), text)
         calibration.save(file)
     plan = plan_build(BuildOptions(model_dir=folder, backend="reference", **(options | {"calibration": file})))
@@ -131,7 +131,7 @@ def test_a_window_is_what_an_engine_decodes(family, options, tmp_path):
     quantizer = variant.quantizer(model.exact, calibration)
     logits = model.logits(model.hidden(IDS[None], quantizer))[0]
     exact = model.logits(model.hidden(IDS[None]))[0]
-    error = (logits - decoded(plan, calibration)).abs()
+    error = (logits - decoded(plan)).abs()
     # Folded weights are rounded otherwise, so that a component now and then falls on the other side of a code's edge.
     loss = (logits - exact).square().mean().sqrt()
     assert error.quantile(0.1) < 1e-5
@@ -384,10 +384,10 @@ def test_texts_of_an_engine_with_levers(scorer, tmp_path):
     """The engine that is built for a task has the variant's calibration and skipped layers."""
     file = tmp_path / "calib.safetensors"
     calibrate(scorer._checkpoint, torch.tensor(calibration_ids(512)).view(2, 256)).save(file)
-    kv_format = KVFormat("saw_int4", 128, hadamard_order=32, rotate_v=False)
+    kv_format = KVFormat("saw_int4", 128, rotate_v=False)
     variant = Variant(kv_format, kv_format, file, (0, 3))
     ours = CacheScorer(scorer._model, scorer.tokenizer, scorer._checkpoint, variant, scorer._quantizer, 128)
-    options = {"hadamard_order": 32, "rotate_v": "disable", "calibration": file, "kv_skip_layers": "0,last"}
+    options = {"rotate_v": "disable", "calibration": file, "kv_skip_layers": "0,last"}
     with LLM(build_example(tmp_path / "engine", **options)) as llm:
         expected = llm.generate("def read(path):\n", SamplingParams(max_tokens=20)).outputs[0].text
     assert ours.generate([("def read(path):\n", {"max_gen_toks": 20})]) == [expected]
@@ -474,7 +474,7 @@ def test_the_command_compares_caches(capsys, tmp_path):
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((report / "results.json").read_text())
     results = {r["name"]: r for r in printed["results"]}
-    assert len(results) == 1 + 2 + 4
+    assert len(results) == 1 + 1 + 2 + 1  # exact, plain, rotated by two orders, and in frames
     assert results["fp16"]["kl_mean"] == 0
     plain = next(r for name, r in results.items() if name.startswith("int4") and r["calibration"] is None)
     assert plain["kl_mean"] > 0.01
