@@ -4,6 +4,8 @@ from types import CapsuleType
 from typing import ClassVar
 
 FORMAT_VERSION: int
+KERNELS_VERSION: int
+ARCHITECTURES: str
 MAX_VOCAB: int
 SAMPLE_ROW_BYTES: int
 LISTED_TOKEN_BYTES: int
@@ -113,3 +115,23 @@ def sample(
 ) -> int: ...
 def resolve_tokens(*, input_ids: int, num_tokens: int, tokens: int, stream: int) -> int: ...
 def decode_workspace_bytes(max_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int: ...
+def rms_norm(
+    *,
+    x: int,
+    residual: int,
+    weight: int,
+    y: int,
+    sum: int,
+    num_rows: int,
+    num_heads: int,
+    num_normed: int,
+    width: int,
+    epsilon: float,
+    dtype: DType,
+    device: int,
+    stream: int,
+) -> int: ...
+def silu_mul(*, a: int, b: int, y: int, count: int, dtype: DType, device: int, stream: int) -> int: ...
+def lookup(
+    *, table: int, rows: int, out: int, num_tokens: int, num_rows: int, width: int, device: int, stream: int
+) -> int: ...

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include <cuda_runtime.h>
+#include "saw/common/library.h"
 
 namespace saw::python {
 
@@ -23,11 +23,11 @@ T* at(Address address) {
 class DeviceGuard {
   public:
     explicit DeviceGuard(int device) {
-        cudaGetDevice(&before_);
-        changed_ = device >= 0 && device != before_ && cudaSetDevice(device) == cudaSuccess;
+        saw_get_device(&before_);
+        changed_ = device >= 0 && device != before_ && saw_set_device(device) == cudaSuccess;
     }
     ~DeviceGuard() {
-        if (changed_) cudaSetDevice(before_);
+        if (changed_) saw_set_device(before_);
     }
     DeviceGuard(DeviceGuard const&) = delete;
     DeviceGuard& operator=(DeviceGuard const&) = delete;
@@ -37,8 +37,11 @@ class DeviceGuard {
     bool changed_ = false;
 };
 
+void add_lookup(py::module_& m);
+void add_rms_norm(py::module_& m);
 void add_rotate_quantize_kv(py::module_& m);
 void add_paged_attention(py::module_& m);
 void add_sample(py::module_& m);
+void add_silu_mul(py::module_& m);
 
 }  // namespace saw::python

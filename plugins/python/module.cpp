@@ -1,4 +1,4 @@
-// saw_trtllm._C: the host functions of saw/ops.h on addresses. It checks nothing: saw_trtllm/ops does.
+// saw_trtllm._C: the operations of libsaw_kernels.so on addresses. It checks nothing: saw_trtllm/ops does.
 #include <string>
 
 #include "bindings.h"
@@ -54,13 +54,15 @@ py::tuple dlpack_view(py::capsule const& capsule) {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The kernels of saw_trtllm on addresses; use saw_trtllm.ops, which checks what it is given.";
     m.attr("FORMAT_VERSION") = kFormatVersion;
+    m.attr("KERNELS_VERSION") = saw_kernels_version();
+    m.attr("ARCHITECTURES") = saw_kernels_architectures();
     m.def("row_bytes", &row_bytes, py::arg("cache"), py::arg("head_dim"));
     m.def("dlpack_view", &dlpack_view, py::arg("capsule"));
     m.def(
         "error_string",
         [](int code) {
             auto const error = static_cast<cudaError_t>(code);
-            return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+            return std::string(saw_error_name(error)) + ": " + saw_error_string(error);
         },
         py::arg("code"));
 
@@ -74,6 +76,9 @@ PYBIND11_MODULE(_C, m) {
     add_rotate_quantize_kv(m);
     add_paged_attention(m);
     add_sample(m);
+    add_rms_norm(m);
+    add_silu_mul(m);
+    add_lookup(m);
 }
 
 }  // namespace saw::python

@@ -1,5 +1,6 @@
-#include "bindings.h"
 #include "saw/paged_attention/params.h"
+
+#include "bindings.h"
 
 namespace saw::python {
 
@@ -24,7 +25,7 @@ int decode_attention(Address q, Address out, Address sequence_length, Address si
     params.dtype = dtype;
     params.cache = cache;
     DeviceGuard const guard(device);
-    return saw::decode_attention(params, at<CUstream_st>(stream));
+    return saw_decode_attention(params, at<CUstream_st>(stream));
 }
 
 int prefill_attention(Address q, Address k, Address v, Address out, Address last_token_ids, Address sequence_length,
@@ -50,7 +51,7 @@ int prefill_attention(Address q, Address k, Address v, Address out, Address last
     params.dtype = dtype;
     params.cache = cache;
     DeviceGuard const guard(device);
-    return saw::prefill_attention(params, at<CUstream_st>(stream));
+    return saw_prefill_attention(params, at<CUstream_st>(stream));
 }
 
 }  // namespace
@@ -65,7 +66,7 @@ void add_paged_attention(py::module_& m) {
           py::arg("pool"), py::arg("num_tokens"), py::arg("num_sequences"), py::arg("num_heads"), py::arg("head_dim"),
           py::arg("window"), py::arg("softmax_scale"), py::arg("softcap"), py::arg("dtype"), py::arg("cache"),
           py::arg("device"), py::arg("stream"));
-    m.def("decode_workspace_bytes", &saw::decode_workspace_bytes, py::arg("max_sequences"), py::arg("num_heads"),
+    m.def("decode_workspace_bytes", &saw_decode_workspace_bytes, py::arg("max_sequences"), py::arg("num_heads"),
           py::arg("num_kv_heads"), py::arg("head_dim"));
 }
 

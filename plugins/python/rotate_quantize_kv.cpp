@@ -1,5 +1,6 @@
-#include "bindings.h"
 #include "saw/rotate_quantize_kv/params.h"
+
+#include "bindings.h"
 
 namespace saw::python {
 
@@ -31,7 +32,7 @@ int rotate_quantize_kv(Address qkv, Address cos_sin, Address position_ids, Addre
     params.dtype = dtype;
     params.cache = cache;
     DeviceGuard const guard(device);
-    return saw::rotate_quantize_kv(params, at<CUstream_st>(stream));
+    return saw_rotate_quantize_kv(params, at<CUstream_st>(stream));
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-#include "bindings.h"
 #include "saw/sample/params.h"
+
+#include "bindings.h"
 #include "saw/sample/philox.h"
 
 namespace saw::python {
@@ -16,11 +17,11 @@ int sample(Address logits, Address row_ends, Address rows, Address tokens, Addre
     params.logprobs = at<double>(logprobs);
     params.num_rows = num_rows;
     params.vocab_size = vocab_size;
-    return saw::sample(params, at<CUstream_st>(stream));
+    return saw_sample(params, at<CUstream_st>(stream));
 }
 
 int resolve_tokens(Address input_ids, int num_tokens, Address tokens, Address stream) {
-    return saw::resolve_tokens(at<int32_t>(input_ids), num_tokens, at<int32_t const>(tokens), at<CUstream_st>(stream));
+    return saw_resolve_tokens(at<int32_t>(input_ids), num_tokens, at<int32_t const>(tokens), at<CUstream_st>(stream));
 }
 
 }  // namespace

@@ -56,7 +56,7 @@ Library const& library() {
 
 Handle handle() {
     int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) cudaGetLastError();  // cublasLtCreate will say it
+    saw_get_device(&device);  // if it fails, cublasLtCreate says why
     static std::mutex mutex;
     static auto* const handles = new std::map<int, Handle>;  // never destroyed, as the plugins' creators
     std::lock_guard<std::mutex> const lock(mutex);

@@ -116,7 +116,7 @@ std::vector<Field> Gemm::fields() {
 }
 
 void Gemm::validate() const {
-    check_dtype(dtype_);
+    check_dtype();
     if (in_features_ < 1 || out_features_ < 1)
         refuse("in_features is " + std::to_string(in_features_) + " and out_features " + std::to_string(out_features_) +
                ": both must be at least 1");
@@ -127,12 +127,12 @@ void Gemm::validate() const {
 }
 
 std::vector<Tensor> Gemm::inputs() const {
-    auto const type = activation_type(dtype_);
+    auto const type = activation_type();
     return {{names::kX, type, {kTokens, in_features_}}, {names::kWeight, type, {out_features_, in_features_}}};
 }
 
 std::vector<Tensor> Gemm::outputs() const {
-    auto const type = output_dtype_ == "float32" ? nvinfer1::DataType::kFLOAT : activation_type(dtype_);
+    auto const type = output_dtype_ == "float32" ? nvinfer1::DataType::kFLOAT : activation_type();
     return {{names::kY, type, {kTokens, out_features_}}};
 }
 

@@ -24,7 +24,6 @@ class Gemm : public Op {
 
     int32_t in_features_ = 0;
     int32_t out_features_ = 0;
-    std::string dtype_;
     std::string output_dtype_;
 };
 

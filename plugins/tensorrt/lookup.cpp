@@ -26,8 +26,8 @@ std::vector<Tensor> Lookup::inputs() const {
 std::vector<Tensor> Lookup::outputs() const { return {{names::kY, activation_type(), {kTokens, hidden_size_}}}; }
 
 void Lookup::enqueue(Launch const& launch) const {
-    check_cuda(lookup(launch.inputs[kWeight], static_cast<int32_t const*>(launch.inputs[kRows]), launch.outputs[0],
-                      int(launch.input_desc[kRows].dims.d[0]), vocab_size_, hidden_size_, launch.stream),
+    check_cuda(saw_lookup(launch.inputs[kWeight], static_cast<int32_t const*>(launch.inputs[kRows]), launch.outputs[0],
+                          int(launch.input_desc[kRows].dims.d[0]), vocab_size_, hidden_size_, launch.stream),
                "lookup");
 }
 

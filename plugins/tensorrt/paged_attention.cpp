@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "adapter/names.h"
-#include "saw/paged_attention/params.h"
 
 namespace saw::trt {
 
@@ -60,9 +59,9 @@ std::vector<Tensor> Int4PagedAttention::outputs() const {
     return {{names::kContext, activation_type(), {kTokens, int64_t(num_heads_) * head_dim_}}};
 }
 
-// The partial sums alone: the counters come from SawRotateQuantizeKV, for TensorRT's workspace is not zeroed.
+// Of the partial sums. The counters come from SawRotateQuantizeKV, for TensorRT's workspace is not zeroed.
 size_t Int4PagedAttention::workspace_bytes() const {
-    return decode_workspace_bytes(0, num_heads_, num_kv_heads_, head_dim_);
+    return saw_decode_workspace_bytes(0, num_heads_, num_kv_heads_, head_dim_);
 }
 
 Int4PagedAttention::Step Int4PagedAttention::step(Launch const& launch) const {
@@ -97,65 +96,53 @@ int Int4PagedAttention::window(Launch const& launch) const {
     return window_ == 0 || of_step == 0 ? std::max(window_, of_step) : std::min(window_, of_step);
 }
 
-float Int4PagedAttention::softmax_scale() const {
-    return softmax_scale_ > 0.0f ? softmax_scale_ : 1.0f / std::sqrt(float(head_dim_));
-}
-
-float const* Int4PagedAttention::sinks(Launch const& launch) const {
-    return use_sinks_ ? static_cast<float const*>(launch.inputs[kSinks]) : nullptr;
-}
-
 void Int4PagedAttention::enqueue(Launch const& launch) const {
     Step const s = step(launch);
     if (s.prefill_tokens > 0) enqueue_prefills(launch, s);
     if (s.num_sequences > s.prefills) enqueue_decodes(launch, s);
 }
 
+void Int4PagedAttention::set_shared(AttentionParams& p, Launch const& launch) const {
+    p.sinks = use_sinks_ ? static_cast<float const*>(launch.inputs[kSinks]) : nullptr;
+    p.pool = pool(launch, kPool);
+    p.num_heads = num_heads_;
+    p.head_dim = head_dim_;
+    p.window = window(launch);
+    p.softmax_scale = softmax_scale_ > 0.0f ? softmax_scale_ : 1.0f / std::sqrt(float(head_dim_));
+    p.softcap = softcap_;
+    p.dtype = dtype();
+    p.cache = cache();
+}
+
 void Int4PagedAttention::enqueue_prefills(Launch const& launch, Step const& s) const {
     PrefillParams p{};
+    set_shared(p, launch);
     p.q = launch.inputs[kQ];
     p.k = launch.inputs[kK];
     p.v = launch.inputs[kV];
     p.out = launch.outputs[0];
     p.last_token_ids = static_cast<int32_t const*>(launch.inputs[kLastTokenIds]);
     p.sequence_length = static_cast<int32_t const*>(launch.inputs[kSequenceLength]);
-    p.sinks = sinks(launch);
-    p.pool = pool(launch, kPool);
     p.num_tokens = s.prefill_tokens;
     p.num_sequences = s.prefills;
-    p.num_heads = num_heads_;
-    p.head_dim = head_dim_;
-    p.window = window(launch);
-    p.softmax_scale = softmax_scale();
-    p.softcap = softcap_;
-    p.dtype = dtype();
-    p.cache = cache();
-    check_cuda(prefill_attention(p, launch.stream), "prefill_attention");
+    check_cuda(saw_prefill_attention(p, launch.stream), "prefill_attention");
 }
 
 void Int4PagedAttention::enqueue_decodes(Launch const& launch, Step const& s) const {
     if (launch.workspace == nullptr) refuse("no workspace was asked for: build the engine on a GPU that decodes");
     size_t const first = size_t(s.prefill_tokens) * num_heads_ * head_dim_ * kActivationBytes;
     DecodeParams p{};
+    set_shared(p, launch);
     p.q = static_cast<uint8_t const*>(launch.inputs[kQ]) + first;
     p.out = static_cast<uint8_t*>(launch.outputs[0]) + first;
     p.sequence_length = static_cast<int32_t const*>(launch.inputs[kSequenceLength]) + s.prefills;
-    p.sinks = sinks(launch);
-    p.pool = pool(launch, kPool);
     p.pool.block_offsets = p.pool.table(s.prefills, saw::kKey);
     p.workspace = launch.workspace;
-    // Ours alone: nothing else reads this tensor, and the kernel leaves it as it found it.
+    // Nothing else reads this tensor, and the kernel leaves it as it found it.
     auto const* const counters = static_cast<int32_t const*>(launch.inputs[kDecodeCounters]);
     p.counters = const_cast<int32_t*>(counters) + size_t(s.prefills) * num_kv_heads_;
     p.num_sequences = s.num_sequences - s.prefills;
-    p.num_heads = num_heads_;
-    p.head_dim = head_dim_;
-    p.window = window(launch);
-    p.softmax_scale = softmax_scale();
-    p.softcap = softcap_;
-    p.dtype = dtype();
-    p.cache = cache();
-    check_cuda(decode_attention(p, launch.stream), "decode_attention");
+    check_cuda(saw_decode_attention(p, launch.stream), "decode_attention");
 }
 
 }  // namespace saw::trt

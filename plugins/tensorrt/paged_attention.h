@@ -2,6 +2,7 @@
 #pragma once
 
 #include "adapter/paged_op.h"
+#include "saw/paged_attention/params.h"
 
 namespace saw::trt {
 
@@ -44,8 +45,8 @@ class Int4PagedAttention : public PagedOp {
 
     Step step(Launch const& launch) const;
     int window(Launch const& launch) const;
-    float softmax_scale() const;
-    float const* sinks(Launch const& launch) const;
+    // All but the queries, the output and the sequences.
+    void set_shared(AttentionParams& params, Launch const& launch) const;
     void enqueue_prefills(Launch const& launch, Step const& step) const;
     void enqueue_decodes(Launch const& launch, Step const& step) const;
 };

@@ -61,7 +61,7 @@ void RmsNorm::enqueue(Launch const& launch) const {
     p.width = hidden_size_;
     p.epsilon = epsilon_;
     p.dtype = dtype();
-    check_cuda(rms_norm(p, launch.stream), "rms_norm");
+    check_cuda(saw_rms_norm(p, launch.stream), "rms_norm");
 }
 
 }  // namespace saw::trt

@@ -79,7 +79,7 @@ void RotateQuantizeKv::enqueue(Launch const& launch) const {
     p.range_factor = range_factor_;
     p.dtype = dtype();
     p.cache = cache();
-    check_cuda(rotate_quantize_kv(p, launch.stream), "rotate_quantize_kv");
+    check_cuda(saw_rotate_quantize_kv(p, launch.stream), "rotate_quantize_kv");
 }
 
 }  // namespace saw::trt

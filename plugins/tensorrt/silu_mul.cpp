@@ -16,7 +16,7 @@ std::vector<Tensor> SiluMul::outputs() const { return {{names::kY, activation_ty
 
 void SiluMul::enqueue(Launch const& launch) const {
     size_t const count = size_t(launch.input_desc[0].dims.d[0]) * hidden_size_;
-    check_cuda(silu_mul(launch.inputs[0], launch.inputs[1], launch.outputs[0], count, dtype(), launch.stream),
+    check_cuda(saw_silu_mul(launch.inputs[0], launch.inputs[1], launch.outputs[0], count, dtype(), launch.stream),
                "silu_mul");
 }
 

@@ -4,15 +4,21 @@ Every argument is checked before a launch: dtype, shape, layout, alignment and d
 as the rows of a pool, is not.
 """
 
+from saw_trtllm.ops.arrays import ACTIVATION_DTYPES
+from saw_trtllm.ops.lookup import lookup
 from saw_trtllm.ops.paged_attention import MAX_GROUP, decode_attention, decode_workspace_bytes, prefill_attention
-from saw_trtllm.ops.pool import ACTIVATION_DTYPES
+from saw_trtllm.ops.rms_norm import rms_norm
 from saw_trtllm.ops.rotate_quantize_kv import rotate_quantize_kv
+from saw_trtllm.ops.silu_mul import silu_mul
 
 __all__ = [
     "ACTIVATION_DTYPES",
     "MAX_GROUP",
     "decode_attention",
     "decode_workspace_bytes",
+    "lookup",
     "prefill_attention",
+    "rms_norm",
     "rotate_quantize_kv",
+    "silu_mul",
 ]

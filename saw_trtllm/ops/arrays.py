@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from saw_trtllm.errors import BackendUnavailableError, OpError
+from saw_trtllm.errors import BackendUnavailableError, KernelError, OpError
+
+ACTIVATION_DTYPES = ("float16", "bfloat16")
 
 _CUDA = 2  # kDLCUDA
 _DLPACK_DEVICES = {1: "the CPU", 3: "the CPU (pinned memory)", 10: "a ROCm GPU", 13: "CUDA managed memory"}
@@ -165,6 +167,28 @@ def stream_handle(stream: Any) -> int:
     raise OpError(
         f"stream is a {type(stream).__name__}: it must be None, a cudaStream_t as int or a framework's stream"
     )
+
+
+def address(array: DeviceArray | None) -> int:
+    """An array's, and 0 of none."""
+    return 0 if array is None else array.address
+
+
+def raise_for(code: int, kernel: str, work: str) -> None:
+    """Raise KernelError for a launch that the kernels rejected or CUDA failed.
+
+    Parameters
+    ----------
+    code : int
+        What the launch returned, a ``cudaError_t``.
+    kernel, work : str
+        What was launched, and on what.
+    """
+    if code:
+        raise KernelError(
+            f"{kernel} could not be launched ({kernels().error_string(code)}) for {work}: check that the kernels were "
+            f"built for this GPU"
+        )
 
 
 def _dtype_name(kind: str, bits: int) -> str:

@@ -8,8 +8,16 @@ from typing import Any
 
 from saw_trtllm.errors import KernelError, OpError
 from saw_trtllm.format import HEAD_DIMS, KVFormat
-from saw_trtllm.ops.arrays import DeviceArray, common_device, kernels, stream_handle
-from saw_trtllm.ops.pool import ACTIVATION_DTYPES, Pool, address, cache_type, check_cache_dtype, raise_for
+from saw_trtllm.ops.arrays import (
+    ACTIVATION_DTYPES,
+    DeviceArray,
+    address,
+    common_device,
+    kernels,
+    raise_for,
+    stream_handle,
+)
+from saw_trtllm.ops.pool import Pool, cache_type, check_cache_dtype, describe
 
 #: Query heads that may share a KV head in attention.
 MAX_GROUP = 16
@@ -247,7 +255,7 @@ class _Attention:
             device=device,
             stream=handle,
         )
-        raise_for(code, kernel, self.kv_format, pool, dtype, num_heads, work)
+        raise_for(code, kernel, describe(self.kv_format, pool, dtype, num_heads, work))
 
 
 def _score_options(

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from saw_trtllm.errors import KernelError, OpError
+from saw_trtllm.errors import OpError
 from saw_trtllm.format import TOKENS_PER_BLOCK, KVFormat
 from saw_trtllm.ops.arrays import DeviceArray, kernels
-
-ACTIVATION_DTYPES = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -64,22 +62,14 @@ def check_cache_dtype(kv_format: KVFormat, activations: DeviceArray) -> None:
         )
 
 
-def address(array: DeviceArray | None) -> int:
-    """An array's, and 0 of none."""
-    return 0 if array is None else array.address
-
-
 def cache_type(kv_format: KVFormat) -> Any:
     """The kernels' name for the rows of a format."""
     return kernels().CacheType.int4 if kv_format.quantized else kernels().CacheType.unquantized
 
 
-def raise_for(code: int, kernel: str, kv_format: KVFormat, pool: Pool, dtype: str, num_heads: int, work: str) -> None:
-    """Raise KernelError for a launch that the kernels rejected or CUDA failed."""
-    if code:
-        raise KernelError(
-            f"{kernel} could not be launched ({kernels().error_string(code)}) for {work} of {dtype}, {num_heads} "
-            f"heads, {pool.num_kv_heads} KV heads, head_dim {kv_format.head_dim}, kv {kv_format.kv}, hadamard_order "
-            f"{kv_format.hadamard_order}, {pool.tokens_per_block} tokens per block: check that the kernels were built "
-            f"for this GPU"
-        )
+def describe(kv_format: KVFormat, pool: Pool, dtype: str, num_heads: int, work: str) -> str:
+    """What a launch over a pool works on, for :func:`saw_trtllm.ops.arrays.raise_for`."""
+    return (
+        f"{work} of {dtype}, {num_heads} heads, {pool.num_kv_heads} KV heads, head_dim {kv_format.head_dim}, kv "
+        f"{kv_format.kv}, hadamard_order {kv_format.hadamard_order}, {pool.tokens_per_block} tokens per block"
+    )

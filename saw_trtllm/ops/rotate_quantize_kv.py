@@ -6,8 +6,16 @@ from typing import Any
 
 from saw_trtllm.errors import OpError
 from saw_trtllm.format import KVFormat
-from saw_trtllm.ops.arrays import DeviceArray, common_device, kernels, stream_handle
-from saw_trtllm.ops.pool import ACTIVATION_DTYPES, Pool, address, cache_type, check_cache_dtype, raise_for
+from saw_trtllm.ops.arrays import (
+    ACTIVATION_DTYPES,
+    DeviceArray,
+    address,
+    common_device,
+    kernels,
+    raise_for,
+    stream_handle,
+)
+from saw_trtllm.ops.pool import Pool, cache_type, check_cache_dtype, describe
 
 
 def rotate_quantize_kv(
@@ -124,4 +132,4 @@ def rotate_quantize_kv(
         device=device,
         stream=handle,
     )
-    raise_for(code, "rotate_quantize_kv", kv_format, where, dtype, num_heads, f"{num_tokens} tokens")
+    raise_for(code, "rotate_quantize_kv", describe(kv_format, where, dtype, num_heads, f"{num_tokens} tokens"))

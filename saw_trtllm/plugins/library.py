@@ -26,8 +26,10 @@ NAMESPACE = "saw"
 #: Of the plugins: the cache format's.
 VERSION = "1"
 
-LIBRARY = "libsaw_trtllm_plugins.so"
-#: What Triton's C++ backend is started with; never the library itself (docs/plugins.md).
+KERNELS_LIBRARY = "libsaw_kernels.so"
+#: Of a TensorRT's major version.
+PLUGIN_LIBRARY = "libsaw_trtllm_plugins_trt{}.so"
+#: What Triton's C++ backend is started with; never the plugins themselves (docs/plugins.md).
 PRELOAD_LIBRARY = "libsaw_trtllm_preload.so"
 
 #: What SawGemm calls, and where in NVIDIA's Python packages it is, newest first.
@@ -36,8 +38,8 @@ _CUBLAS_LT = {"libcublasLt.so.13": "cu13/lib", "libcublasLt.so.12": "cublas/lib"
 CUBLAS_LT = "pip install nvidia-cublas-cu12, or add the folder of libcublasLt.so.12 or .13 to LD_LIBRARY_PATH"
 
 
-def library_path(name: str = LIBRARY) -> Path:
-    """Where ``build_scripts/kernels`` leaves the library: in the package.
+def library_path(name: str) -> Path:
+    """Where ``build_scripts/kernels`` and a wheel have one of the libraries: in the package.
 
     Raises
     ------
@@ -52,6 +54,30 @@ def library_path(name: str = LIBRARY) -> Path:
     return path
 
 
+def plugin_library(trt: ModuleType) -> Path:
+    """The plugin library for a TensorRT: that of its major version.
+
+    Parameters
+    ----------
+    trt : module
+        ``tensorrt``, which has loaded the libnvinfer of its version.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If there is none; the message names those that are there.
+    """
+    name = PLUGIN_LIBRARY.format(_major(trt))
+    folder = Path(saw_trtllm.__file__).parent
+    others = sorted(path.name for path in folder.glob(PLUGIN_LIBRARY.format("*")))
+    if others and name not in others:
+        raise BackendUnavailableError(
+            f"{folder} has {', '.join(others)}, and TensorRT {trt.__version__} needs {name}: build it with that "
+            "version's headers (docs/plugins.md)"
+        )
+    return library_path(name)
+
+
 def load_plugins(trt: ModuleType | None = None) -> None:
     """Register the plugins with TensorRT, once for the process.
 
@@ -63,22 +89,16 @@ def load_plugins(trt: ModuleType | None = None) -> None:
     Raises
     ------
     BackendUnavailableError
-        If the library is missing or does not fit this TensorRT.
+        If there is no library for this TensorRT, or it does not load.
     """
     trt = trt or importlib.import_module("tensorrt")
     if not _missing(trt):
         return
-    path = library_path()
+    path = plugin_library(trt)
     try:
-        library = ctypes.CDLL(str(path))
-        init, built_for = library.initSawTrtllmPlugins, library.getSawTrtllmTensorRtMajor()
+        init = ctypes.CDLL(str(path)).initSawTrtllmPlugins
     except (OSError, AttributeError) as e:
         raise BackendUnavailableError(f"{path} cannot be loaded ({e}): build it anew (docs/plugins.md)") from e
-    if built_for != _major(trt):
-        raise BackendUnavailableError(
-            f"{path} was built for TensorRT {built_for}, and this is TensorRT {trt.__version__}: build it with that "
-            "version's headers (docs/plugins.md)"
-        )
     init.restype, init.argtypes = ctypes.c_bool, [ctypes.c_void_p]
     if not init(None):
         raise BackendUnavailableError(

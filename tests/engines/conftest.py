@@ -29,9 +29,9 @@ def _missing() -> str | None:
         return "saw_trtllm._C is not built: run build_scripts/kernels"
     try:
         from saw_trtllm.backends.tensorrt.device import compute_capability
-        from saw_trtllm.plugins.library import library_path
+        from saw_trtllm.plugins.library import plugin_library
 
-        library_path()
+        plugin_library(importlib.import_module("tensorrt"))
         compute_capability()
     except SawError as e:
         return str(e)

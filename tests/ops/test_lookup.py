@@ -1,10 +1,11 @@
-"""SawLookup on the GPU, through TensorRT's interfaces without it."""
+"""lookup on the GPU, from Python and through TensorRT's interfaces without it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from saw_trtllm import ops
 from tests.support.plugin_library import LOOKUP
 
 
@@ -21,4 +22,7 @@ def test_rows_of_a_table(width, dtype, make_plugin):
     assert plugin.enqueue(bound, [y.data_ptr()], 0, stream) == 0
     want = table[rows.clamp(0, 299).long()]
     want[4:6] = 0
+    assert torch.equal(y, want)
+    y.fill_(torch.nan)
+    ops.lookup(table, rows, out=y, stream=torch.cuda.current_stream())
     assert torch.equal(y, want)

@@ -1,10 +1,11 @@
-"""SawRmsNorm on the GPU, through TensorRT's interfaces without it: against fp64."""
+"""rms_norm on the GPU, from Python and through TensorRT's interfaces without it: against fp64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from saw_trtllm import ops
 from tests.support.exactness import ROUNDING
 from tests.support.plugin_library import RMS_NORM
 
@@ -20,6 +21,10 @@ def test_norms(width, residual, dtype, run_plugin):
     if residual:
         x = x + added
         assert torch.equal(sums[0], x)
+    from_python = torch.full_like(x, torch.nan)
+    heads = {"x": x.unsqueeze(1), "y": from_python.unsqueeze(1)}
+    ops.rms_norm(weight=weight, epsilon=1e-3, stream=torch.cuda.current_stream(), **heads)
+    assert torch.equal(y, from_python)
     wide = x.double()
     want = wide / (wide.square().mean(1, keepdim=True) + 1e-3).sqrt() * weight.double()
     assert ((y.double() - want).abs() <= (ROUNDING[dtype] + 1e-6) * want.abs() + 1e-7).all()
@@ -32,6 +37,9 @@ def test_norms_of_heads(dtype, run_plugin):
     inputs, fields = [x.flatten(1), weight], {"hidden_size": 128, "num_heads": 6, "num_normed": 5}
     (y,) = run_plugin(RMS_NORM, dtype, inputs, epsilon=1e-5, **fields)
     assert torch.equal(y[:, 5 * 128 :], x[:, 5])
+    from_python = torch.full_like(x, torch.nan)
+    ops.rms_norm(x, weight, y=from_python, epsilon=1e-5, stream=torch.cuda.current_stream())
+    assert torch.equal(y, from_python.flatten(1))
     wide = x[:, :5].double()
     want = (wide / (wide.square().mean(2, keepdim=True) + 1e-5).sqrt() * weight.double()).flatten(1)
     assert ((y[:, : 5 * 128].double() - want).abs() <= (ROUNDING[dtype] + 1e-6) * want.abs() + 1e-7).all()

@@ -43,7 +43,7 @@ def build(tmp_path_factory):
         return SimpleNamespace(
             major=lib.tensorrt_major(include_dir),
             plugins=plugins,
-            preload=lib.build_preload_library(include_dir, plugins.parent),
+            preload=lib.build_preload_library(plugins.parent),
             nvinfer=lib.build_fake_tensorrt(include_dir, folder),
         )
 
@@ -122,7 +122,7 @@ def test_preloaded_alone(built, tmp_path):
     preload.write_bytes(built.preload.read_bytes())
     out, err = run(built, "print(1)", LD_PRELOAD=str(preload), LD_LIBRARY_PATH=str(built.nvinfer.parent))
     assert out == ["1"]
-    assert "put both libraries in one folder" in err
+    assert f"put the plugins of TensorRT {built.major} in the folder of the preloaded library" in err
 
 
 def test_a_preloaded_library_hides_nobodys_symbols(built):

@@ -15,7 +15,10 @@ import pytest
 from tests.support import ROOT
 from tests.support import plugin_library as lib
 
-LIBRARY = Path(os.environ.get("SAW_PLUGIN_LIBRARY", ROOT / "saw_trtllm" / "libsaw_trtllm_plugins.so"))
+
+def _library() -> Path:
+    built = ROOT / "saw_trtllm" / f"libsaw_trtllm_plugins_trt{lib.tensorrt_major(lib.include_dirs()[0])}.so"
+    return Path(os.environ.get("SAW_PLUGIN_LIBRARY", built))
 
 
 def _missing() -> str | None:
@@ -47,7 +50,7 @@ def rng():
 @pytest.fixture(scope="session")
 def plugin_driver(tmp_path_factory):
     """The module that plays TensorRT's part, for the headers that the built library has."""
-    if reason := lib.missing() or (None if LIBRARY.exists() else f"{LIBRARY.name} is not built"):
+    if reason := lib.missing() or (None if _library().exists() else f"{_library().name} is not built"):
         pytest.skip(reason)
     return lib.build_driver(lib.include_dirs()[0], tmp_path_factory.mktemp("driver"))
 
@@ -57,7 +60,7 @@ def creators(request, plugin_driver):
     """The built library's plugin creators of one interface, by name."""
     if not getattr(plugin_driver, f"HAS_{request.param}"):
         pytest.skip(f"TensorRT {plugin_driver.TENSORRT[0]} has no {request.param} plugins")
-    found = lib.creators(plugin_driver, LIBRARY)
+    found = lib.creators(plugin_driver, _library())
     return {name: creator for (interface, name), creator in found.items() if interface == request.param}
 
 

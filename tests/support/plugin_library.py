@@ -23,6 +23,7 @@ from typing import Any
 
 from tests.support import ROOT
 
+KERNELS = ROOT / "plugins" / "src"
 SOURCES = ROOT / "plugins" / "tensorrt"
 DRIVER = Path(__file__).parent / "plugin_driver"
 FLAGS = ["-std=c++17", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-deprecated-declarations"]
@@ -116,7 +117,12 @@ def recording_library(include_dir: Path) -> Path:
     folder.mkdir()
     # One translation unit: TensorRT's headers take most of the time.
     unit = folder / "plugins.cpp"
-    sources = [*sorted(SOURCES.glob("*.cpp")), *sorted(SOURCES.glob("adapter/*.cpp")), DRIVER / "recorder.cpp"]
+    sources = [
+        *sorted(SOURCES.glob("*.cpp")),
+        *sorted(SOURCES.glob("adapter/*.cpp")),
+        KERNELS / "library.cpp",
+        DRIVER / "recorder.cpp",
+    ]
     unit.write_text("".join(f'#include "{source}"\n' for source in sources))
     flags = [
         "-isystem",
@@ -124,13 +130,14 @@ def recording_library(include_dir: Path) -> Path:
         f"-I{SOURCES}",
         f"-I{ROOT / 'plugins' / 'include'}",
         "-Xlinker=--no-undefined",
+        '-DSAW_ARCHITECTURES=""',
     ]
-    return compile_library(folder / "libsaw_trtllm_plugins.so", [unit], flags)
+    return compile_library(folder / f"libsaw_trtllm_plugins_trt{tensorrt_major(include_dir)}.so", [unit], flags)
 
 
-def build_preload_library(include_dir: Path, folder: Path) -> Path:
+def build_preload_library(folder: Path) -> Path:
     source = SOURCES / "adapter" / "preload" / "preload.cpp"
-    return compile_library(folder / "libsaw_trtllm_preload.so", [source], ["-isystem", str(include_dir)])
+    return compile_library(folder / "libsaw_trtllm_preload.so", [source], [])
 
 
 def build_fake_tensorrt(include_dir: Path, folder: Path) -> Path:

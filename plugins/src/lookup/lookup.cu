@@ -17,8 +17,8 @@ void launch_lookup(void const* table, int32_t const* rows, void* out, int num_to
 
 }  // namespace
 
-cudaError_t lookup(void const* table, int32_t const* rows, void* out, int num_tokens, int num_rows, int width,
-                   cudaStream_t stream) {
+cudaError_t saw_lookup(void const* table, int32_t const* rows, void* out, int num_tokens, int num_rows, int width,
+                       cudaStream_t stream) {
     if (num_tokens == 0) return cudaSuccess;
     size_t const row_bytes = size_t(width) * 2;
     auto* const of_width = row_bytes % 16 == 0 ? &launch_lookup<uint4> : &launch_lookup<uint16_t>;

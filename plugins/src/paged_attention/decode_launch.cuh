@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "decode_instances.h"
+#include "saw/common/dispatch.h"
 #include "saw/paged_attention/decode/pipeline_sm80.cuh"
 #include "saw/paged_attention/decode/pipeline_sm90.cuh"
 
@@ -259,14 +260,9 @@ cudaError_t launch_decode(DecodeParams const& p, cudaStream_t stream) {
         if (auto e = instance.max_ctas(ctas)) return e;
         return instance.launch(p, partials, counters, ctas, stream);
     };
-    switch (p.dtype) {
-        case DType::kFloat16:
-            return with_decode_instance<HeadDim, __half>(p.cache, group, hopper, launch);
-        case DType::kBFloat16:
-            return with_decode_instance<HeadDim, __nv_bfloat16>(p.cache, group, hopper, launch);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return dispatch_dtype(p.dtype, [&](auto type) {
+        return with_decode_instance<HeadDim, decltype(type)>(p.cache, group, hopper, launch);
+    });
 }
 
 }  // namespace saw

@@ -1,21 +1,12 @@
 #include "prefill_instances.h"
+#include "saw/common/dispatch.h"
 
 namespace saw {
 
-cudaError_t prefill_attention(PrefillParams const& params, cudaStream_t stream) {
+cudaError_t saw_prefill_attention(PrefillParams const& params, cudaStream_t stream) {
     if (params.num_tokens == 0 || params.num_sequences == 0) return cudaSuccess;
-    switch (params.head_dim) {
-        case 64:
-            return launch_prefill<64>(params, stream);
-        case 96:
-            return launch_prefill<96>(params, stream);
-        case 128:
-            return launch_prefill<128>(params, stream);
-        case 256:
-            return launch_prefill<256>(params, stream);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return dispatch_head_dim(params.head_dim, cudaErrorInvalidValue,
+                             [&](auto d) { return launch_prefill<d>(params, stream); });
 }
 
 }  // namespace saw

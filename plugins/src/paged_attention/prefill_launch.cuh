@@ -6,6 +6,7 @@
 #include <cudaTypedefs.h>
 
 #include "prefill_instances.h"
+#include "saw/common/dispatch.h"
 #include "saw/paged_attention/prefill/pipeline_sm80.cuh"
 #include "saw/paged_attention/prefill/pipeline_sm90.cuh"
 
@@ -106,17 +107,11 @@ cudaError_t launch_prefill_instance(PrefillParams const& p, cudaStream_t stream)
 
 template <int HeadDim>
 cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
-    bool const quantized = p.cache == CacheType::kInt4;
-    switch (p.dtype) {
-        case DType::kFloat16:
-            return quantized ? launch_prefill_instance<HeadDim, __half, CacheType::kInt4>(p, stream)
-                             : launch_prefill_instance<HeadDim, __half, CacheType::kUnquantized>(p, stream);
-        case DType::kBFloat16:
-            return quantized ? launch_prefill_instance<HeadDim, __nv_bfloat16, CacheType::kInt4>(p, stream)
-                             : launch_prefill_instance<HeadDim, __nv_bfloat16, CacheType::kUnquantized>(p, stream);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return dispatch_dtype(p.dtype, [&](auto type) {
+        using T = decltype(type);
+        return p.cache == CacheType::kInt4 ? launch_prefill_instance<HeadDim, T, CacheType::kInt4>(p, stream)
+                                           : launch_prefill_instance<HeadDim, T, CacheType::kUnquantized>(p, stream);
+    });
 }
 
 }  // namespace saw

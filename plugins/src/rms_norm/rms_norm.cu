@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "saw/common/dispatch.h"
 #include "saw/rms_norm/kernel.cuh"
 #include "saw/rms_norm/params.h"
 
@@ -16,14 +17,14 @@ void launch_rms_norm(RmsNormParams const& p, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t rms_norm(RmsNormParams const& p, cudaStream_t stream) {
+cudaError_t saw_rms_norm(RmsNormParams const& p, cudaStream_t stream) {
     if (p.num_rows == 0) return cudaSuccess;
     if (int64_t(p.num_rows) * p.num_heads > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
-    bool const half = p.dtype == DType::kFloat16, packed = p.width % kWide == 0;
-    auto* const launch = half ? (packed ? &launch_rms_norm<__half, kWide> : &launch_rms_norm<__half, 1>)
-                              : (packed ? &launch_rms_norm<__nv_bfloat16, kWide> : &launch_rms_norm<__nv_bfloat16, 1>);
-    launch(p, stream);
-    return cudaGetLastError();
+    return dispatch_dtype(p.dtype, [&](auto type) {
+        using T = decltype(type);
+        (p.width % kWide == 0 ? &launch_rms_norm<T, kWide> : &launch_rms_norm<T, 1>)(p, stream);
+        return cudaGetLastError();
+    });
 }
 
 }  // namespace saw

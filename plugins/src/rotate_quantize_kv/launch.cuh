@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "instances.h"
+#include "saw/common/dispatch.h"
 #include "saw/rotate_quantize_kv/kernel.cuh"
 
 namespace saw {
@@ -106,14 +107,8 @@ cudaError_t launch_rotate_quantize_kv_typed(RotateQuantizeKvParams const& p, cud
 
 template <int HeadDim>
 cudaError_t launch_rotate_quantize_kv(RotateQuantizeKvParams const& p, cudaStream_t stream) {
-    switch (p.dtype) {
-        case DType::kFloat16:
-            return launch_rotate_quantize_kv_typed<HeadDim, __half>(p, stream);
-        case DType::kBFloat16:
-            return launch_rotate_quantize_kv_typed<HeadDim, __nv_bfloat16>(p, stream);
-        default:
-            return cudaErrorInvalidValue;
-    }
+    return dispatch_dtype(
+        p.dtype, [&](auto type) { return launch_rotate_quantize_kv_typed<HeadDim, decltype(type)>(p, stream); });
 }
 
 }  // namespace saw

@@ -19,7 +19,7 @@ cudaError_t choose_cluster(int num_rows, int& cluster) {
 
 }  // namespace
 
-cudaError_t sample(SampleParams const& params, cudaStream_t stream) {
+cudaError_t saw_sample(SampleParams const& params, cudaStream_t stream) {
     if (params.num_rows == 0) return cudaSuccess;
     if (params.vocab_size < 1 || params.vocab_size > kMaxVocab) return cudaErrorInvalidValue;
     int cluster = 1;
@@ -38,7 +38,7 @@ cudaError_t sample(SampleParams const& params, cudaStream_t stream) {
                   : cudaLaunchKernelEx(&config, sample_kernel<false>, params);
 }
 
-cudaError_t resolve_tokens(int32_t* input_ids, int num_tokens, int32_t const* tokens, cudaStream_t stream) {
+cudaError_t saw_resolve_tokens(int32_t* input_ids, int num_tokens, int32_t const* tokens, cudaStream_t stream) {
     if (num_tokens == 0) return cudaSuccess;
     constexpr int kThreads = 256;
     resolve_tokens_kernel<<<(num_tokens + kThreads - 1) / kThreads, kThreads, 0, stream>>>(input_ids, num_tokens,

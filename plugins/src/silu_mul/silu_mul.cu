@@ -1,3 +1,4 @@
+#include "saw/common/dispatch.h"
 #include "saw/silu_mul/kernel.cuh"
 #include "saw/silu_mul/params.h"
 
@@ -15,13 +16,13 @@ void launch_silu_mul(void const* a, void const* b, void* y, size_t count, cudaSt
 
 }  // namespace
 
-cudaError_t silu_mul(void const* a, void const* b, void* y, size_t count, DType dtype, cudaStream_t stream) {
+cudaError_t saw_silu_mul(void const* a, void const* b, void* y, size_t count, DType dtype, cudaStream_t stream) {
     if (count == 0) return cudaSuccess;
-    bool const half = dtype == DType::kFloat16, packed = count % kWide == 0;
-    auto* const launch = half ? (packed ? &launch_silu_mul<__half, kWide> : &launch_silu_mul<__half, 1>)
-                              : (packed ? &launch_silu_mul<__nv_bfloat16, kWide> : &launch_silu_mul<__nv_bfloat16, 1>);
-    launch(a, b, y, count, stream);
-    return cudaGetLastError();
+    return dispatch_dtype(dtype, [&](auto type) {
+        using T = decltype(type);
+        (count % kWide == 0 ? &launch_silu_mul<T, kWide> : &launch_silu_mul<T, 1>)(a, b, y, count, stream);
+        return cudaGetLastError();
+    });
 }
 
 }  // namespace saw

@@ -3,7 +3,7 @@
 namespace saw::trt {
 
 void check_cuda(cudaError_t error, char const* what) {
-    if (error != cudaSuccess) throw PluginError(std::string(what) + " was not launched: " + cudaGetErrorString(error));
+    if (error != cudaSuccess) throw PluginError(std::string(what) + " was not launched: " + saw_error_string(error));
 }
 
 void Op::refuse(std::string const& message) const { throw PluginError(std::string(name()) + ": " + message); }
@@ -19,18 +19,17 @@ void Op::check_count(char const* what, int64_t count, char const* fields) const 
                ": give smaller " + fields);
 }
 
-void Op::check_dtype(std::string const& dtype) const {
-    if (dtype != "float16" && dtype != "bfloat16") refuse("dtype is " + dtype + ": it must be float16 or bfloat16");
+void Op::check_dtype() const {
+    if (dtype_ != "float16" && dtype_ != "bfloat16") refuse("dtype is " + dtype_ + ": it must be float16 or bfloat16");
 #if NV_TENSORRT_MAJOR < 10
-    if (dtype == "bfloat16") refuse("dtype is bfloat16, which this TensorRT does not have: give float16");
+    if (dtype_ == "bfloat16") refuse("dtype is bfloat16, which this TensorRT does not have: give float16");
 #endif
 }
 
-nvinfer1::DataType Op::activation_type(std::string const& dtype) {
+nvinfer1::DataType Op::activation_type() const {
 #if NV_TENSORRT_MAJOR >= 10
-    if (dtype == "bfloat16") return nvinfer1::DataType::kBF16;
+    if (dtype_ == "bfloat16") return nvinfer1::DataType::kBF16;
 #endif
-    (void)dtype;
     return nvinfer1::DataType::kHALF;
 }
 

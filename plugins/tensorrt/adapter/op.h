@@ -12,6 +12,9 @@
 #include <NvInferRuntime.h>
 #include <cuda_runtime.h>
 
+#include "saw/common/library.h"
+#include "saw/common/pool.h"
+
 namespace saw::trt {
 
 // One sentence: what was given, what is needed, what to do.
@@ -70,13 +73,16 @@ class Op {
     virtual std::unique_ptr<Op> clone() const = 0;
 
   protected:
+    std::string dtype_;  // of the activations
+
     [[noreturn]] void refuse(std::string const& message) const;
     void check_flag(char const* field, int32_t value) const;
     // What the kernels count in int, with room for what they round up: `what`, a product of `fields`.
     void check_count(char const* what, int64_t count, char const* fields) const;
     // float16 or bfloat16, and one that this TensorRT has.
-    void check_dtype(std::string const& dtype) const;
-    static nvinfer1::DataType activation_type(std::string const& dtype);
+    void check_dtype() const;
+    DType dtype() const { return dtype_ == "bfloat16" ? DType::kBFloat16 : DType::kFloat16; }
+    nvinfer1::DataType activation_type() const;
 };
 
 using OpFactory = std::unique_ptr<Op> (*)();

@@ -34,7 +34,7 @@ void PagedOp::validate() const {
         refuse(text(names::kHeadDim, head_dim_) + ": it must be one of 64, 96, 128, 256");
     if (tokens_per_block_ != 16 && tokens_per_block_ != 32 && tokens_per_block_ != 64 && tokens_per_block_ != 128)
         refuse(text(names::kTokensPerBlock, tokens_per_block_) + ": it must be one of 16, 32, 64, 128");
-    check_dtype(dtype_);
+    check_dtype();
     check_count("the numbers of a token's Q, K and V", (num_heads_ + 2 * int64_t(num_kv_heads_)) * head_dim_,
                 "num_heads, num_kv_heads or head_dim");
     if (kv_ != "fp16" && kv_ != "int4" && kv_ != "saw_int4")

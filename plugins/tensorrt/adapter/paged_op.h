@@ -17,11 +17,8 @@ class PagedOp : public Op {
     int32_t num_kv_heads_ = 0;
     int32_t head_dim_ = 0;
     int32_t tokens_per_block_ = 0;
-    std::string dtype_;
     std::string kv_;
 
-    DType dtype() const { return dtype_ == "bfloat16" ? DType::kBFloat16 : DType::kFloat16; }
-    nvinfer1::DataType activation_type() const { return Op::activation_type(dtype_); }
     CacheType cache() const { return kv_ == "fp16" ? CacheType::kUnquantized : CacheType::kInt4; }
 
     // The inputs that say where a layer's rows lie: three that follow each other.

@@ -62,15 +62,6 @@ void check_shape(Op const& op, Tensor const& tensor, nvinfer1::Dims const& given
                           ": it must be " + shape(tensor.dims) + ", each extent the same in all inputs");
 }
 
-bool lies_on_host(void const* address) {
-    cudaPointerAttributes attributes{};
-    if (cudaPointerGetAttributes(&attributes, address) != cudaSuccess) {
-        cudaGetLastError();  // without a GPU every address is the host's
-        return true;
-    }
-    return attributes.type != cudaMemoryTypeDevice;
-}
-
 }  // namespace
 
 PluginCore::PluginCore(std::unique_ptr<Op> op, Phase phase)
@@ -127,7 +118,7 @@ bool PluginCore::host_tensors_are_there(Launch const& launch) {
         // Asking the driver costs more than a launch may, and the answer for an address does not change.
         if (!inputs_[i].on_host || (on_host_[i] != nullptr && on_host_[i] == launch.inputs[i])) continue;
         bool const nowhere = launch.inputs[i] == nullptr;
-        if (nowhere || !lies_on_host(launch.inputs[i])) {
+        if (nowhere || !saw_is_host_address(launch.inputs[i])) {
             if (phase_ == Phase::kBuild) return false;
             throw PluginError(std::string(op_->name()) + ": input " + inputs_[i].name + " is bound to " +
                               (nowhere ? "no memory" : "GPU memory") + ": bind a host address");

@@ -1,7 +1,6 @@
 // How TensorRT finds the plugins: what this library exports.
 //
 //   initSawTrtllmPlugins               called by who loads the library (ctypes, a program)
-//   getSawTrtllmTensorRtMajor          likewise
 //   getCreators, getPluginCreators     asked for by IPluginRegistry::loadLibrary (trtexec --dynamicPlugins): V3's, V2's
 //   setLoggerFinder                    likewise
 //
@@ -145,9 +144,6 @@ SAW_EXPORT bool initSawTrtllmPlugins(void* logger) noexcept {
         return true;
     });
 }
-
-// The major version that the library was built for: what loads it can say which TensorRT it has instead.
-SAW_EXPORT int32_t getSawTrtllmTensorRtMajor() noexcept { return NV_TENSORRT_MAJOR; }
 
 SAW_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept { saw::trt::use_logger_finder(finder); }
 

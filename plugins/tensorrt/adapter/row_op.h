@@ -13,11 +13,7 @@ class RowOp : public Op {
     void validate() const override;
 
   protected:
-    std::string dtype_;
     int32_t hidden_size_ = 0;
-
-    nvinfer1::DataType activation_type() const { return Op::activation_type(dtype_); }
-    DType dtype() const { return dtype_ == "bfloat16" ? DType::kBFloat16 : DType::kFloat16; }
 };
 
 }  // namespace saw::trt

@@ -12,7 +12,7 @@ from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.plan import BuildPlan
 from saw_trtllm.plan.tensorrt_options import Phases
-from saw_trtllm.plugins.library import library_path
+from saw_trtllm.plugins.library import plugin_library
 from saw_trtllm.runtime.executor import Executor
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 
@@ -26,7 +26,7 @@ class TensorRTBackend:
     def available(self) -> str:
         """TensorRT's version and the GPU, if the plugin library is there too."""
         tensorrt = TensorRT.load()
-        library_path()
+        plugin_library(tensorrt.trt)
         device.compute_capability()
         return f"TensorRT {tensorrt.version} on {device.gpu_name()}"
 

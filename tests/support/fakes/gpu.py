@@ -12,7 +12,7 @@ def pretend_gpu(monkeypatch) -> None:
     """Put the stand-in in TensorRT's place until the test ends, with a GPU beside it."""
     fake_tensorrt.install(monkeypatch)
     monkeypatch.setattr(fake_tensorrt.get_plugin_registry(), "saw", True)
-    monkeypatch.setattr(backend, "library_path", lambda: Path(__file__))
+    monkeypatch.setattr(backend, "plugin_library", lambda trt: Path(__file__))
     for name, value in (("compute_capability", "9.0"), ("gpu_name", NAME), ("free_memory", FREE)):
         monkeypatch.setattr(device, name, lambda value=value: value)
     monkeypatch.setattr("saw_trtllm.backends.tensorrt.build.compute_capability", device.compute_capability)

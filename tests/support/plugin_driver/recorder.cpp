@@ -2,7 +2,11 @@
 #include <sstream>
 #include <string>
 
-#include "saw/ops.h"
+#include "saw/lookup/params.h"
+#include "saw/paged_attention/params.h"
+#include "saw/rms_norm/params.h"
+#include "saw/rotate_quantize_kv/params.h"
+#include "saw/silu_mul/params.h"
 
 namespace {
 
@@ -45,7 +49,7 @@ class Call {
 
 namespace saw {
 
-cudaError_t rotate_quantize_kv(RotateQuantizeKvParams const& p, cudaStream_t stream) {
+cudaError_t saw_rotate_quantize_kv(RotateQuantizeKvParams const& p, cudaStream_t stream) {
     Call("rotate_quantize_kv")
         .ADD(qkv)
         .ADD(cos_sin)
@@ -71,11 +75,11 @@ cudaError_t rotate_quantize_kv(RotateQuantizeKvParams const& p, cudaStream_t str
     return cudaError_t(next_error);
 }
 
-size_t decode_workspace_bytes(int max_sequences, int num_heads, int num_kv_heads, int head_dim) {
+size_t saw_decode_workspace_bytes(int max_sequences, int num_heads, int num_kv_heads, int head_dim) {
     return 4096 + size_t(max_sequences) * num_kv_heads * 4 + size_t(num_heads) * head_dim;
 }
 
-cudaError_t decode_attention(DecodeParams const& p, cudaStream_t stream) {
+cudaError_t saw_decode_attention(DecodeParams const& p, cudaStream_t stream) {
     Call("decode_attention")
         .ADD(q)
         .ADD(out)
@@ -96,7 +100,7 @@ cudaError_t decode_attention(DecodeParams const& p, cudaStream_t stream) {
     return cudaError_t(next_error);
 }
 
-cudaError_t prefill_attention(PrefillParams const& p, cudaStream_t stream) {
+cudaError_t saw_prefill_attention(PrefillParams const& p, cudaStream_t stream) {
     Call("prefill_attention")
         .ADD(q)
         .ADD(k)
@@ -119,8 +123,8 @@ cudaError_t prefill_attention(PrefillParams const& p, cudaStream_t stream) {
     return cudaError_t(next_error);
 }
 
-cudaError_t lookup(void const* table, int32_t const* rows, void* out, int num_tokens, int num_rows, int width,
-                   cudaStream_t stream) {
+cudaError_t saw_lookup(void const* table, int32_t const* rows, void* out, int num_tokens, int num_rows, int width,
+                       cudaStream_t stream) {
     Call("lookup")
         .add("table", table)
         .add("rows", rows)
@@ -132,7 +136,7 @@ cudaError_t lookup(void const* table, int32_t const* rows, void* out, int num_to
     return cudaError_t(next_error);
 }
 
-cudaError_t rms_norm(RmsNormParams const& p, cudaStream_t stream) {
+cudaError_t saw_rms_norm(RmsNormParams const& p, cudaStream_t stream) {
     Call("rms_norm")
         .ADD(x)
         .ADD(residual)
@@ -149,7 +153,7 @@ cudaError_t rms_norm(RmsNormParams const& p, cudaStream_t stream) {
     return cudaError_t(next_error);
 }
 
-cudaError_t silu_mul(void const* a, void const* b, void* y, size_t count, DType dtype, cudaStream_t stream) {
+cudaError_t saw_silu_mul(void const* a, void const* b, void* y, size_t count, DType dtype, cudaStream_t stream) {
     Call("silu_mul")
         .add("a", a)
         .add("b", b)

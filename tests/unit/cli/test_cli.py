@@ -26,7 +26,7 @@ from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
-from saw_trtllm.plugins.library import library_path
+from saw_trtllm.plugins.library import plugin_library
 from tests.support.example import EXAMPLE
 from tests.support.fakes.gpu import FREE, pretend_gpu
 from tests.support.fakes.gpu import NAME as GPU_NAME
@@ -397,7 +397,7 @@ def test_flags_reach_tensorrts_builder(small, tmp_path, monkeypatch):
     ("lacking", "why"),
     [
         ("tensorrt", "TensorRT cannot be imported here"),
-        ("library", "libsaw_trtllm_plugins.so is missing"),
+        ("library", "libsaw_trtllm_plugins_trt10.so is missing"),
         ("gpu", "CUDA finds no GPU (cudaErrorNoDevice)"),
     ],
 )
@@ -406,9 +406,7 @@ def test_what_tensorrt_lacks_is_said_and_the_reference_taken(lacking, why, small
     if lacking == "tensorrt":
         monkeypatch.setitem(sys.modules, "tensorrt", None)
     elif lacking == "library":
-        monkeypatch.setattr(
-            "saw_trtllm.backends.tensorrt.backend.library_path", partial(library_path, "libsaw_trtllm_plugins.so")
-        )
+        monkeypatch.setattr("saw_trtllm.backends.tensorrt.backend.plugin_library", plugin_library)
         monkeypatch.setattr("saw_trtllm.plugins.library.saw_trtllm.__file__", str(tmp_path / "__init__.py"))
     else:
 

@@ -57,6 +57,18 @@ class FakeKernels:
         self.calls.append(("prefill_attention", kwargs))
         return self.code
 
+    def rms_norm(self, **kwargs: Any) -> int:
+        self.calls.append(("rms_norm", kwargs))
+        return self.code
+
+    def silu_mul(self, **kwargs: Any) -> int:
+        self.calls.append(("silu_mul", kwargs))
+        return self.code
+
+    def lookup(self, **kwargs: Any) -> int:
+        self.calls.append(("lookup", kwargs))
+        return self.code
+
     def decode_workspace_bytes(self, max_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
         return 1000 * max_sequences
 
@@ -67,7 +79,7 @@ class FakeKernels:
 @pytest.fixture
 def fake(monkeypatch) -> FakeKernels:
     kernels = FakeKernels()
-    for module in ("paged_attention", "pool", "rotate_quantize_kv"):
+    for module in ("arrays", "lookup", "paged_attention", "pool", "rms_norm", "rotate_quantize_kv", "silu_mul"):
         monkeypatch.setattr(sys.modules[f"saw_trtllm.ops.{module}"], "kernels", lambda: kernels)
     return kernels
 
@@ -120,7 +132,25 @@ def prefill_arguments() -> dict[str, Any]:
     }
 
 
+def norm_arguments() -> dict[str, Any]:
+    x, residual, y, sum_out = (Fake("bfloat16", TOKENS, 6, 128, address=4096 * i) for i in range(1, 5))
+    weight = Fake("float32", 5, 128, address=4096 * 5)
+    return {"x": x, "weight": weight, "y": y, "epsilon": 1e-5, "residual": residual, "sum_out": sum_out}
+
+
+def gate_arguments() -> dict[str, Any]:
+    return {name: Fake("float16", TOKENS, 96, address=4096 * i) for i, name in enumerate(("a", "b", "y"), 1)}
+
+
+def lookup_arguments() -> dict[str, Any]:
+    table, out = (Fake("float16", n, 96, address=4096 * n) for n in (320, TOKENS))
+    return {"table": table, "rows": Fake("int32", TOKENS), "out": out}
+
+
 ARGUMENTS = {
+    ops.rms_norm: norm_arguments,
+    ops.silu_mul: gate_arguments,
+    ops.lookup: lookup_arguments,
     ops.rotate_quantize_kv: write_arguments,
     ops.decode_attention: decode_arguments,
     ops.prefill_attention: prefill_arguments,
@@ -146,7 +176,7 @@ def test_optional_tensors_are_null(fake):
     assert (call["k_out"], call["v_out"], call["k_center"], call["stream"]) == (0, 0, 0, 0)
 
 
-def test_raw_cache(fake):
+def test_unquantized_cache(fake):
     kv_format = KVFormat("fp16", 64, dtype="bfloat16")
     ops.rotate_quantize_kv(**write_arguments("bfloat16", kv_format))
     assert fake.calls[0][1]["cache"] == "unquantized"
@@ -204,6 +234,44 @@ def test_rotate_quantize_kv_refuses(change, message, fake):
     assert not fake.calls
 
 
+def test_norms_launch_with_what_the_arrays_say(fake):
+    ops.rms_norm(**norm_arguments(), stream=5)
+    ops.rms_norm(**norm_arguments() | {"residual": None, "sum_out": None})
+    (_, call), (_, plain) = fake.calls
+    assert (call["num_rows"], call["num_heads"], call["num_normed"], call["width"]) == (TOKENS, 6, 5, 128)
+    assert [call[name] // 4096 for name in ("x", "residual", "y", "sum", "weight")] == [1, 2, 3, 4, 5]
+    assert (call["epsilon"], call["dtype"], call["stream"]) == (1e-5, "bfloat16", 5)
+    assert (plain["residual"], plain["sum"]) == (0, 0)
+
+
+def test_gates_and_lookups_launch_with_what_the_arrays_say(fake):
+    ops.silu_mul(**gate_arguments())
+    ops.lookup(**lookup_arguments())
+    (_, gate), (_, lookup) = fake.calls
+    assert ([gate[name] // 4096 for name in ("a", "b", "y")], gate["count"]) == ([1, 2, 3], TOKENS * 96)
+    assert (lookup["num_tokens"], lookup["num_rows"], lookup["width"]) == (TOKENS, 320, 96)
+    assert (lookup["table"] // 4096, lookup["out"] // 4096) == (320, TOKENS)
+
+
+BAD_ROWS = {
+    "residual without a sum": (ops.rms_norm, {"sum_out": None}, "residual is given and sum_out is not"),
+    "sum without a residual": (ops.rms_norm, {"residual": None}, "sum_out is given and residual is not"),
+    "more weights than heads": (ops.rms_norm, {"weight": Fake("float32", 7, 128)}, "weight has 7 rows and x has 6"),
+    "no weights": (ops.rms_norm, {"weight": Fake("float32", 0, 128)}, "weight has 0 rows"),
+    "another sum": (ops.rms_norm, {"sum_out": Fake("float16", TOKENS, 6, 128)}, "sum_out has dtype float16"),
+    "another gate": (ops.silu_mul, {"b": Fake("float16", TOKENS, 95)}, r"b has shape \[11, 95\]"),
+    "long rows": (ops.lookup, {"rows": Fake("int64", TOKENS)}, "rows has dtype int64"),
+    "another out": (ops.lookup, {"out": Fake("float16", TOKENS, 95)}, r"out has shape .* \[11, 96\]"),
+}
+
+
+@pytest.mark.parametrize(("op", "change", "message"), BAD_ROWS.values(), ids=BAD_ROWS.keys())
+def test_operations_on_rows_reject(op, change, message, fake):
+    with pytest.raises(OpError, match=message):
+        op(**ARGUMENTS[op]() | change)
+    assert not fake.calls
+
+
 BAD_DECODES = {
     "rows of another dtype": (
         {"kv_format": KVFormat("fp16", 128)},
@@ -257,10 +325,10 @@ def test_workspace_of_heads_that_no_kernel_takes(fake):
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_a_refused_launch_names_its_configuration(op, fake):
     fake.code = 98
-    with pytest.raises(
-        KernelError, match=rf"{op.__name__} .*cudaError98.*head_dim 128, kv saw_int4, hadamard_order 128"
-    ):
-        op(**ARGUMENTS[op]())
+    arguments = ARGUMENTS[op]()
+    sizes = ".*head_dim 128, kv saw_int4, hadamard_order 128" if "kv_format" in arguments else ".*11.*(bfloat|float)16"
+    with pytest.raises(KernelError, match=rf"{op.__name__} .*cudaError98{sizes}.*: check that the kernels were built"):
+        op(**arguments)
 
 
 def test_without_the_module_the_error_says_how_to_build_it(monkeypatch):

@@ -26,7 +26,6 @@ def test_only_the_entry_points_are_exported():
     names = re.search(r"global:(.*?)local:\s*\*;", exports, re.S)[1].replace(";", " ").split()
     assert names == [
         "initSawTrtllmPlugins",
-        "getSawTrtllmTensorRtMajor",
         "getCreators",
         "getPluginCreators",
         "setLoggerFinder",
@@ -67,11 +66,11 @@ class Process:
 
     def __init__(self, monkeypatch, tmp_path, version):
         self.registered, self.tensorrts = [], [f"/usr/lib/libnvinfer.so.{version.split('.')[0]}"]
-        self.registers, self.built_for = list(library.NAMES), int(version.split(".")[0])
-        self.loaded = 0
-        self.path = tmp_path / library.LIBRARY
+        self.registers, major = list(library.NAMES), int(version.split(".")[0])
+        self.loaded, self.version = 0, version
+        self.path = tmp_path / library.PLUGIN_LIBRARY.format(major)
         self.path.touch()
-        registry = fake_tensorrt_86._Registry() if self.built_for < 10 else fake_tensorrt._Registry()
+        registry = fake_tensorrt_86._Registry() if major < 10 else fake_tensorrt._Registry()
         listed = property(lambda _: [fake_tensorrt.IPluginCreator(name, "saw") for name in self.registered])
         kind = type("Registry", (type(registry),), {"plugin_creator_list": listed, "all_creators": listed})
         module = SimpleNamespace(__version__=version, get_plugin_registry=kind)
@@ -89,7 +88,7 @@ class Process:
             self.registered.extend(self.registers or [])
             return self.registers is not None
 
-        return SimpleNamespace(initSawTrtllmPlugins=init, getSawTrtllmTensorRtMajor=lambda: self.built_for)
+        return SimpleNamespace(initSawTrtllmPlugins=init)
 
 
 @pytest.fixture(params=["8.6.0", "10.6.0"])
@@ -111,7 +110,7 @@ def no_file(process):
 
 
 def another_major(process):
-    process.built_for = 11
+    process.path = process.path.rename(process.path.with_name(library.PLUGIN_LIBRARY.format(11)))
 
 
 def another_build(process):
@@ -133,7 +132,8 @@ def two_tensorrts(process):
         (no_file, "{library} is missing: build it with SAW_TENSORRT_INCLUDE_DIR=DIR"),
         (
             another_major,
-            "{library} was built for TensorRT 11, and this is TensorRT {version}: build it with that",
+            "{folder} has libsaw_trtllm_plugins_trt11.so, and TensorRT {version} needs "
+            "libsaw_trtllm_plugins_trt{major}.so: build it with that version's headers",
         ),
         (another_build, "{library} lacks the plugins SawSiluMul of version 1: build it anew"),
         (no_registry, "{library} could not register its plugins with TensorRT {version}, whose log says why"),
@@ -149,7 +149,12 @@ def test_plugins_that_are_not_there_are_one_sentence(change, message, process, c
     with pytest.raises(BackendUnavailableError) as raised:
         library.load_plugins()
     version = sys.modules["tensorrt"].__version__
-    places = {"library": process.path, "version": version, "major": version.split(".")[0]}
+    places = {
+        "library": process.path,
+        "folder": process.path.parent,
+        "version": version,
+        "major": version.split(".")[0],
+    }
     assert str(raised.value).startswith(message.format(**places))
     assert capsys.readouterr() == ("", "")
 
@@ -157,11 +162,16 @@ def test_plugins_that_are_not_there_are_one_sentence(change, message, process, c
 @pytest.mark.parametrize("content", ["no library", None])
 def test_a_library_that_cannot_be_loaded_is_one_sentence(content, process, monkeypatch):
     if content is None:  # of a time when it had no such function
-        monkeypatch.setattr("ctypes.CDLL", lambda path: SimpleNamespace(initSawTrtllmPlugins=None))
+        monkeypatch.setattr("ctypes.CDLL", lambda path: SimpleNamespace())
     else:
         monkeypatch.undo()
         monkeypatch.setattr(library.saw_trtllm, "__file__", str(process.path.with_name("__init__.py")))
         process.path.write_text(content)
-    trt = SimpleNamespace(__version__="10.6.0", get_plugin_registry=lambda: SimpleNamespace(all_creators=[]))
-    with pytest.raises(BackendUnavailableError, match=r"libsaw_trtllm_plugins.so cannot be loaded \(.*: build it anew"):
+    trt = SimpleNamespace(
+        __version__=process.version,
+        get_plugin_registry=lambda: SimpleNamespace(all_creators=[], plugin_creator_list=[]),
+    )
+    with pytest.raises(
+        BackendUnavailableError, match=r"libsaw_trtllm_plugins_trt\d+.so cannot be loaded \(.*: build it anew"
+    ):
         library.load_plugins(trt)

@@ -205,37 +205,4 @@ __device__ inline float reciprocal_fast(float x) {
     return y;
 }
 
-__device__ inline uint32_t pack_half2(float low, float high) {
-    __half2 const h = __floats2half2_rn(low, high);
-    return reinterpret_cast<uint32_t const&>(h);
-}
-
-template <typename T>
-__device__ inline uint32_t pack_pair(float low, float high) {
-    if constexpr (std::is_same_v<T, __half>) {
-        return pack_half2(low, high);
-    } else {
-        __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
-        return reinterpret_cast<uint32_t const&>(pair);
-    }
-}
-
-template <typename T>
-__device__ inline T from_float(float x) {
-    if constexpr (std::is_same_v<T, __half>) {
-        return __float2half_rn(x);
-    } else {
-        return __float2bfloat16_rn(x);
-    }
-}
-
-template <typename T>
-__device__ inline float to_float(T x) {
-    if constexpr (std::is_same_v<T, __half>) {
-        return __half2float(x);
-    } else {
-        return __bfloat162float(x);
-    }
-}
-
 }  // namespace saw

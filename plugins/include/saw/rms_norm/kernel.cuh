@@ -1,7 +1,6 @@
 // The kernel of rms_norm().
 #pragma once
 
-#include "saw/common/ptx.cuh"
 #include "saw/common/vec.cuh"
 #include "saw/rms_norm/params.h"
 

@@ -1,6 +1,7 @@
-// RMSNorm, as a host function: see ops.h for what all of them keep to.
+// RMSNorm, as a host function; common/library.h says what is true of all of them.
 #pragma once
 
+#include "saw/common/library.h"
 #include "saw/common/pool.h"
 
 namespace saw {
@@ -20,6 +21,6 @@ struct RmsNormParams {
     float epsilon;  // added to the mean square
     DType dtype;
 };
-cudaError_t rms_norm(RmsNormParams const& params, cudaStream_t stream);
+SAW_API cudaError_t saw_rms_norm(RmsNormParams const& params, cudaStream_t stream);
 
 }  // namespace saw

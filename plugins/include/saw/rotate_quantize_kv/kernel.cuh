@@ -18,6 +18,7 @@
 #include "saw/common/hadamard.cuh"
 #include "saw/common/int4.cuh"
 #include "saw/common/ptx.cuh"
+#include "saw/common/vec.cuh"
 #include "saw/rotate_quantize_kv/params.h"
 
 namespace saw {
@@ -88,31 +89,6 @@ struct RotateQuantizeKvGrid {
     int warps;                  // that work; each takes every warps-th item
     int token_step, item_step;  // warps, as tokens and items of a token
 };
-
-template <typename T>
-__device__ inline float2 unpack_pair(uint32_t bits) {
-    if constexpr (std::is_same_v<T, __half>) {
-        return __half22float2(reinterpret_cast<__half2 const&>(bits));
-    } else {
-        return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
-    }
-}
-
-template <typename T>
-__device__ inline void unpack_chunk(uint4 bits, float (&x)[8]) {
-    uint32_t const words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        float2 const pair = unpack_pair<T>(words[i]);
-        x[2 * i] = pair.x;
-        x[2 * i + 1] = pair.y;
-    }
-}
-
-template <typename T>
-__device__ inline uint4 pack_chunk(float const (&x)[8]) {
-    return {pack_pair<T>(x[0], x[1]), pack_pair<T>(x[2], x[3]), pack_pair<T>(x[4], x[5]), pack_pair<T>(x[6], x[7])};
-}
 
 // The sequence that holds a token, found by the whole warp: as many end before it. It is num_sequences behind the last.
 __device__ inline int find_sequence(int32_t const* last_token_ids, int num_sequences, int token) {

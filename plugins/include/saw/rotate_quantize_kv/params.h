@@ -1,6 +1,8 @@
-// The write of a step's keys and values to the pool, as a host function: see ops.h for what all of them keep to.
+// The write of a step's keys and values to the pool, as a host function; common/library.h says what is true of all of
+// them.
 #pragma once
 
+#include "saw/common/library.h"
 #include "saw/common/pool.h"
 
 namespace saw {
@@ -17,7 +19,7 @@ struct RotateQuantizeKvParams {
     void* q_out;                     // [num_tokens, num_heads, head_dim] of dtype: rotated Q
     void* k_out;                     // [num_tokens, num_kv_heads, head_dim] of dtype: rotated K; or null
     void* v_out;                     // [num_tokens, num_kv_heads, head_dim] of dtype: V (rotated if asked); or null
-    int32_t* decode_counters;        // [num_sequences, num_kv_heads], zeroed for decode_attention; or null
+    int32_t* decode_counters;        // [num_sequences, num_kv_heads], zeroed for saw_decode_attention(); or null
     PagedPool pool;
     int num_tokens;
     int num_sequences;
@@ -30,6 +32,6 @@ struct RotateQuantizeKvParams {
     DType dtype;
     CacheType cache;
 };
-cudaError_t rotate_quantize_kv(RotateQuantizeKvParams const& params, cudaStream_t stream);
+SAW_API cudaError_t saw_rotate_quantize_kv(RotateQuantizeKvParams const& params, cudaStream_t stream);
 
 }  // namespace saw

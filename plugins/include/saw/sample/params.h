@@ -1,10 +1,10 @@
-// The choice of next tokens, as host functions: see ops.h for what all of them keep to.
+// The choice of next tokens, as host functions; common/library.h says what is true of all of them.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include <cuda_runtime.h>
+#include "saw/common/library.h"
 
 namespace saw {
 
@@ -50,9 +50,9 @@ struct SampleParams {
     int vocab_size;  // at most kMaxVocab
 };
 constexpr int kMaxVocab = 1 << 18;
-cudaError_t sample(SampleParams const& params, cudaStream_t stream);
+SAW_API cudaError_t saw_sample(SampleParams const& params, cudaStream_t stream);
 
-// Input ids of -1 - j become the token of row j of the last sample().
-cudaError_t resolve_tokens(int32_t* input_ids, int num_tokens, int32_t const* tokens, cudaStream_t stream);
+// Input ids of -1 - j become the token of row j of the last saw_sample().
+SAW_API cudaError_t saw_resolve_tokens(int32_t* input_ids, int num_tokens, int32_t const* tokens, cudaStream_t stream);
 
 }  // namespace saw

@@ -1,7 +1,6 @@
 // The kernel of silu_mul().
 #pragma once
 
-#include "saw/common/ptx.cuh"
 #include "saw/common/vec.cuh"
 #include "saw/silu_mul/params.h"
 

@@ -422,7 +422,7 @@ def test_what_is_missing_is_said(refused, monkeypatch):
     monkeypatch.setattr("saw_trtllm.__file__", "/nowhere/__init__.py")
     message = refused(errors=BackendUnavailableError, prepare=no_plugins)
     assert (
-        "libsaw_trtllm_plugins.so is missing: build it with SAW_TENSORRT_INCLUDE_DIR=DIR build_scripts/kernels"
+        "libsaw_trtllm_plugins_trt8.so is missing: build it with SAW_TENSORRT_INCLUDE_DIR=DIR build_scripts/kernels"
         in message
     )
 

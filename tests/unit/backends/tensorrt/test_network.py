@@ -597,7 +597,9 @@ def test_without_a_gpu_the_builder_does_not_start(tensorrt, monkeypatch):
 
 def test_a_missing_library_is_said_before_weights_are_read(plan, tensorrt, monkeypatch):
     monkeypatch.setattr(fake_tensorrt.get_plugin_registry(), "saw", False)
-    monkeypatch.setattr("saw_trtllm.plugins.library.library_path", lambda: "/nowhere/libsaw_trtllm_plugins.so")
+    monkeypatch.setattr(
+        "saw_trtllm.plugins.library.plugin_library", lambda trt: "/nowhere/libsaw_trtllm_plugins_trt10.so"
+    )
     made = plan()
     with pytest.raises(BackendUnavailableError, match="cannot be loaded"):
         serialize_engine(tensorrt, made.config, lambda name: pytest.fail(name), NetworkOptions())

@@ -2,6 +2,7 @@
 // A part of pipeline_sm90.cuh, which includes it.
 #pragma once
 
+#include "saw/common/vec.cuh"
 #include "saw/paged_attention/decode/pipeline_sm90.cuh"
 
 namespace saw {

@@ -1,6 +1,7 @@
 // Decode: the arithmetic on rows of the activations' own 16-bit type, the baseline.
 #pragma once
 
+#include "saw/common/vec.cuh"
 #include "saw/paged_attention/decode/softmax.cuh"
 
 namespace saw {

@@ -7,6 +7,7 @@
 // p scale is exp2(score + log2(scale)), so that whatever V's scales are, the operand of the product lies within fp16.
 #pragma once
 
+#include "saw/common/vec.cuh"
 #include "saw/paged_attention/decode/softmax.cuh"
 #include "saw/paged_attention/decode/work_list.cuh"
 

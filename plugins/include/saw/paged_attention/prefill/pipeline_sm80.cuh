@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "saw/common/int4.cuh"
+#include "saw/common/vec.cuh"
 #include "saw/paged_attention/prefill/tile.cuh"
 
 namespace saw {

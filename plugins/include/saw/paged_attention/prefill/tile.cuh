@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "saw/common/ptx.cuh"
+#include "saw/common/vec.cuh"
 #include "saw/paged_attention/params.h"
 
 namespace saw {
