@@ -15,7 +15,7 @@ from typing import Any
 
 from saw_trtllm.backends.registry import open_executor
 from saw_trtllm.engine.config import EngineConfig
-from saw_trtllm.errors import ConfigError, EngineError, RequestError, SawError
+from saw_trtllm.errors import ConfigError, ContextLengthError, EngineError, RequestError, SawError
 from saw_trtllm.model.end_ids import read_end_ids
 from saw_trtllm.paths import is_file
 from saw_trtllm.plan.checksums import check_not_replaced, verify_engine
@@ -24,6 +24,7 @@ from saw_trtllm.runtime.block_manager import BlockManager
 from saw_trtllm.runtime.chat_template import ChatTemplate, Messages
 from saw_trtllm.runtime.detokenizer import Detokenizer
 from saw_trtllm.runtime.engine_core import EngineCore
+from saw_trtllm.runtime.guided_decoding import Guide, Guides
 from saw_trtllm.runtime.keywords import check_keywords, is_number, shown
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.runtime.outputs import GenerationResult, OutputQueue, RequestOutput
@@ -117,6 +118,7 @@ class LLM:
         self._end_ids = read_end_ids(folder)
         if self._end_ids is None:
             self._end_ids = self.tokenizer.eos_ids if self.tokenizer else ()
+        self._guides: Guides | None = None  # made when a text is guided, which takes a second
         self._hints = self.chat_template is not None
         build = self.config.build_config
         chunk = _prefill_chunk(self.config, prefill_chunk)
@@ -298,6 +300,11 @@ class LLM:
         """
         return self._submit(self._requests(inputs, sampling_params, streaming))
 
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests: not once it has been shut down, or has failed."""
+        return self._core.alive
+
     def stats(self) -> Stats:
         """Gauges and counters for metrics."""
         return self._core.stats()
@@ -340,8 +347,21 @@ class LLM:
             sequence = Sequence(next(self._ids), ids, its_params, cache_salt=salt, leader=leader)
             self._scheduler.check(sequence)
             detokenizer = Detokenizer(self.tokenizer, params.stop_strings, params.include_stop_str_in_output)
-            requests.append(Request(sequence, text, end_ids, detokenizer, streaming, outputs, index, bad_runs))
+            guide = self._guide(params)
+            request = Request(sequence, text, end_ids, detokenizer, streaming, outputs, index, bad_runs, guide)
+            requests.append(request)
         return requests
+
+    def _guide(self, params: SamplingParams) -> Guide | None:
+        """What a text must follow."""
+        if params.guided_decoding is None:
+            return None
+        if self.tokenizer is None:
+            raise RequestError("guided_decoding needs a tokenizer, and this engine has none")
+        if self._guides is None:
+            vocab = self.config.pretrained_config.vocab_size
+            self._guides = Guides(self.tokenizer, vocab, tuple(i for i in self._end_ids if 0 <= i < vocab))
+        return self._guides.make(params.guided_decoding)
 
     def _bad_runs(self, params: SamplingParams) -> list[list[int]]:
         """The tokens of the bad words, at the beginning of a text and within."""
@@ -385,7 +405,7 @@ class LLM:
             raise RequestError("the prompt is empty: give at least one token")
         check_input_len(len(ids), build.max_input_len)
         if len(ids) + params.max_tokens > build.max_seq_len:
-            raise RequestError(
+            raise ContextLengthError(
                 f"the prompt's {len(ids)} tokens and max_tokens {params.max_tokens} exceed the engine's max_seq_len "
                 f"{build.max_seq_len}: ask for at most {build.max_seq_len - len(ids)}"
             )

@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 
 from saw_trtllm.runtime.detokenizer import Detokenizer, Piece
+from saw_trtllm.runtime.guided_decoding import Guide
 from saw_trtllm.runtime.outputs import CompletionOutput, FinishReason, OutputQueue, RequestOutput
 from saw_trtllm.runtime.sampling import top_logprobs
 from saw_trtllm.runtime.scheduler import Sequence as ScheduledSequence
@@ -35,6 +36,8 @@ class Request:
         Which of its prompt's texts it is.
     bad_runs : sequence of list of int
         Runs of tokens that the text must not hold.
+    guide : Guide, optional
+        What the text must follow.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Request:
         outputs: OutputQueue,
         index: int = 0,
         bad_runs: Sequence[list[int]] = (),
+        guide: Guide | None = None,
     ) -> None:
         self.sequence = sequence
         self.end_ids = end_ids
@@ -55,6 +59,7 @@ class Request:
         self.num_reused_tokens = 0
         self._index = index
         self._bad_runs = bad_runs
+        self.guide = guide
         self._prompt = prompt
         # A copy, since what is handed out may be changed by who gets it.
         self._prompt_token_ids = list(sequence.prompt)
@@ -105,12 +110,15 @@ class Request:
             self._hand_out(piece, "stop", stop, hidden=1)
             return True
         run_ends = self._stop_runs.push((token,)) is not None and may_stop
-        last = run_ends or count == params.max_tokens
+        if self.guide:
+            self.guide.accept(token)
+        whole = self.guide is not None and self.guide.stopped
+        last = run_ends or whole or count == params.max_tokens
         piece, stop = self._detokenizer.push(token, may_stop, last)
         if stop is None and run_ends:
             stop = token
         if last or stop is not None:
-            self._hand_out(piece, "length" if stop is None else "stop", stop)
+            self._hand_out(piece, "length" if stop is None and not whole else "stop", stop)
             return True
         if piece is None:
             return False

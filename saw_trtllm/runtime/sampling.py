@@ -22,6 +22,8 @@ class SamplingState(NamedTuple):
         Tokens that may not come now: the ends before ``min_tokens``, and what would complete a bad word.
     index : int, optional
         Number of the draw: how many tokens of the text come before this one, known or not. By default all are known.
+    mask : numpy.ndarray, optional
+        Which tokens may come: bool ``[vocab_size]``.
     """
 
     params: SamplingParams
@@ -29,6 +31,7 @@ class SamplingState(NamedTuple):
     generated: Sequence[int]
     banned: Sequence[int] = ()
     index: int | None = None
+    mask: np.ndarray | None = None
 
     @property
     def draw(self) -> int:
@@ -88,6 +91,8 @@ def _penalize(logits: np.ndarray, state: SamplingState) -> np.ndarray:
         tokens, counts = np.unique(np.asarray(state.generated, dtype=np.int64), return_counts=True)
         logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
     logits[list(state.banned)] = -np.inf
+    if state.mask is not None:
+        logits[~state.mask] = -np.inf
     with np.errstate(over="ignore"):
         return logits.astype(np.float32).astype(np.float64)
 

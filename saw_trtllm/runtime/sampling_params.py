@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from saw_trtllm.errors import RequestError
+from saw_trtllm.runtime.guided_decoding import GuidedDecodingParams
 from saw_trtllm.runtime.keywords import check_keywords, is_number, shown
 
 _LARGEST = sys.float_info.max
@@ -88,6 +89,9 @@ class SamplingParams:
     seed : int, optional
         The same logits and the same seed give the same text, whatever else runs; 0 by default. Of ``n`` texts each has
         the next one.
+    guided_decoding : GuidedDecodingParams, optional
+        What the text must be: JSON of a schema, or what a regular expression or a grammar allows. It excludes what
+        would take tokens away: ``min_tokens``, ``bad``, ``bad_token_ids`` and ``ignore_eos``.
     n : int
         Texts for the prompt, 1 to 128. Whole chunks of the prompt are computed once.
     stop : str or list of str, optional
@@ -149,6 +153,7 @@ class SamplingParams:
     return_generation_logits: bool = False
     logprobs: bool = False
     top_logprobs: int = 0
+    guided_decoding: GuidedDecodingParams | None = None
     n: int = 1
 
     def __new__(cls, *_: Any, **named: Any) -> SamplingParams:
@@ -169,6 +174,12 @@ class SamplingParams:
             if name == "logprobs":
                 needed += ", and top_logprobs says how many more of each place"
             self._need(isinstance(getattr(self, name), (bool, np.bool_)), name, needed)
+        guided = self.guided_decoding
+        self._need(isinstance(guided, GuidedDecodingParams | None), "guided_decoding", "GuidedDecodingParams(...)")
+        if guided and (self.bans or self.ignore_eos):
+            raise RequestError(
+                "guided_decoding says which tokens may come: leave out min_tokens, bad, bad_token_ids and ignore_eos"
+            )
         self._check_stops()
 
     def _check_stops(self) -> None:
@@ -223,7 +234,7 @@ class SamplingParams:
     @property
     def draws_on_host(self) -> bool:
         """Whether the choice needs what only the CPU's sampler has."""
-        return bool(self.min_p or self.logit_bias)
+        return bool(self.min_p or self.logit_bias or self.guided_decoding)
 
     @property
     def needs_last_token(self) -> bool:
