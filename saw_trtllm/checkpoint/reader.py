@@ -35,7 +35,7 @@ _MAP_NORESERVE = 0x4000
 #: Bits of the exponent, all of which are set in NaN and infinity alone.
 _EXPONENTS = {"float16": np.uint16(0x7C00), "bfloat16": np.uint16(0x7F80), "float32": np.uint32(0x7F800000)}
 #: Numbers that are looked at together: what is computed of them stays in a core's cache.
-_PIECE = 1 << 17
+_PIECE = 1 << 19
 
 
 @dataclass(frozen=True, eq=False)

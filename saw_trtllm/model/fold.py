@@ -44,7 +44,7 @@ def fold_v_rotation(name: str, tensor: np.ndarray, config: ModelConfig, kv_forma
     if _QKV.search(name):
         first = (config.num_attention_heads + config.num_key_value_heads) * config.head_size
         folded = tensor.astype(np.float32)
-        folded[first:] = rotate(folded[first:].T, order).T
+        folded[first:] = rotate(folded[first:], order, axis=0)
         return folded
     return tensor
 
