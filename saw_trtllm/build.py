@@ -54,7 +54,7 @@ def build(plan: BuildPlan, progress: Callable[[str], None] | None = None, phases
     folder = plan.output_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        check_replaceable(plan)
+        check_replaceable(folder, plan.checkpoint.folder)
         return BACKENDS[plan.config.saw_int4.backend].build(plan, progress, phases)
     except OSError as e:
         raise ConfigError(

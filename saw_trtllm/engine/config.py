@@ -15,6 +15,8 @@ from saw_trtllm.model.config import MAX_POSITIONS, ModelConfig
 from saw_trtllm.paths import is_folder, read_json
 
 CONFIG_FILE = "config.json"
+#: The calibration of an engine whose weights are elsewhere.
+CALIBRATION_FILE = "calibration.safetensors"
 
 #: What else has a config.json: a key of it, what it is, and saw-build's flag for it.
 _NOT_ENGINES = (
@@ -128,6 +130,20 @@ class StepLimits(NamedTuple):
         return cls(max_batch_size, max_num_tokens, tokens_per_block)
 
 
+class WeightsSource(BaseModel):
+    """Where the weights of an engine are that holds none.
+
+    Attributes
+    ----------
+    checkpoint_dir : str
+    checksums : dict
+        Of the checkpoint's config and of the files of its weights, by name.
+    """
+
+    checkpoint_dir: str
+    checksums: dict[str, str]
+
+
 class SawSection(BaseModel):
     """What a runtime must know of a SAW engine, and match.
 
@@ -153,6 +169,8 @@ class SawSection(BaseModel):
     plugin_version: str | None = None
     tensorrt_version: str | None = None
     compute_capability: str | None = None
+    #: Of an engine that was built without weights.
+    weights: WeightsSource | None = None
     #: By file name; :mod:`saw_trtllm.plan.checksums` writes and compares them.
     checksums: dict[str, str] = Field(default_factory=dict)
 

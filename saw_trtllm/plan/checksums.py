@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from saw_trtllm.checkpoint.convert import TOKENIZER_FILES
-from saw_trtllm.engine.config import CONFIG_FILE, EngineConfig
+from saw_trtllm.engine.config import CONFIG_FILE, EngineConfig, WeightsSource
 from saw_trtllm.engine.executor_view import SECTION
 from saw_trtllm.errors import EngineError
-from saw_trtllm.paths import is_file, read_json
+from saw_trtllm.paths import is_file, is_folder, read_json
 
 #: Bytes that a thread reads and hashes at a time.
 _PIECE = 16 << 20
@@ -43,7 +43,7 @@ def verify_engine(folder: Path, tokenizer: bool = True) -> None:
     Raises
     ------
     EngineError
-        If a file is missing, or not as it was built.
+        If a file is missing, or not as it was built; a file of the checkpoint too, if the engine has its weights there.
     """
     config = read_json(folder / CONFIG_FILE, EngineError)
     recorded = _section(config).pop("checksums", {})
@@ -63,6 +63,41 @@ def verify_engine(folder: Path, tokenizer: bool = True) -> None:
                 f"{path} {reason}: copy the engine again, build it anew, or open it as it is with --no_verify "
                 "(LLM(verify=False))"
             )
+    weights = EngineConfig.load(folder).saw_int4.weights
+    if weights is not None:
+        _verify_weights(folder, weights)
+
+
+def _verify_weights(folder: Path, weights: WeightsSource) -> None:
+    place = weights_folder(folder, weights)
+    for name, expected in weights.checksums.items():
+        path = place / Path(name).name
+        try:
+            found = file_checksum(path) if is_file(path, EngineError) else None
+        except OSError as e:
+            raise EngineError(f"{path} cannot be read ({e.strerror}): copy the checkpoint again") from e
+        if found != expected:
+            raise EngineError(
+                f"{path} is not what the engine in {folder} was built for, by its checksum: put that back, or give the "
+                f"engine these weights with saw-refit --engine_dir {folder} --checkpoint_dir {place}"
+            )
+
+
+def weights_folder(folder: Path, weights: WeightsSource) -> Path:
+    """Where the weights of the engine in ``folder`` are.
+
+    Raises
+    ------
+    EngineError
+        If there is no such folder any more.
+    """
+    place = Path(weights.checkpoint_dir)
+    if not is_folder(place, EngineError):
+        raise EngineError(
+            f"the engine in {folder} has its weights in {place}, which is not there: put the checkpoint back, or say "
+            f"where it is now with saw-refit --engine_dir {folder} --checkpoint_dir DIR"
+        )
+    return place
 
 
 def check_not_replaced(folder: Path, checksums: dict[str, str]) -> None:

@@ -90,9 +90,16 @@ class BuildOptions(BaseModel):
     builder_optimization_level: int | None = Field(
         None, ge=0, le=5, description="0 to 5: how long TensorRT looks for fast kernels; by default its own (tensorrt)"
     )
-    workers: int = Field(1, ge=1, description="threads that read the weights and fold into them (tensorrt)")
+    workers: int | None = Field(
+        None, ge=1, description="threads that read the weights and fold into them; by default one a core (tensorrt)"
+    )
     gemm_plugin: GemmPlugin = Field(
         "auto",
         description="GEMMs by cuBLASLt, in the model's dtype: builds and decodes are then faster; auto takes it where "
         "cuBLASLt loads, disable leaves GEMMs to TensorRT (tensorrt)",
+    )
+    strip_plan: bool = Field(
+        False,
+        description="leave the weights out of the engine, which then has megabytes and reads them from the checkpoint "
+        "when it is opened (tensorrt, from TensorRT 10 on)",
     )

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from pydantic import ValidationError
 
-from saw_trtllm.checkpoint import Checkpoint, cast
+from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.checkpoint.calibration import Calibration
 from saw_trtllm.checkpoint.families import family_of
 from saw_trtllm.engine.config import (
@@ -22,13 +21,13 @@ from saw_trtllm.engine.config import (
 from saw_trtllm.errors import ConfigError, first_error
 from saw_trtllm.format import KVFormat
 from saw_trtllm.model.config import ModelConfig
-from saw_trtllm.model.fold import fold_v_frame, fold_v_rotation, layer_of
 from saw_trtllm.model.rope import table_bytes
 from saw_trtllm.paths import is_file, is_folder
 from saw_trtllm.plan.backend import BackendLimits
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
 from saw_trtllm.plan.warnings import key_bias_warning, tokenizer_warning
+from saw_trtllm.plan.weights import EngineWeights
 from saw_trtllm.version import __version__
 
 
@@ -67,32 +66,12 @@ class BuildPlan:
         """Times that a build reports progress."""
         if self.backend.keeps_ranks:
             return len(self.checkpoint.names()) * self.config.pretrained_config.mapping.world_size
-        return len(self.engine_shapes)
+        return len(self.weights.shapes)
 
     @property
-    def engine_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensors of the engine; a tied ``lm_head`` is the embedding."""
-        tied = self.config.pretrained_config.share_embedding_table
-        names = [n for n in self.checkpoint.names() if not (tied and n == "lm_head.weight")]
-        return {n: self.checkpoint.shape(n) for n in names} | {n: x.shape for n, x in self.constants.items()}
-
-    @property
-    def constants(self) -> dict[str, np.ndarray]:
-        """What of the calibration is in the engine as it is, by the tensors' names."""
-        return {} if self.calibration is None else self.calibration.tensors(self.config.framed_layers)
-
-    def load(self, name: str) -> np.ndarray:
-        """Read a tensor of the engine, with all that is folded in."""
-        if name in self.constants:
-            return self.constants[name]
-        model, layer = self.config.pretrained_config, layer_of(name)
-        tensor = self.checkpoint.load_finite(name)
-        # Folded before it is cast, so that a 16-bit weight is rounded once.
-        if layer in self.config.framed_layers and self.config.kv_format.rotate_v:
-            tensor = fold_v_frame(name, tensor, model, self.calibration.v_frame[layer])
-        elif layer is not None:
-            tensor = fold_v_rotation(name, tensor, model, self.config.layer_format(layer))
-        return cast(tensor, model.dtype, self.checkpoint.where(name))
+    def weights(self) -> EngineWeights:
+        """The engine's tensors."""
+        return EngineWeights(self.checkpoint, self.config, self.calibration)
 
     def bytes_per_token(self, kv: str | None = None) -> int:
         """KV bytes of a token over all layers, in the plan's format or in another."""
@@ -228,8 +207,9 @@ def _network_options(options: BuildOptions, backend: BackendName, dtype: str) ->
     """The flags for TensorRT's builder, which no other backend has."""
     if backend != "tensorrt":
         flags = ("input_timing_cache", "output_timing_cache", "multiple_profiles", "builder_optimization_level")
+        flags += ("workers",)
         given = [name for name in flags if getattr(options, name) is not None]
-        given += ["workers"] if options.workers != 1 else []
+        given += ["strip_plan"] if options.strip_plan else []
         given += ["gemm_plugin"] if options.gemm_plugin != "auto" else []
         if given:
             raise ConfigError(
@@ -251,6 +231,7 @@ def _network_options(options: BuildOptions, backend: BackendName, dtype: str) ->
         optimization_level=options.builder_optimization_level,
         workers=options.workers,
         gemm_plugin=options.gemm_plugin,
+        strip_plan=options.strip_plan,
     )
 
 

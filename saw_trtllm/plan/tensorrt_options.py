@@ -22,19 +22,22 @@ class NetworkOptions:
         They may be the same.
     optimization_level : int or None
         TensorRT's, from 0 to 5: how long it looks for fast kernels. None is its default.
-    workers : int
-        Threads that read the weights and fold into them.
+    workers : int or None
+        Threads that read the weights and fold into them; None is one for each core.
     gemm_plugin : str
         ``auto``, ``disable``, or the model's dtype. With it, nearly all layers are plugins, of which TensorRT compiles
         nothing. ``auto`` takes it if there is cuBLASLt.
+    strip_plan : bool
+        Whether the engine is written without its weights, which are read from the checkpoint when it is opened.
     """
 
     decode_profile: bool | None = None
     input_timing_cache: Path | None = None
     output_timing_cache: Path | None = None
     optimization_level: int | None = None
-    workers: int = 1
+    workers: int | None = None
     gemm_plugin: str = "auto"
+    strip_plan: bool = False
 
     def has_decode_profile(self, gemm_plugin: str | None) -> bool:
         """Whether an engine gets that profile: one with the GEMM plugin of a dtype, or without."""

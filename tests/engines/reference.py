@@ -43,8 +43,8 @@ def steps(case: Case, folder: Path) -> dict[str, np.ndarray]:
     """Logits of each step, and the pools behind it."""
     plan = case.plan(folder, "reference")
     config = plan.config
-    levers = calibrated_inputs(config, plan.load)
-    model = ReferenceModel(config.pretrained_config, plan.load, config.build_config.max_seq_len, **levers)
+    levers = calibrated_inputs(config, plan.weights.load)
+    model = ReferenceModel(config.pretrained_config, plan.weights.load, config.build_config.max_seq_len, **levers)
     cache = PagedCache(config.pools, NUM_BLOCKS, config.pretrained_config.num_key_value_heads, TOKENS_PER_BLOCK)
     for pool in cache.pools:
         pool.data.zero_()
@@ -74,7 +74,7 @@ def texts(case: Case, folder: Path) -> dict[str, np.ndarray]:
 def greedy(plan: BuildPlan, forced: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Tokens ``[n, TEXT_TOKENS]`` behind the prompts, and the logits of each; ``forced`` ones are not chosen."""
     config = plan.config
-    model = ReferenceModel(config.pretrained_config, plan.load, config.build_config.max_seq_len)
+    model = ReferenceModel(config.pretrained_config, plan.weights.load, config.build_config.max_seq_len)
     blocks = TEXT_BLOCKS * TEXTS
     cache = PagedCache(config.pools, blocks, config.pretrained_config.num_key_value_heads, TOKENS_PER_BLOCK)
     layers = [len(pool.layers) for pool in config.pools]

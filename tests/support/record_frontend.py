@@ -98,8 +98,8 @@ class _Reference(ReferenceModel):
         least = [min(pair) for pair in zip(own, windows, strict=True)]
         center = None
         if plan.calibration is not None:
-            center = torch.from_numpy(np.stack([plan.load(k_center_name(i)) for i in range(len(windows))]))
-        super().__init__(config.model_copy(update={"sliding_window": least}), plan.load, ALL, center)
+            center = torch.from_numpy(np.stack([plan.weights.load(k_center_name(i)) for i in range(len(windows))]))
+        super().__init__(config.model_copy(update={"sliding_window": least}), plan.weights.load, ALL, center)
         self.plans: list[StepPlan] = []
 
     def _attention(self, layer, w, x, plan, cache):

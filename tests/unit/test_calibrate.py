@@ -81,7 +81,7 @@ def logits_of(plan, rows=None):
     config, model = plan.config, plan.config.pretrained_config
     pools = config.pools if rows is None else [Pool(rows, list(range(model.num_hidden_layers)))]
     cache = PagedCache(pools, 8, model.num_key_value_heads, 16)
-    reference = ReferenceModel(model, plan.load, 128, **calibrated_inputs(config, plan.load))
+    reference = ReferenceModel(model, plan.weights.load, 128, **calibrated_inputs(config, plan.weights.load))
     found = []
     for start, count, kind in ((0, 40, PREFILL), (40, 29, PREFILL), (69, 1, DECODE)):
         sequence = StepSequence(PROMPT[start : start + count], start, 70, kind, list(range(5)))

@@ -24,12 +24,13 @@ def build_engine(plan: BuildPlan, progress: Callable[[str], None] | None = None)
     int
         Bytes of the engine file.
     """
-    with replacing_engine(plan) as part:
+    with replacing_engine(plan.output_dir, plan.checkpoint.folder) as part:
         path = part / engine_file()
-        dtype = plan.config.pretrained_config.dtype
-        with SafetensorsWriter(path, plan.engine_shapes, dtype, plan.constants) as writer:
-            for name in plan.engine_shapes:
-                writer.write(name, plan.load(name))
+        weights = plan.weights
+        shapes, dtype = weights.shapes, plan.config.pretrained_config.dtype
+        with SafetensorsWriter(path, shapes, dtype, weights.constants) as writer:
+            for name in shapes:
+                writer.write(name, weights.load(name))
                 if progress is not None:
                     progress(name)
         plan.config.save(part)

@@ -8,6 +8,7 @@ from pathlib import Path
 from saw_trtllm.backends.tensorrt import device
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.engine.config import BackendName, EngineConfig
+from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.plan import BuildPlan
@@ -31,8 +32,14 @@ class TensorRTBackend:
         return f"TensorRT {tensorrt.version} on {device.gpu_name()}"
 
     def check(self, options: BuildOptions, model: ModelConfig) -> None:
-        """Each version of TensorRT has dtypes of its own."""
-        TensorRT.load().check_activations(model.dtype)
+        """Each version of TensorRT has dtypes of its own, and not each builds engines without weights."""
+        tensorrt = TensorRT.load()
+        tensorrt.check_activations(model.dtype)
+        if options.strip_plan and not tensorrt.can_strip:
+            raise ConfigError(
+                f"--strip_plan was given, and TensorRT {tensorrt.version} builds no engine without its weights: leave "
+                "it out, or install TensorRT 10.6 or newer"
+            )
 
     def max_positions(self, model: ModelConfig) -> int:
         """All that the scaled RoPE reaches."""

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from saw_trtllm.backends.tensorrt.decoder import Load, define_decoder
+from saw_trtllm.backends.tensorrt.constants import Load
+from saw_trtllm.backends.tensorrt.decoder import define_decoder
 from saw_trtllm.backends.tensorrt.device import compute_capability
 from saw_trtllm.backends.tensorrt.graph import Graph
 from saw_trtllm.backends.tensorrt.profiles import profiles, shapes, step_inputs
 from saw_trtllm.backends.tensorrt.versions import TensorRT
-from saw_trtllm.engine.config import EngineConfig, engine_file
+from saw_trtllm.engine.config import CALIBRATION_FILE, EngineConfig, engine_file
 from saw_trtllm.errors import BackendUnavailableError, EngineError
 from saw_trtllm.files import replacing_file
 from saw_trtllm.plan.folder import replacing_engine
@@ -59,32 +57,16 @@ def build_engine(
     """
     tensorrt = TensorRT.load() if tensorrt is None else tensorrt
     config = built_for(plan.config, tensorrt, plan.network.gemm_plugin)
-    with ThreadPoolExecutor(plan.network.workers) as pool:
-        load = _Reader(plan, pool, progress or (lambda name: None)).load
+    with plan.weights.reading_ahead(plan.network.workers, progress) as load:
         engine = serialize_engine(tensorrt, config, load, plan.network, phases)
-    with replacing_engine(plan) as part:
+    if plan.network.strip_plan:
+        section = config.saw_int4.model_copy(update={"weights": plan.weights.source()})
+        config = config.model_copy(update={"saw_int4": section})
+    with replacing_engine(plan.output_dir, plan.checkpoint.folder) as part:
         config.save(part)
+        if plan.network.strip_plan and plan.calibration is not None:
+            plan.calibration.save(part / CALIBRATION_FILE)
         return (part / engine_file()).write_bytes(engine)
-
-
-class _Reader:
-    """Reads a plan's tensors in a pool's threads, ahead of who asks for them. It begins when the first is asked for."""
-
-    def __init__(self, plan: BuildPlan, pool: ThreadPoolExecutor, progress: Callable[[str], None]) -> None:
-        self._plan, self._pool, self._progress = plan, pool, progress
-        self._reading: dict[str, Future[np.ndarray]] | None = None
-
-    def load(self, name: str) -> np.ndarray:
-        """A tensor, once. All are in memory together anyway: TensorRT takes them when it builds."""
-        if self._reading is None:
-            self._reading = {name: self._pool.submit(self._plan.load, name) for name in self._plan.engine_shapes}
-        try:
-            array = self._reading.pop(name).result()
-        except BaseException:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        self._progress(name)
-        return array
 
 
 def serialize_engine(
@@ -101,9 +83,11 @@ def serialize_engine(
     builder = tensorrt.builder(logger)
     tensorrt.load_plugins()
     gemm_plugin = config.build_config.plugin_config.gemm_plugin
-    graph = Graph(tensorrt, tensorrt.create_network(builder), use_plugins=gemm_plugin is not None)
+    graph = Graph(tensorrt, tensorrt.create_network(builder), gemm_plugin is not None, options.strip_plan)
     define_decoder(graph, config, load)
     builder_config = tensorrt.create_config(builder, options.optimization_level)
+    if options.strip_plan:
+        tensorrt.strip(builder_config)
     if phases is not None:
         tensorrt.report_phases(builder_config, phases)
     add_profiles(tensorrt, builder, builder_config, config, options.has_decode_profile(gemm_plugin))

@@ -6,20 +6,16 @@ V's rotation or frame folded in. :mod:`saw_trtllm.backends.reference.model` is t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from saw_trtllm.backends.tensorrt.attention import paged_attention
+from saw_trtllm.backends.tensorrt.constants import QK_LAYERNORM, Constants, Load
 from saw_trtllm.backends.tensorrt.graph import Graph, Tensor
 from saw_trtllm.backends.tensorrt.profiles import step_inputs
 from saw_trtllm.checkpoint.layout import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix
 from saw_trtllm.engine.config import EngineConfig, k_center_name
 from saw_trtllm.engine.tensors import INPUT_IDS, LAST_TOKEN_IDS, LOGITS
-from saw_trtllm.model.rope import rotary_cos_sin
 from saw_trtllm.plugins.layer import K_CENTER, ROTARY_COS_SIN
-
-Load = Callable[[str], np.ndarray]
 
 
 def define_decoder(graph: Graph, config: EngineConfig, load: Load) -> None:
@@ -47,17 +43,16 @@ class _Decoder:
         self.graph = graph
         self.config = config
         self.model = config.pretrained_config
-        self._load = load
+        self._constants = Constants(config, load)
         self._inputs = {
             x.name: graph.input(x.name, x.dtype, [-1 if isinstance(d, str) else d for d in x.shape])
             for x in step_inputs(config, graph.tensorrt)
         }
-        table = rotary_cos_sin(self.model, config.build_config.max_seq_len)
-        self._cos_sin = graph.constant(table, ROTARY_COS_SIN)
+        self._cos_sin = self._constant(ROTARY_COS_SIN)
 
     def define(self) -> None:
         """``input_ids [num_tokens]`` to ``logits [num_sequences, vocab_size]``, or of all tokens where asked for."""
-        graph, embedding = self.graph, self._weight(EMBEDDING)
+        graph, embedding = self.graph, self._constant(EMBEDDING)
         x, added = graph.embedding(embedding, self._inputs[INPUT_IDS.name]), None
         for i in range(self.model.num_hidden_layers):
             with graph.scope(layer_prefix(i).removesuffix(".")):
@@ -67,7 +62,7 @@ class _Decoder:
             one = graph.constant(np.ones(1, np.int32))
             x = graph.gather(x, self._inputs[LAST_TOKEN_IDS.name] - one)
         _, x = self._norm(x, FINAL_NORM)
-        lm_head = embedding if self.model.share_embedding_table else self._weight(LM_HEAD)
+        lm_head = embedding if self.model.share_embedding_table else self._constant(LM_HEAD)
         dtype = (self.model.model_extra or {}).get("logits_dtype", "float32")
         graph.output(graph.linear(x, lm_head, dtype), LOGITS.name)
 
@@ -79,36 +74,32 @@ class _Decoder:
             added = self._attention(prefix + "attention.", i, h)
         with graph.scope("mlp"):
             x, h = self._norm(x, prefix + "post_layernorm.weight", added)
-            fc, gate, proj = (self._weight(f"{prefix}mlp.{name}.weight") for name in ("fc", "gate", "proj"))
+            fc, gate, proj = (self._constant(f"{prefix}mlp.{name}.weight") for name in ("fc", "gate", "proj"))
             return x, graph.linear(graph.gated(graph.linear(h, fc), graph.linear(h, gate)), proj)
 
     def _attention(self, prefix: str, i: int, x: Tensor) -> Tensor:
         """``[num_tokens, hidden_size]`` to the same."""
         graph, model = self.graph, self.model
-        qkv = graph.linear(x, self._weight(prefix + "qkv.weight"))
+        qkv = graph.linear(x, self._constant(prefix + "qkv.weight"))
         if model.attn_bias:
-            qkv = qkv + graph.constant(self._load(prefix + "qkv.bias")[None], prefix + "qkv.bias")
+            qkv = qkv + self._constant(prefix + "qkv.bias")
         if model.qk_layernorm:
-            qkv = self._norm_qk(prefix, qkv)
+            qkv = self._norm_qk(i, qkv)
         constants = {ROTARY_COS_SIN: self._cos_sin}
         if self.config.saw_int4.k_center:
-            constants[K_CENTER] = self._weight(k_center_name(i))
+            constants[K_CENTER] = self._constant(k_center_name(i))
         context = paged_attention(graph, self.config, i, qkv, constants, self._inputs)
-        return graph.linear(context, self._weight(prefix + "dense.weight"))
+        return graph.linear(context, self._constant(prefix + "dense.weight"))
 
     def _norm(self, x: Tensor, weight: str, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The sum, and its RMSNorm with a weight."""
-        return self.graph.rms_norm(x, self._weight(weight, np.float32), self.model.norm_epsilon, added)
+        return self.graph.rms_norm(x, self._constant(weight), self.model.norm_epsilon, added)
 
-    def _norm_qk(self, prefix: str, qkv: Tensor) -> Tensor:
+    def _norm_qk(self, layer: int, qkv: Tensor) -> Tensor:
         """RMSNorm over each head of Q and K, in ``[num_tokens, (num_heads + 2 num_kv_heads) head_dim]``."""
         H, Hkv = self.model.num_attention_heads, self.model.num_key_value_heads
-        q, k = (self._load(f"{prefix}{name}_layernorm.weight").astype(np.float32) for name in "qk")
-        weights = np.concatenate([np.tile(q, (H, 1)), np.tile(k, (Hkv, 1))])
-        epsilon = self.model.norm_epsilon
-        return self.graph.norm_heads(qkv, weights, H + 2 * Hkv, epsilon, prefix + "qk_layernorm")
+        name = layer_prefix(layer) + QK_LAYERNORM
+        return self.graph.norm_heads(qkv, self._constants[name], H + 2 * Hkv, H + Hkv, self.model.norm_epsilon, name)
 
-    def _weight(self, name: str, dtype: type | None = None) -> Tensor:
-        """A constant; one of a norm as a row, in the dtype that it is computed in."""
-        array = self._load(name)
-        return self.graph.constant(array if dtype is None else array.astype(dtype)[None], name)
+    def _constant(self, name: str) -> Tensor:
+        return self.graph.constant(self._constants[name], name)

@@ -9,11 +9,13 @@ from typing import Any
 from saw_trtllm.backends.tensorrt.cuda import memory_info
 from saw_trtllm.backends.tensorrt.device import compute_capability
 from saw_trtllm.backends.tensorrt.profiles import step_inputs
+from saw_trtllm.backends.tensorrt.refit import refit
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.engine.config import CONFIG_FILE, EngineConfig, engine_file
 from saw_trtllm.engine.tensors import LOGITS
 from saw_trtllm.errors import BackendUnavailableError, EngineError
 from saw_trtllm.paths import is_file
+from saw_trtllm.plan.weights import stripped_weights
 from saw_trtllm.plugins import library
 
 _AGAIN = "build it anew with saw-build on this machine"
@@ -77,8 +79,10 @@ def read_engine(folder: Path, config: EngineConfig, tensorrt: TensorRT, runtime:
     path = folder / engine_file()
     if not is_file(path, EngineError):
         raise EngineError(f"{path} does not exist: {_AGAIN}")
+    stripped = config.saw_int4.weights is not None
+    weights = stripped_weights(folder, config) if stripped else None
     try:
-        size = path.stat().st_size
+        size = path.stat().st_size if weights is None else weights.nbytes
         # Mapped: TensorRT reads through it once, so a second copy of the weights in memory would be for nothing.
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             free = memory_info()[0]
@@ -94,6 +98,8 @@ def read_engine(folder: Path, config: EngineConfig, tensorrt: TensorRT, runtime:
     if engine is None:
         raise EngineError(f"{path} cannot be read as an engine ({logger.reason}): {_AGAIN}")
     _check_tensors(path, config, tensorrt, engine)
+    if weights is not None:
+        refit(path, weights, tensorrt, engine, logger)
     return engine
 
 

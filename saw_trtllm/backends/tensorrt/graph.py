@@ -47,12 +47,15 @@ class Graph:
     network : tensorrt.INetworkDefinition
     use_plugins : bool
         Whether what a decoder is mostly made of are our plugins, or TensorRT's own layers.
+    refittable : bool
+        Whether the engine's named constants can be given to it later.
     """
 
-    def __init__(self, tensorrt: TensorRT, network: Any, use_plugins: bool = False) -> None:
+    def __init__(self, tensorrt: TensorRT, network: Any, use_plugins: bool = False, refittable: bool = False) -> None:
         self.tensorrt = tensorrt
         self.network = network
         self._use_plugins = use_plugins
+        self._refittable = refittable
         self._trt = tensorrt.trt
         self._scope = ""
         self._names: dict[str, int] = {}
@@ -82,7 +85,10 @@ class Graph:
         """A tensor that is part of the engine; a ``name`` is its own, whatever the scope."""
         array = np.ascontiguousarray(array)
         self._arrays.append(array)
-        layer = self.network.add_constant(array.shape, self.tensorrt.weights(array))
+        weights = self.tensorrt.weights(array)
+        layer = self.network.add_constant(array.shape, weights)
+        if name is not None and self._refittable:
+            self.tensorrt.make_refittable(self.network, weights, name)
         name = self._scope + "constant" if name is None else name
         # Of 16-bit constants it does not matter what a weakly typed TensorRT keeps them in; of fp32 ones it does.
         pin = array.dtype == np.float32
@@ -145,17 +151,21 @@ class Graph:
         square = self.mean(wide * wide, 1) + self.constant(np.full((1, 1), epsilon, np.float32))
         return x, self.cast(wide / self.sqrt(square) * weight, x.dtype)
 
-    def norm_heads(self, x: Tensor, weights: np.ndarray, num_heads: int, epsilon: float, name: str) -> Tensor:
-        """:meth:`rms_norm` over each head of a row that has one in ``weights``: ``[heads, width]``, in float32."""
-        normed, width = weights.shape
+    def norm_heads(
+        self, x: Tensor, weights: np.ndarray, num_heads: int, num_normed: int, epsilon: float, name: str
+    ) -> Tensor:
+        """:meth:`rms_norm` over each of the first ``num_normed`` heads of a row.
+
+        ``weights`` is float32 ``[num_normed, width]``; without our plugins ``[num_heads, width]``, 1 for the others.
+        """
+        width = weights.shape[1]
         if self._use_plugins:
             fields = {"dtype": x.dtype, "hidden_size": width, "epsilon": float(epsilon)}
-            fields |= {"num_heads": num_heads, "num_normed": normed}
+            fields |= {"num_heads": num_heads, "num_normed": num_normed}
             return self.plugin(RMS_NORM, fields, [x, self.constant(weights, name)], [x.dtype])[0]
         # The others are divided by 1 and multiplied by 1: that is fused with the rest, where taking them apart and
         # joining them again would be copies.
-        taken = np.repeat(np.float32([1, 0]), [normed, num_heads - normed]).reshape(1, -1, 1)
-        weights = np.concatenate([weights, np.ones((num_heads - normed, width), np.float32)])
+        taken = np.repeat(np.float32([1, 0]), [num_normed, num_heads - num_normed]).reshape(1, -1, 1)
         wide = self.cast(self.reshape(x, (-1, num_heads, width)), "float32")
         square = self.mean(wide * wide, 2) + self.constant(np.full((1, 1, 1), epsilon, np.float32))
         square = square * self.constant(taken) + self.constant(1 - taken)

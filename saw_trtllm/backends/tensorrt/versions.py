@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from saw_trtllm.errors import BackendUnavailableError, ConfigError
+from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError
 from saw_trtllm.plan.tensorrt_options import Phases
 from saw_trtllm.plugins import library
 
@@ -124,6 +124,23 @@ class TensorRT:
     def pool_pointers(self, num_pools: int) -> tuple[str, tuple[int, ...]]:
         """Dtype and shape of ``host_kv_cache_pool_pointers``: the same bytes, low word first where they are two."""
         return ("int64", (num_pools, 2)) if self.strongly_typed else ("int32", (num_pools, 2, 2))
+
+    # -- engines without weights
+
+    @property
+    def can_strip(self) -> bool:
+        """Whether an engine may be built without the weights that it is given when it is opened."""
+        return hasattr(self.trt.BuilderFlag, "REFIT_INDIVIDUAL")
+
+    def strip(self, config: Any) -> None:
+        """Have a builder leave out of the engine what :meth:`make_refittable` names."""
+        config.set_flag(self.trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(self.trt.BuilderFlag.REFIT_INDIVIDUAL)
+
+    def make_refittable(self, network: Any, weights: Any, name: str) -> None:
+        """Let weights of a network be given to its engine later, under a name."""
+        if not (network.set_weights_name(weights, name) and network.mark_weights_refittable(name)):
+            raise EngineError(f"TensorRT {self.version} does not make {name} refittable: build without --strip_plan")
 
     # -- building
 

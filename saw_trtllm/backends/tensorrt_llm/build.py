@@ -37,7 +37,7 @@ def build_engines(plan: BuildPlan, progress: Callable[[str], None] | None = None
     """
     model = plan.config.pretrained_config
     cls, ranks = class_for(model), range(model.mapping.world_size)
-    with replacing_engine(plan) as part:
+    with replacing_engine(plan.output_dir, plan.checkpoint.folder) as part:
         for rank in ranks:
             if torch.cuda.is_available():
                 torch.cuda.set_device(rank % torch.cuda.device_count())

@@ -117,7 +117,7 @@ def rank_weights(
     check_tp_size(model, tp_size)
     weights = {}
     for name in plan.checkpoint.names():
-        weights[name] = _to_torch(np.ascontiguousarray(shard(name, plan.load(name), model, tp_size, tp_rank)))
+        weights[name] = _to_torch(np.ascontiguousarray(shard(name, plan.weights.load(name), model, tp_size, tp_rank)))
         if progress is not None:
             progress(name)
     return weights

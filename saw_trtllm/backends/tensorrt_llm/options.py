@@ -89,7 +89,7 @@ class SwapOptions:
 
     @classmethod
     def of_plan(cls, plan: BuildPlan) -> SwapOptions:
-        """Of a model that gets its weights from ``plan.load``."""
+        """Of a model that gets its weights from ``plan.weights``."""
         return cls(
             plan.config.kv_format,
             v_folded=True,

@@ -76,24 +76,29 @@ class _Runtime:
         if error:
             self._logger.log(1, "out of memory")
             return None
-        return _Engine(self._module, weights, address)
+        engine = _Engine(self._module, address)
+        engine.take(weights)
+        return engine
 
 
 class _Engine:
-    def __init__(self, module: Module, weights: dict[str, np.ndarray], address: int) -> None:
+    def __init__(self, module: Module, address: int) -> None:
         self.module, self._address = module, address
         config = module.engine_config
         self.inputs = {x.name: x for x in step_inputs(config, TensorRT(module))}
+        self.ranges = profiles(config.build_config, decode_profile=module.num_profiles == 2)
+        self.num_optimization_profiles = module.num_profiles
+        self.device_memory_size = ACTIVATIONS
+        self.num_io_tensors = len(self.inputs) + 1
+
+    def take(self, weights: dict[str, np.ndarray]) -> None:
+        config = self.module.engine_config
         center = None
         if config.saw_int4.k_center:
             layers = range(config.pretrained_config.num_hidden_layers)
             center = torch.from_numpy(np.stack([weights[k_center_name(i)] for i in layers]))
-        build = config.build_config
-        self.model = ReferenceModel(config.pretrained_config, weights.__getitem__, build.max_seq_len, center)
-        self.ranges = profiles(build, decode_profile=module.num_profiles == 2)
-        self.num_optimization_profiles = module.num_profiles
-        self.device_memory_size = ACTIVATIONS
-        self.num_io_tensors = len(self.inputs) + 1
+        positions = config.build_config.max_seq_len
+        self.model = ReferenceModel(config.pretrained_config, weights.__getitem__, positions, center)
 
     def __del__(self) -> None:
         self.module.cuda.device.pop(self._address, None)

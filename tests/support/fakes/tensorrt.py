@@ -27,7 +27,7 @@ class INetworkDefinition:
     def __init__(self, flags=0):
         self.name, self.flags = "", flags
         self._layers, self._inputs, self._outputs = [], [], []
-        self.weights_names = {}
+        self.weights_names, self.refittable = {}, {}
 
     def get_flag(self, flag):
         return (self.flags >> int(flag)) & 1 == 1
@@ -67,7 +67,9 @@ class INetworkDefinition:
         return True
 
     def mark_weights_refittable(self, name):
-        return True
+        if name in self.weights_names:
+            self.refittable[name] = self.weights_names[name].numpy()
+        return name in self.refittable
 
     def _add(self, layer):
         self._layers.append(layer)
@@ -247,7 +249,11 @@ class Builder:
             for i in range(layer.num_outputs):
                 assert layer.get_output(i).dtype is not None
         assert network._outputs
-        return IHostMemory(json.dumps({"inputs": sorted(inputs)}).encode())
+        described = {"inputs": sorted(inputs), "profiles": len(config.profiles)}
+        if BuilderFlag.STRIP_PLAN in config.flags:
+            assert BuilderFlag.REFIT_INDIVIDUAL in config.flags
+            described["refittable"] = {name: [x.dtype.name, x.size] for name, x in network.refittable.items()}
+        return IHostMemory(json.dumps(described).encode())
 
 
 class IPluginV3QuickRuntime:

@@ -77,6 +77,7 @@ TensorFormat = _enum("TensorFormat", "LINEAR")
 TripLimit = _enum("TripLimit", "COUNT WHILE")
 LoopOutput = _enum("LoopOutput", "LAST_VALUE CONCATENATE REVERSE")
 TensorRTPhase = _enum("TensorRTPhase", "BUILD RUNTIME")
+ExecutionContextAllocationStrategy = _enum("ExecutionContextAllocationStrategy", "STATIC USER_MANAGED")
 
 
 def nptype(dtype):

@@ -92,7 +92,7 @@ def test_the_exact_window_is_transformers(family, tmp_path):
 def decoded(plan):
     """Logits of an engine that reads every token from its pool: IDS decoded one by one, the first one too."""
     model = plan.config.pretrained_config
-    reference = ReferenceModel(model, plan.load, 64, **calibrated_inputs(plan.config, plan.load))
+    reference = ReferenceModel(model, plan.weights.load, 64, **calibrated_inputs(plan.config, plan.weights.load))
     cache = PagedCache(plan.config.pools, 4, model.num_key_value_heads, 16)
     layers = len(plan.config.pools[0].layers)
     logits = []

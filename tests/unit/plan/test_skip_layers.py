@@ -131,7 +131,7 @@ def test_pools_and_offsets():
 def test_v_is_rotated_in_the_weights_of_quantized_layers_alone(engine):
     plan = plan_build(BuildOptions(model_dir=EXAMPLE, kv_skip_layers="0,last"))
     name = "transformer.layers.{}.attention.dense.weight"
-    same = [np.array_equal(plan.load(name.format(i)), plan.checkpoint.load(name.format(i))) for i in range(4)]
+    same = [np.array_equal(plan.weights.load(name.format(i)), plan.checkpoint.load(name.format(i))) for i in range(4)]
     assert same == [True, False, False, True]
 
 

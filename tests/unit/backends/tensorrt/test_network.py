@@ -75,7 +75,12 @@ def define(tensorrt, plan, use_plugins=False):
     """The graph of a plan, which keeps its weights."""
     network = tensorrt.create_network(tensorrt.builder(tensorrt.logger()))
     graph = Graph(tensorrt, network, use_plugins)
-    define_decoder(graph, plan.config, plan.load)
+    config = plan.config
+    if use_plugins:
+        plugins = config.build_config.plugin_config.model_copy(update={"gemm_plugin": "float16"})
+        limits = config.build_config.model_copy(update={"plugin_config": plugins})
+        config = config.model_copy(update={"build_config": limits})
+    define_decoder(graph, config, plan.weights.load)
     return graph
 
 
@@ -168,8 +173,12 @@ def reference(plan, dtype):
     config, model = plan.config, plan.config.pretrained_config
     center = None
     if plan.calibration is not None:
-        center = torch.from_numpy(np.stack([plan.load(k_center_name(i)) for i in range(model.num_hidden_layers)]))
-    return ReferenceModel(model.model_copy(update={"dtype": dtype}), plan.load, config.build_config.max_seq_len, center)
+        center = torch.from_numpy(
+            np.stack([plan.weights.load(k_center_name(i)) for i in range(model.num_hidden_layers)])
+        )
+    return ReferenceModel(
+        model.model_copy(update={"dtype": dtype}), plan.weights.load, config.build_config.max_seq_len, center
+    )
 
 
 def pack(plan, parts):
@@ -414,8 +423,8 @@ def test_the_folder_holds_an_engine(plan, tensorrt, tensorrt_86, machine, tmp_pa
     size = build_engine(made, read.append, None, tensorrt)
     assert files(made) == ["config.json", "generation_config.json", "rank0.engine"]
     assert size == (made.output_dir / "rank0.engine").stat().st_size > 0
-    frames = [n for n in made.engine_shapes if n.endswith("_frame")]
-    assert sorted(read + frames) == sorted(made.engine_shapes)
+    frames = [n for n in made.weights.shapes if n.endswith("_frame")]
+    assert sorted(read + frames) == sorted(made.weights.shapes)
     assert len(read + frames) == made.num_steps
     assert cache.read_bytes() == b""
     section = EngineConfig.load(made.output_dir).saw_int4
@@ -465,7 +474,7 @@ def test_timing_caches_are_read_and_written(plan, tensorrt, monkeypatch, tmp_pat
     monkeypatch.setattr(fake_tensorrt.ITimingCache, "serialize", lambda self: b"more times")
     for source, target in ((None, None), (None, new), (old, new), (new, None)):
         options = NetworkOptions(input_timing_cache=source, output_timing_cache=target)
-        serialize_engine(tensorrt, made.config, made.load, options)
+        serialize_engine(tensorrt, made.config, made.weights.load, options)
     assert taken == [b"", b"times", b"more times"]
     assert (old.read_bytes(), new.read_bytes()) == (b"times", b"more times")
 
@@ -476,7 +485,7 @@ def test_the_optimization_level_is_tensorrts_own_unless_given(plan, tensorrt, mo
         fake_tensorrt.Builder, "build_serialized_network", lambda self, _, config: given.append(config) or b""
     )
     for level in (None, 0):
-        serialize_engine(tensorrt, made.config, made.load, NetworkOptions(optimization_level=level))
+        serialize_engine(tensorrt, made.config, made.weights.load, NetworkOptions(optimization_level=level))
     assert [getattr(config, "builder_optimization_level", None) for config in given] == [None, 0]
 
 
@@ -501,10 +510,10 @@ def test_a_build_tells_of_its_phases_where_tensorrt_does(plan, tensorrt, tensorr
         return b""
 
     made, told = plan(), PhaseLog()
-    serialize_engine(tensorrt_86, made.config, made.load, NetworkOptions(), told)
+    serialize_engine(tensorrt_86, made.config, made.weights.load, NetworkOptions(), told)
     assert told == []
     monkeypatch.setattr(fake_tensorrt.Builder, "build_serialized_network", report)
-    serialize_engine(tensorrt, made.config, made.load, NetworkOptions(), told)
+    serialize_engine(tensorrt, made.config, made.weights.load, NetworkOptions(), told)
     assert told == [
         ("start", "Building Engine", None, 2),
         ("start", "Timing", "Building Engine", 7),
@@ -521,7 +530,7 @@ def test_a_weight_that_cannot_be_read_ends_the_build(plan, tensorrt, machine, mo
         asked.append(name)
         raise CheckpointError("the file is gone: copy it again")
 
-    monkeypatch.setattr(type(made), "load", load)
+    monkeypatch.setattr(type(made.weights), "load", load)
     with pytest.raises(CheckpointError, match="the file is gone"):
         build_engine(made, None, None, tensorrt)
     assert files(made) == []
@@ -533,7 +542,7 @@ def test_profiles_are_given_to_the_builder(decode_profile, plan, tensorrt, monke
     monkeypatch.setattr(
         fake_tensorrt.Builder, "build_serialized_network", lambda self, *args: given.append(args) or b""
     )
-    serialize_engine(tensorrt, made.config, made.load, NetworkOptions(decode_profile=decode_profile))
+    serialize_engine(tensorrt, made.config, made.weights.load, NetworkOptions(decode_profile=decode_profile))
     ((network, config),) = given
     assert len(config.profiles) == 1 + decode_profile
     assert all(set(p.shapes) == {t.name for t in network._inputs} for p in config.profiles)
@@ -546,7 +555,7 @@ def test_a_timing_cache_that_does_not_fit_is_started_anew(plan, tensorrt, monkey
     config = fake_tensorrt.IBuilderConfig
     monkeypatch.setattr(config, "create_timing_cache", lambda self, blob: blob)
     monkeypatch.setattr(config, "set_timing_cache", lambda self, cache, _: taken.append(cache) or not cache)
-    serialize_engine(tensorrt, made.config, made.load, NetworkOptions(input_timing_cache=path))
+    serialize_engine(tensorrt, made.config, made.weights.load, NetworkOptions(input_timing_cache=path))
     assert taken == [b"of another GPU", b""]
     assert path.read_bytes() == b"of another GPU"
     assert "model.cache is of another TensorRT or GPU, or damaged: the build starts a new one" in caplog.text

@@ -137,7 +137,7 @@ def test_weights_take_in_the_rotation(frontend, checkpoint):
         loaded = dict(model.named_parameters())
         for kind in ("qkv.weight", "dense.weight"):
             name = f"transformer.layers.1.attention.{kind}"
-            want = shard(name, plan.load(name), plan.config.pretrained_config, 2, rank)
+            want = shard(name, plan.weights.load(name), plan.config.pretrained_config, 2, rank)
             np.testing.assert_array_equal(loaded[name].array, want)
             assert not np.array_equal(want, shard(name, plan.checkpoint.load(name), plan.checkpoint.config, 2, rank))
 

@@ -323,7 +323,7 @@ def test_each_rank_has_its_heads(frontend, models, checkpoint, tmp_path, family,
             assert write.plugin.fields["range_factor"] == 0.5
         for kind in ("qkv.weight", "dense.weight"):
             name = f"transformer.layers.1.attention.{kind}"
-            ours = shard(name, plan.load(name), plan.config.pretrained_config, tp_size, rank)
+            ours = shard(name, plan.weights.load(name), plan.config.pretrained_config, tp_size, rank)
             theirs = network.weights_names[name].numpy()
             # TensorRT-LLM may hold a weight transposed.
             assert any(np.array_equal(theirs, w.reshape(-1)) for w in (ours, ours.T))

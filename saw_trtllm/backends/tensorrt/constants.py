@@ -1,0 +1,53 @@
+"""A decoder's constants: what a build puts into the network, and a refit into an engine that has none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from saw_trtllm.checkpoint.layout import FINAL_NORM
+from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.model.rope import rotary_cos_sin
+from saw_trtllm.plugins.layer import ROTARY_COS_SIN
+
+Load = Callable[[str], np.ndarray]
+
+#: Of a layer: the weights of the norms of Q and K, a row for each head.
+QK_LAYERNORM = "attention.qk_layernorm"
+
+_NORMS = ("input_layernorm.weight", "post_layernorm.weight", FINAL_NORM)
+
+
+class Constants:
+    """The named constants of a decoder, in the shape and dtype that its network has them in.
+
+    Parameters
+    ----------
+    config : EngineConfig
+    load : callable
+        Gives the tensor of a TensorRT-LLM name in the engine's dtype, a layer's center of keys in float32.
+    """
+
+    def __init__(self, config: EngineConfig, load: Load) -> None:
+        self._config, self._model, self._load = config, config.pretrained_config, load
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The constant of a name."""
+        if name == ROTARY_COS_SIN:
+            return rotary_cos_sin(self._model, self._config.build_config.max_seq_len)
+        if name.endswith(QK_LAYERNORM):
+            return self._qk_layernorm(name.removesuffix("qk_layernorm"))
+        array = self._load(name)
+        if name.endswith(_NORMS):
+            return array.astype(np.float32)[None]
+        return array[None] if name.endswith("qkv.bias") else array
+
+    def _qk_layernorm(self, prefix: str) -> np.ndarray:
+        """float32 ``[num_heads + num_kv_heads, head_dim]``; where TensorRT norms all heads, 1 for those of V too."""
+        heads, kv_heads = self._model.num_attention_heads, self._model.num_key_value_heads
+        q, k = (self._load(f"{prefix}{x}_layernorm.weight").astype(np.float32) for x in "qk")
+        rows = [np.tile(q, (heads, 1)), np.tile(k, (kv_heads, 1))]
+        if self._config.build_config.plugin_config.gemm_plugin is None:
+            rows.append(np.ones((kv_heads, self._model.head_size), np.float32))
+        return np.concatenate(rows)

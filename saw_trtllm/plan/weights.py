@@ -1,0 +1,140 @@
+"""The tensors of an engine: a checkpoint's, with rotation and calibration folded in, in the engine's dtype."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from saw_trtllm.checkpoint import Checkpoint, cast
+from saw_trtllm.checkpoint.calibration import Calibration
+from saw_trtllm.engine.config import CALIBRATION_FILE, EngineConfig, WeightsSource
+from saw_trtllm.errors import EngineError, SawError
+from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.fold import fold_v_frame, fold_v_rotation, layer_of
+from saw_trtllm.plan.checksums import file_checksum, weights_folder
+
+#: What of a model's config is no part of an engine's network.
+_FREE = ("dtype", "mapping", "quantization")
+
+
+@dataclass(frozen=True)
+class EngineWeights:
+    """What an engine's tensors are made of.
+
+    Attributes
+    ----------
+    checkpoint : Checkpoint
+    config : EngineConfig
+    calibration : Calibration or None
+        What is folded into the weights and centers the keys.
+    """
+
+    checkpoint: Checkpoint
+    config: EngineConfig
+    calibration: Calibration | None = None
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensors of the engine; a tied ``lm_head`` is the embedding."""
+        tied = self.config.pretrained_config.share_embedding_table
+        names = [n for n in self.checkpoint.names() if not (tied and n == "lm_head.weight")]
+        return {n: self.checkpoint.shape(n) for n in names} | {n: x.shape for n, x in self.constants.items()}
+
+    @cached_property
+    def constants(self) -> dict[str, np.ndarray]:
+        """What of the calibration is in the engine as it is, by the tensors' names."""
+        return {} if self.calibration is None else self.calibration.tensors(self.config.framed_layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors in the engine's dtype."""
+        return self.checkpoint.nbytes(self.config.pretrained_config.dtype)
+
+    def load(self, name: str) -> np.ndarray:
+        """Read a tensor, with all that is folded in.
+
+        Raises
+        ------
+        CheckpointError
+            If it cannot be read, is not finite, or is too large for the engine's dtype.
+        """
+        if name in self.constants:
+            return self.constants[name]
+        model, layer = self.config.pretrained_config, layer_of(name)
+        tensor = self.checkpoint.load_finite(name)
+        # Folded before it is cast, so that a 16-bit weight is rounded once.
+        if layer in self.config.framed_layers and self.config.kv_format.rotate_v:
+            tensor = fold_v_frame(name, tensor, model, self.calibration.v_frame[layer])
+        elif layer is not None:
+            tensor = fold_v_rotation(name, tensor, model, self.config.layer_format(layer))
+        return cast(tensor, model.dtype, self.checkpoint.where(name))
+
+    @contextmanager
+    def reading_ahead(
+        self, workers: int | None = None, progress: Callable[[str], None] | None = None
+    ) -> Iterator[Callable[[str], np.ndarray]]:
+        """Give what :meth:`load` does, from threads that are ahead of who asks, for each tensor.
+
+        All are in memory together: TensorRT takes them at the end.
+
+        Parameters
+        ----------
+        workers : int, optional
+            Threads; by default one for each core that this process may use.
+        progress : callable, optional
+            Called with the name of each tensor that has been read.
+        """
+        with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+            reading = {name: pool.submit(self.load, name) for name in self.shapes}
+
+            def load(name: str) -> np.ndarray:
+                array = reading[name].result()
+                if progress is not None:
+                    progress(name)
+                return array
+
+            try:
+                yield load
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def source(self) -> WeightsSource:
+        """What an engine without weights records of them."""
+        checksums = {path.name: file_checksum(path) for path in self.checkpoint.files}
+        return WeightsSource(checkpoint_dir=os.path.abspath(self.checkpoint.folder), checksums=checksums)
+
+
+def stripped_weights(folder: Path, config: EngineConfig) -> EngineWeights:
+    """The weights of the engine in ``folder``, which was built without them.
+
+    Raises
+    ------
+    EngineError
+        If they are not there any more, or of another model.
+    """
+    place = weights_folder(folder, config.saw_int4.weights)
+    try:
+        checkpoint = Checkpoint.open(place)
+        calibration = Calibration.load(folder / CALIBRATION_FILE) if config.saw_int4.k_center else None
+    except SawError as e:
+        raise EngineError(f"the engine in {folder} cannot be given its weights: {e}") from e
+    check_same_model(checkpoint, config, folder)
+    return EngineWeights(checkpoint, config, calibration)
+
+
+def check_same_model(checkpoint: Checkpoint, config: EngineConfig, folder: Path) -> None:
+    """Raise :class:`EngineError` if the engine in ``folder`` is of another model than a checkpoint."""
+    ours, theirs = (model.model_dump() for model in (config.pretrained_config, checkpoint.config))
+    for name in (*ModelConfig.model_fields, "logits_dtype"):
+        if name not in _FREE and ours.get(name) != theirs.get(name):
+            raise EngineError(
+                f"the engine in {folder} is of a model with {name} {ours.get(name)} and {checkpoint.folder} has "
+                f"{theirs.get(name)}: give weights of the same shape, or build an engine with saw-build"
+            )

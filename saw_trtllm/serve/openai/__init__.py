@@ -1,1 +1,0 @@
-"""A server in the words of OpenAI's API, over the runtime: FastAPI on uvicorn."""
