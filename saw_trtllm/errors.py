@@ -40,6 +40,10 @@ class RequestError(SawError, ValueError):
     triton_code = "INVALID_ARG"
 
 
+class ContextLengthError(RequestError):
+    """A prompt, or a prompt and the text that it asks for, longer than the engine takes."""
+
+
 class BackendUnavailableError(SawError):
     """A backend that this machine, or this version, does not have."""
 

@@ -9,12 +9,13 @@ import os
 import weakref
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from saw_trtllm.backends.registry import open_executor
 from saw_trtllm.engine.config import EngineConfig
-from saw_trtllm.errors import ConfigError, EngineError, RequestError
+from saw_trtllm.errors import ConfigError, ContextLengthError, EngineError, RequestError, SawError
 from saw_trtllm.model.end_ids import read_end_ids
 from saw_trtllm.paths import is_file
 from saw_trtllm.plan.checksums import check_not_replaced, verify_engine
@@ -23,6 +24,7 @@ from saw_trtllm.runtime.block_manager import BlockManager
 from saw_trtllm.runtime.chat_template import ChatTemplate, Messages
 from saw_trtllm.runtime.detokenizer import Detokenizer
 from saw_trtllm.runtime.engine_core import EngineCore
+from saw_trtllm.runtime.guided_decoding import Guide, Guides
 from saw_trtllm.runtime.keywords import check_keywords, is_number, shown
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.runtime.outputs import GenerationResult, OutputQueue, RequestOutput
@@ -116,6 +118,7 @@ class LLM:
         self._end_ids = read_end_ids(folder)
         if self._end_ids is None:
             self._end_ids = self.tokenizer.eos_ids if self.tokenizer else ()
+        self._guides: Guides | None = None  # made when a text is guided, which takes a second
         self._hints = self.chat_template is not None
         build = self.config.build_config
         chunk = _prefill_chunk(self.config, prefill_chunk)
@@ -185,8 +188,8 @@ class LLM:
             raise RequestError(
                 f"{len(params)} sampling parameters came with {len(prompts)} prompts: give one, or one each"
             )
-        requests = [self._request(p, s, streaming=False) for p, s in zip(prompts, params, strict=True)]
-        results = [self._submit(request, wait=True) for request in requests]
+        requests = [self._requests(p, s, streaming=False) for p, s in zip(prompts, params, strict=True)]
+        results = [self._submit(texts, wait=True) for texts in requests]
         outputs = []
         with progress(len(results), "generate", "prompts", show=use_tqdm) as bar:
             for result in results:
@@ -295,7 +298,12 @@ class LLM:
         QueueFullError
             If ``max_queue_size`` requests wait already.
         """
-        return self._submit(self._request(inputs, sampling_params, streaming))
+        return self._submit(self._requests(inputs, sampling_params, streaming))
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests: not once it has been shut down, or has failed."""
+        return self._core.alive
 
     def stats(self) -> Stats:
         """Gauges and counters for metrics."""
@@ -311,7 +319,8 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _request(self, prompt: Prompt, params: SamplingParams | None, streaming: bool) -> Request:
+    def _requests(self, prompt: Prompt, params: SamplingParams | None, streaming: bool) -> list[Request]:
+        """One request for each text of a prompt."""
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params is {shown(params)}: give SamplingParams(...), or nothing")
@@ -330,16 +339,53 @@ class LLM:
         end_ids = {i for i in end_ids if 0 <= i < vocab}
         if params.min_tokens and len(end_ids) == vocab:
             raise RequestError("min_tokens is given and every token ends the text: leave a token out of stop_token_ids")
-        request_id = next(self._ids)
-        sequence = Sequence(request_id, ids, params, cache_salt=salt)
-        self._scheduler.check(sequence)
-        detokenizer = Detokenizer(self.tokenizer, params.stop_strings, params.include_stop_str_in_output)
-        return Request(sequence, text, end_ids, detokenizer, streaming, OutputQueue())
+        bad_runs = self._bad_runs(params)
+        outputs, requests = OutputQueue(), []
+        for index in range(params.n):
+            leader = requests[0].sequence if requests else None
+            its_params = replace(params, seed=((params.seed or 0) + index) % 2**64) if index else params
+            sequence = Sequence(next(self._ids), ids, its_params, cache_salt=salt, leader=leader)
+            self._scheduler.check(sequence)
+            detokenizer = Detokenizer(self.tokenizer, params.stop_strings, params.include_stop_str_in_output)
+            guide = self._guide(params)
+            request = Request(sequence, text, end_ids, detokenizer, streaming, outputs, index, bad_runs, guide)
+            requests.append(request)
+        return requests
 
-    def _submit(self, request: Request, wait: bool = False) -> GenerationResult:
-        request_id = request.sequence.request_id
-        result = GenerationResult(request_id, request.outputs, abort=lambda: self._core.abort(request_id))
-        self._core.submit(request, wait)
+    def _guide(self, params: SamplingParams) -> Guide | None:
+        """What a text must follow."""
+        if params.guided_decoding is None:
+            return None
+        if self.tokenizer is None:
+            raise RequestError("guided_decoding needs a tokenizer, and this engine has none")
+        if self._guides is None:
+            vocab = self.config.pretrained_config.vocab_size
+            self._guides = Guides(self.tokenizer, vocab, tuple(i for i in self._end_ids if 0 <= i < vocab))
+        return self._guides.make(params.guided_decoding)
+
+    def _bad_runs(self, params: SamplingParams) -> list[list[int]]:
+        """The tokens of the bad words, at the beginning of a text and within."""
+        if params.bad and self.tokenizer is None:
+            raise RequestError("bad words need a tokenizer, and this engine has none: give bad_token_ids")
+        texts = [form for word in params.bad_words for form in (word, f" {word}")]
+        runs = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        vocab = self.config.pretrained_config.vocab_size
+        return [run for run in runs if run and run[-1] < vocab]
+
+    def _submit(self, requests: list[Request], wait: bool = False) -> GenerationResult:
+        ids = [request.sequence.request_id for request in requests]
+
+        def abort() -> None:
+            for request_id in ids:
+                self._core.abort(request_id)
+
+        result = GenerationResult(ids[0], requests[0].outputs, abort, len(ids))
+        try:
+            for request in requests:
+                self._core.submit(request, wait)
+        except SawError:
+            result.abort()  # those that were taken before the queue was full
+            raise
         return result
 
     def _encode(self, text: str) -> list[int]:
@@ -359,13 +405,19 @@ class LLM:
             raise RequestError("the prompt is empty: give at least one token")
         check_input_len(len(ids), build.max_input_len)
         if len(ids) + params.max_tokens > build.max_seq_len:
-            raise RequestError(
+            raise ContextLengthError(
                 f"the prompt's {len(ids)} tokens and max_tokens {params.max_tokens} exceed the engine's max_seq_len "
                 f"{build.max_seq_len}: ask for at most {build.max_seq_len - len(ids)}"
             )
         if min(ids) < 0 or max(ids) >= vocab:
             raise RequestError(
                 f"the prompt holds token {shown(min(ids) if min(ids) < 0 else max(ids))}: ids go from 0 to {vocab - 1}"
+            )
+        named = [*(params.bad_token_ids or ()), *(params.logit_bias or ())]
+        if named and not (min(named) >= 0 and max(named) < vocab):
+            unknown = next(i for i in named if not 0 <= i < vocab)
+            raise RequestError(
+                f"bad_token_ids or logit_bias names token {shown(unknown)}: ids go from 0 to {vocab - 1}"
             )
         wanted = [("context", params.return_context_logits), ("generation", params.return_generation_logits)]
         for name, asked in wanted:

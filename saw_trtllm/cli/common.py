@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -37,9 +37,13 @@ def set_log_level(name: str) -> None:
     logging.basicConfig(level=level, format="[%(levelname)s] %(message)s", stream=sys.stderr, force=True)
 
 
-def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
+def add_fields(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, model: type[BaseModel], only: Sequence[str] | None = None
+) -> None:
     """Add a flag for each field of a pydantic model, with its type, choices, default and description."""
     for name, field in model.model_fields.items():
+        if only is not None and name not in only:
+            continue
         kind, choices = _kind(field.annotation)
         if kind is bool:
             parser.add_argument(f"--{name}", action="store_true", help=field.description)

@@ -113,6 +113,10 @@ class BlockManager:
         """How many blocks so many tokens fill."""
         return -(-num_tokens // self.tokens_per_block)
 
+    def can_share(self, num_tokens: int) -> bool:
+        """Whether two sequences with so many tokens in common may hold some of the same blocks."""
+        return self.enable_block_reuse and num_tokens > max(self._grain, self.tokens_per_block)
+
     def open(self, table: BlockTable, tokens: Sequence[int], reuse: bool = True, salt: str = "") -> int:
         """Begin a sequence with the cached blocks of its tokens, referenced for it.
 

@@ -15,7 +15,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from saw_trtllm.engine.step import PREFILL, StepPacker
-from saw_trtllm.errors import EngineError, QueueFullError, ShutdownError
+from saw_trtllm.errors import EngineError, QueueFullError, SawError, ShutdownError
 from saw_trtllm.runtime.executor import Executor, PendingStep, StepOutput
 from saw_trtllm.runtime.outputs import require_process
 from saw_trtllm.runtime.request import Request
@@ -106,6 +106,11 @@ class EngineCore:
         engine's thread: while there is a request to end, that does not sleep.
         """
         self._aborted.append(request_id)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests."""
+        return not self._closing
 
     def stats(self) -> Stats:
         """The gauges as they are now, and the counters."""
@@ -202,6 +207,9 @@ class EngineCore:
 
     def _report_lost_text(self, request: Request, e: Exception) -> None:
         """One text that cannot be made must not take the server down: its request ends with the error."""
+        if isinstance(e, SawError):  # what it follows cannot be followed: that is its own matter
+            request.outputs.put(e)
+            return
         logger.error("the text of request %d could not be made", request.sequence.request_id, exc_info=e)
         request.outputs.put(EngineError(f"the runtime failed while it made this request's text: {e}"))
 
@@ -229,8 +237,10 @@ class EngineCore:
 
     def _sampling(self, s: Scheduled) -> SamplingState:
         sequence = s.sequence
-        banned = self._requests[sequence.request_id].banned(s.num_drawn) if sequence.params.min_tokens else ()
-        return SamplingState(sequence.params, sequence.prompt, sequence.generated, banned, s.num_drawn)
+        request = self._requests[sequence.request_id]
+        banned = request.banned(s.num_drawn) if sequence.params.bans else ()
+        mask = request.guide.mask if request.guide else None
+        return SamplingState(sequence.params, sequence.prompt, sequence.generated, banned, s.num_drawn, mask)
 
     def _wants_context(self, s: Scheduled) -> bool:
         wants = s.sequence.params.return_context_logits

@@ -25,7 +25,7 @@ class CompletionOutput:
     Attributes
     ----------
     index : int
-        Always 0: one completion a request.
+        Which of the request's ``n`` texts it is.
     text, token_ids : str, list of int
         All so far. The text is the decoding of the tokens without special ones, up to a stop string.
     text_diff, token_ids_diff : str, list of int
@@ -39,6 +39,8 @@ class CompletionOutput:
         The stop string or token that ended the text; None for the end token.
     cumulative_logprob, logprobs : float, list of float
         With ``logprobs=True``: log-probabilities of ``token_ids``, and their sum.
+    top_logprobs : list of list of (int, float) or None
+        With ``top_logprobs``: of each of ``token_ids``, the likeliest tokens in its place and their log-probabilities.
     generation_logits : numpy.ndarray or None
         fp32 ``[len(token_ids_diff), vocab_size]``: those of this piece.
     """
@@ -52,6 +54,7 @@ class CompletionOutput:
     stop_reason: str | int | None = None
     cumulative_logprob: float | None = None
     logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
     generation_logits: np.ndarray | None = None
     index: int = 0
 
@@ -67,7 +70,7 @@ class RequestOutput:
         None when token ids were given.
     prompt_token_ids : list of int
     outputs : list of CompletionOutput
-        One.
+        In a piece the one that has grown, at the end all ``n``.
     finished : bool
     context_logits : numpy.ndarray or None
         fp32 ``[len(prompt_token_ids), vocab_size]``, with the last piece.
@@ -129,10 +132,15 @@ class GenerationResult:
     outputs : OutputQueue
     abort : callable
         Ends the request.
+    n : int
+        Texts that come.
     """
 
-    def __init__(self, request_id: int, outputs: OutputQueue, abort: Callable[[], None]) -> None:
+    def __init__(self, request_id: int, outputs: OutputQueue, abort: Callable[[], None], n: int = 1) -> None:
         self.request_id = request_id
+        self._n = n
+        self._completions: dict[int, CompletionOutput] = {}
+        self._num_finished = 0
         self._outputs = outputs
         self._abort = abort
         self._num_blocked = 0  # threads that wait for a piece
@@ -149,7 +157,9 @@ class GenerationResult:
         self._abort()
 
     def join(self, output: RequestOutput) -> RequestOutput:
-        """A piece just read and those that have come since, as one."""
+        """A piece just read and those of the same text that have come since, as one."""
+        if self._n > 1:
+            return output
         pieces = [output]
         queue = self._outputs
         with queue.changed:
@@ -244,11 +254,19 @@ class GenerationResult:
         self._last = piece if isinstance(piece, Exception) else piece()
         if isinstance(self._last, Exception):
             self._done = True
+            if self._n > 1:  # the others have nobody to wait for them
+                self._abort()
             raise self._last
-        self._done = self._last.finished
+        self._num_finished += self._last.finished
+        self._done = self._num_finished == self._n
+        if self._n > 1:
+            self._completions[self._last.outputs[0].index] = self._last.outputs[0]
+            self._last = replace(self._last, finished=self._done)
         return self._last
 
     def _final(self) -> RequestOutput:
         if isinstance(self._last, Exception):
             raise self._last
-        return self._last
+        if self._n == 1:
+            return self._last
+        return replace(self._last, outputs=[self._completions[i] for i in range(self._n)])

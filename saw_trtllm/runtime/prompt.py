@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from saw_trtllm.errors import RequestError
+from saw_trtllm.errors import ContextLengthError, RequestError
 from saw_trtllm.runtime.keywords import shown
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
@@ -113,7 +113,7 @@ def encode_prompt(
     except UnicodeEncodeError:
         raise RequestError("the prompt is not valid UTF-8: give text without broken bytes or lone surrogates") from None
     if max_input_len is not None and size > max_input_len * tokenizer.longest_token:
-        raise RequestError(
+        raise ContextLengthError(
             f"the prompt has {size} bytes, too many for the {max_input_len} tokens that the engine takes: {_REMEDY}"
         )
     ids = tokenizer.encode(text, add_special_tokens) if text else []
@@ -132,7 +132,7 @@ def check_input_len(count: int, max_input_len: int) -> None:
     RequestError
     """
     if count > max_input_len:
-        raise RequestError(f"the prompt has {count} tokens and the engine takes {max_input_len}: {_REMEDY}")
+        raise ContextLengthError(f"the prompt has {count} tokens and the engine takes {max_input_len}: {_REMEDY}")
 
 
 _REMEDY = "shorten it, or build the engine with a larger --max_input_len"

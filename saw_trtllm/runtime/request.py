@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from saw_trtllm.runtime.detokenizer import Detokenizer, Piece
+from saw_trtllm.runtime.guided_decoding import Guide
 from saw_trtllm.runtime.outputs import CompletionOutput, FinishReason, OutputQueue, RequestOutput
-from saw_trtllm.runtime.scheduler import Sequence
+from saw_trtllm.runtime.sampling import top_logprobs
+from saw_trtllm.runtime.scheduler import Sequence as ScheduledSequence
 from saw_trtllm.runtime.stop_matcher import StopMatcher
 
 
@@ -19,7 +22,7 @@ class Request:
 
     Parameters
     ----------
-    sequence : Sequence
+    sequence : saw_trtllm.runtime.scheduler.Sequence
     prompt : str or None
         The prompt's text, to be given back.
     end_ids : set of int
@@ -29,22 +32,34 @@ class Request:
         Whether each piece is handed out, or only the whole.
     outputs : OutputQueue
         Where what is handed out goes.
+    index : int
+        Which of its prompt's texts it is.
+    bad_runs : sequence of list of int
+        Runs of tokens that the text must not hold.
+    guide : Guide, optional
+        What the text must follow.
     """
 
     def __init__(
         self,
-        sequence: Sequence,
+        sequence: ScheduledSequence,
         prompt: str | None,
         end_ids: set[int],
         detokenizer: Detokenizer,
         streaming: bool,
         outputs: OutputQueue,
+        index: int = 0,
+        bad_runs: Sequence[list[int]] = (),
+        guide: Guide | None = None,
     ) -> None:
         self.sequence = sequence
         self.end_ids = end_ids
         self.outputs = outputs
         self.arrival = time.monotonic()
         self.num_reused_tokens = 0
+        self._index = index
+        self._bad_runs = bad_runs
+        self.guide = guide
         self._prompt = prompt
         # A copy, since what is handed out may be changed by who gets it.
         self._prompt_token_ids = list(sequence.prompt)
@@ -53,13 +68,21 @@ class Request:
         self._streaming = streaming
         self._texts: list[str] = []
         self._logprobs: list[float] = []
+        self._top_logprobs: list[list[tuple[int, float]]] = []
         self._context_logits: list[np.ndarray] = []
         self._generation_logits: list[np.ndarray] = []
         self._shown = 0
 
     def banned(self, num_drawn: int) -> tuple[int, ...]:
-        """Tokens that may not come behind so many of the text."""
-        return tuple(self.end_ids) if num_drawn < self.sequence.params.min_tokens else ()
+        """Tokens that may not come after so many of the text."""
+        params, text = self.sequence.params, self.sequence.generated
+        ends = self.end_ids if num_drawn < params.min_tokens else ()
+        words = [
+            run[-1]
+            for run in self._bad_runs
+            if len(run) <= len(text) + 1 and text[len(text) + 1 - len(run) :] == run[:-1]
+        ]
+        return (*ends, *words, *(params.bad_token_ids or ()))
 
     def keep_logits(self, logits: np.ndarray, start: int, samples: bool) -> None:
         """Collect what the request asked for from a step's logits ``[n, vocab_size]``, the first of token ``start``."""
@@ -68,6 +91,8 @@ class Request:
             if start == 0:  # anew after a preemption
                 self._context_logits.clear()
             self._context_logits.append(logits)
+        if params.top_logprobs and samples:
+            self._top_logprobs.append(top_logprobs(logits[-1], params.top_logprobs))
         if params.return_generation_logits and samples:
             self._generation_logits.append(logits[-1:])
 
@@ -85,12 +110,15 @@ class Request:
             self._hand_out(piece, "stop", stop, hidden=1)
             return True
         run_ends = self._stop_runs.push((token,)) is not None and may_stop
-        last = run_ends or count == params.max_tokens
+        if self.guide:
+            self.guide.accept(token)
+        whole = self.guide is not None and self.guide.stopped
+        last = run_ends or whole or count == params.max_tokens
         piece, stop = self._detokenizer.push(token, may_stop, last)
         if stop is None and run_ends:
             stop = token
         if last or stop is not None:
-            self._hand_out(piece, "length" if stop is None else "stop", stop)
+            self._hand_out(piece, "length" if stop is None and not whole else "stop", stop)
             return True
         if piece is None:
             return False
@@ -127,10 +155,13 @@ class Request:
             leading_space=piece.leading,
             finish_reason=reason,
             stop_reason=stop,
+            index=self._index,
         )
         if params.logprobs:
             logprobs = self._logprobs[: new.stop]
             output = replace(output, logprobs=logprobs, cumulative_logprob=sum(logprobs))
+        if params.top_logprobs:
+            output = replace(output, top_logprobs=self._top_logprobs[: new.stop])
         if logits := self._generation_logits:
             output = replace(output, generation_logits=np.concatenate(logits[new] or [logits[0][:0]]))
         context = np.concatenate(self._context_logits) if reason and self._context_logits else None

@@ -19,9 +19,11 @@ class SamplingState(NamedTuple):
     prompt, generated : sequence of int
         Tokens so far, but for those not known yet.
     banned : sequence of int
-        Tokens that may not come now: the ends, before ``min_tokens``.
+        Tokens that may not come now: the ends before ``min_tokens``, and what would complete a bad word.
     index : int, optional
         Number of the draw: how many tokens of the text come before this one, known or not. By default all are known.
+    mask : numpy.ndarray, optional
+        Which tokens may come: bool ``[vocab_size]``.
     """
 
     params: SamplingParams
@@ -29,6 +31,7 @@ class SamplingState(NamedTuple):
     generated: Sequence[int]
     banned: Sequence[int] = ()
     index: int | None = None
+    mask: np.ndarray | None = None
 
     @property
     def draw(self) -> int:
@@ -59,9 +62,27 @@ def sample(logits: np.ndarray, state: SamplingState) -> tuple[int, float]:
     return token, _logprob(logits.astype(np.float64), token) if params.logprobs else 0.0
 
 
+def top_logprobs(logits: np.ndarray, count: int) -> list[tuple[int, float]]:
+    """The likeliest tokens and their log-probabilities under the model, the likeliest first.
+
+    Parameters
+    ----------
+    logits : numpy.ndarray
+        fp32 ``[vocab_size]``.
+    count : int
+    """
+    values = logits.astype(np.float64)
+    order = np.argpartition(-values, min(count, len(values)) - 1)[:count]
+    order = order[np.lexsort((order, -values[order]))]
+    total = _log_sum(values)
+    return [(int(token), float(values[token] - total)) for token in order]
+
+
 def _penalize(logits: np.ndarray, state: SamplingState) -> np.ndarray:
     """The logits to choose by, rounded to the fp32 that they came in: equals are then equal on every backend."""
     params = state.params
+    if params.logit_bias:
+        logits[list(params.logit_bias)] += list(params.logit_bias.values())
     if params.repetition_penalty != 1.0:
         seen = np.unique(np.concatenate([state.prompt, state.generated]).astype(np.int64))
         values = logits[seen]
@@ -70,6 +91,8 @@ def _penalize(logits: np.ndarray, state: SamplingState) -> np.ndarray:
         tokens, counts = np.unique(np.asarray(state.generated, dtype=np.int64), return_counts=True)
         logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
     logits[list(state.banned)] = -np.inf
+    if state.mask is not None:
+        logits[~state.mask] = -np.inf
     with np.errstate(over="ignore"):
         return logits.astype(np.float32).astype(np.float64)
 
@@ -85,6 +108,9 @@ def _draw(logits: np.ndarray, params: SamplingParams, index: int) -> int:
     temperature = 1.0 if params.temperature is None else params.temperature
     with np.errstate(over="ignore"):  # a temperature near 0 sends all but the likeliest to -inf
         probs = np.exp((logits[order] - logits[order].max()) / temperature)
+    if params.min_p:
+        kept = probs >= params.min_p * probs.max()
+        order, probs = order[kept], probs[kept]
     probs /= probs.sum()
     cumulative = probs.cumsum()
     if params.top_p is not None and params.top_p < 1.0:
@@ -96,5 +122,9 @@ def _draw(logits: np.ndarray, params: SamplingParams, index: int) -> int:
 
 
 def _logprob(logits: np.ndarray, token: int) -> float:
+    return float(logits[token] - _log_sum(logits))
+
+
+def _log_sum(logits: np.ndarray) -> float:
     top = logits.max()
-    return float(logits[token] - (top + np.log(np.exp(logits - top).sum())))
+    return top + np.log(np.exp(logits - top).sum())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from saw_trtllm.errors import RequestError
+from saw_trtllm.runtime.guided_decoding import GuidedDecodingParams
 from saw_trtllm.runtime.keywords import check_keywords, is_number, shown
 
 _LARGEST = sys.float_info.max
@@ -34,6 +35,9 @@ _RANGES = {
     "temperature": _Range(0, _LARGEST, "a finite number of at least 0", optional=True),
     "top_k": _Range(0, math.inf, "a whole number of at least 0", whole=True, optional=True),
     "top_p": _Range(0, 1, "a number from 0 to 1", optional=True),
+    "min_p": _Range(0, 1, "a number from 0 to 1", optional=True),
+    "n": _Range(1, 128, "a whole number from 1 to 128", whole=True),
+    "top_logprobs": _Range(0, 100, "a whole number from 0 to 100", whole=True),
     "seed": _Range(0, 2**64 - 1, "a whole number from 0 to 2**64 - 1", whole=True, optional=True),
     "repetition_penalty": _Range(1e-3, 1e3, "a number from 0.001 to 1000"),
     "presence_penalty": _Range(-1e3, 1e3, "a number from -1000 to 1000"),
@@ -51,12 +55,10 @@ _SWITCHES = (
 #: the request, in a few milliseconds.
 MAX_STOPS, MAX_STOP_SIZE = 1024, 16384
 
-_ONE_TEXT = "a request gives one text; send the prompt several times, with a seed each"
 _NO_BEAMS = "there is no beam search; leave it out"
 _ADVICE = {
-    **dict.fromkeys(("n", "best_of"), _ONE_TEXT),
+    "best_of": "ask for n texts with logprobs, and take the best",
     **dict.fromkeys(("use_beam_search", "beam_width", "length_penalty", "early_stopping"), _NO_BEAMS),
-    "min_p": "leave it out, or choose with top_p",
     "max_new_tokens": "write max_tokens",
     "prompt_logprobs": "ask for return_context_logits",
     "skip_special_tokens": "leave it out; texts never hold special tokens",
@@ -67,7 +69,7 @@ _ADVICE = {
 class SamplingParams:
     """How to choose tokens, and when to stop.
 
-    Without ``temperature``, ``top_k`` and ``top_p`` the likeliest token is taken; so it is with ``top_k=1``,
+    Without ``temperature``, ``top_k``, ``top_p`` and ``min_p`` the likeliest token is taken; so it is with ``top_k=1``,
     ``top_p=0`` or ``temperature=0``.
 
     Parameters
@@ -82,8 +84,16 @@ class SamplingParams:
         Choose among so many; 0 is all.
     top_p : float, optional
         Choose among the likeliest that hold this share of the probability.
+    min_p : float, optional
+        Choose among those of at least this share of the likeliest one's probability.
     seed : int, optional
-        The same logits and the same seed give the same text, whatever else runs; 0 by default.
+        The same logits and the same seed give the same text, whatever else runs; 0 by default. Of ``n`` texts each has
+        the next one.
+    guided_decoding : GuidedDecodingParams, optional
+        What the text must be: JSON of a schema, or what a regular expression or a grammar allows. It excludes what
+        would take tokens away: ``min_tokens``, ``bad``, ``bad_token_ids`` and ``ignore_eos``.
+    n : int
+        Texts for the prompt, 1 to 128. Whole chunks of the prompt are computed once.
     stop : str or list of str, optional
         Strings that end the text, the first in its bytes. They may hold special tokens, which the text does not show.
     stop_token_ids : list of int, optional
@@ -95,6 +105,12 @@ class SamplingParams:
         Divides the positive logits, and multiplies the negative ones, of tokens in prompt and text; 0.001 to 1000.
     presence_penalty, frequency_penalty : float
         Subtracted from the logits of tokens in the text: once, and times their count; -1000 to 1000.
+    logit_bias : dict of int to float, optional
+        Added to the logits of tokens, before the penalties; -100 to 100.
+    bad : str or list of str, optional
+        Words that the text must not hold, at its beginning or within; a word of several tokens loses its last one.
+    bad_token_ids : list of int, optional
+        Tokens that the text must not hold.
     end_id : int, optional
         The end token; by default the tokenizer's. -1 is none.
     ignore_eos : bool
@@ -105,6 +121,8 @@ class SamplingParams:
         Give the prompt's logits, and those of each generated token.
     logprobs : bool
         Give the log-probability of each generated token.
+    top_logprobs : int
+        Give those of so many of the likeliest tokens in each place too; 0 to 100.
 
     Raises
     ------
@@ -117,6 +135,7 @@ class SamplingParams:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     seed: int | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
@@ -124,12 +143,18 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    bad: str | Sequence[str] | None = None
+    bad_token_ids: Sequence[int] | None = None
     end_id: int | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     return_context_logits: bool = False
     return_generation_logits: bool = False
     logprobs: bool = False
+    top_logprobs: int = 0
+    guided_decoding: GuidedDecodingParams | None = None
+    n: int = 1
 
     def __new__(cls, *_: Any, **named: Any) -> SamplingParams:
         """Reject the names of arguments that it does not have."""
@@ -147,16 +172,31 @@ class SamplingParams:
         for name in _SWITCHES:
             needed = "True or False"
             if name == "logprobs":
-                needed += ", since an engine gives one log-probability for each token, that of the token itself"
+                needed += ", and top_logprobs says how many more of each place"
             self._need(isinstance(getattr(self, name), (bool, np.bool_)), name, needed)
+        guided = self.guided_decoding
+        self._need(isinstance(guided, GuidedDecodingParams | None), "guided_decoding", "GuidedDecodingParams(...)")
+        if guided and (self.bans or self.ignore_eos):
+            raise RequestError(
+                "guided_decoding says which tokens may come: leave out min_tokens, bad, bad_token_ids and ignore_eos"
+            )
         self._check_stops()
 
     def _check_stops(self) -> None:
-        strings = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        strings = _as_tuple(self.stop)
         self._need(_are(strings, _is_string), "stop", "a string or strings of whole characters, none of them empty")
         self._need(_are(self.stop_token_ids or (), _is_token), "stop_token_ids", "token ids")
         runs = self.stop_token_sequences or ()
         self._need(_are(runs, _is_run), "stop_token_sequences", "lists of token ids, none of them empty")
+        self._need(_are(_as_tuple(self.bad), _is_string), "bad", "a word or words, none of them empty")
+        self._need(_are(self.bad_token_ids or (), _is_token), "bad_token_ids", "token ids")
+        bias = self.logit_bias or {}
+        valid = isinstance(bias, Mapping) and all(
+            _is_token(token) and is_number(value) and -100 <= value <= 100 for token, value in bias.items()
+        )
+        self._need(valid, "logit_bias", "numbers from -100 to 100 by token id")
+        _check_size("bad", [len(s.encode()) for s in _as_tuple(self.bad)], "bytes")
+        _check_size("bad_token_ids", [1 for _ in self.bad_token_ids or ()], "tokens")
         _check_size("stop", [len(s.encode()) for s in strings], "bytes")
         _check_size("stop_token_ids", [1 for _ in self.stop_token_ids or ()], "tokens")
         _check_size("stop_token_sequences", list(map(len, runs)), "tokens")
@@ -168,20 +208,49 @@ class SamplingParams:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """``stop`` as a tuple."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return _as_tuple(self.stop)
+
+    @property
+    def bad_words(self) -> tuple[str, ...]:
+        """``bad`` as a tuple."""
+        return _as_tuple(self.bad)
 
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
-        unset = self.temperature is None and self.top_k is None and self.top_p is None
+        unset = all(value is None for value in (self.temperature, self.top_k, self.top_p, self.min_p))
         return unset or self.temperature == 0 or self.top_k == 1 or self.top_p == 0
 
     @property
     def penalizes(self) -> bool:
         """Whether the choice of a token depends on the tokens before it beyond the logits."""
         return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
+
+    @property
+    def bans(self) -> bool:
+        """Whether some tokens may not come."""
+        return bool(self.min_tokens or self.bad or self.bad_token_ids)
+
+    @property
+    def draws_on_host(self) -> bool:
+        """Whether the choice needs what only the CPU's sampler has."""
+        return bool(self.min_p or self.logit_bias or self.guided_decoding)
+
+    @property
+    def needs_last_token(self) -> bool:
+        """Whether the host must know the token before the one to be chosen."""
+        return self.penalizes or self.draws_on_host or bool(self.bad)
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the host needs the logits of each token that is generated."""
+        return self.return_generation_logits or self.draws_on_host or self.top_logprobs > 0
+
+
+def _as_tuple(values: Any) -> Any:
+    if isinstance(values, str):
+        return (values,)
+    return tuple(values) if isinstance(values, Iterable) else values or ()
 
 
 def _are(values: Any, test: Callable[[Any], bool]) -> bool:

@@ -52,6 +52,8 @@ class Sequence:
         Its part of the step under way.
     removed : bool
         Whether its blocks are to be freed once that is done.
+    leader : Sequence or None
+        One of the same prompt, queued before, whose blocks it waits for.
     """
 
     request_id: int
@@ -64,6 +66,7 @@ class Sequence:
     cache_salt: str = ""
     in_flight: Scheduled | None = None
     removed: bool = False
+    leader: Sequence | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -191,7 +194,7 @@ class Scheduler:
             sequence, inputs = part.sequence, part.inputs
             if not sequence.table.blocks:  # preempted for an earlier one
                 continue
-            if sequence.in_flight is not None and sequence.params.penalizes:
+            if sequence.in_flight is not None and sequence.params.needs_last_token:
                 return []  # its next choice depends on a token that nobody knows yet
             if len(inputs.token_ids) > budget:
                 continue
@@ -294,7 +297,14 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
+    def _waits_for_leader(self, sequence: Sequence) -> bool:
+        """Whether another computes whole chunks of the same prompt now, which can then be shared."""
+        leader, prompt = sequence.leader, len(sequence.prompt)
+        return leader in self.running and leader.num_computed < prompt and self.blocks.can_share(prompt)
+
     def _admit(self, sequence: Sequence, budget: int) -> Scheduled | None:
+        if self._waits_for_leader(sequence):
+            return None
         reuse, table = not sequence.params.return_context_logits, sequence.table
         known = sequence.tokens(0, sequence.num_tokens if self._interchangeable_rows else len(sequence.prompt))
         reused = self.blocks.open(table, known, reuse, sequence.cache_salt)

@@ -93,6 +93,14 @@ class Tokenizer:
         """Text to token ids, with the special tokens that the tokenizer's own template adds."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def token_id(self, text: str) -> int | None:
+        """The token that stands for a text; None if there is none."""
+        return self._tokenizer.token_to_id(text)
+
+    def to_json(self) -> str:
+        """The tokenizer as a ``tokenizer.json``."""
+        return self._tokenizer.to_str()
+
     def names_special(self, text: str) -> bool:
         """Whether a text holds a special token."""
         tokens = self._tokenizer.get_added_tokens_decoder().values()

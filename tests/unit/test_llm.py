@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_the_order_of_queueing_does_not_change_a_token(open_llm):
     prompts, params = requests(4, 60, shared=(0, 20, 70))
     alone = token_ids(open_llm("fp16", prefill_chunk=32).generate(prompts, params))
     llm = open_llm("fp16", prefill_chunk=32, kv_cache_config=KvCacheConfig(224))
-    made = [llm._request(p, s, streaming=False) for p, s in zip(prompts, params, strict=True)]
+    made = [llm._requests(p, s, streaming=False) for p, s in zip(prompts, params, strict=True)]
     results = [llm._submit(request) for request in reversed(made)]
     assert token_ids(r.result(60) for r in results) == alone[::-1]
     assert llm.stats().preemptions_total > 0
@@ -642,8 +643,8 @@ def test_a_text_that_cannot_be_made_ends_its_request_alone(open_llm, broken, cap
     llm = open_llm()
     params = SamplingParams(max_tokens=8, ignore_eos=True)
     expected = llm.generate(STEM, params).outputs
-    bad = [llm._request([5, 6], ENDLESS, streaming) for streaming in (False, True)]
-    for request in bad:
+    bad = [llm._requests([5, 6], ENDLESS, streaming) for streaming in (False, True)]
+    for [request] in bad:
         request._detokenizer = BrokenDetokenizer(broken)
     with caplog.at_level(logging.CRITICAL):
         good = [llm.generate_async(STEM, params) for _ in range(3)]
@@ -926,3 +927,64 @@ def test_bad_cache_sizes_are_refused(fields):
 def test_bad_engine_options_are_refused(engine, options, said):
     with pytest.raises(EngineError, match=said):
         LLM(engine("saw_int4"), **options)
+
+
+# -- several texts, and choices that look at more than logits
+
+
+def test_n_texts_share_the_prompts_chunks_and_are_those_of_n_requests(open_llm):
+    llm = open_llm(prefill_chunk=64, kv_cache_config=KvCacheConfig(2048, deterministic=True))
+    prompt = Tokenizer.load(EXAMPLE).encode(STEM * 8)[:200]
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=7, n=3, logprobs=True)
+    output = llm.generate(prompt, params)
+    assert [o.index for o in output.outputs] == [0, 1, 2]
+    alone = [llm.generate(prompt, replace(params, n=1, seed=7 + i)).outputs[0] for i in range(3)]
+    assert [(o.text, o.token_ids) for o in output.outputs] == [(o.text, o.token_ids) for o in alone]
+    # Each of the two others finds the 192 tokens that are whole chunks.
+    llm = open_llm(prefill_chunk=64, kv_cache_config=KvCacheConfig(2048, deterministic=True))
+    llm.generate(prompt, params)
+    assert llm.stats().reused_tokens_total == 2 * 192
+
+
+def test_n_texts_stream_side_by_side(open_llm):
+    llm = open_llm(kv_cache_config=KvCacheConfig(2048))
+    params = SamplingParams(max_tokens=6, temperature=1.0, n=2, ignore_eos=True)
+    result = llm.generate_async("def", params, streaming=True)
+    texts, finished = ["", ""], []
+    for piece in result:
+        [output] = piece.outputs
+        texts[output.index] += output.text_diff
+        finished.append(piece.finished)
+    whole = result.result()
+    assert [o.text for o in whole.outputs] == texts
+    assert finished == [False] * (len(finished) - 1) + [True]
+
+
+def test_n_texts_are_queued_all_or_none(open_llm):
+    llm = open_llm(max_queue_size=1, kv_cache_config=KvCacheConfig(2048))
+    with pytest.raises(QueueFullError):
+        llm.generate_async("def", SamplingParams(max_tokens=500, n=64, ignore_eos=True))
+    while (stats := llm.stats()).num_running + stats.num_waiting:
+        time.sleep(0.01)
+
+
+def test_bad_words_do_not_come(open_llm):
+    llm = open_llm(kv_cache_config=KvCacheConfig(2048))
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    free = llm.generate(STEM, params).outputs[0]
+    assert "self" in free.text
+    held = llm.generate(STEM, replace(params, bad=["self"])).outputs[0]
+    assert "self" not in held.text
+    held = llm.generate(STEM, replace(params, bad_token_ids=free.token_ids[:1])).outputs[0]
+    assert free.token_ids[0] not in held.token_ids
+    with pytest.raises(RequestError, match="names token 1024: ids go from 0 to 1023"):
+        llm.generate(STEM, replace(params, logit_bias={1024: 1}))
+
+
+def test_top_logprobs_hold_the_tokens_own(open_llm):
+    llm = open_llm(kv_cache_config=KvCacheConfig(2048))
+    params = SamplingParams(max_tokens=5, logprobs=True, top_logprobs=3, ignore_eos=True)
+    output = llm.generate(STEM, params).outputs[0]
+    firsts = [places[0] for places in output.top_logprobs]
+    assert firsts == list(zip(output.token_ids, output.logprobs, strict=True))
+    assert {len(places) for places in output.top_logprobs} == {3}

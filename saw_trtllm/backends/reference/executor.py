@@ -102,7 +102,7 @@ class ReferenceExecutor:
             token, logprob = (-1, 0.0) if state is None else sample(logits[end - 1], state)
             tokens.append(token)
             logprobs.append(logprob)
-            wants_last = state is not None and state.params.return_generation_logits
+            wants_last = state is not None and state.params.needs_logits
             # Copies, since a view would keep the logits of the whole step in memory.
             first = start if wants_all else end - 1
             kept.append(logits[first:end].copy() if wants_all or wants_last else None)

@@ -119,7 +119,7 @@ class TensorRTExecutor:
         rows = addresses[LAST_TOKEN_IDS.name] if self._every_token else 0
         self._sampler.enqueue(self.logits.address, rows, num_sequences, self._stream.handle)
         spans = self._wanted(step, sampling, context_logits)
-        return slot.take(self._stream, self._sampler, self.logits.address, spans)
+        return slot.take(self._stream, self._sampler, self.logits.address, spans, sampling)
 
     def profile(self, step: StepInputs) -> list[tuple[str, float]]:
         """Run a step of known tokens under TensorRT's profiler, without a graph and without sampling.
@@ -274,7 +274,7 @@ class TensorRTExecutor:
             last = end - 1 if self._every_token else i
             if wants_all and self._every_token:
                 spans.append(slice(start, end))
-            elif wants_all or (state is not None and state.params.return_generation_logits):
+            elif wants_all or (state is not None and state.params.needs_logits):
                 spans.append(slice(last, last + 1))
             else:
                 spans.append(None)

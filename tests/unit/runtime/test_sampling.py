@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from saw_trtllm.errors import RequestError
-from saw_trtllm.runtime.sampling import SamplingState, _penalize, sample
+from saw_trtllm.runtime.sampling import SamplingState, _penalize, sample, top_logprobs
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
 LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -1.0, 1.5, -3.0, 0.9], dtype=np.float32)
@@ -50,6 +50,30 @@ def test_temperature(temperature):
 def test_top_k(top_k):
     kept = np.sort(LOGITS)[::-1][:top_k].min()
     assert_drawn_from(frequencies(top_k=top_k), softmax(np.where(kept <= LOGITS, LOGITS, -np.inf)))
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [None, 2.0])
+def test_min_p(min_p, temperature):
+    """As transformers' MinPLogitsWarper: after the temperature, a share of the likeliest token's probability."""
+    p = softmax(LOGITS / (temperature or 1.0))
+    kept = np.where(p >= min_p * p.max(), p, 0)
+    assert_drawn_from(frequencies(min_p=min_p, temperature=temperature), kept / kept.sum())
+
+
+def test_logit_bias_is_added_before_the_penalties():
+    assert draw(logit_bias={6: 5.5}) == 6
+    assert draw(logit_bias={6: 5.5}, generated=[6], repetition_penalty=2.0) == 0
+    assert draw(logit_bias={0: -100, 5: -100.0}) == 1
+
+
+def test_top_logprobs_are_the_likeliest_in_order():
+    expected = np.log(softmax(LOGITS))
+    found = top_logprobs(LOGITS, 3)
+    assert [token for token, _ in found] == [0, 5, 1]
+    assert [value for _, value in found] == pytest.approx(expected[[0, 5, 1]].tolist(), rel=1e-6)
+    assert len(top_logprobs(LOGITS, 100)) == len(LOGITS)
+    assert [token for token, _ in top_logprobs(np.zeros(4, np.float32), 4)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.4, 0.8, 0.99, 1.0])
@@ -216,11 +240,19 @@ def test_broken_logits_give_some_token(params):
         ({"temperature": 10**400}, "temperature is a number of 1329 bits"),
         ({"temperature": Fraction(1, 2)}, "temperature"),
         ({"min_tokens": 10**5000}, "min_tokens is a number of 16610 bits"),
-        ({"logprobs": 5}, "logprobs is 5: it must be True or False, since an engine gives one log-probability"),
+        ({"logprobs": 5}, "logprobs is 5: it must be True or False, and top_logprobs says how many more"),
         ({"logprobs": None}, "logprobs is None"),
         ({"ignore_eos": "no"}, "ignore_eos is 'no': it must be True or False"),
-        ({"n": 2}, "SamplingParams has no n: a request gives one text; send the prompt several times"),
-        ({"min_p": 0.1}, "SamplingParams has no min_p: leave it out"),
+        ({"n": 0}, "n is 0: it must be a whole number from 1 to 128"),
+        ({"best_of": 2}, "SamplingParams has no best_of: ask for n texts"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"top_logprobs": True}, "top_logprobs"),
+        ({"logit_bias": {1: 101}}, "logit_bias"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"bad": [""]}, "bad is"),
+        ({"bad": 7}, "bad is 7"),
+        ({"bad_token_ids": ["a"]}, "bad_token_ids"),
         ({"temprature": 0.1}, "SamplingParams has no temprature: write temperature"),
         ({"zzz": 0.1}, "SamplingParams has no zzz: leave it out; there are max_tokens, min_tokens"),
         ({"presence_penalty": math.inf}, "presence_penalty"),

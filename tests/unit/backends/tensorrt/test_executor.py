@@ -150,6 +150,19 @@ def test_logits_come_to_the_host_for_those_who_ask(folders, machine):
                 np.testing.assert_array_equal(x, y)
 
 
+def test_what_the_kernel_lacks_is_drawn_on_the_host(folders, machine):
+    """Beside sequences that the GPU draws: their next step is not begun before their last token is known."""
+    reference, folder = folders()
+    prompts, params = requests(6, seed=3)
+    wanted = [{"min_p": 0.2, "temperature": 1.5}, {"logit_bias": {7: 5.0}, "top_logprobs": 2}, {"bad_token_ids": [7]}]
+    params[:3] = [SamplingParams(max_tokens=12, ignore_eos=True, logprobs=True, **w) for w in wanted]
+    expected, _, _ = generate(reference, prompts, params, **TOKENS)
+    machine(folder)
+    found, _, _ = generate(folder, prompts, params, **TOKENS)
+    assert [(o.token_ids, o.logprobs) for o in found] == [(o.token_ids, o.logprobs) for o in expected]
+    assert found[1].top_logprobs == expected[1].top_logprobs
+
+
 # -- steps by hand
 
 

@@ -1,0 +1,217 @@
+"""``saw-serve``: an engine, or a model of Hugging Face, behind OpenAI's API."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+
+from saw_trtllm.build import tokens_that_fit
+from saw_trtllm.cli.common import add_fields, add_log_level, add_no_verify, parse_fields, run, set_log_level
+from saw_trtllm.engine.config import CONFIG_FILE
+from saw_trtllm.errors import ConfigError
+from saw_trtllm.llm import LLM, MAX_QUEUE_SIZE
+from saw_trtllm.paths import is_file, is_folder, read_json
+from saw_trtllm.plan.options import BuildOptions
+from saw_trtllm.plan.plan import BuildPlan
+from saw_trtllm.runtime.chat_template import ChatTemplate
+from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
+from saw_trtllm.serve.engine_cache import cached_engine, default_folder, uncached_engine
+
+try:
+    from saw_trtllm.serve.openai.app import make_app
+    from saw_trtllm.serve.openai.model import ServedModel
+    from saw_trtllm.serve.openai.server import ServerOptions, listen, make_server
+except ImportError as e:
+    sys.exit(f"error: saw-serve needs {e.name}, which is not installed: pip install 'saw-trtllm[serve]'")
+
+log = logging.getLogger(__name__)
+
+#: Of saw-build's flags, those that make sense here.
+_BUILD = (
+    "kv",
+    "backend",
+    "hadamard_order",
+    "rotate_v",
+    "range_factor",
+    "calibration",
+    "kv_skip_layers",
+    "dtype",
+    "max_batch_size",
+    "max_input_len",
+    "max_seq_len",
+    "max_num_tokens",
+    "tokens_per_block",
+    "gather_context_logits",
+    "gemm_plugin",
+)
+
+_EXAMPLES = """\
+examples:
+  saw-serve SmolLM2-135M-Instruct                       # builds an engine, keeps it, and serves
+  saw-serve --engine_dir engine --port 8000 --api_key $KEY
+  saw-serve --engine_dir engine_fp16 --engine_dir engine_int4
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="saw-serve", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", help="an engine's folder, a Hugging Face folder, or a name on its hub")
+    parser.add_argument(
+        "--engine_dir", type=Path, action="append", default=[], metavar="DIR", help="what saw-build wrote"
+    )
+    parser.add_argument(
+        "--served_model_name", action="append", default=[], metavar="NAME", help="by default the folder's"
+    )
+    parser.add_argument("--tokenizer_dir", type=Path, metavar="DIR", help="by default the engine's folder")
+    parser.add_argument("--chat_template", type=Path, metavar="FILE", help="in the place of the tokenizer's own")
+    parser.add_argument(
+        "--api_key", action="append", default=[], metavar="KEY", help="one that clients must send; also SAW_API_KEY"
+    )
+    parser.add_argument(
+        "--cors_origins", nargs="*", default=[], metavar="URL", help="sites whose pages may call the server"
+    )
+    parser.add_argument(
+        "--max_queue_size", type=int, default=MAX_QUEUE_SIZE, metavar="N", help="requests that may wait; more get 429"
+    )
+    parser.add_argument("--kv_cache_max_tokens", type=int, metavar="N", help="tokens of the KV cache")
+    parser.add_argument(
+        "--kv_cache_free_gpu_memory_fraction",
+        type=float,
+        default=KvCacheConfig.free_gpu_memory_fraction,
+        metavar="F",
+        help="its share of the free memory, of several engines together",
+    )
+    add_no_verify(parser)
+    network = parser.add_argument_group("network")
+    add_fields(network, ServerOptions)
+    cache = parser.add_argument_group("engines that are built here")
+    cache.add_argument(
+        "--cache_dir",
+        type=Path,
+        default=default_folder(),
+        metavar="DIR",
+        help="where they are kept; also SAW_CACHE_DIR",
+    )
+    cache.add_argument("--cache_size", type=float, default=100.0, metavar="GIB", help="what may be kept there")
+    cache.add_argument("--no_cache", action="store_true", help="build anew, and keep nothing")
+    add_fields(cache, BuildOptions, _BUILD)
+    add_log_level(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; see ``saw-serve --help``."""
+    args = make_parser().parse_args(argv)
+    set_log_level(args.log_level)
+    return run(lambda: _serve(args))
+
+
+def _serve(args: argparse.Namespace) -> None:
+    options = parse_fields(args, ServerOptions)
+    keys = [*args.api_key, *filter(None, [os.environ.get("SAW_API_KEY")])]
+    if options.host not in ("127.0.0.1", "localhost", "::1") and not keys:
+        log.warning("anybody who reaches %s may use the model: give --api_key", options.host)
+    with ExitStack() as stack:
+        folders = _names(args, [stack.enter_context(engine) for engine in _engines(args)])
+        models = []
+        for i, (name, folder) in enumerate(folders):
+            share = args.kv_cache_free_gpu_memory_fraction / (len(folders) - i)
+            cache = KvCacheConfig(args.kv_cache_max_tokens, share)
+            queue = {"max_queue_size": args.max_queue_size, "verify": not args.no_verify}
+            llm = stack.enter_context(LLM(folder, args.tokenizer_dir, cache, **queue))
+            _set_template(llm, args.chat_template)
+            models.append(ServedModel(name, llm, folder))
+        app = make_app(models, keys, args.cors_origins)
+        socket, url = listen(options)
+        served = ", ".join(model.name for model in models)
+        print(f"ready: {url} serves {served}; OpenAI's API is at {url}/v1", flush=True)
+        make_server(app, options, _UVICORN_LEVELS.get(args.log_level, args.log_level)).run([socket])
+
+
+def _engines(args: argparse.Namespace) -> list[AbstractContextManager[Path]]:
+    """The engines' folders, of which some may have to be built."""
+    folders = [*args.engine_dir, *([_local(args.model)] if args.model else [])]
+    if not folders:
+        raise ConfigError("there is nothing to serve: give a model, or --engine_dir")
+    return [_engine(args, folder) for folder in folders]
+
+
+def _engine(args: argparse.Namespace, folder: Path) -> AbstractContextManager[Path]:
+    if not is_file(folder / CONFIG_FILE) or "build_config" in read_json(folder / CONFIG_FILE):
+        return contextlib.nullcontext(folder)
+    options = BuildOptions(model_dir=folder, **{name: getattr(args, name) for name in _BUILD})
+    if args.no_cache:
+        return uncached_engine(options, _announce)
+    return cached_engine(options, args.cache_dir, int(args.cache_size * 2**30), _announce)
+
+
+def _announce(plan: BuildPlan, found: bool) -> None:
+    """Say what is served, and what is built first."""
+    config = plan.config
+    fits = f"about {tokens_that_fit(plan):,} tokens will fit, {tokens_that_fit(plan, 'fp16'):,} in 16 bits"
+    how = "the engine is in the cache" if found else "the engine is being built"
+    print(
+        f"{plan.checkpoint.folder}: {config.saw_int4.backend}, KV cache {config.saw_int4.kv}; {fits}; {how}", flush=True
+    )
+
+
+def _local(model: str) -> Path:
+    """A model's folder, fetched from the hub if it is a name there.
+
+    Raises
+    ------
+    ConfigError
+        If it is neither.
+    """
+    folder = Path(model)
+    if is_folder(folder) or len(folder.parts) != 2 or folder.is_absolute():
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ConfigError(f"{model} is no folder, and names on the hub need huggingface_hub: give a folder") from None
+    try:
+        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+    except Exception as e:  # the library's own, of the network, of the name
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ConfigError(f"{model} is no folder, and the hub does not give it ({reason}): give a folder") from e
+
+
+def _names(args: argparse.Namespace, folders: list[Path]) -> list[tuple[str, Path]]:
+    """A name for each folder.
+
+    Raises
+    ------
+    ConfigError
+        If two have the same, or there are more names than engines.
+    """
+    given = [folder.resolve().name for folder in args.engine_dir]
+    names = args.served_model_name or [*given, *([Path(args.model).name or args.model] if args.model else [])]
+    if len(names) != len(folders):
+        raise ConfigError(f"{len(names)} names came for {len(folders)} engines: give --served_model_name for each")
+    if len(set(names)) != len(names):
+        raise ConfigError(f"two engines are called {max(names, key=names.count)}: give each a --served_model_name")
+    return list(zip(names, folders, strict=True))
+
+
+def _set_template(llm: LLM, path: Path | None) -> None:
+    if path is not None:
+        if llm.tokenizer is None:
+            raise ConfigError("--chat_template needs a tokenizer: give --tokenizer_dir")
+        own, new = llm.tokenizer.chat_template, ChatTemplate.from_file(path)
+        llm.tokenizer.chat_template = own.replaced(new.text) if own else new
+
+
+_UVICORN_LEVELS = {"internal_error": "critical", "verbose": "debug"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

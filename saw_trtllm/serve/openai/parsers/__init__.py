@@ -1,0 +1,1 @@
+"""What a model's text says beside its answer: one module a format, each a parser that takes the text as it grows."""

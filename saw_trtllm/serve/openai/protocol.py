@@ -1,0 +1,140 @@
+"""The requests: each field is honored or rejected by its name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from saw_trtllm.runtime.sampling_params import SamplingParams
+
+TokenIds = list[Annotated[int, Field(strict=True)]]
+
+
+class Strict(BaseModel):
+    """A request's object: names that it does not have are rejected."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class StreamOptions(Strict):
+    """What comes in a stream beside the text."""
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class JsonSchema(Strict):
+    """A named schema."""
+
+    name: str = "answer"
+    description: str | None = None
+    schema_: dict[str, Any] | bool = Field(True, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """What an answer must be: OpenAI's three kinds, and a regular expression or a grammar."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: JsonSchema | None = None
+    regex: str | None = None
+    grammar: str | None = None
+
+
+class Generation(Strict):
+    """The fields that both kinds of completions have. ``user`` names who asks, in the log."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    n: int | None = Field(None, ge=1, le=128)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[int, float] | None = None
+    # beyond OpenAI's, in vLLM's words
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = None
+    min_tokens: int | None = Field(None, ge=0)
+    stop_token_ids: TokenIds | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    bad_words: list[str] | None = None
+    cache_salt: str | None = None
+
+    def sampling(self, defaults: dict[str, Any], **more: Any) -> SamplingParams:
+        """The request's sampling parameters.
+
+        Parameters
+        ----------
+        defaults : dict
+            What the model's authors advise where the request says nothing.
+        **more
+            Fields of :class:`SamplingParams` that depend on the kind of request.
+        """
+        same = ("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")
+        same += ("logit_bias", "repetition_penalty", "min_tokens", "stop_token_ids")
+        given = {name: getattr(self, name) for name in same}
+        given["top_k"] = max(0, self.top_k) if self.top_k is not None else None
+        given["seed"] = None if self.seed is None else self.seed % 2**64
+        given["bad"] = self.bad_words
+        given = {name: value for name, value in given.items() if value is not None}
+        switches = {
+            "ignore_eos": self.ignore_eos,
+            "include_stop_str_in_output": self.include_stop_str_in_output,
+        }
+        return SamplingParams(**{**defaults, **given, **switches, **more})
+
+
+class CompletionRequest(Generation):
+    """``/v1/completions``."""
+
+    prompt: str | TokenIds | list[str] | list[TokenIds]
+    max_tokens: int | None = Field(16, ge=0)
+    best_of: int | None = Field(None, ge=1, le=128)
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=20)
+
+
+class ChatRequest(Generation):
+    """``/v1/chat/completions``."""
+
+    messages: list[dict[str, Any]]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeRequest(Strict):
+    """``/tokenize``: a prompt, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Strict):
+    """``/detokenize``."""
+
+    model: str | None = None
+    tokens: TokenIds

@@ -1,0 +1,58 @@
+"""uvicorn with the application: one process, one loop."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import uvicorn
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.types import ASGIApp
+
+from saw_trtllm.errors import ConfigError
+
+
+class ServerOptions(BaseModel):
+    """``saw-serve``'s flags for the network: each field is one, its description the help."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every one, open to the network")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 is any that is free")
+    ssl_keyfile: str | None = Field(None, description="key for TLS")
+    ssl_certfile: str | None = Field(None, description="certificate for TLS")
+    ssl_ca_certs: str | None = Field(None, description="certificates that clients' own must come from")
+    root_path: str = Field("", description="where a proxy puts the server")
+    limit_concurrency: int | None = Field(None, ge=1, description="connections at once; more are answered by 503")
+    timeout_keep_alive: int = Field(5, ge=0, description="seconds that an idle connection stays open")
+    timeout_graceful_shutdown: int = Field(
+        10, ge=0, description="seconds that requests have to end when the server is told to stop"
+    )
+
+
+def listen(options: ServerOptions) -> tuple[socket.socket, str]:
+    """A socket that listens, and the address at which it is reached.
+
+    Raises
+    ------
+    ConfigError
+        If the address is taken, or is none of this machine's.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+        listening = socket.create_server((options.host, options.port), family=family, backlog=2048)
+    except OSError as e:
+        raise ConfigError(
+            f"{options.host}:{options.port} cannot be listened on ({e.strerror}): give another --host or --port"
+        ) from e
+    host = {"0.0.0.0": "localhost", "::": "localhost"}.get(options.host, options.host)
+    host = f"[{host}]" if ":" in host else host
+    return listening, f"http{'s' if options.ssl_certfile else ''}://{host}:{listening.getsockname()[1]}"
+
+
+def make_server(app: ASGIApp, options: ServerOptions, log_level: str = "warning") -> uvicorn.Server:
+    """A server, to be run."""
+    settings: dict[str, Any] = options.model_dump()
+    return uvicorn.Server(
+        uvicorn.Config(app, log_level=log_level, access_log=log_level == "debug", server_header=False, **settings)
+    )

@@ -1,0 +1,63 @@
+"""``saw-serve`` as a user types it."""
+
+import signal
+import socket
+import subprocess
+import sys
+
+import httpx
+import openai
+import pytest
+
+from saw_trtllm.cli import serve as saw_serve
+from tests.support.example import EXAMPLE
+from tests.support.rejection import refused
+
+
+def test_one_command_from_a_checkpoint_to_answers_and_back(tmp_path):
+    """In a process of its own: what it says, that it answers, and that it ends when it is told to."""
+    flags = ["--max_batch_size", "4", "--max_seq_len", "256", "--kv_cache_max_tokens", "1024", "--port", "0"]
+    command = [sys.executable, "-m", "saw_trtllm.cli.serve", str(EXAMPLE), "--backend", "reference", *flags]
+    command += ["--cache_dir", str(tmp_path), "--served_model_name", "tiny", "--api_key", "secret"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        announced, ready = server.stdout.readline(), server.stdout.readline()
+        assert "tokens will fit" in announced
+        assert announced.endswith("; the engine is being built\n")
+        url = ready.split()[1]
+        assert ready.startswith(f"ready: {url} serves tiny;")
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret")
+        stream = client.completions.create(model="tiny", prompt="def f(", max_tokens=200, stream=True)
+        assert next(iter(stream)).choices[0].text
+        assert httpx.get(f"{url}/health").status_code == 200
+        server.send_signal(signal.SIGTERM)
+        list(stream)  # what has begun is finished
+        assert server.wait(60) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "there is nothing to serve: give a model, or --engine_dir"),
+        (["--engine_dir", "/nowhere"], "/nowhere is not a folder: give the --output_dir of saw-build"),
+        (["no/model"], "is no folder, and "),
+        (["--engine_dir", "a/x", "--engine_dir", "b/x"], "two engines are called x: give each a --served_model_name"),
+        (["--engine_dir", "x", "--served_model_name", "a", "--served_model_name", "b"], "2 names came for 1 engines"),
+    ],
+)
+def test_what_cannot_be_served(argv, said, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert said in refused(capsys, saw_serve.main, *argv)
+
+
+def test_a_port_that_is_taken(engine, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        flags = ["--kv_cache_max_tokens", "256", "--port", str(other.getsockname()[1])]
+        said = refused(capsys, saw_serve.main, "--engine_dir", engine("saw_int4"), *flags)
+    assert "cannot be listened on (Address already in use" in said
+
+
+def test_a_template_of_ones_own(engine, tmp_path, capsys):
+    flags = ["--engine_dir", engine("saw_int4"), "--kv_cache_max_tokens", "256", "--chat_template"]
+    assert "does not exist: give a file that holds a chat template" in refused(
+        capsys, saw_serve.main, *flags, tmp_path / "none"
+    )

@@ -1,0 +1,117 @@
+"""Engines that saw-serve builds: kept by all that they depend on, and no longer than there is room."""
+
+import json
+import os
+import shutil
+import threading
+
+import pytest
+
+from saw_trtllm import LLM, SamplingParams
+from saw_trtllm.errors import ConfigError
+from saw_trtllm.plan.options import BuildOptions
+from saw_trtllm.serve import engine_cache
+from saw_trtllm.serve.engine_cache import cached_engine, uncached_engine
+from tests.support.models import make_hf_model
+
+ROOM = 1 << 40
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return make_hf_model(tmp_path_factory.mktemp("small"), "llama")[0]
+
+
+@pytest.fixture
+def model(small, tmp_path):
+    return shutil.copytree(small, tmp_path / "model")
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Use the cache once: the engine's folder, and whether it was there."""
+
+    def serve(model, max_bytes=ROOM, **options):
+        found = []
+        options = {"max_batch_size": 4, "max_seq_len": 64, **options}
+        build = BuildOptions(model_dir=model, backend="reference", **options)
+        with cached_engine(build, tmp_path / "cache", max_bytes, lambda plan, there: found.append(there)) as folder:
+            LLM(folder, kv_cache_config={"max_tokens": 64}).shutdown()
+        return folder, found[0]
+
+    return serve
+
+
+def test_an_engine_is_built_once_and_anew_when_anything_changes(serve, model, monkeypatch):
+    first, found = serve(model)
+    assert not found
+    assert serve(model) == (first, True)
+    seen = {first}
+
+    def changed(**options):
+        folder, found = serve(model, **options)
+        assert not found
+        assert folder not in seen
+        seen.add(folder)
+
+    changed(max_batch_size=5)
+    changed(max_seq_len=48)
+    changed(kv="int4")
+    changed(range_factor=0.95)
+    changed(dtype="float16")
+    monkeypatch.setattr(engine_cache, "__version__", "9.9.9")
+    changed()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rope_theta": 12345.0}))
+    changed()
+    (model / "chat_template.jinja").write_text("x")
+    changed()
+    monkeypatch.setattr(engine_cache, "_SMALL", 0)
+    monkeypatch.setattr(engine_cache, "_END", 16)
+    changed()
+    weights = model / "model.safetensors"
+    os.utime(weights, ns=(1, 1))
+    changed()
+
+
+def test_the_least_recently_used_goes_first_and_never_one_that_is_held(serve, model):
+    first, _ = serve(model)
+    second, _ = serve(model, max_seq_len=48)
+    os.utime(f"{second}.lock", (1, 1))
+    size = sum(file.stat().st_size for file in first.iterdir())
+    third, _ = serve(model, max_batch_size=3, max_bytes=int(2.5 * size))
+    assert [folder.is_dir() for folder in (first, second, third)] == [True, False, True]
+    _, found = serve(model, max_bytes=0)
+    assert found
+    assert [folder.is_dir() for folder in (first, third)] == [True, False]
+
+
+def test_two_that_want_the_same_engine_build_it_once(serve, model, monkeypatch):
+    builds, real = [], engine_cache.build
+
+    def build(plan):
+        builds.append(plan.output_dir)
+        real(plan)
+
+    monkeypatch.setattr(engine_cache, "build", build)
+    threads = [threading.Thread(target=serve, args=(model,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(builds) == 1
+
+
+def test_without_a_cache_nothing_is_left(model):
+    options = BuildOptions(model_dir=model, backend="reference", max_batch_size=4, max_seq_len=64)
+    with uncached_engine(options) as folder, LLM(folder, kv_cache_config={"max_tokens": 64}) as llm:
+        assert len(llm.generate([1], SamplingParams(max_tokens=2, ignore_eos=True)).outputs[0].token_ids) == 2
+    assert not folder.exists()
+
+
+def test_a_cache_that_cannot_be_written(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    options = BuildOptions(model_dir=model, backend="reference")
+    cached = cached_engine(options, tmp_path / "file" / "cache", ROOM)
+    with pytest.raises(ConfigError, match=r"cannot be written .*give another --cache_dir"), cached:
+        pass
