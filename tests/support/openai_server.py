@@ -30,7 +30,7 @@ def serving(app):
 def serving_engines(folders, api_keys=(), tokens=4096, **options):
     """Serve engines by name, and give the address and the models."""
     with contextlib.ExitStack() as stack:
-        cache = KvCacheConfig(tokens)
+        cache = KvCacheConfig(tokens, deterministic=True)
         models = [
             ServedModel(name, stack.enter_context(LLM(folder, kv_cache_config=cache, **options)), folder)
             for name, folder in folders.items()

@@ -18,7 +18,7 @@ PROMPT = "<|begin_of_text|># user: write a class\n# assistant:"
 
 @pytest.fixture
 def llm(chat_engine):
-    with LLM(chat_engine, kv_cache_config={"max_tokens": 2048}) as llm:
+    with LLM(chat_engine, kv_cache_config={"max_tokens": 2048, "deterministic": True}) as llm:
         yield llm
 
 

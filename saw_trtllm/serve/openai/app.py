@@ -16,6 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from saw_trtllm.errors import SawError
+from saw_trtllm.serve.anthropic.messages import anthropic_error
+from saw_trtllm.serve.anthropic.routes import MESSAGES, add_messages
 from saw_trtllm.serve.openai.chat import ChatAnswer
 from saw_trtllm.serve.openai.completions import CompletionAnswer
 from saw_trtllm.serve.openai.connection import BodyLimit, ClientGoneError, start_stream, while_connected
@@ -53,6 +55,7 @@ def make_app(models: Sequence[ServedModel], api_keys: Sequence[str] = (), cors_o
     _add_error_handlers(app, metrics)
     guard = [Depends(_guard(api_keys))] if api_keys else []
     _add_generation(app, served, metrics, guard)
+    add_messages(app, served, metrics, guard)
     _add_models(app, served, guard)
     _add_tokens(app, served, guard)
     _add_state(app, served, metrics)
@@ -74,7 +77,7 @@ class Outermost:
         try:
             await self._app(scope, receive, send)
         except ApiError as e:
-            await _error_response(e, self._metrics)(scope, receive, send)
+            await _error_response(scope["path"], e, self._metrics)(scope, receive, send)
 
 
 def _guard(api_keys: Sequence[str]) -> Any:
@@ -91,18 +94,19 @@ def _guard(api_keys: Sequence[str]) -> Any:
 
 
 def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
-    async def api_error(_: Request, error: Exception) -> Response:
-        return _error_response(error, metrics)
+    async def api_error(request: Request, error: Exception) -> Response:
+        return _error_response(request.url.path, error, metrics)
 
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return _error_response(from_validation(error.errors()[0]), metrics)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return _error_response(request.url.path, from_validation(error.errors()[0]), metrics)
 
     async def http_error(request: Request, error: HTTPException) -> Response:
         if isinstance(error.__cause__, ApiError):  # of the body, while it was read
-            return _error_response(error.__cause__, metrics)
+            return _error_response(request.url.path, error.__cause__, metrics)
         codes = {404: "unknown_url", 405: "method_not_allowed"}
         code = codes.get(error.status_code, "invalid_json")
-        return _error_response(ApiError(code, f"{request.method} {request.url.path}: {error.detail}"), metrics)
+        path = request.url.path
+        return _error_response(path, ApiError(code, f"{request.method} {path}: {error.detail}"), metrics)
 
     async def gone(_: Request, error: Exception) -> Response:
         return Response(status_code=499)  # which nobody reads
@@ -114,13 +118,14 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     app.add_exception_handler(SawError, api_error)
 
 
-def _error_response(error: Exception, metrics: Metrics) -> JSONResponse:
+def _error_response(path: str, error: Exception, metrics: Metrics) -> JSONResponse:
     answer = answer_to(error)
     metrics.errors.labels(answer.code).inc()
     if answer.status >= 500:
         logger.error("a request failed: %s", error, exc_info=error)
     headers = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}.get(answer.status)
-    return JSONResponse(error_body(error), answer.status, headers)
+    body = anthropic_error(error) if path.startswith(MESSAGES) else error_body(error)
+    return JSONResponse(body, answer.status, headers)
 
 
 def _add_generation(app: FastAPI, models: Models, metrics: Metrics, guard: list[Any]) -> None:

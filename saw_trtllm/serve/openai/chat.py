@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from saw_trtllm.runtime.outputs import CompletionOutput, GenerationResult
+from saw_trtllm.runtime.outputs import CompletionOutput, GenerationResult, RequestOutput
 from saw_trtllm.serve.openai.errors import ApiError, error_body
 from saw_trtllm.serve.openai.logprobs import chat_logprobs
 from saw_trtllm.serve.openai.metrics import Meter
@@ -44,7 +44,7 @@ class Message:
         """Take a delta in, and give it in OpenAI's words."""
         if delta.call is not None:
             call = {
-                "id": f"call_{secrets.token_hex(12)}",
+                "id": secrets.token_hex(5)[:9],  # Mistral's templates take nothing else
                 "type": "function",
                 "function": delta.call._asdict(),
             }
@@ -74,6 +74,13 @@ class ChatAnswer:
     request : ChatRequest
     meter : Meter
 
+    Attributes
+    ----------
+    result : GenerationResult
+    messages : list of Message
+        What has come of each choice.
+    usage : Usage
+
     Raises
     ------
     SawError
@@ -81,7 +88,7 @@ class ChatAnswer:
     """
 
     def __init__(self, model: ServedModel, request: ChatRequest, meter: Meter) -> None:
-        self._model, self._request, self._meter = model, request, meter
+        self.model, self._request, self._meter = model, request, meter
         tools, forced = read_tools(model, request)
         prompt = model.chat_prompt(request, tools)
         self._parser = _parser(model, tools, forced, prompt["prompt"])
@@ -100,8 +107,8 @@ class ChatAnswer:
             guided_decoding=guide,
         )
         self.result: GenerationResult = model.begin(prompt, params, request.stream)
-        self._messages = [Message(self._parser()) for _ in range(params.n)]
-        self._usage = Usage()
+        self.messages = [Message(self._parser()) for _ in range(params.n)]
+        self.usage = Usage()
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion.chunk" if request.stream else "chat.completion",
@@ -111,30 +118,40 @@ class ChatAnswer:
 
     async def whole(self) -> dict[str, Any]:
         """The answer when it is there."""
+        output = await self.finished()
+        choices = [self._choice(completion) for completion in output.outputs]
+        return {**self._head, "choices": choices, "usage": self.usage.body()}
+
+    async def finished(self) -> RequestOutput:
+        """All texts when they are there, counted."""
         try:
             output = await self.result.aresult()
         finally:
             self.result.abort()
         self._meter.piece(output)
-        self._usage.take(output)
-        choices = [self._choice(completion) for completion in output.outputs]
-        return {**self._head, "choices": choices, "usage": self._usage.body()}
+        self.usage.take(output)
+        return output
+
+    async def pieces(self) -> AsyncIterator[RequestOutput]:
+        """The texts as they grow, counted."""
+        async for output in self.result:
+            output = self.result.join(output)
+            self._meter.piece(output)
+            self.usage.take(output)
+            yield output
 
     async def events(self) -> AsyncIterator[bytes]:
         """The answer as it grows."""
         wants_usage = self._request.stream_options is not None and self._request.stream_options.include_usage
         extra = {"usage": None} if wants_usage else {}
         try:
-            async for output in self.result:
-                output = self.result.join(output)
-                self._meter.piece(output)
-                self._usage.take(output)
+            async for output in self.pieces():
                 chunks = self._chunks(output.outputs[0])
                 yield b"".join(event({**self._head, "choices": [chunk], **extra}) for chunk in chunks)
             if wants_usage:
-                yield event({**self._head, "choices": [], "usage": self._usage.body()})
+                yield event({**self._head, "choices": [], "usage": self.usage.body()})
         except Exception as e:
-            if not self._usage.begun:  # the stream has not opened: this is an error of its own
+            if not self.usage.begun:  # the stream has not opened: this is an error of its own
                 raise
             yield event(error_body(e))
         finally:
@@ -142,19 +159,19 @@ class ChatAnswer:
         yield DONE
 
     def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
-        message = self._messages[completion.index]
+        message = self.messages[completion.index]
         for delta in message.take(completion):
             message.add(delta)
         return {
             "index": completion.index,
             "message": message.whole(),
             "logprobs": self._logprobs(completion, 0),
-            "finish_reason": self._reason(message, completion),
+            "finish_reason": self.reason(message, completion),
         }
 
     def _chunks(self, completion: CompletionOutput) -> list[dict[str, Any]]:
         """A piece of a text as chunks: first the role, last the reason of the end."""
-        message = self._messages[completion.index]
+        message = self.messages[completion.index]
         begun, message.num_tokens = message.num_tokens, len(completion.token_ids)
         deltas = [] if begun else [{"role": "assistant", "content": ""}]
         deltas += [message.add(delta) for delta in message.take(completion)]
@@ -165,13 +182,14 @@ class ChatAnswer:
         if logprobs and chunks:
             chunks[-1]["logprobs"] = logprobs
         if completion.finish_reason is not None:
-            chunks.append(_chunk(completion.index, {}, self._reason(message, completion)))
+            chunks.append(_chunk(completion.index, {}, self.reason(message, completion)))
         return chunks
 
     def _logprobs(self, completion: CompletionOutput, begin: int) -> dict[str, Any] | None:
-        return chat_logprobs(self._model, completion, begin) if self._request.logprobs else None
+        return chat_logprobs(self.model, completion, begin) if self._request.logprobs else None
 
-    def _reason(self, message: Message, completion: CompletionOutput) -> str | None:
+    def reason(self, message: Message, completion: CompletionOutput) -> str | None:
+        """Why a text ended."""
         reason = finish_reason(completion)
         return "tool_calls" if message.calls and reason == "stop" else reason
 

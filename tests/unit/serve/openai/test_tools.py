@@ -70,7 +70,7 @@ def test_a_call_is_no_part_of_the_answer(ask):
     message, reason = ask(QWEN25, f"Let me see.\n{CALL}", tools=[TOOL])
     assert (message["content"], reason) == ("Let me see.", "tool_calls")
     assert calls_of(message) == [("weather", {"city": "Oslo", "days": 2})]
-    assert message["tool_calls"][0]["id"].startswith("call_")
+    assert message["tool_calls"][0]["id"].isalnum()
     message, reason = ask(QWEN25, CALL)  # of a model that was given no tools it is text
     assert (message["content"], message["tool_calls"], reason) == (CALL, None, "stop")
 
