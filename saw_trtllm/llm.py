@@ -25,6 +25,7 @@ from saw_trtllm.runtime.chat_template import ChatTemplate, Messages
 from saw_trtllm.runtime.detokenizer import Detokenizer
 from saw_trtllm.runtime.engine_core import EngineCore
 from saw_trtllm.runtime.guided_decoding import Guide, Guides
+from saw_trtllm.runtime.host_cache import HostCache
 from saw_trtllm.runtime.keywords import check_keywords, is_number, shown
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.runtime.outputs import GenerationResult, OutputQueue, RequestOutput
@@ -132,7 +133,10 @@ class LLM:
             kv_cache_config.enable_partial_reuse,
             reuse_multiple=1 if interchangeable else chunk,
         )
-        self._scheduler = Scheduler(blocks, build.max_batch_size, build.max_num_tokens, chunk, interchangeable)
+        host = None
+        if self.executor.num_host_blocks and kv_cache_config.enable_block_reuse:
+            host = HostCache(blocks, self.executor.num_host_blocks, self.executor.transfer)
+        self._scheduler = Scheduler(blocks, build.max_batch_size, build.max_num_tokens, chunk, interchangeable, host)
         num_layers = [len(pool.layers) for pool in self.config.pools]
         self._core = EngineCore(self.executor, self._scheduler, num_layers, max_queue_size)
         self._ids = itertools.count()

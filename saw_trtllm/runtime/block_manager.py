@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -55,6 +55,8 @@ class BlockTable:
         Digest of the salt: what is found before the first block.
     partial : (int, int) or None
         The block whose first rows continue the sequence, and how many rows, when it was opened.
+    fetched : list of int or None
+        Blocks that are held for the sequence since they came from the host; None before that was asked.
     """
 
     blocks: list[int] = field(default_factory=list)
@@ -63,6 +65,7 @@ class BlockTable:
     digest: Any = None
     root: bytes = b""
     partial: tuple[int, int] | None = None
+    fetched: list[int] | None = None
 
 
 class BlockManager:
@@ -81,6 +84,12 @@ class BlockManager:
         Whether a match may end within a block, whose rows are then copied.
     reuse_multiple : int
         A match is cut to a multiple of so many tokens.
+
+    Attributes
+    ----------
+    adopt : callable or None
+        Asked with the index of a full block that can be found, and with it, when its last owner lets go of it; where it
+        returns true, the caller is its owner until it is released.
     """
 
     def __init__(
@@ -93,6 +102,7 @@ class BlockManager:
     ) -> None:
         self.tokens_per_block = tokens_per_block
         self.enable_block_reuse = enable_block_reuse
+        self.adopt: Callable[[int, Block], bool] | None = None
         self._grain = max(reuse_multiple, 1 if enable_partial_reuse else tokens_per_block)
         self._blocks = [Block() for _ in range(num_blocks)]
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
@@ -153,8 +163,7 @@ class BlockManager:
         full, rows = divmod(num_tokens, self.tokens_per_block)
         if rows:
             table.partial = (self._by_key[table.keys[full]] if full < hits else source, rows)
-        for key in table.keys[:full]:
-            table.blocks.append(self._hold(self._by_key[key]))
+        table.blocks += map(self.hold, table.keys[:full])
         table.num_registered = full
         return num_tokens
 
@@ -172,15 +181,49 @@ class BlockManager:
         missing = self.blocks_for(num_tokens) - held
         if missing > len(self._free):
             return False
-        for _ in range(missing):
+        table.blocks += self.take(missing)
+        return True
+
+    def take(self, count: int) -> list[int]:
+        """So many free blocks, for an owner who will release them.
+
+        Raises
+        ------
+        RuntimeError
+            If there are fewer, or one has an owner.
+        """
+        if count > len(self._free):
+            raise RuntimeError(f"{count} blocks are taken and {len(self._free)} are free")
+        taken = []
+        for _ in range(count):
             index, _ = self._free.popitem(last=False)
             block = self._blocks[index]
             if block.ref_count:
                 raise RuntimeError(f"block {index} is free and has {block.ref_count} owners")
             self._forget(index)
             block.ref_count = 1
-            table.blocks.append(index)
-        return True
+            taken.append(index)
+        return taken
+
+    def holds(self, key: bytes) -> bool:
+        """Whether a full block is found by a key."""
+        return key in self._by_key
+
+    def hold(self, key: bytes) -> int:
+        """The block that a key finds, for another owner, who will release it."""
+        index = self._by_key[key]
+        block = self._blocks[index]
+        if block.ref_count == 0:
+            del self._free[index]
+        block.ref_count += 1
+        return index
+
+    def publish(self, index: int, content: Block) -> None:
+        """Let others find a block that has been given a full block's content."""
+        if content.key not in self._by_key:
+            self._blocks[index].key = content.key
+            self._by_key[content.key] = index
+            self._continue(index, content.parent, content.tokens)
 
     def register(self, table: BlockTable, tokens: Sequence[int]) -> None:
         """Let others find the full blocks of ``tokens``, the sequence's first, which have been computed."""
@@ -190,11 +233,8 @@ class BlockManager:
         size = self.tokens_per_block
         for i in range(table.num_registered, len(tokens) // size):
             # A twin computed in the same step may have come first; its block serves, ours stays unnamed.
-            if table.keys[i] not in self._by_key:
-                index = table.blocks[i]
-                self._blocks[index].key = table.keys[i]
-                self._by_key[table.keys[i]] = index
-                self._continue(index, self._parent(table, i), tokens[i * size : (i + 1) * size])
+            own = np.asarray(tokens[i * size : (i + 1) * size], dtype=np.int32)
+            self.publish(table.blocks[i], Block(key=table.keys[i], parent=self._parent(table, i), tokens=own))
             table.num_registered = i + 1
 
     def register_tail(self, table: BlockTable, tokens: Sequence[int]) -> None:
@@ -214,17 +254,29 @@ class BlockManager:
             If a block has no owner: it has already been given back.
         """
         for index in reversed(table.blocks):
-            block = self._blocks[index]
-            if block.ref_count < 1:
-                raise RuntimeError(f"block {index} is given back and has no owner")
-            block.ref_count -= 1
-            if block.ref_count == 0:
-                self._free[index] = None
-                # What nobody can find again is the first to be used.
-                if block.parent is None:
-                    self._free.move_to_end(index, last=False)
+            self.release(index)
         table.blocks = []  # a new list: whoever keeps the old one's content must not take it for this
         table.num_registered, table.partial = 0, None
+
+    def release(self, index: int) -> None:
+        """Give a block back.
+
+        Raises
+        ------
+        RuntimeError
+            If it has no owner: it has already been given back.
+        """
+        block = self._blocks[index]
+        if block.ref_count < 1:
+            raise RuntimeError(f"block {index} is given back and has no owner")
+        if block.ref_count == 1 and block.key is not None and self.adopt is not None and self.adopt(index, block):
+            return
+        block.ref_count -= 1
+        if block.ref_count == 0:
+            self._free[index] = None
+            # What nobody can find again is the first to be used.
+            if block.parent is None:
+                self._free.move_to_end(index, last=False)
 
     def check(self) -> None:
         """Raise RuntimeError if counts, free list and index contradict each other."""
@@ -239,13 +291,6 @@ class BlockManager:
             raise RuntimeError("the index holds keys of blocks that have none")
         if sum(map(len, self._continuations.values())) != sum(b.parent is not None for b in self._blocks):
             raise RuntimeError("the index holds continuations that no block is")
-
-    def _hold(self, index: int) -> int:
-        block = self._blocks[index]
-        if block.ref_count == 0:
-            del self._free[index]
-        block.ref_count += 1
-        return index
 
     def _extend(self, table: BlockTable, tokens: Sequence[int]) -> None:
         """Keys of all full blocks, each a digest over the salt and all tokens up to its end."""

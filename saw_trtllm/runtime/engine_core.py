@@ -114,9 +114,11 @@ class EngineCore:
 
     def stats(self) -> Stats:
         """The gauges as they are now, and the counters."""
-        blocks = self._scheduler.blocks
+        blocks, host = self._scheduler.blocks, self._scheduler.host
+        tier = {} if host is None else host.stats()
         return replace(
             self._stats,
+            **tier,
             num_running=len(self._scheduler.running),
             num_waiting=self._num_waiting,
             used_blocks=blocks.num_blocks - blocks.num_free,
@@ -155,6 +157,7 @@ class EngineCore:
             for request_id in list(self._requests):
                 self._cancel(request_id)
             self._finish(steps_left=0)
+            self._settle()
         except Exception as e:
             logger.exception("the runtime failed")
             self._close()
@@ -169,6 +172,8 @@ class EngineCore:
 
     def _turn(self) -> bool:
         """Take in what has come, begin a step and end one; false when it is time to close."""
+        if not self._has_work:
+            self._settle()
         with self._changed:
             if not self._is_full:
                 self._has_room.notify_all()
@@ -177,8 +182,15 @@ class EngineCore:
         self._take_in()
         if not closing and self._has_work:
             begun = self._begin()
+            if not begun and not self._under_way and self._scheduler.host is not None:
+                self._scheduler.host.wait()  # what the next request needs is on its way
             self._finish(steps_left=1 if begun and self._executor.asynchronous else 0)
         return not closing
+
+    def _settle(self) -> None:
+        """Let no block be held for a copy while nothing runs."""
+        while self._scheduler.host is not None and self._scheduler.host.wait():
+            pass
 
     @property
     def _has_work(self) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import psutil
+
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.runtime.keywords import check_keywords, is_number, shown
 
@@ -29,6 +31,9 @@ class KvCacheConfig:
         Whether a request's text must not depend on what is in the cache. In a 4-bit cache a token's rows depend a
         little on whether its neighbours were computed beside it or read from the cache. Then prefixes are reused in
         whole prefill chunks, generated text is not, and a preempted request replays its text token by token.
+    host_cache_size : int
+        Bytes of host memory, pinned for a GPU, for blocks that leave the pool: they come back before the request that
+        needs them runs.
 
     Raises
     ------
@@ -41,6 +46,7 @@ class KvCacheConfig:
     enable_block_reuse: bool = True
     enable_partial_reuse: bool = True
     deterministic: bool = False
+    host_cache_size: int = 0
 
     def __new__(cls, *_: Any, **named: Any) -> KvCacheConfig:
         """Reject the names of arguments that it does not have."""
@@ -54,6 +60,15 @@ class KvCacheConfig:
         if not (is_number(fraction) and 0 < fraction <= 1):
             raise ConfigError(
                 f"the KV cache's free_gpu_memory_fraction is {shown(fraction)}: it must be above 0 and at most 1"
+            )
+        size = self.host_cache_size
+        if not (is_number(size, whole=True) and size >= 0):
+            raise ConfigError(
+                f"the KV cache's host_cache_size is {shown(size)}: give a whole number of bytes, 0 for none"
+            )
+        if size and size > (available := psutil.virtual_memory().available):
+            raise ConfigError(
+                f"the KV cache's host_cache_size is {size} bytes and this machine has {available} left: give it less"
             )
         for name in ("enable_block_reuse", "enable_partial_reuse", "deterministic"):
             if not isinstance(getattr(self, name), bool):

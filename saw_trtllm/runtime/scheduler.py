@@ -22,12 +22,17 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 
 from saw_trtllm.engine.step import DECODE, PREFILL, RowCopy, StepSequence
 from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.block_manager import BlockManager, BlockTable
+from saw_trtllm.runtime.host_cache import HostCache
 from saw_trtllm.runtime.sampling_params import SamplingParams
+
+#: Waiting requests whose blocks are fetched from the host: enough that the copies of the next ones go on while a step
+#: runs, few enough that what comes back is not evicted before it is used.
+NUM_FETCHED_AHEAD = 8
 
 
 @dataclass(eq=False)
@@ -128,6 +133,8 @@ class Scheduler:
         Tokens of a chunk; ``max_num_tokens - max_batch_size`` at most, so that a chunk fits beside any decodes.
     interchangeable_rows : bool
         Whether a token's rows may come from any step that computed it: see above.
+    host : HostCache, optional
+        Blocks that have left the pool. What it holds of a request is fetched while the request waits.
 
     Attributes
     ----------
@@ -142,6 +149,7 @@ class Scheduler:
         max_num_tokens: int,
         prefill_chunk: int,
         interchangeable_rows: bool,
+        host: HostCache | None = None,
     ) -> None:
         self.blocks = blocks
         self.waiting: deque[Sequence] = deque()
@@ -152,6 +160,7 @@ class Scheduler:
         self._max_num_tokens = max_num_tokens
         self._prefill_chunk = prefill_chunk
         self._interchangeable_rows = interchangeable_rows
+        self.host = host
         self._num_leaving = 0  # removed ones whose parts are under way
 
     @property
@@ -185,6 +194,15 @@ class Scheduler:
         Empty when there is nothing to do, or nothing before the step under way is done.
         """
         self.copies = []
+        if self.host is not None:
+            self.host.poll()
+            self._fetch()
+        step = self._schedule()
+        if self.host is not None:
+            self.host.begin()
+        return step
+
+    def _schedule(self) -> list[Scheduled]:
         budget = self._max_num_tokens
         preemptions = self.num_preemptions
         parts = [self._next(s) for s in self.running if not s.draws_its_last]
@@ -198,7 +216,7 @@ class Scheduler:
                 return []  # its next choice depends on a token that nobody knows yet
             if len(inputs.token_ids) > budget:
                 continue
-            if not self.blocks.grow(sequence.table, part.end):
+            if not self._grow(sequence.table, part.end):
                 if self._is_under_way():
                     return []
                 if not self._make_room(part):
@@ -251,6 +269,8 @@ class Scheduler:
                 self._num_leaving += 1
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+            if self.host is not None:
+                self.host.let_go(sequence.table)
 
     def _findable(self, sequence: Sequence) -> int:
         """How many of the computed tokens others may find."""
@@ -283,7 +303,7 @@ class Scheduler:
 
     def _make_room(self, part: Scheduled) -> bool:
         """Blocks for the sequence's next tokens, from those that were queued last if need be."""
-        while not self.blocks.grow(part.sequence.table, part.end):
+        while not self._grow(part.sequence.table, part.end):
             victim = self.running[-1]
             self._preempt(victim)
             if victim is part.sequence:
@@ -294,6 +314,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._close(sequence)
         sequence.num_computed = 0
+        sequence.table.fetched = None
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
@@ -302,22 +323,58 @@ class Scheduler:
         leader, prompt = sequence.leader, len(sequence.prompt)
         return leader in self.running and leader.num_computed < prompt and self.blocks.can_share(prompt)
 
+    def _fetch(self) -> None:
+        """Ask the host for blocks of those who wait, as far as free blocks reach beside those who run."""
+        spare = self.blocks.num_free - len(self.running)
+        for sequence in islice(self.waiting, NUM_FETCHED_AHEAD):
+            table = sequence.table
+            # Of those before it each must still find room, else what is held for the last would keep the first out.
+            spare -= self.blocks.blocks_for(sequence.num_tokens) - len(table.fetched or ())
+            if spare < 0:
+                break
+            if table.fetched is None:
+                self._open(sequence)
+                self.host.fetch(table, self.blocks.num_free)
+                self.blocks.close(table)
+
+    def _grow(self, table: BlockTable, num_tokens: int) -> bool:
+        """Room for so many tokens, if need be in blocks that are held for those who wait longest yet."""
+        while not self.blocks.grow(table, num_tokens):
+            if not self._let_one_go(0):
+                return False
+        return True
+
+    def _let_one_go(self, num_kept: int) -> bool:
+        """Free what is held for the last of the waiting, but for the first ``num_kept``; false if nothing is."""
+        if self.host is None:
+            return False
+        return any(self.host.let_go(s.table) for s in reversed(list(islice(self.waiting, num_kept, None))))
+
+    def _open(self, sequence: Sequence) -> int:
+        """Hold what the pool has of a sequence; how many tokens that is."""
+        known = sequence.tokens(0, sequence.num_tokens if self._interchangeable_rows else len(sequence.prompt))
+        reuse = not sequence.params.return_context_logits
+        return self.blocks.open(sequence.table, known, reuse, sequence.cache_salt)
+
     def _admit(self, sequence: Sequence, budget: int) -> Scheduled | None:
         if self._waits_for_leader(sequence):
             return None
-        reuse, table = not sequence.params.return_context_logits, sequence.table
-        known = sequence.tokens(0, sequence.num_tokens if self._interchangeable_rows else len(sequence.prompt))
-        reused = self.blocks.open(table, known, reuse, sequence.cache_salt)
+        table, reused = sequence.table, self._open(sequence)
         sequence.num_computed, sequence.num_reused = reused, reused
         part = self._next(sequence)
         missing = self.blocks.blocks_for(sequence.num_tokens) - len(table.blocks)
         # One free block for each running sequence, so that its next tokens do not preempt the newcomer at once.
         headroom = len(self.running)
-        if len(part.inputs.token_ids) > budget or missing + headroom > self.blocks.num_free:
+        fetching = self.host is not None and self.host.is_fetching(table)
+        while missing + headroom > self.blocks.num_free and self._let_one_go(1):
+            pass
+        if fetching or len(part.inputs.token_ids) > budget or missing + headroom > self.blocks.num_free:
             self.blocks.close(table)
             return None
         full = len(table.blocks)
         self.blocks.grow(table, sequence.num_tokens)
+        if self.host is not None:
+            self.host.let_go(table)
         if table.partial is not None:
             source, rows = table.partial
             self.copies.append(RowCopy(source, table.blocks[full], rows))

@@ -15,6 +15,10 @@ class Stats:
         Sequences now.
     used_blocks, free_blocks, max_blocks, tokens_per_block : int
         The KV cache. Free blocks may still hold prefixes for reuse.
+    host_blocks, max_host_blocks : int
+        Blocks that the host holds, and may hold.
+    stored_blocks_total, loaded_blocks_total : int
+        Blocks copied to the host and back.
     requests_total, preemptions_total : int
     prompt_tokens_total, reused_tokens_total, generated_tokens_total : int
         Tokens of prompts, those of them found in the cache, and generated tokens.
@@ -28,6 +32,10 @@ class Stats:
     free_blocks: int = 0
     max_blocks: int = 0
     tokens_per_block: int = 0
+    host_blocks: int = 0
+    max_host_blocks: int = 0
+    stored_blocks_total: int = 0
+    loaded_blocks_total: int = 0
     requests_total: int = 0
     preemptions_total: int = 0
     prompt_tokens_total: int = 0

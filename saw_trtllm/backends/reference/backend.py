@@ -60,5 +60,5 @@ class ReferenceBackend:
         # In a thread that ends. OpenMP keeps workers for each living thread that has computed, and once they outnumber
         # the cores they sleep between products: the engine's thread, which runs the steps, would take twice as long.
         with ThreadPoolExecutor(1) as thread:
-            options = (kv_cache.max_tokens, kv_cache.free_gpu_memory_fraction)
+            options = (kv_cache.max_tokens, kv_cache.free_gpu_memory_fraction, kv_cache.host_cache_size)
             return thread.submit(ReferenceExecutor, folder, config, *options).result()

@@ -63,4 +63,5 @@ class TensorRTBackend:
         """Deserialize the engine and plan its memory."""
         from saw_trtllm.backends.tensorrt.executor import TensorRTExecutor
 
-        return TensorRTExecutor(folder, config, kv_cache.max_tokens, kv_cache.free_gpu_memory_fraction)
+        options = (kv_cache.max_tokens, kv_cache.free_gpu_memory_fraction, kv_cache.host_cache_size)
+        return TensorRTExecutor(folder, config, *options)

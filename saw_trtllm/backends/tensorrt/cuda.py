@@ -104,6 +104,13 @@ class Stream:
             runtime.cudaMemcpyAsync, target, address, nbytes, runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost, self.handle
         )
 
+    def wait_for(self, other: Stream) -> None:
+        """Let what comes next wait for all that was put on another stream."""
+        event = Event()
+        event.record(other)
+        call(runtime.cudaStreamWaitEvent, self.handle, event.handle, 0)
+        event.close()  # CUDA keeps it until it has been waited for
+
     @contextmanager
     def capture(self) -> Iterator[Graph]:
         """Record what is put on the stream instead of running it."""
@@ -153,20 +160,28 @@ class Event:
     def __init__(self) -> None:
         # Without times it is cheaper; a thread that waits for it sleeps, since the host has other things to do.
         flags = runtime.cudaEventDisableTiming | runtime.cudaEventBlockingSync
-        self._handle = call(runtime.cudaEventCreateWithFlags, flags)
+        self.handle = call(runtime.cudaEventCreateWithFlags, flags)
 
     def record(self, stream: Stream) -> None:
         """Let it be the point that the stream has come to."""
-        call(runtime.cudaEventRecord, self._handle, stream.handle)
+        call(runtime.cudaEventRecord, self.handle, stream.handle)
 
     def synchronize(self) -> None:
         """Wait until the GPU has come there. Other threads go on."""
-        call(runtime.cudaEventSynchronize, self._handle)
+        call(runtime.cudaEventSynchronize, self.handle)
+
+    def is_done(self) -> bool:
+        """Whether the GPU has come there."""
+        (error,) = runtime.cudaEventQuery(self.handle)
+        if error == runtime.cudaError_t.cudaErrorNotReady:
+            return False
+        call(lambda: (error,))
+        return True
 
     def close(self) -> None:
         """Destroy it."""
-        if self._handle is not None:
-            handle, self._handle = self._handle, None
+        if self.handle is not None:
+            handle, self.handle = self.handle, None
             call(runtime.cudaEventDestroy, handle)
 
 

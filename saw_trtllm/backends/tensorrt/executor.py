@@ -14,6 +14,7 @@ import numpy as np
 from saw_trtllm.backends.tensorrt.cuda import ALIGNMENT, DeviceBuffer, Stream, call, memory_info, runtime
 from saw_trtllm.backends.tensorrt.engine_checks import check_versions, read_engine
 from saw_trtllm.backends.tensorrt.graphs import DecodeGraphs, buckets
+from saw_trtllm.backends.tensorrt.host_pool import CopiesUnderWay, HostPool
 from saw_trtllm.backends.tensorrt.memory import MemoryPlan, plan_blocks
 from saw_trtllm.backends.tensorrt.results import PendingResult, ResultSlot
 from saw_trtllm.backends.tensorrt.sampler import GpuSampler
@@ -24,6 +25,7 @@ from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import DECODE, RowCopy, StepInputs, StepSequence
 from saw_trtllm.engine.tensors import LAST_TOKEN_IDS, LOGITS, POOL_MAPPING, POOL_POINTERS, WINDOW_SIZES
 from saw_trtllm.errors import EngineError, KernelError
+from saw_trtllm.runtime.host_cache import BlockCopy
 from saw_trtllm.runtime.sampling import SamplingState
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ class TensorRTExecutor:
         Tokens of the pool. By default as many as fit; see :func:`saw_trtllm.backends.tensorrt.memory.plan_blocks`.
     memory_fraction : float
         Share of the GPU's memory that is free beside the engine which the pool may take.
+    host_cache_size : int
+        Bytes of pinned host memory for blocks that leave the pool.
     graphs : bool
         Whether steps of decodes run as CUDA graphs.
     pool_memory : DeviceBuffer, optional
@@ -50,7 +54,7 @@ class TensorRTExecutor:
 
     Attributes
     ----------
-    num_blocks : int
+    num_blocks, num_host_blocks : int
     asynchronous : bool
     stream : int
         The CUDA stream.
@@ -76,6 +80,7 @@ class TensorRTExecutor:
         config: EngineConfig,
         max_tokens: int | None,
         memory_fraction: float,
+        host_cache_size: int = 0,
         graphs: bool = True,
         pool_memory: DeviceBuffer | None = None,
     ) -> None:
@@ -87,6 +92,7 @@ class TensorRTExecutor:
         self._resources = ExitStack()
         try:
             self._open(folder, max_tokens, memory_fraction, pool_memory)
+            self._open_host_pool(host_cache_size)
             self._record(graphs)
         except BaseException:
             self.shutdown()
@@ -120,6 +126,11 @@ class TensorRTExecutor:
         self._sampler.enqueue(self.logits.address, rows, num_sequences, self._stream.handle)
         spans = self._wanted(step, sampling, context_logits)
         return slot.take(self._stream, self._sampler, self.logits.address, spans, sampling)
+
+    def transfer(self, stores: Sequence[BlockCopy], loads: Sequence[BlockCopy]) -> CopiesUnderWay:
+        """Begin to copy blocks to the host and from it; see :class:`saw_trtllm.runtime.executor.Executor`."""
+        call(runtime.cudaSetDevice, self._device)
+        return self._host_pool.transfer(stores, loads, self._stream)
 
     def profile(self, step: StepInputs) -> list[tuple[str, float]]:
         """Run a step of known tokens under TensorRT's profiler, without a graph and without sampling.
@@ -201,6 +212,14 @@ class TensorRTExecutor:
             free=free - sum(sizes),
             num_blocks=self.num_blocks,
         )
+
+    def _open_host_pool(self, host_cache_size: int) -> None:
+        config = self._config
+        tokens, heads = config.build_config.tokens_per_block, config.pretrained_config.num_key_value_heads
+        sizes = [tokens * pool.format.bytes_per_token(len(pool.layers), heads) for pool in config.pools]
+        self.num_host_blocks = host_cache_size // sum(sizes)
+        if self.num_host_blocks:
+            self._host_pool = self._hold(HostPool(self.pools, sizes, self.num_host_blocks))
 
     def _host_arrays(self) -> dict[str, np.ndarray]:
         """The inputs that stay on the host and are the same in every step."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from saw_trtllm.engine.step import DECODE, PREFILL
 from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.block_manager import BlockManager
+from saw_trtllm.runtime.host_cache import HostCache
 from saw_trtllm.runtime.sampling_params import SamplingParams
 from saw_trtllm.runtime.scheduler import Scheduler, Sequence
 from tests.support import ROOT
@@ -51,6 +52,40 @@ class FakeModel:
         return seen[-1] % VOCAB
 
 
+class FakeTransfers:
+    """Copies that are made some time after they were begun, all at once: what is read or written too early shows."""
+
+    def __init__(self, model, rng):
+        self.model, self.rng, self.host, self.under_way = model, rng, {}, []
+
+    def __call__(self, stores, loads):
+        copies = FakeCopies(self, stores, loads, self.rng.randrange(4))
+        self.under_way.append(copies)
+        return copies
+
+
+class FakeCopies:
+    def __init__(self, transfers, stores, loads, delay):
+        self.transfers, self.stores, self.loads, self.delay = transfers, stores, loads, delay
+
+    def done(self):
+        self.delay -= 1
+        if self.delay < 0 and self in self.transfers.under_way:
+            self.wait()
+        return self.delay < 0
+
+    def wait(self):
+        self.delay = -1
+        while self in self.transfers.under_way:
+            self.transfers.under_way.pop(0).make()
+
+    def make(self):
+        pool, host = self.transfers.model.pool, self.transfers.host
+        size = range(self.transfers.model.tokens_per_block)
+        host.update({(slot, i): pool[block, i] for block, slot in self.stores for i in size})
+        pool.update({(block, i): host[slot, i] for block, slot in self.loads for i in size})
+
+
 class Runtime:
     """Drives a scheduler step by step, and checks each."""
 
@@ -64,13 +99,17 @@ class Runtime:
         exact=False,
         reuse=True,
         partial=True,
+        host_slots=0,
         ids=None,
     ):
         multiple = 1 if exact else prefill_chunk
         self.blocks = BlockManager(num_blocks, tokens_per_block, reuse, partial, multiple)
-        self.scheduler = Scheduler(self.blocks, max_batch_size, max_num_tokens, prefill_chunk, exact)
-        self.limits = (max_batch_size, max_num_tokens, prefill_chunk)
         self.model = FakeModel(exact, tokens_per_block)
+        self.host = None
+        if host_slots and reuse:
+            self.host = HostCache(self.blocks, host_slots, FakeTransfers(self.model, random.Random(host_slots)))
+        self.scheduler = Scheduler(self.blocks, max_batch_size, max_num_tokens, prefill_chunk, exact, self.host)
+        self.limits = (max_batch_size, max_num_tokens, prefill_chunk)
         self.finished = {}
         self.ids = count() if ids is None else ids
         self.queued = []
@@ -87,9 +126,12 @@ class Runtime:
         return self.scheduler.has_work
 
     def step(self):
-        running, preemptions = list(self.scheduler.running), self.scheduler.num_preemptions
-        unfinished = [*running, *self.scheduler.waiting]
-        step = self.scheduler.schedule()
+        while True:
+            running, preemptions = list(self.scheduler.running), self.scheduler.num_preemptions
+            unfinished = [*running, *self.scheduler.waiting]
+            step = self.scheduler.schedule()
+            if step or self.host is None or not self.host.wait():
+                break
         self.check(step, unfinished)
         if self.scheduler.num_preemptions > preemptions:
             assert all(s in running for s in self.scheduler.running), "a step that lacks blocks lets others in"
@@ -116,7 +158,8 @@ class Runtime:
         kinds = [s.inputs.kind for s in step]
         assert kinds == sorted(kinds)
         oldest = next(s for s in self.queued if s in unfinished)
-        assert oldest in sequences, "the oldest request does not come on"
+        fetching = self.host is not None and self.host.is_fetching(oldest.table)
+        assert oldest in sequences or fetching, "the oldest request does not come on"
         for s in step:
             inputs, sequence = s.inputs, s.sequence
             end = inputs.start + len(inputs.token_ids)
@@ -134,9 +177,14 @@ class Runtime:
                 assert end == whole or end % prefill_chunk == 0
                 assert len(inputs.token_ids) <= prefill_chunk
 
+    def settle(self):
+        while self.host is not None and self.host.wait():
+            pass
+
     def run(self, limit=100_000):
         for _ in range(limit):
             if not self.scheduler.has_work:
+                self.settle()
                 return self.finished
             self.step()
         raise AssertionError("it does not end")
@@ -297,6 +345,22 @@ def test_prefixes_are_reused_in_whole_chunks_of_an_inexact_cache():
         assert runtime.run()[1] == alone(prompt, 2, exact=exact)
 
 
+def test_what_the_pool_gives_up_comes_back_from_the_host():
+    """Conversations that do not fit the pool together, turn by turn: none computes a token twice but its last."""
+    runtime = Runtime(num_blocks=12, exact=True, host_slots=100)
+    prompts = [[i, 1, 2, 3] * 5 for i in range(5)]
+    for turn in range(3):
+        sequences = [runtime.add(prompt, 3) for prompt in prompts]
+        runtime.run()
+        for i, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True)):
+            assert sequence.generated == alone(prompt, 3, exact=True)
+            if turn:  # whole blocks are kept on the host
+                assert sequence.num_reused >= (len(prompt) - 3) // 4 * 4
+            prompts[i] = [*prompt, *sequence.generated, 4, turn]
+    assert runtime.host.num_loaded > 20
+    assert runtime.blocks.num_free == 12
+
+
 @pytest.mark.parametrize("partial", [False, True])
 def test_a_conversation_finds_its_own_text(partial):
     """The next turn's prompt is the last one with its answer: all of it that was computed is found again."""
@@ -362,6 +426,7 @@ LOADS = {
     "exact": st.booleans(),
     "reuse": st.booleans(),
     "partial": st.booleans(),
+    "host_slots": st.sampled_from([0, 0, 3, 12, 100]),
     "tokens_per_block": st.sampled_from([1, 2, 4, 8]),
     "chunk_blocks": st.integers(1, 4),
     "max_batch_size": st.integers(1, 9),
@@ -385,6 +450,7 @@ def check_random_load(make_runtime, load, cancelled_share, penalized_share=0.0, 
         exact=exact,
         reuse=load["reuse"],
         partial=load["partial"],
+        host_slots=load["host_slots"],
         ids=iter(rng.sample(range(1000), 25)),
     )
     stem = [rng.randrange(VOCAB) for _ in range(30)]
@@ -436,6 +502,8 @@ class AheadRuntime(Runtime):
         step, ahead, preemptions = [], bool(self.under_way), self.scheduler.num_preemptions
         if self.scheduler.has_work:
             step = self.scheduler.schedule()
+            while not step and not ahead and self.host is not None and self.host.wait():
+                step = self.scheduler.schedule()
         assert step or ahead or not self.scheduler.has_work, "nothing is computed though there is work"
         assert not ahead or self.scheduler.num_preemptions == preemptions
         if step:
@@ -484,6 +552,7 @@ class AheadRuntime(Runtime):
     def run(self, limit=100_000):
         finished = super().run(limit)
         self.step()
+        self.settle()
         return finished
 
 

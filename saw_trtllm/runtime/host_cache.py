@@ -1,0 +1,205 @@
+"""Blocks that outlive the pool: each has a copy in host memory, and comes back before the request that needs it.
+
+A block is copied when its last sequence lets go of it, not when the pool takes it for something else: its content is
+final by then, and nobody has to wait. Until the copy is made the cache itself is an owner of the block, so that nothing
+overwrites it. What comes back comes into free blocks, beside the steps that run, and is found there like any other.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from saw_trtllm.runtime.block_manager import Block, BlockManager, BlockTable
+
+
+class PendingTransfer(Protocol):
+    """Copies of blocks that have been begun."""
+
+    def done(self) -> bool:
+        """Whether all of them are made."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until they are."""
+        ...
+
+
+class CopiesMade:
+    """Copies that were made when they were begun."""
+
+    def done(self) -> bool:
+        """They are."""
+        return True
+
+    def wait(self) -> None:
+        """There is nothing to wait for."""
+
+
+class BlockCopy(NamedTuple):
+    """A block of the pool, and its place in host memory."""
+
+    block: int
+    slot: int
+
+
+#: Begins to copy blocks to the host (the first list) and from it (the second).
+Transfer = Callable[[Sequence[BlockCopy], Sequence[BlockCopy]], PendingTransfer]
+
+
+@dataclass
+class _Move:
+    """A copy under way, what finds the block, and whom it is loaded for: a table's ``fetched``."""
+
+    copy: BlockCopy
+    content: Block
+    owner: list[int] = field(default_factory=list)
+    table: BlockTable | None = None
+
+
+@dataclass
+class _Batch:
+    pending: PendingTransfer
+    stores: list[_Move]
+    loads: list[_Move]
+
+
+class HostCache:
+    """What the host holds of the pool's blocks; the least recently used goes first.
+
+    Parameters
+    ----------
+    blocks : BlockManager
+    num_slots : int
+        Blocks that the host holds.
+    transfer : callable
+        Begins copies: see :data:`Transfer`.
+
+    Attributes
+    ----------
+    num_stored, num_loaded : int
+        Blocks copied to the host and back.
+    """
+
+    def __init__(self, blocks: BlockManager, num_slots: int, transfer: Transfer) -> None:
+        self.num_stored = self.num_loaded = 0
+        self._blocks = blocks
+        self._transfer = transfer
+        self._held: OrderedDict[bytes, tuple[int, Block]] = OrderedDict()  # slot and content by key
+        self._num_slots = num_slots
+        self._free_slots = list(range(num_slots))
+        self._stores: dict[bytes, _Move] = {}  # not yet done
+        self._loads: dict[bytes, _Move] = {}
+        self._to_begin: tuple[list[_Move], list[_Move]] = ([], [])
+        self._under_way: deque[_Batch] = deque()
+        blocks.adopt = self._adopt
+
+    def stats(self) -> dict[str, int]:
+        """Its part of :class:`saw_trtllm.runtime.stats.Stats`."""
+        return {
+            "host_blocks": len(self._held),
+            "max_host_blocks": self._num_slots,
+            "stored_blocks_total": self.num_stored,
+            "loaded_blocks_total": self.num_loaded,
+        }
+
+    def fetch(self, table: BlockTable, spare: int) -> None:
+        """Hold what the pool has of a sequence and begin to bring back what the host has, until :meth:`let_go`.
+
+        Parameters
+        ----------
+        table : BlockTable
+            Opened before, so that its keys are known.
+        spare : int
+            Free blocks that this may take.
+        """
+        present, wanted = [], []
+        for key in table.keys:
+            if self._blocks.holds(key):
+                present.append(key)
+            elif key in self._held:
+                wanted.append(key)
+            else:
+                break
+        wanted = [key for key in wanted if key not in self._loads]
+        table.fetched = [self._blocks.hold(key) for key in present]
+        if len(wanted) > spare - len(present):
+            self.let_go(table)
+            table.fetched = None  # another time
+            return
+        for key, block in zip(wanted, self._blocks.take(len(wanted)), strict=True):
+            slot, content = self._held[key]
+            self._held.move_to_end(key)
+            self._loads[key] = _Move(BlockCopy(block, slot), content, table.fetched, table)
+            self._to_begin[1].append(self._loads[key])
+
+    def is_fetching(self, table: BlockTable) -> bool:
+        """Whether blocks of a sequence are on their way."""
+        return bool(self._loads) and any(key in self._loads for key in table.keys)
+
+    def let_go(self, table: BlockTable) -> bool:
+        """Hold nothing for a sequence any more, now or when it comes. False if nothing was held."""
+        if table.fetched is None:
+            return False
+        held, table.fetched = table.fetched, []
+        for block in held:
+            self._blocks.release(block)
+        return bool(held)
+
+    def begin(self) -> None:
+        """Begin the copies that have come up."""
+        stores, loads = self._to_begin
+        if stores or loads:
+            pending = self._transfer([m.copy for m in stores], [m.copy for m in loads])
+            self._under_way.append(_Batch(pending, stores, loads))
+            self._to_begin = ([], [])
+
+    def poll(self) -> None:
+        """Take note of the copies that are made."""
+        while self._under_way and self._under_way[0].pending.done():
+            batch = self._under_way.popleft()
+            for move in batch.stores:
+                key = move.content.key
+                del self._stores[key]
+                self._held[key] = (move.copy.slot, move.content)
+                self._blocks.release(move.copy.block)
+            for move in batch.loads:
+                del self._loads[move.content.key]
+                self._blocks.publish(move.copy.block, move.content)
+                if move.table.fetched is move.owner:
+                    move.owner.append(move.copy.block)
+                else:
+                    self._blocks.release(move.copy.block)
+            self.num_stored += len(batch.stores)
+            self.num_loaded += len(batch.loads)
+
+    def wait(self) -> bool:
+        """Wait for the oldest copies; false if there are none."""
+        self.begin()
+        if not self._under_way:
+            return False
+        self._under_way[0].pending.wait()
+        self.poll()
+        return True
+
+    def _adopt(self, index: int, content: Block) -> bool:
+        """Keep a block that its last sequence lets go of, until it is copied."""
+        key = content.key
+        if key in self._held:
+            self._held.move_to_end(key)
+            return False
+        if key in self._stores or (slot := self._take_slot()) is None:
+            return False
+        self._stores[key] = _Move(BlockCopy(index, slot), Block(0, key, content.parent, content.tokens))
+        self._to_begin[0].append(self._stores[key])
+        return True
+
+    def _take_slot(self) -> int | None:
+        if self._free_slots:
+            return self._free_slots.pop()
+        for key in self._held:
+            if key not in self._loads:
+                return self._held.pop(key)[0]
+        return None
