@@ -24,6 +24,7 @@ TOTAL = 1 << 30
 class cudaError_t(enum.IntEnum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
+    cudaErrorNotReady = 600
     cudaErrorIllegalAddress = 700
     cudaErrorNoDevice = 100
     cudaErrorStreamCaptureUnsupported = 900
@@ -173,9 +174,9 @@ class Cuda:
         return (cudaError_t.cudaSuccess,)
 
     def cudaMemcpyAsync(self, target, source, size, kind, stream):
-        up = kind == cudaMemcpyKind.cudaMemcpyHostToDevice
-        self.on_device(target if up else source, size)
-        self.on_host(source if up else target, size)
+        kinds = cudaMemcpyKind
+        (self.on_device if kind != kinds.cudaMemcpyDeviceToHost else self.on_host)(target, size)
+        (self.on_device if kind != kinds.cudaMemcpyHostToDevice else self.on_host)(source, size)
         self.streams[stream].put(lambda: ctypes.memmove(target, source, size))
         return (cudaError_t.cudaSuccess,)
 
@@ -206,6 +207,23 @@ class Cuda:
             stream, done = self.events[event]
             while not done:
                 stream.work.pop(0)()
+        return (cudaError_t.cudaSuccess,)
+
+    def cudaEventQuery(self, event):
+        """Each question finds the stream one piece of work further."""
+        stream, done = self.events[event]
+        if not done:
+            stream.work.pop(0)()
+        return (cudaError_t.cudaSuccess if done else cudaError_t.cudaErrorNotReady,)
+
+    def cudaStreamWaitEvent(self, stream, event, flags):
+        other, done = self.events[event]
+
+        def wait():
+            while not done:
+                other.work.pop(0)()
+
+        self.streams[stream].put(wait)
         return (cudaError_t.cudaSuccess,)
 
     def cudaEventElapsedTime(self, start, end):
@@ -273,6 +291,7 @@ _OVER_CUDA = (
     "engine_checks",
     "executor",
     "graphs",
+    "host_pool",
     "memory",
     "results",
     "sample_rows",

@@ -122,6 +122,30 @@ def test_rows_are_copied_within_blocks_of_every_pool(options, folders, machine):
     assert converse(folder) == expected
 
 
+@pytest.mark.parametrize("kv", ["fp16", "saw_int4"])
+def test_blocks_go_to_the_host_and_come_back(kv, folders, machine):
+    """Conversations of three turns that do not fit the pool together give what a pool without a host cache gives."""
+    reference, folder = folders(kv)
+    params = SamplingParams(max_tokens=10, ignore_eos=True)
+
+    def converse(folder, **cache):
+        prompts = [list(range(i, i + 150)) for i in (3, 203)]
+        with LLM(folder, kv_cache_config=KvCacheConfig(**cache)) as llm:
+            for _ in range(3):
+                texts = [llm.generate(p, params).outputs[0].token_ids for p in prompts]
+                prompts = [[*p, *t, 7, 8, 9] for p, t in zip(prompts, texts, strict=True)]
+            return prompts, llm.stats()
+
+    expected, _ = converse(reference, max_tokens=4096, enable_partial_reuse=False)
+    for which in (reference, folder):
+        cuda = machine(folder)[0] if which is folder else None
+        found, stats = converse(which, max_tokens=256, host_cache_size=1 << 24, enable_partial_reuse=False)
+        assert found == expected
+        assert stats.loaded_blocks_total > 5
+        assert stats.used_blocks == 0
+        assert cuda is None or cuda.everything() == []
+
+
 def test_skipped_layers_have_a_pool_of_their_own(folders, machine):
     reference, folder = folders(kv_skip_layers="0,last")
     prompts, params = requests(6, seed=1)
