@@ -96,6 +96,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--kv_cache_reuse", choices=_SWITCH, default="enable", help="share blocks of equal prefixes")
     parser.add_argument(
+        "--host_cache_size",
+        type=int,
+        metavar="BYTES",
+        default=KvCacheConfig.host_cache_size,
+        help="host memory for blocks that leave the pool, from where they come back; 0 is none",
+    )
+    parser.add_argument(
         "--deterministic", action="store_true", help="let no text depend on what is in the cache: less of it is reused"
     )
     parser.add_argument(
@@ -186,6 +193,7 @@ def _parameters(args: argparse.Namespace) -> Parameters:
         max_tokens_in_paged_kv_cache=getattr(args, "kv_cache_max_tokens", None),
         kv_cache_free_gpu_mem_fraction=args.kv_cache_free_gpu_memory_fraction,
         max_queue_size=args.max_queue_size,
+        kv_cache_host_memory_bytes=args.host_cache_size,
         enable_kv_cache_reuse=args.kv_cache_reuse == "enable",
         deterministic=args.deterministic,
         decoupled_mode=args.decoupled_mode == "true",

@@ -250,6 +250,7 @@ TENSORRT_LLM_MODEL = Model(
         "tokenizer_dir",
         "max_tokens_in_paged_kv_cache",
         "kv_cache_free_gpu_mem_fraction",
+        "kv_cache_host_memory_bytes",
         "enable_kv_cache_reuse",
         "enable_partial_reuse",
         "deterministic",

@@ -112,6 +112,7 @@ class TensorrtLlmModel:
         kv_cache = KvCacheConfig(
             max_tokens=parameters.max_tokens_in_paged_kv_cache,
             free_gpu_memory_fraction=parameters.kv_cache_free_gpu_mem_fraction,
+            host_cache_size=parameters.kv_cache_host_memory_bytes,
             enable_block_reuse=parameters.enable_kv_cache_reuse,
             enable_partial_reuse=parameters.enable_partial_reuse,
             deterministic=parameters.deterministic,

@@ -121,6 +121,8 @@ def template_values(parameters: Parameters, config: EngineConfig, backend: str, 
         "accumulate_tokens": False,
         "tensorrt_llm_model_name": TENSORRT_LLM,
     }
+    if parameters.kv_cache_host_memory_bytes:
+        values["kv_cache_host_memory_bytes"] = parameters.kv_cache_host_memory_bytes
     if parameters.max_tokens_in_paged_kv_cache is not None:
         values["max_tokens_in_paged_kv_cache"] = parameters.max_tokens_in_paged_kv_cache
     return {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in values.items()}
