@@ -1,8 +1,9 @@
-"""``saw-calibrate``: centers and smoothing of a model's keys, for ``saw-build --calibration``."""
+"""``saw-calibrate``: centers of a model's keys and frames, for ``saw-build --calibration``."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 import sys
 import time
@@ -22,9 +23,14 @@ from saw_trtllm.progress import progress
 if TYPE_CHECKING:
     import torch
 
+    from saw_trtllm.eval.levers import Measured
+
+log = logging.getLogger(__name__)
+
 _EXAMPLES = """\
 examples:
   saw-calibrate --model_dir Qwen2.5-7B --text sample.txt --output calib.safetensors
+  saw-calibrate --model_dir Qwen2.5-7B --text book.txt,code.py --chat chats.jsonl --output calib.safetensors
   saw-build --model_dir Qwen2.5-7B --calibration calib.safetensors --output_dir engine
 """
 
@@ -37,13 +43,20 @@ class CalibrateOptions(BaseModel):
     checkpoint_dir: Path | None = Field(None, description="TensorRT-LLM checkpoint folder")
     model_dir: Path | None = Field(None, description="Hugging Face model folder, instead of --checkpoint_dir")
     tokenizer_dir: Path | None = Field(None, description="folder of the tokenizer; by default the model's own")
-    text: Path | None = Field(None, description="UTF-8 text of the kind that the engine will see; - is stdin")
+    text: str | None = Field(
+        None, description="UTF-8 texts of the kind that the engine will see, with commas; - is stdin"
+    )
+    chat: str | None = Field(
+        None,
+        description="conversations beside or instead of it, for the model's chat template: files with a JSON list of "
+        "messages a line, with commas",
+    )
     output: Path = Field(Path("calib.safetensors"), description="file to write")
-    max_tokens: int = Field(8192, description="tokens of the text to use at most")
+    max_tokens: int = Field(16384, gt=0, description="tokens of the texts to use at most, of each the same share")
     max_seq_len: int | None = Field(
         None,
-        description="tokens of a sequence; the centers hold for contexts of about that length; by default 2048, or the "
-        "model's max_position_embeddings",
+        description="tokens of a sequence; centers and frames hold for contexts of about that length; by default 2048, "
+        "or what the model or the text has",
     )
 
 
@@ -69,45 +82,85 @@ def main(argv: list[str] | None = None) -> int:
 
 def _calibrate(options: CalibrateOptions) -> None:
     choose_backend("reference")  # says so if PyTorch is missing
-    from saw_trtllm.calibrate import calibrate
+    from saw_trtllm.eval.levers import CENTERED, FRAMES, ROTATION, measured_calibration, num_steps
 
     start = time.monotonic()
     checkpoint, windows = _open(options)
-    with progress(windows.numel(), "saw-calibrate", "tokens") as bar:
-        calibration = calibrate(checkpoint, windows, progress=bar.update)
-    calibration.save(options.output)
+    with progress(num_steps(windows), "saw-calibrate", "tokens") as bar:
+        found = measured_calibration(checkpoint, windows, bar.update)
+    found.calibration.save(options.output)
     source = ["--model_dir", options.model_dir] if options.model_dir else ["--checkpoint_dir", options.checkpoint_dir]
     build = ["saw-build", *source, "--calibration", options.output, "--output_dir", "engine"]
-    model = checkpoint.config
+    model, kl = checkpoint.config, found.kl_mean
     print_table(
         {
             "model": f"{family_of(model).name}: {model.num_hidden_layers} layers, {model.num_key_value_heads} KV heads "
             f"of {model.head_size}",
-            "text": f"{len(windows)} sequences of {windows.shape[1]} tokens",
-            "calibration": calibration.describe(),
+            "text": f"{len(windows)} sequences of {windows.shape[1]} tokens, {found.num_held_out:,} of them to test",
+            "calibration": found.calibration.describe(),
+            "KL from fp16": ", ".join(f"{kl[name]:.4f} by {name}" for name in (ROTATION, FRAMES, CENTERED))
+            + f"; change {found.gain.mean:+.4f} ± {found.gain.error:.4f}",
+            "length of text": f"frames of one half make {found.excess:.1%} more noise on the other than its own",
             "written": str(options.output),
             "wall time": f"{time.monotonic() - start:.1f} s",
             "next": shlex.join(map(str, build)),
         }
     )
+    for warning in _warnings(found):
+        log.warning("%s", warning)
+
+
+def _warnings(found: Measured) -> list[str]:
+    warnings = []
+    if not found.helps:
+        warnings.append(
+            "on text that it was not made of, the calibration is not clearly better than the rotation alone: build "
+            "without it, or calibrate on more text of the kind that the engine will see"
+        )
+    if not found.centered:
+        warnings.append("centers of the keys made the cache worse and were left out")
+    if found.num_tokens_needed:
+        warnings.append(
+            f"a longer text would make better frames: give about {found.num_tokens_needed:,} tokens with --text and "
+            "--max_tokens"
+        )
+    return warnings
 
 
 def _open(options: CalibrateOptions) -> tuple[Checkpoint, torch.Tensor]:
-    """The model and the text's windows."""
+    """The model and the texts' windows."""
     if (options.checkpoint_dir is None) == (options.model_dir is None):
         given = "neither" if options.model_dir is None else "both"
         raise ConfigError(f"{given} of --checkpoint_dir and --model_dir was given: give one of them")
-    if options.text is None:
-        raise ConfigError("no text was given: give a UTF-8 file with --text")
+    if options.text is None and options.chat is None:
+        raise ConfigError("no text was given: give UTF-8 files with --text, or conversations with --chat")
     if not is_folder(options.output.parent):
         raise ConfigError(f"{options.output.parent} is not a folder: choose another --output")
     checkpoint = Checkpoint.open(options.checkpoint_dir or options.model_dir)
-    from saw_trtllm.eval.text import load_tokenizer, make_windows, read_text
+    from saw_trtllm.calibrate import MIN_TOKENS_PER_CHANNEL
+    from saw_trtllm.eval.text import load_tokenizer, make_windows, read_chats, read_text
 
-    ids = load_tokenizer(checkpoint, options.tokenizer_dir).encode(read_text(options.text))
+    tokenizer = load_tokenizer(checkpoint, options.tokenizer_dir)
+    texts = [tokenizer.encode(read_text(Path(name))) for name in _names(options.text)]
+    for name in _names(options.chat):
+        chats = read_chats(Path(name), options.tokenizer_dir or checkpoint.folder)
+        texts.append([i for chat in chats for i in tokenizer.encode(chat, add_special_tokens=False)])
+    # Each text has its share, so that a long one does not push out the others.
+    ids = [i for text in texts for i in text[: options.max_tokens // len(texts)]]
+    due = -(-4 * MIN_TOKENS_PER_CHANNEL * checkpoint.config.head_size // 3)
+    if len(ids) < due:
+        raise ConfigError(
+            f"the text gives {len(ids)} tokens, and heads of {checkpoint.config.head_size} need {due} at least, a "
+            "quarter of them to measure on: give a longer text"
+        )
     longest = checkpoint.config.max_positions
-    length = min(longest, 2048) if options.max_seq_len is None else options.max_seq_len
-    return checkpoint, make_windows(ids, longest, length, options.max_tokens)
+    # A short text is cut into shorter sequences: a few are needed, to calibrate and to measure.
+    length = min(longest, 2048, len(ids) // 4) if options.max_seq_len is None else options.max_seq_len
+    return checkpoint, make_windows(ids, longest, length)
+
+
+def _names(text: str | None) -> list[str]:
+    return [] if text is None else text.split(",")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,10 @@ class EvalOptions(BaseModel):
     checkpoint_dir: Path | None = Field(None, description="TensorRT-LLM checkpoint folder, instead of --model_dir")
     tokenizer_dir: Path | None = Field(None, description="tokenizer's folder; by default the model's")
     text: Path | None = Field(None, description="UTF-8 text to predict; - is stdin")
-    kv: str = Field("fp16,int4,saw_int4", description="caches to compare, with commas")
+    kv: str = Field(
+        "fp16,fp8,int4,saw_int4",
+        description="caches to compare, with commas; fp8 (e4m3 without scales) is there to compare with",
+    )
     hadamard_order: str | None = Field(
         None, description="orders of the rotation, with commas; by default the largest that divides head_dim"
     )
@@ -174,11 +177,14 @@ def _suggest_for(options: EvalOptions, variants: list[Variant]) -> str | None:
 
 
 def _print(evaluation: Evaluation) -> None:
-    from saw_trtllm.eval.tables import layer_table, quality_table, suggestion_table
+    from saw_trtllm.eval.tables import difference_table, layer_table, quality_table, suggestion_table
 
     a = evaluation.about
     print(f"{a['model']}: {a['num_tokens']} tokens in windows of {a['max_seq_len']}, {a['device']}, {a['seconds']} s\n")
     print_columns(*quality_table(evaluation))
+    if sum(s["kv"] != "fp16" for s in evaluation.settings.values()) > 1:
+        print("\ncaches against each other, with standard errors; ~ is within two of them\n")
+        print_columns(*difference_table(evaluation))
     print(
         "\nby layer, its input being exact: the largest channel of the keys over the median one, as they are and "
         "rotated; error of the softmax's logits in nats, and of outputs relative to them\n"
@@ -192,7 +198,7 @@ def _print(evaluation: Evaluation) -> None:
     print(
         f"\nthese pay: --kv_skip_layers {worth}"
         if worth
-        else "\nno layer pays clearly more than its share of the memory, by more than two standard errors"
+        else "\nno layer pays clearly more than its share of the memory, by more than three standard errors"
     )
 
 

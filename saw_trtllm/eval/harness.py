@@ -125,6 +125,8 @@ class CacheScorer:
 
     def _build_options(self, folder: Path) -> BuildOptions:
         k, v = self._variant.k_format, self._variant.v_format
+        if self._variant.settings()["kv"] == "fp8":
+            raise ConfigError("fp8 is in no engine, so it can score texts and generate none: leave it out of --kv")
         if k.range_factor != v.range_factor:
             raise ConfigError(
                 f"range_factor {k.range_factor:g}/{v.range_factor:g} was given, and an engine has one for K and V: "

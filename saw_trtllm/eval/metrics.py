@@ -32,6 +32,8 @@ class Quality:
         Cross-entropy, and how much of it the cache adds.
     perplexity : float
     kl_mean, kl_p99, kl_max : float
+    kl_error : float
+        Standard error of ``kl_mean``, over pieces of about 64 tokens.
     top1_agreement : float
         Share of tokens at which both models hold the same token for the likeliest.
     kl_by_position : dict of int to float
@@ -49,6 +51,7 @@ class Quality:
     kl_mean: float
     kl_p99: float
     kl_max: float
+    kl_error: float
     top1_agreement: float
     kl_by_position: dict[int, float] = field(default_factory=dict)
     greedy_agreement: float | None = None
@@ -83,9 +86,15 @@ def evaluate(
     CheckpointError
         If the model computes NaN or infinite numbers.
     """
+    return qualities(model, quantizers, measure(model, windows, quantizers, progress))
+
+
+def qualities(
+    model: WindowModel, quantizers: Mapping[str, KVQuantizer], measured: Mapping[str, Sums]
+) -> dict[str, Quality]:
+    """What :func:`measure` gave, in numbers."""
     c = model.config
     shape = (c.num_hidden_layers, c.num_key_value_heads, c.head_size)
-    measured = measure(model, windows, quantizers, progress)
     return {name: sums.quality(bytes_per_token(quantizers[name], *shape)) for name, sums in measured.items()}
 
 
@@ -177,6 +186,37 @@ def continuations(model: WindowModel, prompts: torch.Tensor, quantizer: KVQuanti
     return torch.cat(chosen, dim=1).cpu()
 
 
+@dataclass(frozen=True)
+class Difference:
+    """A cache's mean divergence less another's, on the same text, with its standard error over pieces of it."""
+
+    mean: float
+    error: float
+
+    @property
+    def is_real(self) -> bool:
+        """Whether it lies beyond two standard errors."""
+        return abs(self.mean) > 2 * self.error
+
+
+def difference(one: Sums, other: Sums) -> Difference:
+    """Compare two caches piece by piece: what makes a piece hard for both drops out."""
+    pieces = one.kl_pieces() - other.kl_pieces()
+    return Difference(float(pieces.mean()), standard_error(pieces))
+
+
+def differences(measured: Mapping[str, Sums]) -> dict[str, dict[str, Difference]]:
+    """Each cache compared with each other: ``[one][other]`` is one's divergence less the other's."""
+    return {
+        one: {other: difference(a, b) for other, b in measured.items() if other != one} for one, a in measured.items()
+    }
+
+
+def standard_error(pieces: torch.Tensor) -> float:
+    """Of the mean of observations ``[n]``; infinite where there is one alone."""
+    return float(pieces.std()) / math.sqrt(len(pieces)) if len(pieces) > 1 else math.inf
+
+
 class Sums:
     """Per-token measures of one quantizer, gathered window by window."""
 
@@ -224,6 +264,7 @@ class Sums:
             # Not torch.quantile, which refuses more than 2^24 elements.
             kl_p99=float(kl.sort().values[math.ceil(0.99 * len(kl)) - 1]),
             kl_max=float(kl.max()),
+            kl_error=standard_error(self.kl_pieces()),
             top1_agreement=float(agree.mean()),
             kl_by_position=by_position,
         )

@@ -15,7 +15,7 @@ from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.errors import BackendUnavailableError
 from saw_trtllm.eval.analysis import LayerErrors, Outliers, analyse
-from saw_trtllm.eval.metrics import Quality, evaluate, greedy_agreement
+from saw_trtllm.eval.metrics import Difference, Quality, differences, greedy_agreement, measure, qualities
 from saw_trtllm.eval.suggest import Suggestion, num_measurements, suggest
 from saw_trtllm.version import __version__
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from saw_trtllm.eval.variants import Variant
 
 #: Tokens of a greedy continuation's prompt at most.
-_PROMPT_TOKENS = 1024
+_PROMPT_TOKENS = 256
 _NUM_PROMPTS = 8
 #: Tokens on which layers are looked at, and measured one by one: whole windows, at least one.
-_DETAIL_TOKENS = 8192
+_DETAIL_TOKENS = 4096
 
 
 @dataclass
@@ -40,6 +40,8 @@ class Evaluation:
     settings : dict of str to dict
         By the variant's name, its place in the grid.
     qualities : dict of str to Quality
+    differences : dict of str to dict of str to Difference
+        Each cache's divergence less each other's.
     errors : dict of str to LayerErrors
     outliers : Outliers
     suggestion : Suggestion or None
@@ -50,6 +52,7 @@ class Evaluation:
     about: dict[str, Any]
     settings: dict[str, dict[str, Any]]
     qualities: dict[str, Quality]
+    differences: dict[str, dict[str, Difference]]
     errors: dict[str, LayerErrors]
     outliers: Outliers
     suggestion: Suggestion | None = None
@@ -62,6 +65,7 @@ class Evaluation:
                 "name": name,
                 **self.settings[name],
                 **dataclasses.asdict(q),
+                "differences": {other: dataclasses.asdict(d) for other, d in self.differences[name].items()},
                 "errors": dataclasses.asdict(self.errors[name]),
             }
             for name, q in self.qualities.items()
@@ -135,19 +139,19 @@ class Session:
         progress : callable, optional
         """
         start = time.monotonic()
-        qualities = evaluate(self.model, self.windows, quantizers, progress)
+        measured = measure(self.model, self.windows, quantizers, progress)
+        found = qualities(self.model, quantizers, measured)
         if self.prompts is not None:
             agreements = greedy_agreement(self.model, self.prompts, quantizers, self.greedy_tokens, progress)
             for name, (agreement, identical) in agreements.items():
-                qualities[name].greedy_agreement, qualities[name].greedy_identical = agreement, identical
+                found[name].greedy_agreement, found[name].greedy_identical = agreement, identical
         errors, outliers = analyse(self.model, self._detail, quantizers, progress)
         suggestion = None
         if suggest_for is not None:
             suggestion = suggest(self.model, self._detail, quantizers[suggest_for], progress)
         settings = {v.name: v.settings() for v in variants}
-        return Evaluation(
-            self._about(time.monotonic() - start), settings, qualities, errors, outliers, suggestion, suggest_for
-        )
+        about = self._about(time.monotonic() - start)
+        return Evaluation(about, settings, found, differences(measured), errors, outliers, suggestion, suggest_for)
 
     def _about(self, seconds: float) -> dict[str, Any]:
         c = self.model.config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,14 +10,15 @@ import torch
 
 from saw_trtllm.backends.reference.quantizers import KVQuantizer, SkipLayers, bytes_per_token
 from saw_trtllm.backends.reference.window import WindowModel
-from saw_trtllm.eval.metrics import measure
+from saw_trtllm.eval.metrics import measure, standard_error
 
 #: Layers at most that are measured together.
 _MAX_TOGETHER = 4
 #: A layer is worth keeping if more of the loss is its own than so many times its share of the memory.
 _WORTH = 1.5
-#: Standard errors by which it must be more.
-_ERRORS = 2.0
+#: Standard errors by which it must be more: of some dozens of layers the best are looked at, of which one or two are
+#: beyond two errors by chance.
+_ERRORS = 3.0
 
 
 @dataclass
@@ -137,8 +137,7 @@ def _measure(
 def _kept(kept: _Measured, whole: _Measured) -> Kept:
     gone, more = whole.kl_mean - kept.kl_mean, kept.bytes_per_token - whole.bytes_per_token
     differences = whole.pieces - kept.pieces
-    n = len(differences)
-    error = float(differences.std()) / math.sqrt(n) if n > 1 else math.inf
+    error = standard_error(differences)
     return Kept(
         layers=kept.layers,
         kl_mean=kept.kl_mean,

@@ -17,11 +17,31 @@ def quality_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, q in evaluation.qualities.items():
         row = [name, f"{q.bytes_per_token:,.0f}", f"{q.perplexity:,.3f}", f"{q.nats_lost:+.4f}"]
-        row += [f"{q.kl_mean:.4f}", f"{q.kl_p99:.3f}", f"{q.kl_max:.3f}", f"{q.top1_agreement:.2%}"]
+        row += [_with_error(q.kl_mean, q.kl_error), f"{q.kl_p99:.3f}", f"{q.kl_max:.3f}", f"{q.top1_agreement:.2%}"]
         if greedy:
             row.append("-" if q.greedy_agreement is None else f"{q.greedy_agreement:.0%}")
         rows.append(row)
     return header + ["greedy"] * greedy, rows
+
+
+def difference_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of quantized caches against each other: KL of the row less that of the column, over the latter.
+
+    What lies within two standard errors is ``~``: the text is too short to tell the two apart.
+    """
+    q = evaluation.qualities
+    names = [n for n in q if evaluation.settings[n]["kv"] != "fp16"]
+    rows = []
+    for i, one in enumerate(names, 1):
+        cells = []
+        for other in names:
+            d = evaluation.differences[one].get(other)
+            real = d is not None and d.is_real and q[other].kl_mean > 0
+            cells.append(
+                f"{d.mean / q[other].kl_mean:+.0%} ± {d.error / q[other].kl_mean:.0%}" if real else "~" if d else ""
+            )
+        rows.append([f"{i} {one}", *cells])
+    return ["KL of the row less that of", *(f"cache {i}" for i in range(1, len(names) + 1))], rows
 
 
 def suggestion_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
@@ -50,7 +70,7 @@ def layer_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     """
     o = evaluation.outliers
     caches = [n for n in evaluation.errors if evaluation.settings[n]["kv"] != "fp16"][-_MAX_COLUMNS:]
-    header = ["layer", "key outlier", "at", "rotated", *caches]
+    header = ["layer", "key outlier", "at", "rotated", *(f"{name}: logits, outputs" for name in caches)]
     rows = []
     for i, ratios in enumerate(o.k_ratio):
         head = ratios.index(max(ratios))
@@ -65,6 +85,10 @@ def layer_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
             row.append(f"{_rms(errors.scores[i]):.4f} {_rms(errors.outputs[i]):.4f}")
         rows.append(row)
     return header, rows
+
+
+def _with_error(mean: float, error: float) -> str:
+    return f"{mean:.4f} ± {error:.4f}" if math.isfinite(error) else f"{mean:.4f}"
 
 
 def _rms(values: list[float]) -> float:

@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 
 from saw_trtllm.checkpoint import Checkpoint
-from saw_trtllm.errors import ConfigError
+from saw_trtllm.errors import ConfigError, RequestError
+from saw_trtllm.runtime.chat_template import ChatTemplate
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 file's text; ``-`` is stdin."""
+def read_text(path: Path, flag: str = "--text") -> str:
+    """A UTF-8 file's text; ``-`` is stdin. A file that cannot be read is one of ``flag``."""
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         return data.decode("utf-8")
     except OSError as e:
-        raise ConfigError(f"{path} cannot be read ({e.strerror}): give a text file with --text") from e
+        raise ConfigError(f"{path} cannot be read ({e.strerror}): give a text file with {flag}") from e
     except UnicodeDecodeError as e:
         raise ConfigError(f"{path} is not valid UTF-8 at byte {e.start}: save it as UTF-8") from e
+
+
+def read_chats(path: Path, tokenizer_dir: Path) -> list[str]:
+    """Conversations of a file, a JSON list of messages or an object with ``messages`` a line, as the model reads them.
+
+    Raises
+    ------
+    ConfigError
+        If the tokenizer's folder has no chat template, or a line is no conversation.
+    """
+    template = ChatTemplate.load(tokenizer_dir)
+    if template is None:
+        raise ConfigError(f"{tokenizer_dir} has no chat template: give conversations as text, with --text")
+    texts = []
+    for number, line in enumerate(read_text(path, "--chat").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            chat = json.loads(line)
+            messages = chat.get("messages") if isinstance(chat, dict) else chat
+            texts.append(template.render(messages, add_generation_prompt=False))
+        except (ValueError, RecursionError, RequestError) as e:
+            raise ConfigError(
+                f"{path} has no conversation in line {number} ({e}): give a JSON list of messages with role and content"
+            ) from e
+    return texts
 
 
 def load_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> Tokenizer:

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from saw_trtllm.backends.reference.quantizers import Exact, KVQuantizer, Row4Bit, SkipLayers
+from saw_trtllm.backends.reference.quantizers import Exact, Fp8, KVQuantizer, Row4Bit, SkipLayers
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.format import KVFormat
 from saw_trtllm.model.config import ModelConfig
@@ -72,10 +70,27 @@ class Variant:
         """Make it; ``exact`` is the model's own cache, ``calibration`` what :attr:`calibration` holds."""
         if not self.k_format.quantized:
             return exact
-        c = calibration
-        levers = () if c is None else map(torch.from_numpy, (c.k_center, c.k_frame, c.v_frame))
-        quantizer = Row4Bit(self.k_format, self.v_format, *levers)
+        formats = (self.k_format, self.v_format)
+        quantizer = Row4Bit(*formats) if calibration is None else Row4Bit.calibrated(*formats, calibration)
         return SkipLayers(quantizer, self.skip_layers, exact) if self.skip_layers else quantizer
+
+
+@dataclass(frozen=True)
+class Fp8Variant(Variant):
+    """Rows of fp8 e4m3, which no engine of ours has: to be compared."""
+
+    @property
+    def name(self) -> str:
+        """Without settings, of which it has none."""
+        return "fp8"
+
+    def settings(self) -> dict[str, object]:
+        """The grid's coordinates, for a JSON file."""
+        return super().settings() | {"kv": "fp8"}
+
+    def quantizer(self, exact: Exact, calibration: Calibration | None = None) -> KVQuantizer:
+        """Make it."""
+        return Fp8()
 
 
 def grid(
@@ -101,6 +116,10 @@ def grid(
         # A calibration's frames stand in the rotation's place, whatever its order, and only there.
         calibration = calibration if name == "saw_int4" else None
         rotation = (order if calibration is None else None, rotated) if name == "saw_int4" else (None, None)
+        if name == "fp8":
+            rows = KVFormat("fp16", config.head_size, config.dtype)
+            variants[Fp8Variant(rows, rows)] = None
+            continue
         quantized = name != "fp16"
         formats = [
             KVFormat(name, config.head_size, config.dtype, *rotation, factor if quantized else None)

@@ -17,7 +17,7 @@ from saw_trtllm.backends.reference.cache import PagedCache
 from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs
 from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.build import build, plan_build
-from saw_trtllm.calibrate import Statistics, balanced_frames, calibrate, orthogonal_mixing, score_noise
+from saw_trtllm.calibrate import Moments, Statistics, balanced_frames, calibrate, orthogonal_mixing, score_noise
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.checkpoint.calibration import Calibration, is_invertible
 from saw_trtllm.cli import build as saw_build
@@ -25,9 +25,12 @@ from saw_trtllm.cli import calibrate as saw_calibrate
 from saw_trtllm.engine.config import EngineConfig, Pool
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import ConfigError
+from saw_trtllm.eval.levers import measured_calibration, num_steps
 from saw_trtllm.eval.outliers import PlantedCheckpoint, plant_key_bias, scale_key_pairs
+from saw_trtllm.eval.text import read_chats
 from saw_trtllm.format import KVFormat, rotate
 from saw_trtllm.plan.options import BuildOptions
+from saw_trtllm.runtime.tokenizer import Tokenizer
 from tests.support.eval_text import calibration_ids
 from tests.support.example import EXAMPLE
 from tests.support.models import make_hf_model
@@ -247,6 +250,34 @@ def test_singular_moments_have_frames_with_an_inverse():
     np.testing.assert_array_equal(frames[1:], np.stack([orthogonal_mixing(64)] * 2))
 
 
+@pytest.fixture
+def biased(folders):
+    """Keys whose mean is far from 0."""
+    return plant_key_bias(Checkpoint.open(folders["qwen2"]), magnitude=60.0)
+
+
+def test_each_lever_is_measured_on_text_that_was_kept(biased):
+    """A bias of all keys: frames about zero spend their channels on it, and centers take it away."""
+    windows, steps = torch.from_numpy(np.random.default_rng(2).integers(3, 203, (8, 120))), []
+    found = measured_calibration(biased, windows, steps.append)
+    assert sum(steps) == num_steps(windows) == 6 * 120 + 3 * 240
+    assert (found.num_held_out, found.calibration.num_tokens) == (240, 720)
+    assert found.centered
+    assert found.helps
+    assert found.kl_mean["centers and frames"] < found.kl_mean["rotation alone"] / 4
+    same = calibrate(biased, windows[[0, 1, 2, 4, 5, 6]])
+    np.testing.assert_array_equal(found.calibration.k_frame, same.k_frame)
+
+
+def test_a_lever_that_harms_is_left_out(folders, monkeypatch):
+    """Centers of other keys than those that are read."""
+    monkeypatch.setattr(Moments, "k_mean", property(lambda m: np.full((2, 64), 40.0)))
+    windows = torch.from_numpy(np.random.default_rng(2).integers(3, 203, (8, 120)))
+    found = measured_calibration(Checkpoint.open(folders["llama"]), windows)
+    assert not found.centered
+    assert found.kl_mean["frames"] < found.kl_mean["centers and frames"]
+
+
 def test_halves_of_one_text_agree_and_of_two_texts_do_not(folders):
     checkpoint = Checkpoint.open(folders["llama"])
     model = WindowModel(checkpoint.config, checkpoint.load, 120)
@@ -315,15 +346,16 @@ def test_calibrations_of_other_models_are_refused(folders, calibrations, tmp_pat
 def test_from_a_text_to_an_engine(tmp_path, capsys):
     file, engine = tmp_path / "calib.safetensors", tmp_path / "engine"
     argv = ["--model_dir", EXAMPLE, "--text", argparse.__file__, "--output", file]
-    argv = [str(a) for a in (*argv, "--max_tokens", 600, "--max_seq_len", 300)]
+    argv = [str(a) for a in (*argv, "--max_tokens", 1200, "--max_seq_len", 300)]
     assert saw_calibrate.main(argv) == 0
     out, err = capsys.readouterr()
-    assert err == ""
+    assert "make better frames: give about" in err  # 900 tokens are few
     rows = dict(line.split(maxsplit=1) for line in out.splitlines())
-    assert rows["text"] == "2 sequences of 300 tokens"
-    assert "from 600 tokens" in rows["calibration"]
-    windows = torch.tensor(calibration_ids(600)).view(2, 300)
-    same = calibrate(Checkpoint.open(EXAMPLE), windows)
+    assert rows["text"] == "4 sequences of 300 tokens, 300 of them to test"
+    assert "from 900 tokens" in rows["calibration"]
+    assert " by centers and frames; change -" in out
+    windows = torch.tensor(calibration_ids(1200)).view(4, 300)
+    same = calibrate(Checkpoint.open(EXAMPLE), windows[:3])
     np.testing.assert_array_equal(Calibration.load(file).k_center, same.k_center)
 
     assert rows["next"] == f"saw-build --model_dir {EXAMPLE} --calibration {file} --output_dir engine"
@@ -333,6 +365,27 @@ def test_from_a_text_to_an_engine(tmp_path, capsys):
     assert "saw-eval" not in err
     with LLM(engine) as llm:
         assert llm.generate("def read(", SamplingParams(max_tokens=4)).outputs[0].text
+
+
+def test_texts_and_conversations_share_the_tokens(folders, tmp_path, capsys):
+    """A conversation is read as the model's chat template writes it; a line that is none is named."""
+    folder = shutil.copytree(EXAMPLE, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
+    chat = [{"role": "user", "content": "import os"}, {"role": "assistant", "content": "def read(path):"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps(chat) + "\n\n" + json.dumps({"messages": chat}) + "\n")
+    assert read_chats(tmp_path / "chats.jsonl", folder) == ["[user] import os\n[assistant] def read(path):\n"] * 2
+    (tmp_path / "bad.jsonl").write_text(json.dumps(chat) + '\n{"text": 1}\n')
+    argv = ["--model_dir", folder, "--chat", tmp_path / "bad.jsonl"]
+    assert "bad.jsonl has no conversation in line 2" in refused(capsys, saw_calibrate.main, *argv)
+    many = tmp_path / "many.jsonl"
+    many.write_text((json.dumps(chat) + "\n") * 40)
+    options = {"text": argparse.__file__, "chat": str(many), "output": tmp_path / "c", "max_tokens": 1200}
+    _, windows = saw_calibrate._open(saw_calibrate.CalibrateOptions(model_dir=folder, **options))
+    assert windows.shape == (4, 300)
+    assert windows.flatten()[:600].tolist() == calibration_ids(600)
+    tokenizer = Tokenizer.load(folder)
+    rendered = [i for text in read_chats(many, folder) for i in tokenizer.encode(text, add_special_tokens=False)]
+    assert windows[2].tolist() == rendered[:300]
 
 
 @pytest.mark.parametrize(
@@ -414,8 +467,10 @@ def test_another_models_calibration_is_refused_by_saw_build(folders, calibration
     [
         ({"--text": None}, "--text"),
         ({"--text": "nowhere.txt"}, "nowhere.txt"),
-        ({"--max_tokens": "200"}, "longer text or a smaller --max_seq_len"),
-        ({"--max_tokens": "200", "--max_seq_len": "100"}, "heads of 128 need 2 and 512"),
+        ({"--max_tokens": "200"}, "gives 200 tokens, and heads of 128 need 683 at least"),
+        ({"--max_tokens": "800", "--max_seq_len": "400"}, "2 sequences of 400 tokens, and 3 are needed"),
+        ({"--max_tokens": "800", "--max_seq_len": "250"}, "2 sequences and 500 tokens to calibrate on"),
+        ({"--text": None, "--chat": argparse.__file__}, "has no chat template"),
         ({"--max_seq_len": "4096"}, "max_position_embeddings"),
         ({"--output": "nowhere/c"}, "nowhere is not a folder"),
         ({"--model_dir": None}, "neither of --checkpoint_dir and --model_dir"),

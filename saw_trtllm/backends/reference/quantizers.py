@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from saw_trtllm.backends.reference.int4 import TORCH_DTYPES, dequantize, quantize
 from saw_trtllm.format import KVFormat, hadamard
+
+if TYPE_CHECKING:
+    from saw_trtllm.checkpoint.calibration import Calibration
 
 
 class KVQuantizer(Protocol):
@@ -110,6 +113,12 @@ class Row4Bit(TokenwiseQuantizer):
             None if f is None else (f, torch.linalg.inv(f.double()).float()) for f in (k_frame, v_frame)
         )
 
+    @classmethod
+    def calibrated(cls, k_format: KVFormat, v_format: KVFormat, calibration: Calibration) -> Row4Bit:
+        """With all levers of a calibration."""
+        levers = (calibration.k_center, calibration.k_frame, calibration.v_frame)
+        return cls(k_format, v_format, *map(torch.from_numpy, levers))
+
     def quantize(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Center, rotate or frame, quantize; and all the way back."""
         if self.k_center is not None:
@@ -136,6 +145,23 @@ class Row4Bit(TokenwiseQuantizer):
     def layer_bytes(self, layer: int, num_kv_heads: int, head_dim: int) -> float:
         """Both rows."""
         return num_kv_heads * (self.k_format.row_bytes + self.v_format.row_bytes)
+
+
+class Fp8(TokenwiseQuantizer):
+    """Rows of fp8 e4m3 without scales: what a Hopper GPU's users take today, at twice the bytes. Not in an engine."""
+
+    def quantize(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Round, and clip to the largest number."""
+        return _fp8(k), _fp8(v)
+
+    def layer_bytes(self, layer: int, num_kv_heads: int, head_dim: int) -> float:
+        """A byte for each number."""
+        return 2 * num_kv_heads * head_dim
+
+
+def _fp8(x: torch.Tensor) -> torch.Tensor:
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    return x.clamp(-largest, largest).to(torch.float8_e4m3fn).float()
 
 
 class SkipLayers:

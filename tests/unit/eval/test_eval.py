@@ -474,7 +474,13 @@ def test_the_command_compares_caches(capsys, tmp_path):
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((report / "results.json").read_text())
     results = {r["name"]: r for r in printed["results"]}
-    assert len(results) == 1 + 1 + 2 + 1  # exact, plain, rotated by two orders, and in frames
+    assert len(results) == 1 + 1 + 1 + 2 + 1  # exact, fp8, plain, rotated by two orders, and in frames
+    fp8, rotated = results["fp8"], results["saw_int4 h128 KV γ0.94"]
+    assert fp8["bytes_per_token"] == results["fp16"]["bytes_per_token"] / 2
+    assert 0 < fp8["kl_mean"] < rotated["kl_mean"]
+    apart = rotated["differences"]["fp8"]
+    assert apart["mean"] == pytest.approx(rotated["kl_mean"] - fp8["kl_mean"], rel=0.02)
+    assert 0 < apart["error"] < apart["mean"] / 2
     assert results["fp16"]["kl_mean"] == 0
     plain = next(r for name, r in results.items() if name.startswith("int4") and r["calibration"] is None)
     assert plain["kl_mean"] > 0.01

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from saw_trtllm.backends.reference.quantizers import Row4Bit
+from saw_trtllm.backends.reference.quantizers import Fp8, Row4Bit
 from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
@@ -187,3 +187,26 @@ def test_the_levers_leave_a_third_of_the_recipes_loss_on_the_unchanged_example()
     assert 0 < by["recipe"].nats_lost < 0.1
     assert by["levers"].nats_lost < by["recipe"].nats_lost / 3
     assert by["levers"].kl_mean < 0.8 * by["recipe"].kl_mean
+
+
+class ScaledFp8(Fp8):
+    """fp8 with a scale for each head, of the text itself."""
+
+    def quantize(self, layer, k, v):
+        scales = [448 / x.abs().amax((0, 2), keepdim=True) for x in (k, v)]
+        read = super().quantize(layer, k * scales[0], v * scales[1])
+        return tuple(x / scale for x, scale in zip(read, scales, strict=True))
+
+
+@pytest.mark.parametrize("magnitude", [60.0, 600.0])
+def test_a_calibration_bears_any_key_bias(magnitude):
+    """In fp32, since fp16 itself has steps of 1 beside a bias of 1200; fp8's grow with the bias, and frames' do not."""
+    planted = plant_key_bias(Checkpoint.open(EXAMPLE), magnitude=magnitude)
+    planted.config.dtype = "float32"
+    calibration = calibrate(planted, torch.tensor(calibration_ids(2048)).view(2, 1024))
+    rows = KVFormat("saw_int4", 128)
+    caches = {"calibrated": Row4Bit.calibrated(rows, rows, calibration), "fp8": ScaledFp8(), "plain": Row4Bit(rows)}
+    by = evaluate(WindowModel(planted.config, planted.load, 512), torch.tensor(held_out_ids(1024)).view(2, 512), caches)
+    assert by["calibrated"].kl_mean < 0.1
+    assert by["calibrated"].kl_mean < by["fp8"].kl_mean
+    assert by["plain"].kl_mean > 5 * by["calibrated"].kl_mean
