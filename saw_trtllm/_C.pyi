@@ -45,6 +45,8 @@ def rotate_quantize_kv(
     last_token_ids: int,
     sequence_length: int,
     k_center: int,
+    k_frame: int,
+    q_frame: int,
     q_out: int,
     k_out: int,
     v_out: int,

@@ -186,6 +186,8 @@ def judge(suite: str, target: Target, measured: dict[str, Measurement]) -> Targe
             value = mine.median_us
         elif target.quantity == "share":
             value = mine.share
+        elif other is not None and target.quantity == "extra":
+            value = round(mine.median_us - other.median_us, 3)
         elif other is not None:
             value = mine.median_us / other.median_us
             value = round(1 / value if target.quantity == "speedup" else value, 4)

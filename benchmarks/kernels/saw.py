@@ -17,8 +17,8 @@ _FILL_TOKENS = 1 << 17
 
 def kv_format(name: str, head_dim: int) -> KVFormat:
     """The format of a contender's pool."""
-    kv = {"bf16": "fp16", "folded": "saw_int4"}.get(name, name)
-    return KVFormat(kv, head_dim, dtype="bfloat16", rotate_v=kv == "saw_int4" and name != "folded")
+    kv = {"bf16": "fp16", "folded": "saw_int4", "framed": "saw_int4"}.get(name, name)
+    return KVFormat(kv, head_dim, dtype="bfloat16", rotate_v=name == "saw_int4")
 
 
 def _offsets(blocks: torch.Tensor) -> torch.Tensor:
@@ -157,6 +157,10 @@ def write(case: Case, name: str) -> Contender:
         "block_offsets": offsets,
         "q_out": torch.empty(case.tokens, heads.num_heads, heads.head_dim, dtype=DTYPE, device="cuda"),
     }
+    if name == "framed":
+        for frame in ("k_frame", "q_frame"):
+            values = torch.randn(heads.num_kv_heads, heads.head_dim, heads.head_dim) * heads.head_dim**-0.5
+            tensors[frame] = torch.from_numpy(ops.pack_frame(values.numpy())).cuda()
     if case.chunk == WRITE_CHUNK:
         for out in ("k_out", "v_out"):
             tensors[out] = torch.empty(case.tokens, heads.num_kv_heads, heads.head_dim, dtype=DTYPE, device="cuda")

@@ -13,6 +13,8 @@ std::vector<Field> RotateQuantizeKv::fields() {
     fields.push_back({names::kRotateV, &rotate_v_, false});
     fields.push_back({names::kRangeFactor, &range_factor_, false});
     fields.push_back({names::kUseKCenter, &use_k_center_, false});
+    fields.push_back({names::kUseKFrame, &use_k_frame_, false, false});
+    fields.push_back({names::kUseQFrame, &use_q_frame_, false, false});
     return fields;
 }
 
@@ -29,6 +31,13 @@ void RotateQuantizeKv::validate() const {
     }
     check_flag(names::kRotateV, rotate_v_);
     check_flag(names::kUseKCenter, use_k_center_);
+    check_flag(names::kUseKFrame, use_k_frame_);
+    check_flag(names::kUseQFrame, use_q_frame_);
+    std::string const frames =
+        "use_k_frame is " + std::to_string(use_k_frame_) + " and use_q_frame " + std::to_string(use_q_frame_);
+    if (use_k_frame_ != use_q_frame_)
+        refuse(frames + ": a frame of keys and one of queries come together, so give both or neither");
+    if (use_k_frame_ && kv_ == "fp16") refuse(frames + ": kv fp16 has no frames, so give 0 and 0");
     if (!(range_factor_ > 0.0f && range_factor_ <= 1.0f))
         refuse("range_factor is " + std::to_string(range_factor_) + ": it must be above 0 and at most 1");
 }
@@ -44,6 +53,11 @@ std::vector<Tensor> RotateQuantizeKv::inputs() const {
     for (Tensor& t : pool_inputs()) tensors.push_back(std::move(t));
     tensors.push_back({names::kCosSin, DataType::kFLOAT, {}});
     if (use_k_center_) tensors.push_back({names::kKCenter, DataType::kFLOAT, {num_kv_heads_, head_dim_}});
+    if (use_k_frame_) {
+        std::vector<int64_t> const dims{num_kv_heads_, 2, head_dim_, head_dim_};
+        tensors.push_back({names::kKFrame, DataType::kHALF, dims});
+        tensors.push_back({names::kQFrame, DataType::kHALF, dims});
+    }
     return tensors;
 }
 
@@ -64,7 +78,12 @@ void RotateQuantizeKv::enqueue(Launch const& launch) const {
     p.position_ids = static_cast<int32_t const*>(launch.inputs[kPositionIds]);
     p.last_token_ids = static_cast<int32_t const*>(launch.inputs[kLastTokenIds]);
     p.sequence_length = static_cast<int32_t const*>(launch.inputs[kSequenceLength]);
-    if (use_k_center_) p.k_center = static_cast<float const*>(launch.inputs[kKCenter]);
+    void const* const* optional = launch.inputs + kOptional;
+    if (use_k_center_) p.k_center = static_cast<float const*>(*optional++);
+    if (use_k_frame_) {
+        p.k_frame = *optional++;
+        p.q_frame = *optional++;
+    }
     p.q_out = launch.outputs[kQ];
     p.k_out = launch.outputs[kK];
     p.v_out = launch.outputs[kV];

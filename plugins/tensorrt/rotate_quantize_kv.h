@@ -19,13 +19,14 @@ class RotateQuantizeKv : public PagedOp {
     std::unique_ptr<Op> clone() const override { return std::make_unique<RotateQuantizeKv>(*this); }
 
   private:
-    enum Input { kQkv, kPositionIds, kLastTokenIds, kSequenceLength, kPool, kCosSin = kPool + 3, kKCenter };
+    enum Input { kQkv, kPositionIds, kLastTokenIds, kSequenceLength, kPool, kCosSin = kPool + 3, kOptional };
     enum Output { kQ, kK, kV, kDecodeCounters };
 
     int32_t hadamard_order_ = 0;
     int32_t rotate_v_ = 0;
     float range_factor_ = 1.0f;
     int32_t use_k_center_ = 0;
+    int32_t use_k_frame_ = 0, use_q_frame_ = 0;
 };
 
 }  // namespace saw::trt

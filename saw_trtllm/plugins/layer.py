@@ -23,9 +23,9 @@ AddPlugin = Callable[[str, Fields, Sequence[T], Sequence[str]], Sequence[T]]
 _STEP = (tensors.LAST_TOKEN_IDS, tensors.SEQUENCE_LENGTH, tensors.BLOCK_OFFSETS)
 _POOL = (tensors.POOL_POINTERS, tensors.POOL_MAPPING)
 
-ROTARY_COS_SIN, K_CENTER = "rotary_cos_sin", "k_center"
+ROTARY_COS_SIN, K_CENTER, K_FRAME, Q_FRAME = "rotary_cos_sin", "k_center", "k_frame", "q_frame"
 #: Constants of the write that a layer may have, in the order of their inputs; the field ``use_NAME`` connects each.
-OPTIONAL_CONSTANTS = (K_CENTER,)
+OPTIONAL_CONSTANTS = (K_CENTER, K_FRAME, Q_FRAME)
 
 
 @dataclass(frozen=True)

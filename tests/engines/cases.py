@@ -19,6 +19,7 @@ from saw_trtllm.plan.plan import BuildPlan
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
 from tests.engines.models import FAMILIES, VOCAB, make_model
 from tests.support import ROOT
+from tests.support.frames import random_frames
 
 EXAMPLE = ROOT / "examples" / "tiny_llama"
 TOKENS_PER_BLOCK = 32
@@ -31,7 +32,7 @@ class Case:
     """An engine: a random model of a family and head_dim, or the example's.
 
     TensorRT builds it at its lowest level, which takes the first kernels that it finds. The option ``centred`` gives
-    it centers of keys; ``gemm_plugin`` is the builder's.
+    it centers of keys, ``framed`` frames of keys, queries and values too; ``gemm_plugin`` is the builder's.
     """
 
     family: str
@@ -56,9 +57,10 @@ class Case:
             else make_model(folder / self.name / "model", self.family, self.head_dim)
         )
         options = {**_LIMITS, "model_dir": model, "dtype": "float16", **dict(self.options)}
-        centred, gemm_plugin = options.pop("centred", False), options.pop("gemm_plugin", "auto")
+        centred, framed = options.pop("centred", False), options.pop("framed", False)
+        gemm_plugin = options.pop("gemm_plugin", "auto")
         plan = plan_build(BuildOptions(**options, output_dir=folder / self.name / backend, kv=self.kv, backend=backend))
-        plan = _centred(plan) if centred else plan
+        plan = _calibrated(plan, framed) if centred or framed else plan
         cache = folder / "timing.cache"
         cache = cache if cache.is_file() else None
         network = NetworkOptions(optimization_level=0, input_timing_cache=cache, gemm_plugin=gemm_plugin)
@@ -72,15 +74,15 @@ class Case:
         return made
 
 
-def _centred(plan: BuildPlan) -> BuildPlan:
-    """A plan with random centers, as saw-calibrate makes them."""
+def _calibrated(plan: BuildPlan, framed: bool) -> BuildPlan:
+    """A plan with random centers, and random frames if asked for, in the shapes of saw-calibrate's."""
     model = plan.config.pretrained_config
     shape = (model.num_hidden_layers, model.num_key_value_heads, model.head_size)
     centers = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
-    frame = np.broadcast_to(np.eye(shape[2], dtype=np.float32), (*shape, shape[2]))
-    section = plan.config.saw_int4.model_copy(update={"k_center": True})
+    k_frame, v_frame = (random_frames(shape[:2], shape[2], seed, condition=4.0)[0] for seed in (1, 2))
+    section = plan.config.saw_int4.model_copy(update={"k_center": True, "k_frame": framed})
     config = plan.config.model_copy(update={"saw_int4": section})
-    return dataclasses.replace(plan, config=config, calibration=Calibration(centers, frame, frame, {}, {}, 0))
+    return dataclasses.replace(plan, config=config, calibration=Calibration(centers, k_frame, v_frame, {}, {}, 0))
 
 
 #: TensorRT 8.6 has no bfloat16.
@@ -100,6 +102,8 @@ STEP_CASES = [
     *_each_once(),
     Case("mistral", 128, "saw_int4", (("gather_context_logits", True),)),
     Case("llama", 128, "saw_int4", (("kv_skip_layers", "last"), ("centred", True))),
+    Case("llama", 64, "saw_int4", (("kv_skip_layers", "last"), ("framed", True))),
+    Case("qwen3", 128, "saw_int4", (("framed", True), *_BF16)),
     Case("llama", 128, "saw_int4", (("gemm_plugin", "disable"),)),
     *(Case(f, d, kv, _BF16) for f, d, kv in zip(FAMILIES, (128, 64, 256, 128), KVS + KVS, strict=False)),
     Case("llama", 64, "saw_int4", (*_BF16, ("gemm_plugin", "disable"))),

@@ -60,7 +60,7 @@ FIELDS = {
     SILU_MUL: {"dtype": "float16", "hidden_size": 64},
 }
 OPTIONAL = {
-    WRITE: {"rotate_v": 1, "range_factor": 0.875, "use_k_center": 1},
+    WRITE: {"rotate_v": 1, "range_factor": 0.875, "use_k_center": 1, "use_k_frame": 1, "use_q_frame": 1},
     ATTENTION: {"softmax_scale": 0.125, "softcap": 30.0, "window": 100, "use_sinks": 1},
     GEMM: {},
     LOOKUP: {},
@@ -155,7 +155,8 @@ class StepOf:
                 *self.pool_inputs(built),
                 (0x7000, [1, 4096 * D]),
             ]
-            return [*inputs, (0x8000, [HKV, D])] if optional else inputs
+            constants = [(0x8000, [HKV, D]), (0x8100, [HKV, 2, D, D]), (0x8200, [HKV, 2, D, D])]
+            return [*inputs, *constants] if optional else inputs
         inputs = [
             (0x10000, [self.tokens, H * D]),
             (0x20000, [self.tokens, HKV * D]),
@@ -238,7 +239,7 @@ def test_one_combination_of_types(name, built, make):
     outputs = plugin.num_outputs()
     address = address_type(built)
     wanted = {
-        WRITE: [HALF, INT32, INT32, INT32, INT32, address, INT32, FLOAT, FLOAT, HALF, HALF, HALF, INT32],
+        WRITE: [HALF, *[INT32] * 4, address, INT32, FLOAT, FLOAT, HALF, HALF, HALF, HALF, HALF, INT32],
         ATTENTION: [HALF] * 3 + [INT32] * 5 + [address, INT32, INT32, FLOAT, HALF],
         GEMM: [HALF, HALF, FLOAT],
         LOOKUP: [INT32, HALF, HALF],
@@ -276,7 +277,7 @@ def test_an_engine_keeps_every_field(name, built, interface, make):
 def test_optional_fields_have_defaults(name, built, make):
     """The same engine, whether the defaults are given or not."""
     defaults = {
-        WRITE: {"rotate_v": 0, "range_factor": 1.0, "use_k_center": 0},
+        WRITE: {"rotate_v": 0, "range_factor": 1.0, "use_k_center": 0, "use_k_frame": 0, "use_q_frame": 0},
         ATTENTION: {"softmax_scale": 0.0, "softcap": 0.0, "window": 0, "use_sinks": 0},
     }[name]
     assert make(name).serialized() == make(name, **defaults).serialized()
@@ -306,6 +307,13 @@ BAD_FIELDS = [
     (WRITE, {"kv": "fp16", "hadamard_order": 1, "rotate_v": 1}, "kv fp16 has no rotation"),
     (WRITE, {"rotate_v": 2}, "rotate_v is 2: it must be 0 or 1"),
     (WRITE, {"use_k_center": -1}, "use_k_center is -1"),
+    (WRITE, {"use_k_frame": 2, "use_q_frame": 2}, "use_k_frame is 2: it must be 0 or 1"),
+    (WRITE, {"use_k_frame": 1}, "use_k_frame is 1 and use_q_frame 0: a frame of keys and one of queries come together"),
+    (
+        WRITE,
+        {"use_k_frame": 1, "use_q_frame": 1, "kv": "fp16", "hadamard_order": 1},
+        "use_k_frame is 1 and use_q_frame 1: kv fp16 has no frames",
+    ),
     (WRITE, {"range_factor": 0.0}, "range_factor is 0"),
     (WRITE, {"range_factor": float("nan")}, "range_factor is nan"),
     (ATTENTION, {"softmax_scale": -1.0}, "softmax_scale is -1"),
@@ -389,12 +397,13 @@ def test_text_may_end_with_a_zero(built, interface):
 def test_an_engine_of_another_library_is_refused(name, built, interface, make, said):
     creator = built.creators[interface, name]
     data = make(name).serialized()
+    last = 3 if name == WRITE else 1  # two of WRITE's fields may be lacking: the test below
     if interface == "V2":
         record = 8, 48  # bytes of the header and of a field
         place = record[0] + 32  # the first field's value, behind its name, type and length
         other = data[:place] + struct.pack("<i", 2) + data[place + 4 :]
         unknown = data.replace(b"head_dim", b"head_siz")
-        lacking = data[:4] + struct.pack("<i", (len(data) - record[0]) // record[1] - 1) + data[8 : -record[1]]
+        lacking = without_last_fields(data, interface, last)
         for cut in (b"", data[:-1], data + b"\0", b"x" * len(data), data[:4] + b"\xff\xff\xff\x7f" + data[8:]):
             assert creator.deserialize(cut) is None
             assert "are not what this library writes: rebuild the engine" in said()
@@ -402,13 +411,34 @@ def test_an_engine_of_another_library_is_refused(name, built, interface, make, s
         assert [field[0] for field in data[:2]] == ["format_version", "workspace_bytes"]
         other = [(*data[0][:2], struct.pack("<i", 2), 1), *data[1:]]
         unknown = [("head_siz", *f[1:]) if f[0] == "head_dim" else f for f in data]
-        lacking = data[:-1]
+        lacking = without_last_fields(data, interface, last)
     assert creator.deserialize(lacking) is None
-    assert f"the engine lacks field {list(OPTIONAL[name])[-1]}: rebuild the engine with this library, or load" in said()
+    field = list(OPTIONAL[name])[-last]
+    assert f"the engine lacks field {field}: rebuild the engine with this library, or load" in said()
     assert creator.deserialize(other) is None
     assert "the engine stores cache format 2 and this library writes format 1: rebuild the engine" in said()
     assert creator.deserialize(unknown) is None
     assert "field head_siz is unknown: rebuild the engine with this library" in said()
+
+
+def without_last_fields(data, interface: str, count: int):
+    """An engine's fields but for the last ones."""
+    if interface == "V2":
+        (fields,) = struct.unpack("<i", data[4:8])
+        return data[:4] + struct.pack("<i", fields - count) + data[8 : -48 * count]
+    return data[:-count]
+
+
+def test_an_engine_from_before_frames_runs(built, interface, make):
+    plugin = make(WRITE, use_k_center=1)
+    old = built.creators[interface, WRITE].deserialize(without_last_fields(plugin.serialized(), interface, 2))
+    step = StepOf([5], 2)
+    calls = []
+    for p in (plugin, old):
+        assert p.enqueue(step.inputs(built, WRITE, optional=True)[:9], [0xA0000, 0xB0000, 0xC0000, 0xD0000], 0, 0) == 0
+        calls.append(lib.recorded_calls(built.library))
+    assert calls[0] == calls[1]
+    assert (calls[0][0]["k_center"], calls[0][0]["k_frame"], calls[0][0]["q_frame"]) == (0x8000, 0, 0)
 
 
 def with_value(data, interface: str, field: str, value: int):
@@ -475,6 +505,8 @@ def test_write_launches_with_what_the_tensors_say(built, make):
         "last_token_ids": 0x3000,
         "sequence_length": 0x4000,
         "k_center": 0x8000,
+        "k_frame": 0x8100,
+        "q_frame": 0x8200,
         "q_out": 0xA0000,
         "k_out": 0xB0000,
         "v_out": 0xC0000,
@@ -639,6 +671,9 @@ def test_optional_inputs_must_be_connected(built, make, said):
     with pytest.raises(RuntimeError):
         make(WRITE, use_k_center=1).output_shapes(shapes)
     assert "rotary_cos_sin, k_center" in said()
+    with pytest.raises(RuntimeError):
+        make(WRITE, use_k_frame=1, use_q_frame=1).output_shapes([*shapes, [HKV, 2, D, D]])
+    assert "rotary_cos_sin, k_frame, q_frame" in said()
 
 
 def corrupt(step: StepOf, **changes: Any) -> StepOf:

@@ -26,6 +26,8 @@ def fields(step: Step, name: str) -> dict[str, int | float | str]:
         "rotate_v": int(step.kv_format.rotate_v),
         "range_factor": float(step.kv_format.range_factor),
         "use_k_center": int(step.k_center is not None),
+        "use_k_frame": int(bool(step.frames)),
+        "use_q_frame": int(bool(step.frames)),
     }
 
 
@@ -89,8 +91,7 @@ class Layer:
             host("host_kv_cache_pool_mapping"),
         ]
         inputs = [*gpu("qkv", "position_ids", "last_token_ids", "sequence_length"), *pool, *gpu("rotary_cos_sin")]
-        if "k_center" in step.gpu:
-            inputs += gpu("k_center")
+        inputs += gpu(*(name for name in ("k_center", "k_frame", "q_frame") if name in step.gpu))
         outputs = [out[n].data_ptr() for n in ("q", "k", "v", "decode_counters")]
         self.code = self.plugins[WRITE].enqueue(inputs, outputs, 0, stream)
         inputs = [

@@ -21,12 +21,11 @@ import torch
 import torch.nn.functional as F
 
 from saw_trtllm.backends.reference.cache import PagedCache, StepPlan
-from saw_trtllm.backends.reference.model import ReferenceModel
+from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs
 from saw_trtllm.backends.tensorrt_llm.options import SwapOptions
 from saw_trtllm.build import build, plan_build
 from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
-from saw_trtllm.engine.config import k_center_name
 from saw_trtllm.engine.step import StepInputs
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.plan import BuildPlan
@@ -96,10 +95,8 @@ class _Reference(ReferenceModel):
         config = plan.config.pretrained_config
         own = [config.window(i) or ALL for i in range(len(windows))]
         least = [min(pair) for pair in zip(own, windows, strict=True)]
-        center = None
-        if plan.calibration is not None:
-            center = torch.from_numpy(np.stack([plan.weights.load(k_center_name(i)) for i in range(len(windows))]))
-        super().__init__(config.model_copy(update={"sliding_window": least}), plan.weights.load, ALL, center)
+        model = config.model_copy(update={"sliding_window": least})
+        super().__init__(model, plan.weights.load, ALL, **calibrated_inputs(plan.config, plan.weights.load))
         self.plans: list[StepPlan] = []
 
     def _attention(self, layer, w, x, plan, cache):

@@ -12,6 +12,7 @@ from saw_trtllm.backends.reference.attention import paged_attention, rotate_quan
 from saw_trtllm.backends.reference.cache import PagedPool, StepPlan
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs
 from saw_trtllm.format import KVFormat
+from tests.support.frames import random_frames
 from tests.support.paged import LAYER, NUM_LAYERS, Table, poisoned_pool
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -29,6 +30,8 @@ CASES = [
     ("saw_int4", 128, "float16", {"window": 40}),
     ("saw_int4", 128, "bfloat16", {"heads": (32, 2)}),
     ("saw_int4", 256, "float16", {"softcap": 20.0}),
+    ("saw_int4", 64, "float16", {"frames": True, "center": True}),
+    ("saw_int4", 128, "bfloat16", {"frames": True}),
     ("int4", 128, "float16", {"tokens_per_block": 64}),
     ("fp16", 128, "float16", {}),
     ("fp16", 64, "bfloat16", {}),
@@ -49,6 +52,8 @@ class Step:
     cos_sin: torch.Tensor
     pool: torch.Tensor
     k_center: torch.Tensor | None
+    #: Of keys and of queries, float32 ``[num_kv_heads, head_dim, head_dim]``.
+    frames: list[torch.Tensor]
     window: int | None
     softcap: float | None
     padding: int = 0
@@ -67,6 +72,7 @@ class Step:
         heads=(8, 2),
         tokens_per_block=32,
         center=False,
+        frames=False,
         window=None,
         softcap=None,
         padding=0,
@@ -88,6 +94,7 @@ class Step:
             cos_sin=torch.stack([angle.cos(), angle.sin()], dim=-1),
             pool=poisoned_pool(kv_format, table, histories, heads[1], tokens_per_block, rng),
             k_center=torch.randn(heads[1], head_dim, generator=rng) if center else None,
+            frames=[torch.from_numpy(x) for x in random_frames((heads[1],), head_dim)] if frames else [],
             window=window,
             softcap=softcap,
             padding=padding,
@@ -120,6 +127,8 @@ class Step:
         }
         if self.k_center is not None:
             self.gpu["k_center"] = self.k_center
+        for name, frame in zip(("k_frame", "q_frame"), self.frames, strict=False):
+            self.gpu[name] = torch.from_numpy(ops.pack_frame(frame.numpy()))
         self.gpu = {name: x.cuda().contiguous() for name, x in self.gpu.items()}
         decodes = len(self.sequences) - self.num_prefills + pad
         pointers = np.zeros((NUM_POOLS, 2), np.int64)
@@ -148,9 +157,9 @@ class Step:
         plan = StepPlan.make(inputs, pool)
         rows = self.qkv.unflatten(1, (-1, self.kv_format.head_dim))
         q, k, v = rows.split([self.heads[0], self.heads[1], self.heads[1]], dim=1)
-        q, k, v = rotate_quantize_kv(
-            q, k, v, self.cos_sin, pool, LAYER, plan, rotate_v=self.kv_format.rotate_v, k_center=self.k_center
-        )
+        levers = dict(zip(("k_frame", "q_frame"), self.frames, strict=False)) | {"k_center": self.k_center}
+        rotate_v = self.kv_format.rotate_v
+        q, k, v = rotate_quantize_kv(q, k, v, self.cos_sin, pool, LAYER, plan, rotate_v=rotate_v, **levers)
         context = paged_attention(q, k, v, pool, LAYER, plan, window=self.window, softcap=self.softcap)
         return {"q": q, "k": k, "v": v, "context": context, "pool": pool.data}
 
@@ -201,7 +210,7 @@ def run_kernels(step: Step) -> dict[str, torch.Tensor]:
         q_out=q,
         k_out=k,
         v_out=v,
-        k_center=step.gpu.get("k_center"),
+        **{name: step.gpu.get(name) for name in ("k_center", "k_frame", "q_frame")},
         **shared,
     )
     shared |= {"window": step.window, "softcap": step.softcap}

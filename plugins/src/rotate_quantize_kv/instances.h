@@ -8,4 +8,8 @@ namespace saw {
 template <int HeadDim>
 cudaError_t launch_rotate_quantize_kv(RotateQuantizeKvParams const& params, cudaStream_t stream);
 
+// With frames.
+template <int HeadDim>
+cudaError_t launch_frame(RotateQuantizeKvParams const& params, cudaStream_t stream);
+
 }  // namespace saw

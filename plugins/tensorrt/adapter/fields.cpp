@@ -157,7 +157,8 @@ std::unique_ptr<Op> make_op_of_engine(OpFactory factory, nvinfer1::PluginFieldCo
     if (format_version != kFormatVersion)
         throw PluginError(name + ": the engine stores cache format " + std::to_string(format_version) +
                           " and this library writes format " + std::to_string(kFormatVersion) + advice);
-    if (!unset.empty()) throw PluginError(name + ": the engine lacks field " + unset[0]->name + advice);
+    for (Field const* f : unset)
+        if (f->in_every_engine) throw PluginError(name + ": the engine lacks field " + f->name + advice);
     op->validate();
     // It grows with the GPU: an engine may come from one with fewer SMs.
     if (auto const needed = int64_t(op->workspace_bytes()); workspace_bytes < 0 || workspace_bytes < needed)

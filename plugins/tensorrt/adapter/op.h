@@ -35,6 +35,7 @@ struct Field {
     char const* name;
     std::variant<int32_t*, float*, std::string*> value;
     bool required;
+    bool in_every_engine = true;  // else engines from before the field was there have its default
 };
 
 // Extents of a tensor that are not fixed: those of one name are equal within a step.

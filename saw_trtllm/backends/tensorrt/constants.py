@@ -9,7 +9,8 @@ import numpy as np
 from saw_trtllm.checkpoint.layout import FINAL_NORM
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.model.rope import rotary_cos_sin
-from saw_trtllm.plugins.layer import ROTARY_COS_SIN
+from saw_trtllm.ops import pack_frame
+from saw_trtllm.plugins.layer import K_FRAME, Q_FRAME, ROTARY_COS_SIN
 
 Load = Callable[[str], np.ndarray]
 
@@ -26,7 +27,7 @@ class Constants:
     ----------
     config : EngineConfig
     load : callable
-        Gives the tensor of a TensorRT-LLM name in the engine's dtype, a layer's center of keys in float32.
+        Gives the tensor of a TensorRT-LLM name in the engine's dtype, a layer's center and frames in float32.
     """
 
     def __init__(self, config: EngineConfig, load: Load) -> None:
@@ -41,6 +42,8 @@ class Constants:
         array = self._load(name)
         if name.endswith(_NORMS):
             return array.astype(np.float32)[None]
+        if name.endswith((K_FRAME, Q_FRAME)):
+            return pack_frame(array)
         return array[None] if name.endswith("qkv.bias") else array
 
     def _qk_layernorm(self, prefix: str) -> np.ndarray:

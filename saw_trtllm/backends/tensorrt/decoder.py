@@ -13,9 +13,9 @@ from saw_trtllm.backends.tensorrt.constants import QK_LAYERNORM, Constants, Load
 from saw_trtllm.backends.tensorrt.graph import Graph, Tensor
 from saw_trtllm.backends.tensorrt.profiles import step_inputs
 from saw_trtllm.checkpoint.layout import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix
-from saw_trtllm.engine.config import EngineConfig, k_center_name
+from saw_trtllm.engine.config import EngineConfig, k_center_name, k_frame_name, q_frame_name
 from saw_trtllm.engine.tensors import INPUT_IDS, LAST_TOKEN_IDS, LOGITS
-from saw_trtllm.plugins.layer import K_CENTER, ROTARY_COS_SIN
+from saw_trtllm.plugins.layer import K_CENTER, K_FRAME, Q_FRAME, ROTARY_COS_SIN
 
 
 def define_decoder(graph: Graph, config: EngineConfig, load: Load) -> None:
@@ -27,7 +27,7 @@ def define_decoder(graph: Graph, config: EngineConfig, load: Load) -> None:
         An empty one.
     config : EngineConfig
     load : callable
-        Gives the tensor of a TensorRT-LLM name in the engine's dtype, a layer's center of keys in float32.
+        Gives the tensor of a TensorRT-LLM name in the engine's dtype, a layer's center and frames in float32.
 
     Raises
     ------
@@ -88,6 +88,9 @@ class _Decoder:
         constants = {ROTARY_COS_SIN: self._cos_sin}
         if self.config.saw_int4.k_center:
             constants[K_CENTER] = self._constant(k_center_name(i))
+        if i in self.config.framed_layers:
+            constants[K_FRAME] = self._constant(k_frame_name(i))
+            constants[Q_FRAME] = self._constant(q_frame_name(i))
         context = paged_attention(graph, self.config, i, qkv, constants, self._inputs)
         return graph.linear(context, self._constant(prefix + "dense.weight"))
 

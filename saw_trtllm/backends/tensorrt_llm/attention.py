@@ -19,7 +19,8 @@ from saw_trtllm.backends.tensorrt_llm.options import SwapOptions
 from saw_trtllm.engine.tensors import LAST_TOKEN_IDS, POSITION_IDS, SEQUENCE_LENGTH
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.format import hadamard
-from saw_trtllm.plugins.layer import K_CENTER, ROTARY_COS_SIN, AttentionLayer, Fields, add_attention
+from saw_trtllm.ops import pack_frame
+from saw_trtllm.plugins.layer import K_CENTER, K_FRAME, Q_FRAME, ROTARY_COS_SIN, AttentionLayer, Fields, add_attention
 from saw_trtllm.plugins.library import load_plugins, make_plugin
 
 _DTYPES = {trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16"}
@@ -50,6 +51,8 @@ class Layer:
         Tokens that a query sees; 0 is all.
     k_center : numpy.ndarray or None
         float32 ``[num_kv_heads, head_dim]``.
+    k_frame, q_frame : numpy.ndarray or None
+        float32 ``[num_kv_heads, head_dim, head_dim]``.
     """
 
     layer_idx: int
@@ -60,6 +63,8 @@ class Layer:
     softcap: float = 0.0
     window: int = 0
     k_center: np.ndarray | None = None
+    k_frame: np.ndarray | None = None
+    q_frame: np.ndarray | None = None
 
 
 def saw_attention(qkv: Tensor, rotary_cos_sin: Tensor, layer: Layer, options: SwapOptions) -> Tensor:
@@ -99,6 +104,9 @@ def saw_attention(qkv: Tensor, rotary_cos_sin: Tensor, layer: Layer, options: Sw
     constants = {ROTARY_COS_SIN: rotary_cos_sin}
     if layer.k_center is not None:
         constants[K_CENTER] = constant(layer.k_center)
+    for name, frame in ((K_FRAME, layer.k_frame), (Q_FRAME, layer.q_frame)):
+        if frame is not None:
+            constants[name] = constant(pack_frame(frame))
     # TensorRT-LLM's last_token_ids is the inclusive sum of the sequences' tokens as long as none is a draft.
     context = add_attention(made, qkv, constants, network_input, add_plugin)
     return _rotate_back(context, layer, fmt.hadamard_order) if rotate_v else context
@@ -204,7 +212,7 @@ class SawAttention(Module):
             self.q_scaling,
             self.softcap,
             self.options.window(self.layer_idx),
-            self.options.local_k_center(self.layer_idx, self.tp_size, self.tp_rank),
+            **self.options.local_constants(self.layer_idx, self.tp_size, self.tp_rank),
         )
 
     def _normalize(self, qkv: Tensor) -> Tensor:

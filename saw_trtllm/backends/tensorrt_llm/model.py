@@ -169,6 +169,7 @@ def _section(options: SwapOptions) -> dict[str, Any]:
     section = SawSection.of(options.kv_format, "tensorrt_llm", __version__).model_copy(
         update={
             "k_center": options.k_center is not None,
+            "k_frame": options.k_frame is not None,
             "plugin_version": VERSION,
             "tensorrt_version": trt.__version__,
             "compute_capability": None if capability is None else "{}.{}".format(*capability),

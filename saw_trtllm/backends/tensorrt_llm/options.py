@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from saw_trtllm.errors import ConfigError, first_error
 from saw_trtllm.format import KVFormat, KvName
+from saw_trtllm.plugins.layer import OPTIONAL_CONSTANTS
 
 if TYPE_CHECKING:
     from saw_trtllm.plan.options import BuildOptions
@@ -65,6 +66,8 @@ class SwapOptions:
         Whether V's rotation is in the weights already. If it is not, it is done and undone at run time.
     k_center : numpy.ndarray or None
         float32 ``[num_layers, num_kv_heads, head_dim]`` of the whole model.
+    k_frame, q_frame : numpy.ndarray or None
+        float32 ``[num_layers, num_kv_heads, head_dim, head_dim]`` of the whole model: both or neither.
     windows : sequence of (int or None), or None
         Tokens that each layer of the whole model sees.
     """
@@ -72,6 +75,8 @@ class SwapOptions:
     kv_format: KVFormat
     v_folded: bool = False
     k_center: np.ndarray | None = None
+    k_frame: np.ndarray | None = None
+    q_frame: np.ndarray | None = None
     windows: Sequence[int | None] | None = None
 
     @classmethod
@@ -90,10 +95,13 @@ class SwapOptions:
     @classmethod
     def of_plan(cls, plan: BuildPlan) -> SwapOptions:
         """Of a model that gets its weights from ``plan.weights``."""
+        framed = plan.config.saw_int4.k_frame
         return cls(
             plan.config.kv_format,
             v_folded=True,
             k_center=None if plan.calibration is None else plan.calibration.k_center,
+            k_frame=plan.calibration.k_frame if framed else None,
+            q_frame=plan.calibration.q_frame if framed else None,
             windows=plan.config.pretrained_config.sliding_window,
         )
 
@@ -101,10 +109,13 @@ class SwapOptions:
         """Tokens that a layer of the whole model sees; 0 is all."""
         return (self.windows[layer] or 0) if self.windows is not None else 0
 
-    def local_k_center(self, layer: int, tp_size: int, tp_rank: int) -> np.ndarray | None:
-        """A rank's centers of a layer: float32 ``[local KV heads, head_dim]``."""
-        if self.k_center is None:
-            return None
-        heads = self.k_center.shape[1]
-        first = tp_rank * heads // tp_size
-        return np.ascontiguousarray(self.k_center[layer, first : first + max(1, heads // tp_size)], np.float32)
+    def local_constants(self, layer: int, tp_size: int, tp_rank: int) -> dict[str, np.ndarray]:
+        """What there is of a layer's center and frames, by name, for a rank's KV heads: the first axis."""
+        found = {}
+        for name in OPTIONAL_CONSTANTS:
+            whole = getattr(self, name)
+            if whole is not None:
+                heads = whole.shape[1]
+                first = tp_rank * heads // tp_size
+                found[name] = np.ascontiguousarray(whole[layer, first : first + max(1, heads // tp_size)], np.float32)
+        return found

@@ -66,7 +66,7 @@ class SawAttentionPass(PatternRewriter):
             call["q_scaling"],
             call["attn_logit_softcapping_scale"],
             self._options.window(number),
-            self._options.local_k_center(number, self._mapping.tp_size, self._mapping.tp_rank),
+            **self._options.local_constants(number, self._mapping.tp_size, self._mapping.tp_rank),
         )
 
 

@@ -16,10 +16,10 @@ import safetensors.numpy
 import torch
 
 from saw_trtllm.backends.reference.cache import PagedCache
-from saw_trtllm.backends.reference.model import ReferenceModel
+from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs
 from saw_trtllm.backends.tensorrt.profiles import profiles, shapes, step_inputs
 from saw_trtllm.backends.tensorrt.versions import TensorRT
-from saw_trtllm.engine.config import EngineConfig, k_center_name
+from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import StepInputs
 from saw_trtllm.engine.tensors import LOGITS
 from saw_trtllm.plugins.library import VERSION
@@ -27,6 +27,7 @@ from saw_trtllm.runtime.sampling import SamplingState, sample
 from tests.support.fakes import tensorrt as fake
 from tests.support.fakes import tensorrt_86 as fake_tensorrt_86
 from tests.support.fakes.cuda import Cuda
+from tests.support.frames import unpack_frame
 
 ACTIVATIONS = 1 << 20
 
@@ -93,12 +94,14 @@ class _Engine:
 
     def take(self, weights: dict[str, np.ndarray]) -> None:
         config = self.module.engine_config
-        center = None
-        if config.saw_int4.k_center:
-            layers = range(config.pretrained_config.num_hidden_layers)
-            center = torch.from_numpy(np.stack([weights[k_center_name(i)] for i in layers]))
+
+        def constant(name: str) -> np.ndarray:
+            array = weights[name]
+            return unpack_frame(array).astype(np.float32) if array.ndim == 4 else array  # a refit gives frames packed
+
+        levers = calibrated_inputs(config, constant)
         positions = config.build_config.max_seq_len
-        self.model = ReferenceModel(config.pretrained_config, weights.__getitem__, positions, center)
+        self.model = ReferenceModel(config.pretrained_config, weights.__getitem__, positions, **levers)
 
     def __del__(self) -> None:
         self.module.cuda.device.pop(self._address, None)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from saw_trtllm.backends.reference.attention import apply_frame
 from saw_trtllm.format import hadamard
 from tests.support.fakes import tensorrt as trt
+from tests.support.frames import unpack_frame
 
 _ELEMENTWISE = {
     "SUM": torch.add,
@@ -138,6 +140,11 @@ def _rms_norm(fields, x, weight, *residual):
     return [y, x][: 1 + fields["use_residual"]]
 
 
+def frames(x):
+    """K's and Q's, the write plugin's last inputs, as they were before they were packed."""
+    return [torch.from_numpy(unpack_frame(frame.numpy())).float() for frame in x[-2:]]
+
+
 def _write(fields, x):
     qkv, position_ids, last_token_ids, *_ = x
     D, H, Hkv = fields["head_dim"], fields["num_heads"], fields["num_kv_heads"]
@@ -152,7 +159,10 @@ def _write(fields, x):
     if fields["use_k_center"]:
         k = k - x[8]
     order = fields["hadamard_order"]
-    if fields["kv"] == "saw_int4":
+    if fields["use_k_frame"]:
+        k_frame, q_frame = frames(x)
+        k, q = (apply_frame(a.float(), frame) for a, frame in ((k, k_frame), (q, q_frame)))
+    elif fields["kv"] == "saw_int4":
         q, k = _rotate(q, order), _rotate(k, order)
     if fields["rotate_v"]:
         v = _rotate(v, order)

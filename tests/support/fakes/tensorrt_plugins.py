@@ -78,7 +78,7 @@ _COMMON = {
 FIELDS = {
     "SawRotateQuantizeKV": _COMMON
     | {"hadamard_order": (_INT, None), "rotate_v": (_INT, 0)}
-    | {"range_factor": (_FLOAT, 1.0), "use_k_center": (_INT, 0)},
+    | {"range_factor": (_FLOAT, 1.0), "use_k_center": (_INT, 0), "use_k_frame": (_INT, 0), "use_q_frame": (_INT, 0)},
     "SawInt4PagedAttention": _COMMON
     | {"softmax_scale": (_FLOAT, 0.0), "softcap": (_FLOAT, 0.0), "window": (_INT, 0), "use_sinks": (_INT, 0)},
     "SawGemm": {name: (_TEXT, None) for name in ("dtype", "output_dtype")}
@@ -128,6 +128,7 @@ def _parse_fields(plugin, fields):
         and values["num_heads"] % values["num_kv_heads"] == 0
         and values["num_heads"] // values["num_kv_heads"] <= 16
         and 0 < values.get("range_factor", 1) <= 1
+        and values.get("use_k_frame", 0) == values.get("use_q_frame", 0) <= (values["kv"] != "fp16")
         and (plugin != "SawRotateQuantizeKV" or (order >= 16 and values["head_dim"] % order == 0) == rotated)
     )
     if not valid:
@@ -150,6 +151,8 @@ class SawPlugin(IPluginV3):
         expected = list(PLUGIN_INPUTS[self.plugin_type])
         if f.get("use_k_center") or f.get("use_sinks"):
             expected.append((float32, None))
+        if f.get("use_k_frame"):
+            expected += [(float16, 4)] * 2
         if f.get("use_residual"):
             expected.append(("dtype", 2))
         assert len(inputs) == len(expected), (self.plugin_type, len(inputs))
@@ -179,6 +182,8 @@ class SawPlugin(IPluginV3):
         assert math.prod(inputs[7].shape) % f["head_dim"] == 0
         if f["use_k_center"]:
             assert tuple(inputs[8].shape) == (f["num_kv_heads"], f["head_dim"])
+        for frame in inputs[8 + f["use_k_center"] :]:
+            assert tuple(frame.shape) == (f["num_kv_heads"], 2, f["head_dim"], f["head_dim"])
         counters = [inputs[2].shape[0], f["num_kv_heads"]]
         return [
             *(([rows, w], self.dtype) for w in (width, kv_width, kv_width)),

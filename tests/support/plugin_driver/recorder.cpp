@@ -57,6 +57,8 @@ cudaError_t saw_rotate_quantize_kv(RotateQuantizeKvParams const& p, cudaStream_t
         .ADD(last_token_ids)
         .ADD(sequence_length)
         .ADD(k_center)
+        .ADD(k_frame)
+        .ADD(q_frame)
         .ADD(q_out)
         .ADD(k_out)
         .ADD(v_out)

@@ -17,6 +17,7 @@ from saw_trtllm.errors import BackendUnavailableError, KernelError, OpError
 from saw_trtllm.format import KVFormat
 from saw_trtllm.ops import arrays as device_array
 from tests.support import ROOT
+from tests.support.frames import random_frames, unpack_frame
 
 TYPESTR = {"float16": "<f2", "bfloat16": "<V2", "float32": "<f4", "int32": "<i4", "int64": "<i8", "uint8": "|u1"}
 HEADS, KV_HEADS, TOKENS, SEQUENCES = 8, 2, 11, 3
@@ -101,6 +102,8 @@ def write_arguments(dtype: str = "float16", kv_format: KVFormat | None = None) -
         "k_out": Fake(dtype, TOKENS, KV_HEADS, d),
         "v_out": Fake(dtype, TOKENS, KV_HEADS, d),
         "k_center": Fake("float32", KV_HEADS, d),
+        "k_frame": Fake("float16", KV_HEADS, 2, d, d),
+        "q_frame": Fake("float16", KV_HEADS, 2, d, d, address=0x7E0000000000),
     }
 
 
@@ -170,18 +173,39 @@ def test_rotate_quantize_kv_launches_with_what_the_arrays_say(fake):
 
 
 def test_optional_tensors_are_null(fake):
-    arguments = write_arguments() | {"k_out": None, "v_out": None, "k_center": None}
+    arguments = write_arguments() | dict.fromkeys(("k_out", "v_out", "k_center", "k_frame", "q_frame"))
     ops.rotate_quantize_kv(**arguments)
     ((_, call),) = fake.calls
     assert (call["k_out"], call["v_out"], call["k_center"], call["stream"]) == (0, 0, 0, 0)
+    assert (call["k_frame"], call["q_frame"]) == (0, 0)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_a_packed_frame_is_the_frame(head_dim):
+    """Each number is where the docstring says, in 22 bits: twice the 11 of fp16."""
+    frame, _ = random_frames((3,), head_dim)
+    packed = ops.pack_frame(frame)
+    assert (packed.dtype, packed.shape) == (np.float16, (3, 2, head_dim, head_dim))
+    np.testing.assert_allclose(unpack_frame(packed), frame, rtol=2**-22, atol=2**-36)
+
+
+@pytest.mark.parametrize("value", [7e4, -np.inf, np.nan])
+def test_a_frame_beyond_fp16_is_rejected(value):
+    frame = np.zeros((1, 64, 64), np.float32)
+    frame[0, 3, 4] = value
+    with pytest.raises(OpError, match=r"a frame holds a number of magnitude .*: it must be finite and fit float16"):
+        ops.pack_frame(frame)
 
 
 def test_unquantized_cache(fake):
     kv_format = KVFormat("fp16", 64, dtype="bfloat16")
-    ops.rotate_quantize_kv(**write_arguments("bfloat16", kv_format))
+    with pytest.raises(OpError, match="given with kv fp16, which has no frames: leave them out"):
+        ops.rotate_quantize_kv(**write_arguments("bfloat16", kv_format))
+    frames = {"k_frame": None, "q_frame": None}
+    ops.rotate_quantize_kv(**write_arguments("bfloat16", kv_format) | frames)
     assert fake.calls[0][1]["cache"] == "unquantized"
     with pytest.raises(OpError, match="qkv has dtype float16 and kv_format stores rows of bfloat16"):
-        ops.rotate_quantize_kv(**write_arguments("float16", kv_format))
+        ops.rotate_quantize_kv(**write_arguments("float16", kv_format) | frames)
 
 
 def test_decode_launches_with_what_the_arrays_say(fake):
@@ -217,6 +241,9 @@ BAD_WRITES = {
     "block size": ({"pool": Fake("uint8", 9, 4, 2, KV_HEADS, 48, 68)}, "pool has blocks of 48 tokens"),
     "layer": ({"layer": 4}, "layer is 4: pool has layers 0 to 3"),
     "centre": ({"k_center": Fake("float32", HEADS, 128)}, "k_center has shape"),
+    "one frame": ({"q_frame": None}, "q_frame is None: k_frame and q_frame belong together, so give both or neither"),
+    "a frame's heads": ({"k_frame": Fake("float16", HEADS, 2, 128, 128)}, r"k_frame has shape .* \[2, 2, 128, 128\]"),
+    "a frame's dtype": ({"q_frame": Fake("float32", KV_HEADS, 2, 128, 128)}, "q_frame has dtype float32"),
     "strides": ({"qkv": Fake("float16", TOKENS, 1536, strides=(6144, 2))}, "qkv is not contiguous"),
     "alignment": ({"qkv": Fake("float16", TOKENS, 1536, address=0x1008)}, "qkv begins at address 0x1008"),
     "integers": ({"position_ids": Fake("int32", TOKENS, address=0x1002)}, "position_ids begins at address 0x1002"),

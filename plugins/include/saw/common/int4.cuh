@@ -116,19 +116,20 @@ class Dequantizer {
     }
 };
 
-// Eight channels to a word of codes, the first in the lowest nibble.
+// Channels, at most eight, to a word of codes, the first in the lowest nibble.
 //
 // Adding 1.5 2^23 to a number below 2^22 leaves its nearest integer in the low bits, ties to even, and here that
 // addition is the only rounding of (y - lo) / scale but for the reciprocal's: a code can differ from one by true
 // division only where the quotient is within 15 2^-24 of a half.
-__device__ inline uint32_t quantize_word(float const (&y)[8], RowScale const& row) {
+template <int N>
+__device__ inline uint32_t quantize_word(float const (&y)[N], RowScale const& row) {
     constexpr float kMagic = 0x1.8p23f;
     constexpr uint32_t kMagicBits = 0x4b400000;
     // The sum of kMagicBits 16^i over the word, to be taken out at once.
-    constexpr uint32_t kBias = kMagicBits * 0x11111111u;
+    constexpr uint32_t kBias = kMagicBits * (0x11111111u >> (32 - 4 * N));
     uint32_t word = 0u - kBias;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < N; ++i) {
         float const above = fminf(fmaxf(y[i] - row.lo, 0.0f), row.range);
         word += __float_as_uint(fmaf(above, row.inverse, kMagic)) << (4 * i);
     }

@@ -7,7 +7,7 @@
 
 namespace saw {
 
-// RoPE, centring, rotation, quantization and the paged write of a step's tokens, in one launch.
+// RoPE, centring, rotation or frame, quantization and the paged write of a step's tokens, in one launch.
 struct RotateQuantizeKvParams {
     // Q | K | V of each token before RoPE: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] of dtype
     void const* qkv;
@@ -16,10 +16,14 @@ struct RotateQuantizeKvParams {
     int32_t const* last_token_ids;   // [num_sequences]: inclusive prefix sum of the tokens per sequence
     int32_t const* sequence_length;  // [num_sequences]: KV length with this step's tokens
     float const* k_center;           // [num_kv_heads, head_dim], subtracted from all keys after RoPE; or null
-    void* q_out;                     // [num_tokens, num_heads, head_dim] of dtype: rotated Q
-    void* k_out;                     // [num_tokens, num_kv_heads, head_dim] of dtype: rotated K; or null
-    void* v_out;                     // [num_tokens, num_kv_heads, head_dim] of dtype: V (rotated if asked); or null
-    int32_t* decode_counters;        // [num_sequences, num_kv_heads], zeroed for saw_decode_attention(); or null
+    // fp16 [num_kv_heads, 2, head_dim, head_dim] as frame.cuh lays it out: what K and Q of a KV head are multiplied by
+    // in their rotation's place; or null, both of them. With kInt4 only.
+    void const* k_frame;
+    void const* q_frame;
+    void* q_out;               // [num_tokens, num_heads, head_dim] of dtype: rotated Q
+    void* k_out;               // [num_tokens, num_kv_heads, head_dim] of dtype: rotated K; or null
+    void* v_out;               // [num_tokens, num_kv_heads, head_dim] of dtype: V (rotated if asked); or null
+    int32_t* decode_counters;  // [num_sequences, num_kv_heads], zeroed for saw_decode_attention(); or null
     PagedPool pool;
     int num_tokens;
     int num_sequences;

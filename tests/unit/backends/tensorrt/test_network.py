@@ -9,7 +9,7 @@ import torch
 from saw_trtllm.backends.reference.attention import paged_attention, rotate_quantize_kv
 from saw_trtllm.backends.reference.cache import PagedCache, StepPlan
 from saw_trtllm.backends.reference.int4 import TORCH_DTYPES
-from saw_trtllm.backends.reference.model import ReferenceModel
+from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs
 from saw_trtllm.backends.tensorrt.build import build_engine, serialize_engine
 from saw_trtllm.backends.tensorrt.decoder import define_decoder
 from saw_trtllm.backends.tensorrt.graph import Graph
@@ -18,7 +18,7 @@ from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.build import plan_build
 from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint
-from saw_trtllm.engine.config import EngineConfig, k_center_name
+from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import BackendUnavailableError, CheckpointError, ConfigError, EngineError
 from saw_trtllm.plan.options import BuildOptions
@@ -125,9 +125,10 @@ class Execution:
         assert fields["hadamard_order"] == pool.format.hadamard_order
         assert fields["range_factor"] == pytest.approx(pool.format.range_factor)
         center = x[8] if fields["use_k_center"] else None
-        rows = rotate_quantize_kv(
-            q, k, v, x[7], pool, index, self.plan, rotate_v=bool(fields["rotate_v"]), k_center=center
-        )
+        k_frame, q_frame = fake_tensorrt_execute.frames(x) if fields["use_k_frame"] else (None, None)
+        levers = {"k_center": center, "k_frame": k_frame, "q_frame": q_frame}
+        rotate_v = bool(fields["rotate_v"])
+        rows = rotate_quantize_kv(q, k, v, x[7], pool, index, self.plan, rotate_v=rotate_v, **levers)
         return [*(a.flatten(1) for a in rows), torch.zeros(len(x[2]), Hkv, dtype=torch.int64)]
 
     def _attention(self, fields, x):
@@ -170,15 +171,9 @@ def make_cache(plan, dtype):
 
 def reference(plan, dtype):
     """The reference model of a plan, computing in ``dtype`` from the plan's weights."""
-    config, model = plan.config, plan.config.pretrained_config
-    center = None
-    if plan.calibration is not None:
-        center = torch.from_numpy(
-            np.stack([plan.weights.load(k_center_name(i)) for i in range(model.num_hidden_layers)])
-        )
-    return ReferenceModel(
-        model.model_copy(update={"dtype": dtype}), plan.weights.load, config.build_config.max_seq_len, center
-    )
+    config, model = plan.config, plan.config.pretrained_config.model_copy(update={"dtype": dtype})
+    levers = calibrated_inputs(config, plan.weights.load)
+    return ReferenceModel(model, plan.weights.load, config.build_config.max_seq_len, **levers)
 
 
 def pack(plan, parts):
@@ -423,9 +418,8 @@ def test_the_folder_holds_an_engine(plan, tensorrt, tensorrt_86, machine, tmp_pa
     size = build_engine(made, read.append, None, tensorrt)
     assert files(made) == ["config.json", "generation_config.json", "rank0.engine"]
     assert size == (made.output_dir / "rank0.engine").stat().st_size > 0
-    frames = [n for n in made.weights.shapes if n.endswith("_frame")]
-    assert sorted(read + frames) == sorted(made.weights.shapes)
-    assert len(read + frames) == made.num_steps
+    assert sorted(read) == sorted(made.weights.shapes)
+    assert len(read) == made.num_steps
     assert cache.read_bytes() == b""
     section = EngineConfig.load(made.output_dir).saw_int4
     assert (section.backend, section.plugin_version) == ("tensorrt", "1")

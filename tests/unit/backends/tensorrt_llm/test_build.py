@@ -22,6 +22,7 @@ from tests.support.fakes import tensorrt as fake_tensorrt
 from tests.support.fakes import tensorrt_llm as fake_tensorrt_llm
 from tests.support.fakes.gpu import NAME as GPU_NAME
 from tests.support.fakes.gpu import pretend_gpu
+from tests.support.frames import random_frames, unpack_frame
 from tests.support.models import make_hf_model
 from tests.support.plugin_library import SOURCES, STEMS
 
@@ -84,9 +85,9 @@ def test_the_stand_in_has_the_fields_and_inputs_of_the_plugins_pages(plugin):
     assert documented == {k: (kind.name, default) for k, (kind, default) in fake_tensorrt.FIELDS[plugin].items()}
     rows = re.findall(r"^\| `(\w+)` \| (\w+)[^|]*\|", inputs, flags=re.M)
     types_ = {"dtype": "dtype", "INT32": fake_tensorrt.int32, "INT64": fake_tensorrt.int64}
-    assert [types_.get(t, fake_tensorrt.float32) for _, t in rows][:-1] == [
-        t for t, _ in fake_tensorrt.PLUGIN_INPUTS[plugin]
-    ]
+    always = [t for t, _ in fake_tensorrt.PLUGIN_INPUTS[plugin]]
+    assert [types_.get(t, fake_tensorrt.float32) for _, t in rows][: len(always)] == always
+    assert {f"use_{name}" for name, _ in rows[len(always) :]} == {x for x in documented if x.startswith("use_")}
 
 
 # The swap
@@ -171,13 +172,19 @@ def test_swap_of_a_model_that_is_there(frontend, checkpoint, rewrite):
     attention = model.transformer.layers._modules["1"].attention
     attention.max_attn_value, attention.q_scaling = 30.0, 2.0
     center = np.arange(3 * 2 * 64, dtype=np.float32).reshape(3, 2, 64)
-    options = SwapOptions(KVFormat("saw_int4", 64, hadamard_order=32), k_center=center, windows=[None, 7, None])
+    frames = dict(zip(("k_frame", "q_frame"), random_frames((3, 2), 64), strict=True))
+    options = SwapOptions(
+        KVFormat("saw_int4", 64, hadamard_order=32), k_center=center, windows=[None, 7, None], **frames
+    )
     assert swap(model, options, rewrite) is model
     fake_tensorrt_llm.build(model, fake_tensorrt_llm.BuildConfig(max_seq_len=128, **LIMITS))
     write, attend = plugins(WRITE)[1], plugins(ATTENTION)[1]
     assert plugins("GPTAttention") == []
     assert (write.plugin.fields["hadamard_order"], write.plugin.fields["rotate_v"]) == (32, 1)
     np.testing.assert_array_equal(write._inputs[8].producer.weights.numpy().reshape(2, 64), center[1])
+    for x, frame in zip(write._inputs[9:], frames.values(), strict=True):
+        packed = x.producer.weights.numpy().reshape(2, 2, 64, 64)
+        np.testing.assert_allclose(unpack_frame(packed), frame[1], rtol=2**-22, atol=2**-36)
     wanted = {"window": 7, "softcap": 30.0, "softmax_scale": pytest.approx(1 / 16)}
     assert wanted.items() <= attend.plugin.fields.items()
     # V's rotation is not in these weights, so it is undone behind the attention.
@@ -434,15 +441,19 @@ def test_the_sections_of_checkpoints(tmp_path):
         SwapOptions.of_config(config)
 
 
-def test_centers_of_a_rank():
+def test_centers_and_frames_of_a_rank():
     center = np.arange(2 * 4 * 8, dtype=np.float64).reshape(2, 4, 8)
-    options = SwapOptions(KVFormat("saw_int4", 64), k_center=center)
+    k_frame, q_frame = np.random.default_rng(0).standard_normal((2, 2, 4, 8, 8))
+    whole = {"k_center": center, "k_frame": k_frame, "q_frame": q_frame}
+    options = SwapOptions(KVFormat("saw_int4", 64), **whole)
     for tp_size, heads in ((1, [[0, 1, 2, 3]]), (2, [[0, 1], [2, 3]]), (8, [[r // 2] for r in range(8)])):
         for rank, local in enumerate(heads):
-            found = options.local_k_center(1, tp_size, rank)
-            assert (found.dtype, found.flags["C_CONTIGUOUS"]) == (np.float32, True)
-            np.testing.assert_array_equal(found, center[1, local])
-    assert SwapOptions(KVFormat("saw_int4", 64)).local_k_center(0, 1, 0) is None
+            found = options.local_constants(1, tp_size, rank)
+            assert found.keys() == whole.keys()
+            for name, part in found.items():
+                assert (part.dtype, part.flags["C_CONTIGUOUS"]) == (np.float32, True)
+                np.testing.assert_array_equal(part, whole[name][1, local].astype(np.float32))
+    assert SwapOptions(KVFormat("saw_int4", 64)).local_constants(0, 1, 0) == {}
 
 
 @pytest.mark.parametrize(("kv", "written"), [("saw_int4", (68, "INT8")), ("int4", (68, "INT8")), ("fp16", (128, None))])

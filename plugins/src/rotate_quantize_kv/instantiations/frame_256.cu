@@ -1,0 +1,5 @@
+#include "../launch_frame.cuh"
+
+namespace saw {
+template cudaError_t launch_frame<256>(RotateQuantizeKvParams const&, cudaStream_t);
+}  // namespace saw
