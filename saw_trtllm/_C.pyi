@@ -1,7 +1,8 @@
 """The kernels on addresses: checks nothing; :mod:`saw_trtllm.ops` does. Launches return a ``cudaError_t``."""
 
-from types import CapsuleType
 from typing import ClassVar
+
+from typing_extensions import CapsuleType
 
 FORMAT_VERSION: int
 KERNELS_VERSION: int

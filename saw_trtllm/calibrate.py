@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -75,6 +76,10 @@ class Moments:
         return (self._sums[6] / self._sums[0]).numpy()
 
 
+def _add(moments: list[Moments], layer: int, x: Attended) -> None:
+    moments[layer].add(x)
+
+
 class Statistics:
     """The moments of every layer of a model, apart for two halves of a text.
 
@@ -95,7 +100,7 @@ class Statistics:
         """Run sequences int64 ``[n, T]`` through the exact model, in turn for the one half and the other."""
         for i, window in enumerate(windows):
             half = self._halves[i % 2]
-            self._model.hidden(window[None], observe=lambda layer, x, half=half: half[layer].add(x))
+            self._model.hidden(window[None], observe=partial(_add, half))
             self.num_tokens += len(window)
             if progress is not None:
                 progress(len(window))

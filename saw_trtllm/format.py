@@ -56,7 +56,7 @@ ROW_TAIL_BYTES = 4
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class KVFormat:
     """How an engine's KV cache is stored.
 
@@ -85,40 +85,45 @@ class KVFormat:
 
     kv: str
     head_dim: int
-    dtype: str = "float16"
-    hadamard_order: int | None = None
-    rotate_v: bool | None = None
-    range_factor: float | None = None
+    dtype: str
+    hadamard_order: int
+    rotate_v: bool
+    range_factor: float
 
-    def __post_init__(self) -> None:
-        if self.kv not in KV_NAMES:
-            raise ConfigError(f"kv {self.kv!r} is unknown: choose one of {', '.join(KV_NAMES)}")
-        if self.dtype not in DTYPE_BYTES:
-            raise ConfigError(f"dtype {self.dtype!r} is unknown: choose one of {', '.join(DTYPE_BYTES)}")
-        if self.head_dim not in HEAD_DIMS:
+    def __init__(
+        self,
+        kv: str,
+        head_dim: int,
+        dtype: str = "float16",
+        hadamard_order: int | None = None,
+        rotate_v: bool | None = None,
+        range_factor: float | None = None,
+    ) -> None:
+        if kv not in KV_NAMES:
+            raise ConfigError(f"kv {kv!r} is unknown: choose one of {', '.join(KV_NAMES)}")
+        if dtype not in DTYPE_BYTES:
+            raise ConfigError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPE_BYTES)}")
+        if head_dim not in HEAD_DIMS:
             raise ConfigError(
-                f"head_dim {self.head_dim} is not supported: this version's caches hold heads of "
+                f"head_dim {head_dim} is not supported: this version's caches hold heads of "
                 f"{', '.join(map(str, HEAD_DIMS))}"
             )
-        if self.range_factor is None:
-            object.__setattr__(self, "range_factor", RANGE_FACTORS[self.head_dim] if self.quantized else 1.0)
-        if not 0.0 < self.range_factor <= 1.0:
-            raise ConfigError(f"range_factor is {self.range_factor}: it must be above 0 and at most 1")
-        if self.kv == "saw_int4":
-            order = self.hadamard_order
-            order = default_hadamard_order(self.head_dim) if order is None else order
-            if order < MIN_HADAMARD_ORDER or order & (order - 1) or self.head_dim % order:
-                valid = ", ".join(map(str, hadamard_orders(self.head_dim)))
-                raise ConfigError(
-                    f"hadamard_order {order} does not fit head_dim {self.head_dim}: choose one of {valid}"
-                )
-            object.__setattr__(self, "hadamard_order", order)
-            object.__setattr__(self, "rotate_v", True if self.rotate_v is None else self.rotate_v)
+        if range_factor is None:
+            range_factor = 1.0 if kv == "fp16" else RANGE_FACTORS[head_dim]
+        if not 0.0 < range_factor <= 1.0:
+            raise ConfigError(f"range_factor is {range_factor}: it must be above 0 and at most 1")
+        if kv == "saw_int4":
+            order = default_hadamard_order(head_dim) if hadamard_order is None else hadamard_order
+            if order < MIN_HADAMARD_ORDER or order & (order - 1) or head_dim % order:
+                valid = ", ".join(map(str, hadamard_orders(head_dim)))
+                raise ConfigError(f"hadamard_order {order} does not fit head_dim {head_dim}: choose one of {valid}")
+        elif hadamard_order in (None, 1) and not rotate_v:
+            order, rotate_v = 1, False
         else:
-            if self.hadamard_order not in (None, 1) or self.rotate_v:
-                raise ConfigError(f"kv {self.kv} has no rotation: hadamard_order and rotate_v belong to --kv saw_int4")
-            object.__setattr__(self, "hadamard_order", 1)
-            object.__setattr__(self, "rotate_v", False)
+            raise ConfigError(f"kv {kv} has no rotation: hadamard_order and rotate_v belong to --kv saw_int4")
+        values = (kv, head_dim, dtype, order, True if rotate_v is None else rotate_v, range_factor)
+        for name, value in zip(self.__dataclass_fields__, values, strict=True):
+            object.__setattr__(self, name, value)  # it is frozen
 
     @property
     def quantized(self) -> bool:
@@ -199,7 +204,7 @@ def rotate(x: np.ndarray, order: int, axis: int = -1) -> np.ndarray:
     # Columns whose transform stays in a core's cache; those of the last axis are turned to lie so.
     columns = _CACHED // order
     if axis == 0:
-        blocks = zip(x.reshape(-1, order, x[0].size), result.reshape(-1, order, x[0].size), strict=True)
+        blocks = list(zip(x.reshape(-1, order, x[0].size), result.reshape(-1, order, x[0].size), strict=True))
     else:
         blocks = [(x.reshape(-1, order).T, result.reshape(-1, order).T)]
     for source, target in blocks:

@@ -230,7 +230,8 @@ class LLM:
             If the model has no chat template or the template rejects the messages; and as for :meth:`generate`.
         """
         several = isinstance(messages, SequenceABC) and bool(messages) and isinstance(messages[0], SequenceABC)
-        prompts = [self.chat_prompt(m, **template) for m in (messages if several else [messages])]
+        conversations: Any = messages if several else [messages]
+        prompts = [self.chat_prompt(m, **template) for m in conversations]
         return self.generate(prompts if several else prompts[0], sampling_params, use_tqdm)
 
     def chat_prompt(
@@ -329,7 +330,7 @@ class LLM:
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params is {shown(params)}: give SamplingParams(...), or nothing")
         text, ids, salt = read_prompt(prompt)
-        ids = self._encode(text) if ids is None else ids
+        ids = self._encode(text or "") if ids is None else ids
         self._check(ids, params)
         if params.stop_strings and self.tokenizer is None:
             raise RequestError(
@@ -337,14 +338,15 @@ class LLM:
             )
         end_ids = set(params.stop_token_ids or ())
         if not params.ignore_eos:
-            end_ids.update(self._end_ids if params.end_id is None else {params.end_id})
+            end_ids.update((self._end_ids or ()) if params.end_id is None else {params.end_id})
         # What the model cannot say ends nothing; the sampler must not look it up.
         vocab = self.config.pretrained_config.vocab_size
         end_ids = {i for i in end_ids if 0 <= i < vocab}
         if params.min_tokens and len(end_ids) == vocab:
             raise RequestError("min_tokens is given and every token ends the text: leave a token out of stop_token_ids")
         bad_runs = self._bad_runs(params)
-        outputs, requests = OutputQueue(), []
+        outputs = OutputQueue()
+        requests: list[Request] = []
         for index in range(params.n):
             leader = requests[0].sequence if requests else None
             its_params = replace(params, seed=((params.seed or 0) + index) % 2**64) if index else params
@@ -364,7 +366,7 @@ class LLM:
             raise RequestError("guided_decoding needs a tokenizer, and this engine has none")
         if self._guides is None:
             vocab = self.config.pretrained_config.vocab_size
-            self._guides = Guides(self.tokenizer, vocab, tuple(i for i in self._end_ids if 0 <= i < vocab))
+            self._guides = Guides(self.tokenizer, vocab, tuple(i for i in self._end_ids or () if 0 <= i < vocab))
         return self._guides.make(params.guided_decoding)
 
     def _bad_runs(self, params: SamplingParams) -> list[list[int]]:
@@ -372,7 +374,8 @@ class LLM:
         if params.bad and self.tokenizer is None:
             raise RequestError("bad words need a tokenizer, and this engine has none: give bad_token_ids")
         texts = [form for word in params.bad_words for form in (word, f" {word}")]
-        runs = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        encode = self.tokenizer.encode if self.tokenizer else None
+        runs = [encode(text, add_special_tokens=False) for text in texts] if encode else []
         vocab = self.config.pretrained_config.vocab_size
         return [run for run in runs if run and run[-1] < vocab]
 

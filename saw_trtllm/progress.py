@@ -6,7 +6,7 @@ import contextlib
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -16,8 +16,19 @@ INTERVAL = 10.0
 _LINE = "{desc}: {n_fmt}/{total_fmt} {unit}, {percentage:.0f}%, {elapsed} elapsed, {remaining} left"
 
 
-def progress(total: int, desc: str, unit: str, show: bool = True) -> tqdm | ProgressLines:
-    """A context manager whose ``update(n=1)`` counts up to ``total``; without ``show`` it writes nothing."""
+class Progress(Protocol):
+    """What counts a long command's steps, from its entry to its exit."""
+
+    def update(self, n: int = 1) -> Any:
+        """Note that so many more are done."""
+
+    def __enter__(self) -> Progress: ...
+
+    def __exit__(self, *_: Any) -> Any: ...
+
+
+def progress(total: int, desc: str, unit: str, show: bool = True) -> Progress:
+    """Count up to ``total``; without ``show`` nothing is written."""
     if show and not sys.stderr.isatty():
         return ProgressLines(total, desc, unit)
     return tqdm(total=total, desc=desc, unit=unit, disable=not show)

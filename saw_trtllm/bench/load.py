@@ -132,7 +132,8 @@ async def _send(llm: LLM, jobs: Sequence[Job], concurrency: int, progress: Calla
 async def _request(llm: LLM, job: Job) -> _Timing:
     params = SamplingParams(max_tokens=job.output_len, ignore_eos=True)
     start = last = time.perf_counter()
-    first, gaps, output = 0.0, [], None
+    first, num_input, num_output = 0.0, 0, 0
+    gaps: list[float] = []
     async for output in llm.generate_async(job.prompt, params, streaming=True):
         now, new = time.perf_counter(), len(output.outputs[0].token_ids_diff)
         if not first:
@@ -140,4 +141,5 @@ async def _request(llm: LLM, job: Job) -> _Timing:
         elif new:
             gaps += [(now - last) / new] * new
         last = now
-    return _Timing(len(output.prompt_token_ids), len(output.outputs[0].token_ids), first, gaps, last - start)
+        num_input, num_output = len(output.prompt_token_ids), len(output.outputs[0].token_ids)
+    return _Timing(num_input, num_output, first, gaps, last - start)

@@ -65,7 +65,7 @@ def _parse(path: Path, lines: list[str]) -> Iterator[Job]:
             raise ConfigError(f"--dataset {path}, line {number}: {first_error(e)}") from e
         except (ValueError, RecursionError) as e:
             raise ConfigError(f"--dataset {path}, line {number} is not JSON ({e})") from e
-        yield Job(parsed.prompt if parsed.input_ids is None else parsed.input_ids, parsed.output_tokens)
+        yield Job(parsed.input_ids or parsed.prompt or "", parsed.output_tokens)
 
 
 def random_jobs(num_requests: int, input_len: int, output_len: int, vocab_size: int, seed: int) -> list[Job]:

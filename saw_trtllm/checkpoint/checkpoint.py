@@ -9,7 +9,7 @@ import numpy as np
 from saw_trtllm.checkpoint import huggingface, tensorrt_llm
 from saw_trtllm.checkpoint.layout import EMBEDDING, LM_HEAD, expected_shapes, layer_prefix, unshard
 from saw_trtllm.checkpoint.reader import NUMPY_DTYPES, StoredTensor, is_finite
-from saw_trtllm.errors import CheckpointError
+from saw_trtllm.errors import CheckpointError, ConfigError
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.end_ids import read_end_ids
 from saw_trtllm.paths import is_file, is_folder, read_json
@@ -35,6 +35,16 @@ class Checkpoint:
         self._shapes = expected_shapes(config)
         self._parts = parts
         self._sharded = sharded
+
+    @classmethod
+    def open_given(cls, checkpoint_dir: Path | None, model_dir: Path | None) -> Checkpoint:
+        """Open the one of two folders that a command was given; raises as :meth:`open`, and if it is not one."""
+        if checkpoint_dir is not None and model_dir is not None:
+            raise ConfigError("both of --checkpoint_dir and --model_dir was given: give one of them")
+        folder = checkpoint_dir or model_dir
+        if folder is None:
+            raise ConfigError("neither of --checkpoint_dir and --model_dir was given: give one of them")
+        return cls.open(folder)
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:

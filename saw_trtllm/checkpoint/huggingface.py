@@ -27,20 +27,6 @@ from saw_trtllm.model.config import ModelConfig
 log = logging.getLogger(__name__)
 
 _NAMES = {
-    "input_layernorm.weight": ("input_layernorm.weight",),
-    "attention.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    "attention.qkv.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
-    "attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
-    "attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
-    "attention.dense.weight": ("self_attn.o_proj.weight",),
-    "post_layernorm.weight": ("post_attention_layernorm.weight",),
-    # TensorRT-LLM's gated MLP is proj(act(fc(x)) * gate(x)): its fc is what Hugging Face calls gate_proj.
-    "mlp.fc.weight": ("mlp.gate_proj.weight",),
-    "mlp.gate.weight": ("mlp.up_proj.weight",),
-    "mlp.proj.weight": ("mlp.down_proj.weight",),
-}
-
-_NAMES = {
     EMBEDDING: "model.embed_tokens.weight",
     FINAL_NORM: "model.norm.weight",
     LM_HEAD: "lm_head.weight",
@@ -96,7 +82,7 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     except ValidationError as e:
         raise CheckpointError(f"{path}: {first_error(e)}") from None
     try:
-        return ModelConfig(**family.fields(hf, path) | family.fixed | {"dtype": _dtype(raw) or "float32"})
+        return ModelConfig(**{**family.fields(hf, path), **family.fixed, "dtype": _dtype(raw) or "float32"})
     except ValidationError as e:
         field, _, what = first_error(e).partition(":")
         raise CheckpointError(f"{path}: {_THEIR_WORDS.get(field, field)}:{what}") from None

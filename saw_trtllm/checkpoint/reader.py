@@ -33,7 +33,11 @@ _DTYPE_NAMES = {code: name for name, code in SAFETENSORS_DTYPES.items()}
 #: Linux's number, which Python's mmap has from 3.11 on: pages that nobody writes to are not counted as memory.
 _MAP_NORESERVE = 0x4000
 #: Bits of the exponent, all of which are set in NaN and infinity alone.
-_EXPONENTS = {"float16": np.uint16(0x7C00), "bfloat16": np.uint16(0x7F80), "float32": np.uint32(0x7F800000)}
+_EXPONENTS: dict[str, np.unsignedinteger] = {
+    "float16": np.uint16(0x7C00),
+    "bfloat16": np.uint16(0x7F80),
+    "float32": np.uint32(0x7F800000),
+}
 #: Numbers that are looked at together: what is computed of them stays in a core's cache.
 _PIECE = 1 << 19
 

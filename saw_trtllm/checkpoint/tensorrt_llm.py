@@ -37,7 +37,7 @@ _SUPPORTED_VALUES = {
 #: Constants that TensorRT-LLM computes anew, and what is read from another place.
 _HARMLESS = re.compile(r"(rotary_inv_freq|embed_positions|embed_positions_for_gpt_attention)$|^lm_head\.weight$")
 #: What TensorRT-LLM takes where scaling leaves something out, as a checkpoint from Meta's format does.
-_SCALING_DEFAULTS = {
+_SCALING_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama3": {
         "factor": 8.0,
         "low_freq_factor": 1.0,
@@ -106,7 +106,7 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
                 f"{path} sets {key}, which {family.architecture} cannot have here: use a model without it"
             )
     scaling = _section(raw, "rotary_scaling", path)
-    scaling = _SCALING_DEFAULTS.get(str(scaling.get("type", scaling.get("rope_type"))), {}) | scaling
+    scaling = {**_SCALING_DEFAULTS.get(str(scaling.get("type", scaling.get("rope_type"))), {}), **scaling}
     fields["architecture"] = family.architecture
     fields["rotary_scaling"] = normalize_scaling(scaling, path)
     fields["attn_bias"] = raw.get("attn_bias", family.fixed.get("attn_bias", False))

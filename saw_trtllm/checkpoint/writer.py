@@ -51,7 +51,7 @@ class SafetensorsWriter:
         if name != expected or array.shape != self._shapes[name] or array.dtype != self._dtypes[name]:
             raise ValueError(f"{name} {array.shape} {array.dtype} was written where {expected} was due")
         # Bytes, because ml_dtypes' bfloat16 does not speak the buffer protocol.
-        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def close(self) -> None:
         """Close the file."""

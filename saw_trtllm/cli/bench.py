@@ -84,14 +84,14 @@ def _bench(options: LoadOptions, command: str, as_json: bool) -> None:
 
 
 def _jobs(options: LoadOptions, vocab_size: int) -> list[Job]:
-    lengths = (options.input_len, options.output_len)
+    input_len, output_len = options.input_len, options.output_len
     if options.dataset is not None:
-        if lengths != (None, None):
+        if input_len is not None or output_len is not None:
             raise ConfigError("--dataset was given with --input_len or --output_len: give the one or the others")
         return read_dataset(options.dataset, options.num_requests)
-    if None in lengths:
+    if input_len is None or output_len is None:
         raise ConfigError("neither --dataset nor both of --input_len and --output_len were given: give one of the two")
-    return random_jobs(options.num_requests or 64, *lengths, vocab_size, options.seed)
+    return random_jobs(options.num_requests or 64, input_len, output_len, vocab_size, options.seed)
 
 
 def describe(report: Report) -> dict[str, str]:

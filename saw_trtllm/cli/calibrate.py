@@ -129,14 +129,11 @@ def _warnings(found: Measured) -> list[str]:
 
 def _open(options: CalibrateOptions) -> tuple[Checkpoint, torch.Tensor]:
     """The model and the texts' windows."""
-    if (options.checkpoint_dir is None) == (options.model_dir is None):
-        given = "neither" if options.model_dir is None else "both"
-        raise ConfigError(f"{given} of --checkpoint_dir and --model_dir was given: give one of them")
     if options.text is None and options.chat is None:
         raise ConfigError("no text was given: give UTF-8 files with --text, or conversations with --chat")
     if not is_folder(options.output.parent):
         raise ConfigError(f"{options.output.parent} is not a folder: choose another --output")
-    checkpoint = Checkpoint.open(options.checkpoint_dir or options.model_dir)
+    checkpoint = Checkpoint.open_given(options.checkpoint_dir, options.model_dir)
     from saw_trtllm.calibrate import MIN_TOKENS_PER_CHANNEL
     from saw_trtllm.eval.text import load_tokenizer, make_windows, read_chats, read_text
 

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -100,10 +100,7 @@ def _evaluate(options: EvalOptions, as_json: bool) -> None:
     if (options.text is None) == (options.tasks is None):
         given = "neither" if options.text is None else "both"
         raise ConfigError(f"{given} of --text and --tasks was given: give one of them")
-    if (options.checkpoint_dir is None) == (options.model_dir is None):
-        given = "neither" if options.model_dir is None else "both"
-        raise ConfigError(f"{given} of --checkpoint_dir and --model_dir was given: give one of them")
-    checkpoint = Checkpoint.open(options.checkpoint_dir or options.model_dir)
+    checkpoint = Checkpoint.open_given(options.checkpoint_dir, options.model_dir)
     try:
         (_run_text if options.tasks is None else _run_tasks)(options, checkpoint, as_json)
     except RuntimeError as e:
@@ -126,7 +123,7 @@ def _run_text(options: EvalOptions, checkpoint: Checkpoint, as_json: bool) -> No
     variants, calibrations = _variants(options, checkpoint)
     suggest_for = _suggest_for(options, variants)
     tokenizer = load_tokenizer(checkpoint, options.tokenizer_dir)
-    ids = tokenizer.encode(read_text(options.text))
+    ids = tokenizer.encode(read_text(cast(Path, options.text)))
     windows = make_windows(ids, checkpoint.config.max_positions, options.max_seq_len, options.max_tokens)
     session = Session(checkpoint, windows, options.device, options.greedy_tokens)
     quantizers = {v.name: v.quantizer(session.model.exact, calibrations.get(v.calibration)) for v in variants}
@@ -142,7 +139,7 @@ def _run_text(options: EvalOptions, checkpoint: Checkpoint, as_json: bool) -> No
         print(f"\nreport: {page}")
 
 
-def _variants(options: EvalOptions, checkpoint: Checkpoint) -> tuple[list[Variant], dict[Path, Calibration]]:
+def _variants(options: EvalOptions, checkpoint: Checkpoint) -> tuple[list[Variant], dict[Path | None, Calibration]]:
     """The grid, and what its calibration files hold."""
     from saw_trtllm.checkpoint.calibration import Calibration
     from saw_trtllm.eval import variants as v
@@ -150,7 +147,7 @@ def _variants(options: EvalOptions, checkpoint: Checkpoint) -> tuple[list[Varian
 
     config = checkpoint.config
     files = v.parse_calibrations(options.calibration)
-    calibrations = {}
+    calibrations: dict[Path | None, Calibration] = {}
     for path in filter(None, files):
         calibrations[path] = Calibration.load(path)
         calibrations[path].check(checkpoint)
@@ -223,7 +220,7 @@ def _run_tasks(options: EvalOptions, checkpoint: Checkpoint, as_json: bool) -> N
         scorers[v.name] = CacheScorer(model, tokenizer, checkpoint, v, quantizer, length)
     results = run_tasks(
         scorers,
-        parse_list(options.tasks),
+        parse_list(options.tasks or ""),
         include_path=options.include_path,
         num_fewshot=options.num_fewshot,
         limit=options.limit,

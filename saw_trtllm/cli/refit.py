@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from saw_trtllm.cli.common import add_log_level, print_table, run, set_log_level
 from saw_trtllm.progress import progress
@@ -24,7 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="saw-refit", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    folder = {"type": Path, "required": True, "metavar": "DIR"}
+    folder: dict[str, Any] = {"type": Path, "required": True, "metavar": "DIR"}
     parser.add_argument("--engine_dir", **folder, help="what saw-build --strip_plan wrote")
     parser.add_argument("--checkpoint_dir", **folder, help="a Hugging Face or TensorRT-LLM folder of the same shape")
     parser.add_argument("--output_dir", **folder, help="folder to write the engine to; may be --engine_dir")
@@ -52,7 +53,7 @@ def _refit(args: argparse.Namespace) -> None:
         config = refit(args.engine_dir, weights, args.output_dir, lambda _: bar.update())
     rows = {
         "engine": args.output_dir,
-        "weights": config.saw_int4.weights.checkpoint_dir,
+        "weights": config.saw_int4.weights and config.saw_int4.weights.checkpoint_dir,
         "calibration": "none" if weights.calibration is None else weights.calibration.describe(),
         "wall time": f"{time.monotonic() - start:.1f} s",
         "next": shlex.join(["saw-run", "--engine_dir", str(args.output_dir), "--input_text", "Hello"]),

@@ -104,8 +104,8 @@ def _run(args: argparse.Namespace) -> None:
     )
     prompts = [] if talks else given.get("input_text") or _read_prompts(args.input_file)
     cache = KvCacheConfig(given.get("kv_cache_max_tokens"), args.kv_cache_free_gpu_memory_fraction)
-    options = {"max_queue_size": 0, "verify": not args.no_verify}
-    with LLM(args.engine_dir, given.get("tokenizer_dir"), cache, **options) as llm:
+    engine = args.engine_dir
+    with LLM(engine, given.get("tokenizer_dir"), cache, max_queue_size=0, verify=not args.no_verify) as llm:
         if args.chat and not args.json:
             _chat(llm, params, given.get("system_prompt"), prompts)
             return

@@ -8,6 +8,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from saw_trtllm.cli.common import add_log_level, add_no_verify, run, set_log_level
 from saw_trtllm.engine.config import EngineConfig
@@ -44,7 +45,11 @@ def make_parser() -> argparse.ArgumentParser:
         description="Write a Triton model repository for an engine of saw-build, and start tritonserver with --launch.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    unset = {"type": Path, "metavar": "DIR", "default": argparse.SUPPRESS}  # None has no place in the help
+    unset: dict[str, Any] = {
+        "type": Path,
+        "metavar": "DIR",
+        "default": argparse.SUPPRESS,
+    }  # None has no place in the help
     parser.add_argument("--engine_dir", required=True, help="engine folder that saw-build wrote", **unset)
     parser.add_argument(
         "--backend",

@@ -176,7 +176,12 @@ def gather(model: WindowModel, windows: torch.Tensor) -> list[Attended]:
     for window in windows:
         model.hidden(window[None], observe=lambda layer, x: parts[layer].append(x))
     return [
-        Attended(*(torch.cat([getattr(p, name) for p in layer]) for name in ("q", "k", "v")), layer[0].window)
+        Attended(
+            torch.cat([p.q for p in layer]),
+            torch.cat([p.k for p in layer]),
+            torch.cat([p.v for p in layer]),
+            layer[0].window,
+        )
         for layer in parts
     ]
 

@@ -12,7 +12,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -24,6 +24,7 @@ from saw_trtllm.errors import BackendUnavailableError, ConfigError
 from saw_trtllm.llm import LLM
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.progress import progress
+from saw_trtllm.runtime.outputs import RequestOutput
 from saw_trtllm.runtime.sampling_params import SamplingParams
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
@@ -112,7 +113,7 @@ class CacheScorer:
             build(plan_build(self._build_options(Path(folder))))
             with LLM(folder, self.tokenizer) as llm:
                 prompts, params = zip(*(self._request(*request) for request in requests), strict=True)
-                outputs = llm.generate(list(prompts), list(params), use_tqdm=True)
+                outputs = cast("list[RequestOutput]", llm.generate(list(prompts), list(params), use_tqdm=True))
         return [output.outputs[0].text for output in outputs]
 
     def _request(self, prompt: str, kwargs: dict[str, Any]) -> tuple[list[int], SamplingParams]:

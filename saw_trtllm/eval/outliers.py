@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -45,9 +46,7 @@ class PlantedCheckpoint(Checkpoint):
         Takes the name and the source's tensor, or None where the source has none, and gives the tensor.
     """
 
-    def __init__(
-        self, source: Checkpoint, config: ModelConfig, edit: Callable[[str, np.ndarray | None], np.ndarray]
-    ) -> None:
+    def __init__(self, source: Checkpoint, config: ModelConfig, edit: Callable[[str, Any], np.ndarray]) -> None:
         super().__init__(source.folder, config, parts={}, sharded=False)
         self._source = source
         self._edit = edit
@@ -191,7 +190,7 @@ def plant_key_bias(
     first = config.num_attention_heads * config.head_size
     config = config.model_copy(update={"architecture": "Qwen2ForCausalLM", "attn_bias": True})
 
-    def edit(name: str, tensor: np.ndarray | None) -> np.ndarray:
+    def edit(name: str, tensor: Any) -> np.ndarray:
         if not name.endswith(".attention.qkv.bias"):
             return tensor
         rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_size

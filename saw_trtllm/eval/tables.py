@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 from saw_trtllm.eval.session import Evaluation
+from saw_trtllm.eval.suggest import Suggestion
 
 #: Caches that fit beside each other.
 _MAX_COLUMNS = 4
@@ -46,7 +48,7 @@ def difference_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]
 
 def suggestion_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     """Header and rows of what keeping layers exact pays: each by itself, then the best together."""
-    s = evaluation.suggestion
+    s = cast(Suggestion, evaluation.suggestion)
     header = ["layers kept", "KL mean", "KL gone", "bytes/token", "nats gone per KiB"]
     rows = [["none", f"{s.kl_mean:.4f}", "", f"{s.bytes_per_token:,.0f}", ""]]
     for kept in s.layers + s.together[1:]:

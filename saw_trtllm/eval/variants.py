@@ -109,7 +109,7 @@ def grid(
     ConfigError
         If a format does not take a value.
     """
-    variants = {}
+    variants: dict[Variant, None] = {}
     for name, order, rotated, factors, calibration, skipped in itertools.product(
         kv, hadamard_orders, rotate_v, range_factors, calibrations, skip_layers
     ):
@@ -121,11 +121,11 @@ def grid(
             variants[Fp8Variant(rows, rows)] = None
             continue
         quantized = name != "fp16"
-        formats = [
+        k, v = (
             KVFormat(name, config.head_size, config.dtype, *rotation, factor if quantized else None)
             for factor in factors
-        ]
-        variant = Variant(*formats, calibration, skipped) if quantized else Variant(*formats)
+        )
+        variant = Variant(k, v, calibration, skipped) if quantized else Variant(k, v)
         variants[variant] = None
     return list(variants)
 
@@ -160,7 +160,7 @@ def parse_factors(text: str | None) -> list[tuple[float | None, float | None]]:
     """``0.9,0.9/0.95``: range factors, of K and V apart where there is a slash."""
     if text is None:
         return [(None, None)]
-    pairs = []
+    pairs: list[tuple[float | None, float | None]] = []
     for word in parse_list(text):
         try:
             factors = [float(part) for part in word.split("/")]

@@ -64,7 +64,8 @@ class RotaryScaling(BaseModel):
             for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
                 if getattr(self, key) is None:
                     raise ValueError(f"llama3 scaling needs {key}, which is missing")
-            if self.high_freq_factor <= self.low_freq_factor:
+            low, high = self.low_freq_factor, self.high_freq_factor
+            if low is not None and high is not None and high <= low:
                 raise ValueError(
                     f"llama3 scaling needs high_freq_factor {self.high_freq_factor} above low_freq_factor "
                     f"{self.low_freq_factor}"

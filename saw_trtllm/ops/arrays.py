@@ -150,7 +150,8 @@ def common_device(arrays: Sequence[DeviceArray | None]) -> int:
                 f"{a.name} lies on GPU {a.device} and {known[0].name} on GPU {known[0].device}: all arrays of a launch "
                 f"must lie on one"
             )
-    return known[0].device if known else -1
+    device = known[0].device if known else None
+    return -1 if device is None else device
 
 
 def stream_handle(stream: Any) -> int:

@@ -155,10 +155,7 @@ def parse_layers(text: str | None, num_layers: int) -> list[int]:
 
 
 def _open_checkpoint(options: BuildOptions) -> Checkpoint:
-    if (options.checkpoint_dir is None) == (options.model_dir is None):
-        given = "neither" if options.model_dir is None else "both"
-        raise ConfigError(f"{given} of --checkpoint_dir and --model_dir was given: give one of them")
-    checkpoint = Checkpoint.open(options.checkpoint_dir or options.model_dir)
+    checkpoint = Checkpoint.open_given(options.checkpoint_dir, options.model_dir)
     found = family_of(checkpoint.config).name
     if options.model not in (None, found):
         raise ConfigError(
@@ -206,8 +203,8 @@ def _build_config(options: BuildOptions, model: ModelConfig, backend: BackendLim
 def _network_options(options: BuildOptions, backend: BackendName, dtype: str) -> NetworkOptions:
     """The flags for TensorRT's builder, which no other backend has."""
     if backend != "tensorrt":
-        flags = ("input_timing_cache", "output_timing_cache", "multiple_profiles", "builder_optimization_level")
-        flags += ("workers",)
+        flags = [*("input_timing_cache", "output_timing_cache", "multiple_profiles", "builder_optimization_level")]
+        flags.append("workers")
         given = [name for name in flags if getattr(options, name) is not None]
         given += ["strip_plan"] if options.strip_plan else []
         given += ["gemm_plugin"] if options.gemm_plugin != "auto" else []

@@ -70,7 +70,8 @@ class EngineWeights:
         model, layer = self.config.pretrained_config, layer_of(name)
         tensor = self.checkpoint.load_finite(name)
         # Folded before it is cast, so that a 16-bit weight is rounded once.
-        if layer in self.config.framed_layers and self.config.kv_format.rotate_v:
+        framed = layer in self.config.framed_layers and self.config.kv_format.rotate_v
+        if framed and self.calibration is not None:
             tensor = fold_v_frame(name, tensor, model, self.calibration.v_frame[layer])
         elif layer is not None:
             tensor = fold_v_rotation(name, tensor, model, self.config.layer_format(layer))
@@ -119,7 +120,10 @@ def stripped_weights(folder: Path, config: EngineConfig) -> EngineWeights:
     EngineError
         If they are not there any more, or of another model.
     """
-    place = weights_folder(folder, config.saw_int4.weights)
+    source = config.saw_int4.weights
+    if source is None:
+        raise EngineError(f"the engine in {folder} has its weights in it: saw-refit is for engines of --strip_plan")
+    place = weights_folder(folder, source)
     try:
         checkpoint = Checkpoint.open(place)
         calibration = Calibration.load(folder / CALIBRATION_FILE) if config.saw_int4.k_center else None

@@ -94,7 +94,7 @@ def add_attention(
     T
         ``[num_tokens, num_heads head_dim]``, in V's rotated basis where V is rotated.
     """
-    common = {
+    common: dict[str, int | float | str] = {
         "layer_idx": layer.layer_idx,
         "num_heads": layer.num_heads,
         "num_kv_heads": layer.num_kv_heads,
@@ -103,13 +103,13 @@ def add_attention(
         "dtype": layer.dtype,
         "kv": layer.kv_format.kv,
     }
-    write = {
+    write: dict[str, int | float | str] = {
         "hadamard_order": layer.kv_format.hadamard_order,
         "rotate_v": int(layer.rotate_v),
         "range_factor": float(layer.kv_format.range_factor),
     }
     write |= {f"use_{name}": int(name in constants) for name in OPTIONAL_CONSTANTS}
-    attention = {
+    attention: dict[str, int | float | str] = {
         "softmax_scale": float(layer.softmax_scale),
         "softcap": float(layer.softcap),
         "window": layer.window,

@@ -53,8 +53,10 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = (), include_stop: bool = False) -> None:
-        self._decoder = tokenizer.decoder if tokenizer else None
-        self._builder = TextBuilder(self._decoder) if tokenizer else None
+        self._has_text = tokenizer is not None
+        if tokenizer is not None:
+            self._decoder = tokenizer.decoder
+            self._builder = TextBuilder(self._decoder)
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._matcher = StopMatcher([s.encode() for s in self._stop]) if self._stop else None
@@ -62,7 +64,7 @@ class Detokenizer:
         self._length = 0  # bytes of all tokens
         self._ready: list[int] = []
 
-    def push(self, token: int, may_stop: bool = True, last: bool = False) -> tuple[Piece | None, str | None]:
+    def push(self, token: int, may_stop: bool = True, last: bool = False) -> tuple[Piece | None, str | int | None]:
         """Take a token.
 
         Parameters
@@ -78,11 +80,11 @@ class Detokenizer:
         tuple of (Piece or None, str or None)
             What can be shown now, and the stop string that ended the text.
         """
-        if self._decoder is None:
+        if not self._has_text:
             return Piece([token], "", ""), None
         match = self._take(token)
         if match and may_stop:
-            return self._cut(match), self._stop[match.index]
+            return self._cut(match), self._stop[match.run]
         if last:
             return self.flush(), None
         text = self._release(self._matcher.settled if self._matcher else self._length)
@@ -90,18 +92,18 @@ class Detokenizer:
             return self._send(text), None
         return None, None
 
-    def end(self, token: int) -> tuple[Piece, str | None]:
+    def end(self, token: int) -> tuple[Piece, str | int | None]:
         """Take the end token. It is no part of the text, but a stop string may end in it."""
         match = self._take(token) if self._matcher else None
         if match:
-            return self._cut(match), self._stop[match.index]
+            return self._cut(match), self._stop[match.run]
         if self._matcher:
             self._held.pop()
         return self.flush(), None
 
     def flush(self) -> Piece:
         """What was held, as it is, at the end of the text."""
-        if self._decoder is None:
+        if not self._has_text:
             return Piece([], "", "")
         return self._send(self._release(self._length) + self._builder.finish())
 

@@ -290,8 +290,9 @@ class EngineCore:
         if first_chunk and not s.sequence.generated:
             request.num_reused_tokens = s.sequence.num_reused
             self._stats.reused_tokens_total += s.sequence.num_reused
-        if output.logits[i] is not None:
-            request.keep_logits(output.logits[i], s.inputs.start, s.samples)
+        logits = output.logits[i]
+        if logits is not None:
+            request.keep_logits(logits, s.inputs.start, s.samples)
         if not s.samples:
             return
         if not s.sequence.generated:

@@ -220,7 +220,7 @@ class Guides:
                 return matcher.grammar_from_regex(params.regex)
             if params.grammar is not None:
                 return matcher.grammar_from_lark(params.grammar)
-            schema = params.schema
+            schema = params.schema or ""
             if len(schema) > _MAX_SIZE:
                 raise RequestError(f"the schema has {len(schema)} characters: give at most {_MAX_SIZE}")
             return matcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITE_SPACE})

@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
@@ -164,7 +164,7 @@ class GenerationResult:
         queue = self._outputs
         with queue.changed:
             while queue.pieces and not self._done and not isinstance(queue.pieces[0], Exception):
-                pieces.append(self._pop())
+                pieces.append(cast(RequestOutput, self._pop()))
         if len(pieces) == 1:
             return output
         parts = [piece.outputs[0] for piece in pieces]
@@ -267,6 +267,7 @@ class GenerationResult:
     def _final(self) -> RequestOutput:
         if isinstance(self._last, Exception):
             raise self._last
+        last = cast(RequestOutput, self._last)
         if self._n == 1:
-            return self._last
-        return replace(self._last, outputs=[self._completions[i] for i in range(self._n)])
+            return last
+        return replace(last, outputs=[self._completions[i] for i in range(self._n)])

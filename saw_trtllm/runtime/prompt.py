@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from saw_trtllm.errors import ContextLengthError, RequestError
 from saw_trtllm.runtime.keywords import shown
@@ -36,7 +36,9 @@ def split_prompts(inputs: Prompt | Iterable[Prompt]) -> tuple[list[Prompt], bool
         prompts = list(inputs)
     except TypeError:
         raise RequestError(f"inputs is {shown(inputs)}: give {_FORMS}, or a list of these") from None
-    return ([prompts], True) if prompts and isinstance(prompts[0], numbers.Integral) else (prompts, False)
+    if prompts and isinstance(prompts[0], numbers.Integral):
+        return [cast("list[int]", prompts)], True
+    return cast("list[Prompt]", prompts), False
 
 
 class PromptParts(NamedTuple):

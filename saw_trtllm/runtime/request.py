@@ -104,10 +104,10 @@ class Request:
         count = len(sequence.generated)
         may_stop = count >= params.min_tokens
         if token in self.end_ids and may_stop:
-            piece, stop = self._detokenizer.end(token)
+            end, stop = self._detokenizer.end(token)
             if stop is None and token in (params.stop_token_ids or ()):
                 stop = token
-            self._hand_out(piece, "stop", stop, hidden=1)
+            self._hand_out(end, "stop", stop, hidden=1)
             return True
         run_ends = self._stop_runs.push((token,)) is not None and may_stop
         if self.guide:
@@ -117,11 +117,11 @@ class Request:
         piece, stop = self._detokenizer.push(token, may_stop, last)
         if stop is None and run_ends:
             stop = token
+        if piece is None:  # held back, which nothing is at the end
+            return False
         if last or stop is not None:
             self._hand_out(piece, "length" if stop is None and not whole else "stop", stop)
             return True
-        if piece is None:
-            return False
         if self._streaming:
             self._hand_out(piece)
         else:

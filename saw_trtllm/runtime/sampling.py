@@ -20,7 +20,7 @@ class SamplingState(NamedTuple):
         Tokens so far, but for those not known yet.
     banned : sequence of int
         Tokens that may not come now: the ends before ``min_tokens``, and what would complete a bad word.
-    index : int, optional
+    number : int, optional
         Number of the draw: how many tokens of the text come before this one, known or not. By default all are known.
     mask : numpy.ndarray, optional
         Which tokens may come: bool ``[vocab_size]``.
@@ -30,13 +30,13 @@ class SamplingState(NamedTuple):
     prompt: Sequence[int]
     generated: Sequence[int]
     banned: Sequence[int] = ()
-    index: int | None = None
+    number: int | None = None
     mask: np.ndarray | None = None
 
     @property
     def draw(self) -> int:
         """The number of the draw."""
-        return len(self.generated) if self.index is None else self.index
+        return len(self.generated) if self.number is None else self.number
 
 
 def sample(logits: np.ndarray, state: SamplingState) -> tuple[int, float]:

@@ -224,12 +224,12 @@ class Scheduler:
             budget -= len(inputs.token_ids)
             step[inputs.kind].append(part)
         while self.waiting and len(self.running) < self._max_batch_size and preemptions == self.num_preemptions:
-            part = self._admit(self.waiting[0], budget)
-            if part is None:
+            admitted = self._admit(self.waiting[0], budget)
+            if admitted is None:
                 break
             self.waiting.popleft()
-            budget -= len(part.inputs.token_ids)
-            step[part.inputs.kind].append(part)
+            budget -= len(admitted.inputs.token_ids)
+            step[admitted.inputs.kind].append(admitted)
         chosen = step[PREFILL] + step[DECODE]
         _check_whole(chosen)
         return chosen

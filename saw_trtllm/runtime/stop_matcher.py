@@ -13,13 +13,13 @@ class Match(NamedTuple):
     ----------
     start, end : int
         Its first symbol, and the one after its last.
-    index : int
+    run : int
         Which of the runs it is.
     """
 
     start: int
     end: int
-    index: int
+    run: int
 
 
 class StopMatcher:

@@ -106,7 +106,7 @@ class TokenDecoder:
             return TokenPiece(data, data, special, is_byte=True)
         if self._byte_level:
             known = all(char in _BYTE_LEVEL for char in token)
-            data = bytes(map(_BYTE_LEVEL.get, token)) if known else token.encode()
+            data = bytes(_BYTE_LEVEL[char] for char in token) if known else token.encode()
             return TokenPiece(data, data, special)
         if self._decoder is None:  # the library joins the tokens with spaces
             return TokenPiece(f" {token}".encode(), token.encode(), special)
@@ -139,6 +139,8 @@ class TextBuilder:
     def __init__(self, decoder: TokenDecoder) -> None:
         self.leading = ""
         self._is_first = True
+        self._strip: str
+        self._to_strip: int
         self._strip, self._to_strip = decoder.strip
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._run = bytearray()  # byte tokens in a row are characters all together, or none of them is

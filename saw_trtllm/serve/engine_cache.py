@@ -27,7 +27,7 @@ from saw_trtllm.paths import is_file
 from saw_trtllm.plan.checksums import file_checksum
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.plan import BuildPlan
-from saw_trtllm.plugins.library import library_path
+from saw_trtllm.plugins.library import KERNELS_LIBRARY, library_path
 from saw_trtllm.version import __version__
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def engine_key(plan: BuildPlan, options: BuildOptions) -> str:
 
 def _libraries() -> dict[str, str]:
     """The plugins' library and what it links to."""
-    return {path.name: file_checksum(path) for path in sorted(library_path().parent.glob("lib*.so"))}
+    return {path.name: file_checksum(path) for path in sorted(library_path(KERNELS_LIBRARY).parent.glob("lib*.so"))}
 
 
 def fingerprint(folder: Path) -> dict[str, Any]:

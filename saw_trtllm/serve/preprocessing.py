@@ -89,8 +89,8 @@ class PreprocessingModel(AnsweringModel):
             for row in words
         ]
         out = np.full((len(lists), 2, max(sum(map(len, words)) for words in lists)), NO_END_ID, np.int32)
-        for row, words in zip(out, lists, strict=True):
-            flat = [i for word in words for i in word]
+        for row, ids in zip(out, lists, strict=True):
+            flat = [i for word in ids for i in word]
             row[0] = 0
             row[0, : len(flat)] = flat
             row[1, : len(words)] = list(accumulate(map(len, words)))

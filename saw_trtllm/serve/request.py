@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -77,7 +77,7 @@ def _generation(row: _Row, exclude_input_in_output: bool) -> Generation:
     bias = row.array("embedding_bias")
     if bias is not None and bias.any():
         raise RequestError("embedding_bias is not supported: leave it out")
-    ids, length = row.array("input_ids"), row.scalar("input_lengths")
+    ids, length = cast(np.ndarray, row.array("input_ids")), row.scalar("input_lengths")
     if not 0 <= length <= len(ids):
         raise RequestError(f"input_lengths is {length}: input_ids holds {len(ids)} tokens")
     streaming = row.scalar("streaming", False)

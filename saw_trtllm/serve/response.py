@@ -44,7 +44,8 @@ def answer(
     if generation.return_num_output_tokens:
         tensors["num_output_tokens"] = np.array([[len(piece.token_ids_diff)]], np.int32)
     if generation.params.logprobs:
-        new = piece.logprobs[len(piece.logprobs) - len(piece.token_ids_diff) :]
+        logprobs = piece.logprobs or []
+        new = logprobs[len(logprobs) - len(piece.token_ids_diff) :]
         tensors["cum_log_probs"] = np.array([[piece.cumulative_logprob]], np.float32)
         tensors["output_log_probs"] = np.array([[new]], np.float32)
     if output.context_logits is not None:
@@ -73,7 +74,8 @@ def stack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         arrays = [row.get(name, np.zeros((1, *[0] * (first.ndim - 1)), first.dtype))[0] for row in rows]
         out = np.zeros((len(rows), *np.max([a.shape for a in arrays], axis=0)), first.dtype)
         for i, array in enumerate(arrays):
-            out[(i, *map(slice, array.shape))] = array
+            place = (i, *map(slice, array.shape))
+            out[place] = array
         stacked[name] = out
     return stacked
 

@@ -185,7 +185,8 @@ class Server:
             self._process.wait(_TICK)
         self._guard.kill()
         self._guard.wait()
-        self._guard.stdin.close()
+        if self._guard.stdin is not None:
+            self._guard.stdin.close()
         if self._ready or self._loud:
             self._log.follow()
         self._log.close()

@@ -101,7 +101,7 @@ def rotate_quantize_kv(
     q, k, v = apply_rope(q, angles), apply_rope(k, angles), v.float()
     if k_center is not None:
         k = k - k_center
-    if k_frame is None:
+    if k_frame is None or q_frame is None:
         q, k = rotate(q, order), rotate(k, order)
     else:
         q, k = apply_frame(q, q_frame), apply_frame(k, k_frame)

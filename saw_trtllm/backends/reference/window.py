@@ -71,11 +71,11 @@ class History:
         """Take new tokens' ``[B, n, num_kv_heads, head_dim]``; return all tokens', exact and as read."""
         if self.quantizer.tokenwise:
             # What is exact of earlier tokens is never asked for.
-            self._read[layer] = _extend(self._read[layer], _quantized(self.quantizer, layer, k, v))
-            return *self._read[layer], *self._read[layer]
-        self._exact[layer] = _extend(self._exact[layer], (k, v))
-        self._read[layer] = _quantized(self.quantizer, layer, *self._exact[layer])
-        return *self._exact[layer], *self._read[layer]
+            read = self._read[layer] = _extend(self._read[layer], _quantized(self.quantizer, layer, k, v))
+            return *read, *read
+        exact = self._exact[layer] = _extend(self._exact[layer], (k, v))
+        read = self._read[layer] = _quantized(self.quantizer, layer, *exact)
+        return *exact, *read
 
 
 class WindowModel(ReferenceModel):
@@ -222,14 +222,14 @@ def attention(
     n, total = q.shape[1], k.shape[1]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if exact is not None:
-        exact = tuple(t.transpose(1, 2) for t in exact)
+        exact = (exact[0].transpose(1, 2), exact[1].transpose(1, 2))
     out = torch.empty_like(q)
     for start in range(0, n, QUERY_TILE):
         tile = slice(start, min(start + QUERY_TILE, n))
         seen = slice(first_visible(total - n + start, window), total - n + tile.stop)
         visible = causal_mask(torch.arange(tile.start, tile.stop, device=q.device) + total - n, seen, window)
         keys, values = k[:, :, seen], v[:, :, seen]
-        if exact is not None:
+        if exact is not None and first_exact is not None:
             # Each key is there twice, and a query sees one of the two.
             is_exact = torch.arange(seen.start, seen.stop, device=q.device) >= first_exact[tile][:, None]
             visible = torch.cat([visible & ~is_exact, visible & is_exact], dim=1)
@@ -271,4 +271,4 @@ def _quantized(
 def _extend(
     old: tuple[torch.Tensor, torch.Tensor] | None, new: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return new if old is None else tuple(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True))
+    return new if old is None else (torch.cat([old[0], new[0]], dim=1), torch.cat([old[1], new[1]], dim=1))

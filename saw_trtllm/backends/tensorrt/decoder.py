@@ -6,6 +6,8 @@ V's rotation or frame folded in. :mod:`saw_trtllm.backends.reference.model` is t
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 
 from saw_trtllm.backends.tensorrt.attention import paged_attention
@@ -53,11 +55,12 @@ class _Decoder:
     def define(self) -> None:
         """``input_ids [num_tokens]`` to ``logits [num_sequences, vocab_size]``, or of all tokens where asked for."""
         graph, embedding = self.graph, self._constant(EMBEDDING)
-        x, added = graph.embedding(embedding, self._inputs[INPUT_IDS.name]), None
+        x = graph.embedding(embedding, self._inputs[INPUT_IDS.name])
+        added: Tensor | None = None
         for i in range(self.model.num_hidden_layers):
             with graph.scope(layer_prefix(i).removesuffix(".")):
                 x, added = self._layer(layer_prefix(i), i, x, added)
-        x = x + added
+        x = x + cast(Tensor, added)
         if not self.config.build_config.gather_context_logits:
             one = graph.constant(np.ones(1, np.int32))
             x = graph.gather(x, self._inputs[LAST_TOKEN_IDS.name] - one)

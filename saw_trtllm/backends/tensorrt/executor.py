@@ -144,7 +144,9 @@ class TensorRTExecutor:
         """
         times: list[tuple[str, float]] = []
 
-        class Profiler(self._tensorrt.trt.IProfiler):
+        base: Any = self._tensorrt.trt.IProfiler
+
+        class Profiler(base):
             def __init__(self) -> None:
                 super().__init__()
 

@@ -141,7 +141,11 @@ class Graph:
         The norm is computed in float32 and rounded once; ``x`` is ``[n, width]``, ``weight`` float32 ``[1, width]``.
         """
         if self._use_plugins:
-            fields = {"dtype": x.dtype, "hidden_size": weight.handle.shape[1], "epsilon": float(epsilon)}
+            fields: dict[str, int | float | str] = {
+                "dtype": x.dtype,
+                "hidden_size": weight.handle.shape[1],
+                "epsilon": float(epsilon),
+            }
             others = [] if residual is None else [residual]
             fields["use_residual"] = len(others)
             y, *sums = self.plugin(RMS_NORM, fields, [x, weight, *others], [x.dtype] * (1 + len(others)))
@@ -160,12 +164,12 @@ class Graph:
         """
         width = weights.shape[1]
         if self._use_plugins:
-            fields = {"dtype": x.dtype, "hidden_size": width, "epsilon": float(epsilon)}
+            fields: dict[str, int | float | str] = {"dtype": x.dtype, "hidden_size": width, "epsilon": float(epsilon)}
             fields |= {"num_heads": num_heads, "num_normed": num_normed}
             return self.plugin(RMS_NORM, fields, [x, self.constant(weights, name)], [x.dtype])[0]
         # The others are divided by 1 and multiplied by 1: that is fused with the rest, where taking them apart and
         # joining them again would be copies.
-        taken = np.repeat(np.float32([1, 0]), [num_normed, num_heads - num_normed]).reshape(1, -1, 1)
+        taken = np.repeat(np.array([1, 0], np.float32), [num_normed, num_heads - num_normed]).reshape(1, -1, 1)
         wide = self.cast(self.reshape(x, (-1, num_heads, width)), "float32")
         square = self.mean(wide * wide, 2) + self.constant(np.full((1, 1, 1), epsilon, np.float32))
         square = square * self.constant(taken) + self.constant(1 - taken)

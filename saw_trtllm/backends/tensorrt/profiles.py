@@ -36,7 +36,10 @@ def step_inputs(config: EngineConfig, tensorrt: TensorRT) -> list[EngineTensor]:
     """The engine's inputs, with what it fixes of their shapes as numbers."""
     pools = len(config.pools)
     fixed = {NUM_POOLS: pools, NUM_LAYERS: config.pretrained_config.num_hidden_layers}
-    inputs = [tensor._replace(shape=tuple(fixed.get(d, d) for d in tensor.shape)) for tensor in INPUTS]
+    inputs = [
+        tensor._replace(shape=tuple(fixed.get(d, d) if isinstance(d, str) else d for d in tensor.shape))
+        for tensor in INPUTS
+    ]
     dtype, shape = tensorrt.pool_pointers(pools)
     return [x._replace(dtype=dtype, shape=shape) if x.name == POOL_POINTERS.name else x for x in inputs]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -82,12 +83,12 @@ class ResultSlot:
         for i, span in enumerate(spans):
             if span is not None:
                 shape = (span.stop - span.start, self._vocab_size)
-                kept[i] = self._logits.array(np.float32, shape, at).copy()
-                at += kept[i].nbytes
+                taken = kept[i] = self._logits.array(np.float32, shape, at).copy()
+                at += taken.nbytes
         tokens, logprobs = self._tokens.array(np.int32, (n,)), self._logprobs.array(np.float64, (n,))
         tokens, logprobs = tokens.tolist(), logprobs.tolist()
         for i, state in on_host.items():
-            tokens[i], logprobs[i] = sample(kept[i][-1], state)
+            tokens[i], logprobs[i] = sample(cast(np.ndarray, kept[i])[-1], state)
         return StepOutput(tokens, logprobs, kept)
 
     def close(self) -> None:
@@ -122,4 +123,4 @@ class PendingResult:
         self.finish()
         if isinstance(self._output, KernelError):
             raise self._output
-        return self._output
+        return cast(StepOutput, self._output)

@@ -64,7 +64,7 @@ class StagedRows:
 
     def _row(self, params: SamplingParams | None) -> tuple:
         if params is None:
-            return (0,) * len(ROW)
+            return (0,) * len(ROW.names or ())
         by_likelihood = params.top_k or params.top_p is not None
         draw = GREEDY if params.greedy else BY_LIKELIHOOD if by_likelihood else BY_TOKEN
         return (

@@ -114,8 +114,10 @@ class GpuSampler:
 
     def close(self) -> None:
         """Free what it holds."""
-        for buffer in (self._results, self._rows, *self._sets):
-            buffer.close()
+        self._results.close()
+        self._rows.close()
+        for rows in self._sets:
+            rows.close()
 
     def _raise_for(self, code: int, kernel: str, work: str) -> None:
         if code:

@@ -65,7 +65,8 @@ class StepShape(NamedTuple):
 
 @lru_cache(maxsize=1024)  # a decode's extents come again and again
 def _layout(shape: StepShape) -> tuple[dict[str, tuple[int, ...]], dict[str, int], int]:
-    tensors = dict.fromkeys(_PER_TOKEN, (shape.num_tokens,)) | dict.fromkeys(_PER_SEQUENCE, (shape.num_sequences,))
+    tensors: dict[str, tuple[int, ...]] = dict.fromkeys(_PER_TOKEN, (shape.num_tokens,))
+    tensors |= dict.fromkeys(_PER_SEQUENCE, (shape.num_sequences,))
     tensors[TABLE] = (shape.num_pools, shape.num_sequences, 2, shape.max_blocks)
     offsets, end = {}, 0
     for name, extents in tensors.items():
@@ -137,15 +138,18 @@ class Staging:
             # Rows of the table lie close together in pinned memory and as far apart as the longest on the GPU.
             pitch, width, rows = shape.max_blocks * _WORD, own.max_blocks * _WORD, 2 * own.num_sequences
             for pool in range(own.num_pools):
-                target = base + table + pool * 2 * shape.num_sequences * pitch
-                stream.upload_rows(target, pitch, pinned.address + table + pool * rows * width, width, rows)
+                to = base + table + pool * 2 * shape.num_sequences * pitch
+                stream.upload_rows(to, pitch, pinned.address + table + pool * rows * width, width, rows)
         self._copied[0].record(stream)
         return shape
 
     def close(self) -> None:
         """Free all of it."""
-        for resource in (self._device, *self._pinned, *self._copied):
-            resource.close()
+        self._device.close()
+        for pinned in self._pinned:
+            pinned.close()
+        for event in self._copied:
+            event.close()
 
     def _next(self, nbytes: int) -> PinnedBuffer:
         self._pinned.reverse()

@@ -197,7 +197,9 @@ class TensorRT:
         if not hasattr(self.trt, "IProgressMonitor"):
             return
 
-        class Monitor(self.trt.IProgressMonitor):
+        base: Any = self.trt.IProgressMonitor
+
+        class Monitor(base):
             def phase_start(self, name: str, parent: str | None, num_steps: int) -> None:
                 phases.start(name, parent, num_steps)
 
@@ -264,7 +266,9 @@ class TensorRT:
 
 
 def _make_logger(trt: ModuleType) -> Any:
-    class Logger(trt.ILogger):
+    base: Any = trt.ILogger
+
+    class Logger(base):
         def __init__(self) -> None:
             super().__init__()
             self.forget()

@@ -29,12 +29,18 @@ UNNEEDED_INPUTS = (
     *("cache_indirection", "host_sink_token_length", "host_runtime_perf_knobs", "host_context_progress"),
 )
 
+#: What the mixins below are mixed into, which a type checker is not to look at.
+_TheirModel: Any = object
+_TheirConfig: Any = object
 
-class SawModel:
+
+class SawModel(_TheirModel):
     """Mixed into one of TensorRT-LLM's models, in front: its attention on a SAW cache.
 
     The model's ``config`` keeps its true values; what ``Engine.save`` writes of it is what the executor is to read.
     """
+
+    config: Any
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,7 +187,7 @@ def _section(options: SwapOptions) -> dict[str, Any]:
 def _with_section(config: Any, section: dict[str, Any]) -> Any:
     """A copy of a config that writes itself as the executor is to read it."""
     config = copy.copy(config)
-    config.__class__ = _engine_config_class(type(config))
+    config.__class__ = _engine_config_class(config.__class__)
     setattr(config, SECTION, section)
     return config
 
@@ -193,7 +199,7 @@ def _engine_config_class(cls: type) -> type:
     return type(f"Saw{cls.__name__}", (_EngineConfigMixin, cls), {})
 
 
-class _EngineConfigMixin:
+class _EngineConfigMixin(_TheirConfig):
     """Only ``Engine.save`` and its like turn a model's config into a dict."""
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from saw_trtllm.runtime.outputs import CompletionOutput
@@ -43,7 +43,7 @@ class MessagesAnswer(ChatAnswer):
         ]
         return {**self._opening(content), **self._end(completion), "usage": self._counts()}
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """The message as it grows: blocks that begin, grow and end one after the other."""
         blocks = _Blocks()
         begun = False
@@ -77,7 +77,7 @@ class MessagesAnswer(ChatAnswer):
         return {"id": identifier, "type": "message", "role": "assistant", "model": name, "content": content}
 
     def _end(self, completion: CompletionOutput) -> dict[str, Any]:
-        reason = _REASONS[self.reason(self.messages[0], completion)]
+        reason = _REASONS[self.reason(self.messages[0], completion) or "stop"]
         stop = completion.stop_reason if isinstance(completion.stop_reason, str) else None
         return {"stop_reason": "stop_sequence" if stop else reason, "stop_sequence": stop}
 

@@ -111,11 +111,11 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     async def gone(_: Request, error: Exception) -> Response:
         return Response(status_code=499)  # which nobody reads
 
-    app.add_exception_handler(ClientGoneError, gone)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(Exception, api_error)
-    app.add_exception_handler(SawError, api_error)
+    app.exception_handler(ClientGoneError)(gone)
+    app.exception_handler(RequestValidationError)(invalid)
+    app.exception_handler(HTTPException)(http_error)
+    app.exception_handler(Exception)(api_error)
+    app.exception_handler(SawError)(api_error)
 
 
 def _error_response(path: str, error: Exception, metrics: Metrics) -> JSONResponse:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +96,7 @@ class ChatAnswer:
         limit = request.max_completion_tokens or request.max_tokens or room
         if request.top_logprobs and not request.logprobs:
             raise ApiError("invalid_value", "top_logprobs needs logprobs: true", "top_logprobs")
-        guide = call_guide(tools, forced) if forced else response_guide(request.response_format)
+        guide = call_guide(tools or [], forced) if forced else response_guide(request.response_format)
         if guide:
             guide = guide.with_reasoning(reasoning_of(prompt["prompt"], reasons(model.template_text)))
         params = model.sampling(
@@ -140,7 +140,7 @@ class ChatAnswer:
             self.usage.take(output)
             yield output
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as it grows."""
         wants_usage = self._request.stream_options is not None and self._request.stream_options.include_usage
         extra = {"usage": None} if wants_usage else {}

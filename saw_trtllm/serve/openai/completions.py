@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ class CompletionAnswer:
             self.abort()
         return {**self._head, "choices": choices, "usage": self._usage.body()}
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """The texts as they grow."""
         options = self._request.stream_options
         wants_usage = options is not None and options.include_usage
@@ -119,7 +119,9 @@ class CompletionAnswer:
         """Those of the highest log-probability per token, if more were drawn than are shown."""
         if len(completions) == self._shown:
             return completions
-        return sorted(completions, key=lambda c: -c.cumulative_logprob / max(1, len(c.token_ids)))[: self._shown]
+        return sorted(completions, key=lambda c: -(c.cumulative_logprob or 0.0) / max(1, len(c.token_ids)))[
+            : self._shown
+        ]
 
     def _choice(self, prompt: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         """What is new of a text."""
@@ -133,7 +135,7 @@ class CompletionAnswer:
         if request.echo and not sent.begun:
             text = self._prompt_text(output) + text
             if wants and output.context_logits is not None:
-                places = prompt_places(output.prompt_token_ids, output.context_logits, request.logprobs) + places
+                places = prompt_places(output.prompt_token_ids, output.context_logits, request.logprobs or 0) + places
         logprobs = completion_logprobs(self._model, places, sent.num_characters) if wants else None
         sent.begun, sent.num_tokens = True, len(completion.token_ids)
         sent.num_characters += len(text)
@@ -166,7 +168,8 @@ def _check(request: CompletionRequest) -> None:
 
 def _prompts(request: CompletionRequest) -> list[str | list[int]]:
     prompt = request.prompt
-    prompts = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
+    alone = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
+    prompts: Any = [prompt] if alone else prompt
     if not 0 < len(prompts) <= _MAX_PROMPTS:
         raise ApiError("invalid_value", f"{len(prompts)} prompts came: give 1 to {_MAX_PROMPTS}", "prompt")
     return prompts
@@ -192,13 +195,13 @@ async def merged(results: list[GenerationResult]) -> AsyncIterator[tuple[int, Re
     try:
         left = len(results)
         while left:
-            i, output = await queue.get()
-            if isinstance(output, Exception):
-                raise output
-            if output is None:
+            i, piece = await queue.get()
+            if isinstance(piece, Exception):
+                raise piece
+            if piece is None:
                 left -= 1
             else:
-                yield i, output
+                yield i, piece
     finally:
         for task in tasks:
             task.cancel()

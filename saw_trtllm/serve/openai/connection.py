@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -57,7 +57,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, events: AsyncIterator[bytes]) -> None:
+    def __init__(self, first: bytes, events: AsyncGenerator[bytes, None]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._first, self._events = first, events
@@ -79,10 +79,10 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b""})
 
 
-async def start_stream(request: Request, events: AsyncIterator[bytes]) -> EventStream:
+async def start_stream(request: Request, events: AsyncGenerator[bytes, None]) -> EventStream:
     """A stream whose first event is there."""
     try:
-        first = await while_connected(request.receive, anext(events))
+        first = await while_connected(request.receive, events.asend(None))
     except BaseException:
         await events.aclose()
         raise

@@ -13,10 +13,10 @@ from saw_trtllm.serve.openai.model import ServedModel
 
 def chat_logprobs(model: ServedModel, completion: CompletionOutput, begin: int) -> dict[str, Any]:
     """Of a text's tokens from ``begin`` on, for a chat completion."""
-    end, tops = len(completion.token_ids), completion.top_logprobs
+    end, tops, logprobs = len(completion.token_ids), completion.top_logprobs, completion.logprobs or []
     content = []
     for i in range(begin, end):
-        entry = _entry(model, completion.token_ids[i], completion.logprobs[i])
+        entry = _entry(model, completion.token_ids[i], logprobs[i])
         entry["top_logprobs"] = [_entry(model, token, value) for token, value in (tops[i] if tops else ())]
         content.append(entry)
     return {"content": content, "refusal": None}
@@ -33,10 +33,9 @@ Place = tuple[int, float | None, list[tuple[int, float]] | None]
 
 def text_places(completion: CompletionOutput, begin: int) -> list[Place]:
     """Of a text's tokens from ``begin`` on."""
-    tops = completion.top_logprobs
+    tops, logprobs = completion.top_logprobs, completion.logprobs or []
     return [
-        (completion.token_ids[i], completion.logprobs[i], tops[i] if tops else [])
-        for i in range(begin, len(completion.token_ids))
+        (completion.token_ids[i], logprobs[i], tops[i] if tops else []) for i in range(begin, len(completion.token_ids))
     ]
 
 
@@ -66,12 +65,12 @@ def completion_logprobs(model: ServedModel, places: list[Place], offset: int) ->
     offsets = [offset]
     for text in texts[:-1]:
         offsets.append(offsets[-1] + len(text))
-    tops = []
+    tops: list[dict[str, float | None] | None] = []
     for (token, logprob, top), text in zip(places, texts, strict=True):
         if top is None:
             tops.append(None)
             continue
-        found = {model.token_text(other)[0]: value for other, value in top}
+        found: dict[str, float | None] = {model.token_text(other)[0]: value for other, value in top}
         tops.append({**found, text: logprob} if token not in dict(top) else found)
     return {
         "tokens": texts,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from saw_trtllm.errors import ShutdownError
 from saw_trtllm.llm import LLM
@@ -65,7 +65,7 @@ class ServedModel:
             tools=tools,
             chat_template_kwargs=request.chat_template_kwargs,
         )
-        return self.salted(prompt, request.cache_salt)
+        return cast("dict[str, Any]", self.salted(prompt, request.cache_salt))
 
     def salted(self, prompt: Prompt, salt: str | None) -> Prompt:
         """A prompt whose blocks only prompts of the same salt find."""
@@ -105,7 +105,7 @@ class ServedModel:
             )
             return prompt["prompt_token_ids"]
         special = request.add_special_tokens is not False
-        return encode_prompt(self._tokenizer(), request.prompt, self.llm.max_input_len, special)
+        return encode_prompt(self._tokenizer(), request.prompt or "", self.llm.max_input_len, special)
 
     def detokenize(self, tokens: list[int]) -> str:
         """The text of tokens, the special ones among them.

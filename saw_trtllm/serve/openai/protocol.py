@@ -78,7 +78,17 @@ class Generation(Strict):
         **more
             Fields of :class:`SamplingParams` that depend on the kind of request.
         """
-        same = ("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")
+        same: tuple[str, ...] = (
+            "n",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "seed",
+            "stop",
+            "presence_penalty",
+            "frequency_penalty",
+        )
         same += ("logit_bias", "repetition_penalty", "min_tokens", "stop_token_ids")
         given = {name: getattr(self, name) for name in same}
         given["top_k"] = max(0, self.top_k) if self.top_k is not None else None

@@ -60,7 +60,7 @@ class AsyncExecutor:
         self.num_unknown += int(unknown.sum())
         self.num_rows += len(sampling)
         self._last_size = len(sampling)
-        frozen = [s and s._replace(generated=list(s.generated), index=s.draw) for s in sampling]
+        frozen = [s and s._replace(generated=list(s.generated), number=s.draw) for s in sampling]
         future = self._thread.submit(self._run, step, frozen, list(context_logits), fails)
         self._under_way.append(Pending(self, future))
         return self._under_way[-1]

@@ -223,7 +223,7 @@ class Sampler:
         self._states: list[SamplingState | None] = []
 
     def prepare(self, sampling) -> None:
-        self._states = [s and s._replace(generated=list(s.generated), index=s.draw) for s in sampling]
+        self._states = [s and s._replace(generated=list(s.generated), number=s.draw) for s in sampling]
 
     def enqueue(self, logits_ptr: int, rows_ptr: int, num_rows: int, stream: int) -> None:
         states = self._states

@@ -171,7 +171,7 @@ def test_matches_are_those_of_a_plain_search(symbols, runs):
         assert (match is None) == (not found)
         if match:
             assert match[:2] == min(found)[:2]
-            assert runs[match.index] == text[match.start : match.end]
+            assert runs[match.run] == text[match.start : match.end]
         held = [n for run in runs for n in range(len(run) + 1) if text.endswith(run[:n])]
         assert matcher.settled == len(text) - max(held, default=0)
 

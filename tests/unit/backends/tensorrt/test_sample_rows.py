@@ -73,7 +73,7 @@ def test_rows_follow_the_sequences_that_come_and_go():
     rows, several = staged(6), [state(temperature=1.0 + i, seed=i) for i in range(9)]
     for step in range(60):
         chosen = rng.permutation(9)[: rng.integers(0, 7)]
-        sampling = [None if rng.random() < 0.2 else several[i]._replace(index=step) for i in chosen]
+        sampling = [None if rng.random() < 0.2 else several[i]._replace(number=step) for i in chosen]
         rows.fill(sampling)
         fresh = staged(6)
         fresh.fill(sampling)
