@@ -54,7 +54,7 @@ _EXAMPLES = """\
 examples:
   saw-serve SmolLM2-135M-Instruct                       # builds an engine, keeps it, and serves
   saw-serve --engine_dir engine --port 8000 --api_key $KEY
-  saw-serve --engine_dir engine_fp16 --engine_dir engine_int4
+  saw-serve --engine_dir engine_fp16 --engine_dir engine_int4     # side by side on the page
 """
 
 
@@ -132,7 +132,7 @@ def _serve(args: argparse.Namespace) -> None:
         app = make_app(models, keys, args.cors_origins)
         socket, url = listen(options)
         served = ", ".join(model.name for model in models)
-        print(f"ready: {url} serves {served}; OpenAI's API is at {url}/v1", flush=True)
+        print(f"ready: {url} serves {served}; OpenAI's API is at {url}/v1, a page to look at at {url}/", flush=True)
         make_server(app, options, _UVICORN_LEVELS.get(args.log_level, args.log_level)).run([socket])
 
 
