@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import BaseModel
 
-from saw_trtllm.bench.workload import Job
+from saw_trtllm.bench.workload import Conversation, Turn
 from saw_trtllm.llm import LLM
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
@@ -41,9 +43,11 @@ class Report(BaseModel):
     Attributes
     ----------
     num_requests, concurrency : int
-        Requests in all, and in flight at a time.
+        Requests in all, each turn being one, and conversations in flight at a time.
     input_tokens, output_tokens : int
         Of all requests.
+    reused_tokens : int
+        Of the input tokens those that were found in the cache.
     duration_s : float
         From the first request's start to the last one's end.
     output_tokens_per_s, total_tokens_per_s, requests_per_s : float
@@ -53,12 +57,15 @@ class Report(BaseModel):
         Gaps between the pieces of a text, each divided by the tokens of the later piece.
     request_latency_ms : Percentiles
         From sending a request to its end.
+    goodput_requests_per_s : float
+        Requests within the limits, per second.
     """
 
     num_requests: int
     concurrency: int
     input_tokens: int
     output_tokens: int
+    reused_tokens: int
     duration_s: float
     output_tokens_per_s: float
     total_tokens_per_s: float
@@ -66,6 +73,14 @@ class Report(BaseModel):
     time_to_first_token_ms: Percentiles
     time_between_tokens_ms: Percentiles | None
     request_latency_ms: Percentiles
+    goodput_requests_per_s: float
+
+
+class Limits(NamedTuple):
+    """What a user still calls fast: milliseconds to a request's first token, and on average between its tokens."""
+
+    first_token_ms: float = math.inf
+    between_tokens_ms: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -74,23 +89,36 @@ class _Timing:
 
     input_tokens: int
     output_tokens: int
+    reused_tokens: int
     first: float
     gaps: list[float]
     whole: float
 
+    def is_within(self, limits: Limits) -> bool:
+        between = fmean(self.gaps) if self.gaps else 0.0
+        return self.first * 1e3 <= limits.first_token_ms and between * 1e3 <= limits.between_tokens_ms
 
-def run_load(llm: LLM, jobs: Sequence[Job], concurrency: int, progress: Callable[[], None] | None = None) -> Report:
-    """Send requests, at most ``concurrency`` at a time, and time them.
+
+def run_load(
+    llm: LLM,
+    conversations: Sequence[Conversation],
+    concurrency: int,
+    progress: Callable[[], None] | None = None,
+    limits: Limits | None = None,
+) -> Report:
+    """Hold conversations, at most ``concurrency`` at a time, and time their requests.
 
     Every text has its full length: end tokens do not end it.
 
     Parameters
     ----------
     llm : LLM
-    jobs : sequence of Job
+    conversations : sequence of Conversation
     concurrency : int
     progress : callable, optional
         Called when a request has ended.
+    limits : Limits, optional
+        What counts for the goodput; by default everything.
 
     Raises
     ------
@@ -98,7 +126,7 @@ def run_load(llm: LLM, jobs: Sequence[Job], concurrency: int, progress: Callable
         If a request does not fit the engine.
     """
     start = time.perf_counter()
-    timings = asyncio.run(_send(llm, jobs, concurrency, progress or (lambda: None)))
+    timings = asyncio.run(_hold(llm, conversations, concurrency, progress or (lambda: None)))
     duration = time.perf_counter() - start
     output_tokens = sum(t.output_tokens for t in timings)
     input_tokens = sum(t.input_tokens for t in timings)
@@ -107,6 +135,7 @@ def run_load(llm: LLM, jobs: Sequence[Job], concurrency: int, progress: Callable
         concurrency=concurrency,
         input_tokens=input_tokens,
         output_tokens=output_tokens,
+        reused_tokens=sum(t.reused_tokens for t in timings),
         duration_s=duration,
         output_tokens_per_s=output_tokens / duration,
         total_tokens_per_s=(input_tokens + output_tokens) / duration,
@@ -114,32 +143,47 @@ def run_load(llm: LLM, jobs: Sequence[Job], concurrency: int, progress: Callable
         time_to_first_token_ms=Percentiles.of([t.first for t in timings]),
         time_between_tokens_ms=Percentiles.of([gap for t in timings for gap in t.gaps]),
         request_latency_ms=Percentiles.of([t.whole for t in timings]),
+        goodput_requests_per_s=sum(t.is_within(limits or Limits()) for t in timings) / duration,
     )
 
 
-async def _send(llm: LLM, jobs: Sequence[Job], concurrency: int, progress: Callable[[], None]) -> list[_Timing]:
-    free = asyncio.Semaphore(concurrency)
+async def _hold(
+    llm: LLM, conversations: Sequence[Conversation], concurrency: int, progress: Callable[[], None]
+) -> list[_Timing]:
+    free, start = asyncio.Semaphore(concurrency), time.perf_counter()
 
-    async def one(job: Job) -> _Timing:
+    async def one(conversation: Conversation) -> list[_Timing]:
+        await asyncio.sleep(start + conversation[0].delay - time.perf_counter())
+        timings, said = [], []
         async with free:
-            timing = await _request(llm, job)
-        progress()
-        return timing
+            for i, turn in enumerate(conversation):
+                if i:
+                    await asyncio.sleep(turn.delay)
+                # A text that stands for itself is tokenized as a user's would be, special tokens and all.
+                prompt = turn.prompt if len(conversation) == 1 else said + _ids(llm, turn)
+                timing, said = await _request(llm, prompt, turn.output_len)
+                timings.append(timing)
+                progress()
+        return timings
 
-    return await asyncio.gather(*map(one, jobs))
+    return [timing for timings in await asyncio.gather(*map(one, conversations)) for timing in timings]
 
 
-async def _request(llm: LLM, job: Job) -> _Timing:
-    params = SamplingParams(max_tokens=job.output_len, ignore_eos=True)
+def _ids(llm: LLM, turn: Turn) -> list[int]:
+    return llm.tokenizer.encode(turn.prompt) if isinstance(turn.prompt, str) else turn.prompt
+
+
+async def _request(llm: LLM, prompt: str | list[int], output_len: int) -> tuple[_Timing, list[int]]:
+    """A request's times, and all that has been said by its end."""
+    params = SamplingParams(max_tokens=output_len, ignore_eos=True)
     start = last = time.perf_counter()
-    first, num_input, num_output = 0.0, 0, 0
-    gaps: list[float] = []
-    async for output in llm.generate_async(job.prompt, params, streaming=True):
+    first, gaps, output = 0.0, [], None
+    async for output in llm.generate_async(prompt, params, streaming=True):
         now, new = time.perf_counter(), len(output.outputs[0].token_ids_diff)
         if not first:
             first = now - start
         elif new:
             gaps += [(now - last) / new] * new
         last = now
-        num_input, num_output = len(output.prompt_token_ids), len(output.outputs[0].token_ids)
-    return _Timing(num_input, num_output, first, gaps, last - start)
+    prompt, text = output.prompt_token_ids, output.outputs[0].token_ids
+    return _Timing(len(prompt), len(text), output.num_reused_tokens, first, gaps, last - start), [*prompt, *text]

@@ -4,40 +4,118 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
 
 from saw_trtllm.errors import ConfigError, first_error
 
+#: Tokens that one of a Mooncake trace's ``hash_ids`` stands for.
+MOONCAKE_BLOCK = 512
 
-class Job(NamedTuple):
-    """A prompt, as text or token ids, and the tokens that are generated for it."""
+
+class Turn(NamedTuple):
+    """What is said in a turn, and how many tokens answer it.
+
+    Attributes
+    ----------
+    prompt : str or list of int
+        What is new: it comes after all that was said before.
+    output_len : int
+    delay : float
+        Seconds from the last answer to this turn; of the first turn, from the start of the load.
+    """
 
     prompt: str | list[int]
     output_len: int
+    delay: float = 0.0
 
 
-class _Line(BaseModel):
-    """A line of a dataset in ``trtllm-bench``'s form; other keys, such as ``task_id``, are passed over."""
+#: Its turns, each of which waits for the answer to the one before. A single request is a conversation of one turn.
+Conversation = list[Turn]
+
+
+class _Request(BaseModel):
+    """A line in ``trtllm-bench``'s form; other keys, such as ``task_id``, are passed over."""
 
     prompt: str | None = None
     input_ids: list[int] | None = Field(None, min_length=1)
-    output_tokens: int = Field(gt=0)
+    output_tokens: PositiveInt
 
     @model_validator(mode="after")
-    def _one_prompt(self) -> _Line:
+    def _one_prompt(self) -> _Request:
         if (self.prompt is None) == (self.input_ids is None):
             raise ValueError("give one of prompt and input_ids")
         return self
 
+    def conversation(self, *_: object) -> Conversation:
+        return [Turn(self.prompt if self.input_ids is None else self.input_ids, self.output_tokens)]
 
-def read_dataset(path: Path, num_requests: int | None) -> list[Job]:
-    """The first ``num_requests`` lines of a JSONL file, or all of them.
 
-    A line is ``{"prompt": TEXT, "output_tokens": N}`` or ``{"input_ids": [...], "output_tokens": N}``.
+class _Mooncake(BaseModel):
+    """A line of a trace in Mooncake's form: equal ids at the beginning are equal blocks of 512 tokens."""
+
+    timestamp: NonNegativeFloat
+    input_length: PositiveInt
+    output_length: PositiveInt
+    hash_ids: list[int]
+
+    @model_validator(mode="after")
+    def _all_tokens(self) -> _Mooncake:
+        if len(self.hash_ids) * MOONCAKE_BLOCK < self.input_length:
+            raise ValueError(f"{len(self.hash_ids)} hash_ids of 512 tokens do not cover {self.input_length} tokens")
+        return self
+
+    def conversation(self, vocab_size: int, _: object) -> Conversation:
+        blocks = (random.Random(i).choices(range(vocab_size), k=MOONCAKE_BLOCK) for i in self.hash_ids)
+        tokens = [token for block in blocks for token in block]
+        return [Turn(tokens[: self.input_length], self.output_length, self.timestamp / 1000)]
+
+
+class _Said(BaseModel):
+    model_config = ConfigDict(populate_by_name=True)
+
+    by: str = Field(alias="from")
+    value: str
+
+
+class _ShareGPT(BaseModel):
+    """A conversation in ShareGPT's form: an answer is as long as the one that was given."""
+
+    conversations: list[_Said]
+
+    def conversation(self, _: object, encode: Callable[[str], list[int]]) -> Conversation:
+        turns, said = [], ""
+        for part in self.conversations:
+            if part.by in ("gpt", "assistant", "chatgpt"):
+                length = len(encode(part.value))
+                if said and length:
+                    turns.append(Turn(said, length))
+                said = ""
+            else:
+                said += part.value
+        return turns
+
+
+def read_dataset(
+    path: Path, num_requests: int | None, vocab_size: int, encode: Callable[[str], list[int]]
+) -> list[Conversation]:
+    """The first ``num_requests`` conversations of a file, or all of them.
+
+    A line of JSONL is ``{"prompt": TEXT, "output_tokens": N}``, ``{"input_ids": [...], "output_tokens": N}``, or
+    Mooncake's ``{"timestamp": MS, "input_length": N, "output_length": N, "hash_ids": [...]}``. A JSON file is a list in
+    ShareGPT's form, of ``{"conversations": [{"from": "human", "value": TEXT}, {"from": "gpt", "value": TEXT}, ...]}``.
+
+    Parameters
+    ----------
+    path : Path
+    num_requests : int, optional
+    vocab_size : int
+        Tokens are drawn from these where the file has none.
+    encode : callable
+        Text to token ids.
 
     Raises
     ------
@@ -45,30 +123,80 @@ def read_dataset(path: Path, num_requests: int | None) -> list[Job]:
         If the file cannot be read, a line is of another form, or there are too few.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"--dataset {path} cannot be read ({e}): give a JSONL file") from e
-    jobs = list(_parse(path, lines))
-    if not jobs or (num_requests or 0) > len(jobs):
+        raise ConfigError(f"--dataset {path} cannot be read ({e}): give a JSONL file, or ShareGPT's JSON") from e
+    found = [parsed.conversation(vocab_size, encode) for parsed in _parse(path, text)]
+    found = [conversation for conversation in found if conversation]
+    if not found or (num_requests or 0) > len(found):
         asked = "" if num_requests is None else f" and {num_requests} were asked for"
-        raise ConfigError(f"--dataset {path} holds {len(jobs)} requests{asked}: give --num_requests up to that")
-    return jobs[:num_requests]
+        raise ConfigError(f"--dataset {path} holds {len(found)} requests{asked}: give --num_requests up to that")
+    return found[:num_requests]
 
 
-def _parse(path: Path, lines: list[str]) -> Iterator[Job]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            parsed = _Line.model_validate(json.loads(line))
-        except ValidationError as e:
-            raise ConfigError(f"--dataset {path}, line {number}: {first_error(e)}") from e
-        except (ValueError, RecursionError) as e:
-            raise ConfigError(f"--dataset {path}, line {number} is not JSON ({e})") from e
-        yield Job(parsed.input_ids or parsed.prompt or "", parsed.output_tokens)
+def _parse(path: Path, text: str) -> Iterator[Any]:
+    if text.lstrip().startswith("["):
+        for number, entry in enumerate(_loads(path, "", text), 1):
+            yield _validate(path, f"entry {number}", _ShareGPT, entry)
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            entry = _loads(path, f", line {number}", line)
+            kind = _Mooncake if isinstance(entry, dict) and "hash_ids" in entry else _Request
+            yield _validate(path, f"line {number}", kind, entry)
 
 
-def random_jobs(num_requests: int, input_len: int, output_len: int, vocab_size: int, seed: int) -> list[Job]:
-    """Prompts of random tokens, all different, so that none finds the blocks of another."""
+def _loads(path: Path, place: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"--dataset {path}{place} is not JSON ({e})") from e
+
+
+def _validate(path: Path, place: str, kind: type[BaseModel], entry: object) -> Any:
+    try:
+        return kind.model_validate(entry)
+    except ValidationError as e:
+        raise ConfigError(f"--dataset {path}, {place}: {first_error(e)}") from e
+
+
+def random_conversations(
+    count: int,
+    input_len: int,
+    output_len: int,
+    vocab_size: int,
+    seed: int,
+    turns: int = 1,
+    turn_len: int = 0,
+    system_len: int = 0,
+    think_time: float = 0.0,
+) -> list[Conversation]:
+    """Conversations of random tokens, all different but for a beginning that they share.
+
+    Parameters
+    ----------
+    count : int
+    input_len, output_len : int
+        Tokens of the first turn without the shared ones, and of each answer.
+    vocab_size, seed : int
+    turns : int
+    turn_len : int
+        Tokens of each further turn.
+    system_len : int
+        Tokens with which all conversations begin.
+    think_time : float
+        Seconds from an answer to the next turn.
+    """
     draw = random.Random(seed)
-    return [Job(draw.choices(range(vocab_size), k=input_len), output_len) for _ in range(num_requests)]
+
+    def words(length: int) -> list[int]:
+        return draw.choices(range(vocab_size), k=length)
+
+    system = words(system_len)
+    return [
+        [
+            Turn(words(turn_len) if i else system + words(input_len), output_len, think_time if i else 0.0)
+            for i in range(turns)
+        ]
+        for _ in range(count)
+    ]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 from pydantic import BaseModel, Field
 
-from saw_trtllm.bench.load import Percentiles, Report, run_load
-from saw_trtllm.bench.workload import Job, random_jobs, read_dataset
+from saw_trtllm.bench.load import Limits, Percentiles, Report, run_load
+from saw_trtllm.bench.workload import Conversation, Turn, random_conversations, read_dataset
 from saw_trtllm.cli.common import add_fields, add_log_level, parse_fields, print_table, run, set_log_level
+from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.llm import LLM
 from saw_trtllm.progress import progress
@@ -20,6 +22,7 @@ _EXAMPLES = """\
 examples:
   saw-bench throughput --engine_dir engine --input_len 1024 --output_len 128 --num_requests 256 --concurrency 64
   saw-bench throughput --engine_dir engine --dataset requests.jsonl --json
+  saw-bench throughput --engine_dir engine --turns 6 --input_len 1500 --turn_len 100 --output_len 150 --num_requests 128
   saw-bench latency --engine_dir engine --input_len 128 --output_len 128
 """
 
@@ -30,15 +33,27 @@ class LoadOptions(BaseModel):
     engine_dir: Path = Field(description="what saw-build wrote")
     dataset: Path | None = Field(
         None,
-        description='JSONL, a request a line: {"prompt": TEXT, "output_tokens": N}, or input_ids for the prompt',
+        description='JSONL, a request a line: {"prompt": TEXT, "output_tokens": N}, or input_ids for the prompt, or '
+        "Mooncake's timestamp, input_length, output_length and hash_ids; or a JSON file of ShareGPT's conversations",
     )
     input_len: int | None = Field(None, ge=1, description="tokens of a prompt, drawn at random, without --dataset")
     output_len: int | None = Field(None, ge=1, description="tokens generated for each, without --dataset")
-    num_requests: int | None = Field(None, ge=1, description="requests in all; by default the dataset's, or 64")
+    turns: int = Field(1, ge=1, description="turns of a conversation, each with all said before, without --dataset")
+    turn_len: int = Field(100, ge=1, description="tokens of each turn after the first")
+    system_len: int = Field(0, ge=0, description="tokens with which all prompts begin, without --dataset")
+    think_time: float = Field(0.0, ge=0, description="seconds from an answer to the next turn")
+    num_requests: int | None = Field(
+        None, ge=1, description="requests, or conversations, in all; by default the dataset's, or 64"
+    )
     concurrency: int | None = Field(
         None, ge=1, description="requests in flight at a time; by default the engine's max_batch_size, for latency 1"
     )
     kv_cache_max_tokens: int | None = Field(None, description="tokens of the KV cache; by default what fits")
+    kv_cache_bytes: int | None = Field(None, ge=1, description="the KV cache in bytes instead")
+    host_cache_size: int = Field(0, ge=0, description="bytes of host memory for blocks that leave the KV cache")
+    deterministic: bool = Field(False, description="let no text depend on what is in the cache")
+    max_ttft_ms: float = Field(math.inf, gt=0, description="first token within so many ms, to count for the goodput")
+    max_tpot_ms: float = Field(math.inf, gt=0, description="and so many ms a token after it, on average")
     warmup: int = Field(2, ge=0, description="requests that are sent before, and not counted")
     seed: int = Field(0, description="of the random prompts")
 
@@ -68,39 +83,60 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _bench(options: LoadOptions, command: str, as_json: bool) -> None:
-    with LLM(options.engine_dir, kv_cache_config=KvCacheConfig(options.kv_cache_max_tokens)) as llm:
-        vocab_size, batch = llm.config.pretrained_config.vocab_size, llm.config.build_config.max_batch_size
-        jobs = _jobs(options, vocab_size)
+    with LLM(options.engine_dir, kv_cache_config=_kv_cache(options)) as llm:
+        batch = llm.config.build_config.max_batch_size
+        conversations = _conversations(options, llm)
         concurrency = options.concurrency or (1 if command == "latency" else batch)
         if options.warmup:
-            shape = max(jobs, key=lambda job: job.output_len)
-            run_load(llm, [shape._replace(output_len=min(4, shape.output_len))] * options.warmup, concurrency)
-        with progress(len(jobs), f"saw-bench {command}", "requests") as bar:
-            report = run_load(llm, jobs, concurrency, bar.update)
+            turn = max((c[0] for c in conversations), key=lambda turn: turn.output_len)
+            run_load(llm, [[Turn(turn.prompt, min(4, turn.output_len))]] * options.warmup, concurrency)
+        limits = Limits(options.max_ttft_ms, options.max_tpot_ms)
+        with progress(sum(map(len, conversations)), f"saw-bench {command}", "requests") as bar:
+            report = run_load(llm, conversations, concurrency, bar.update, limits)
     if as_json:
         print(report.model_dump_json())
     else:
         print_table(describe(report))
 
 
-def _jobs(options: LoadOptions, vocab_size: int) -> list[Job]:
-    input_len, output_len = options.input_len, options.output_len
+def _kv_cache(options: LoadOptions) -> KvCacheConfig:
+    tokens = options.kv_cache_max_tokens
+    if options.kv_cache_bytes is not None:
+        if tokens is not None:
+            raise ConfigError("--kv_cache_bytes came with --kv_cache_max_tokens: give one of the two")
+        tokens = options.kv_cache_bytes // EngineConfig.load(options.engine_dir).bytes_per_token
+    return KvCacheConfig(tokens, host_cache_size=options.host_cache_size, deterministic=options.deterministic)
+
+
+def _conversations(options: LoadOptions, llm: LLM) -> list[Conversation]:
+    lengths, vocab_size = (options.input_len, options.output_len), llm.config.pretrained_config.vocab_size
     if options.dataset is not None:
-        if input_len is not None or output_len is not None:
-            raise ConfigError("--dataset was given with --input_len or --output_len: give the one or the others")
-        return read_dataset(options.dataset, options.num_requests)
-    if input_len is None or output_len is None:
+        if lengths != (None, None) or options.turns > 1:
+            raise ConfigError(
+                "--dataset was given with --input_len, --output_len or --turns: give the one or the others"
+            )
+        return read_dataset(options.dataset, options.num_requests, vocab_size, lambda text: _encode(llm, text))
+    if None in lengths:
         raise ConfigError("neither --dataset nor both of --input_len and --output_len were given: give one of the two")
-    return random_jobs(options.num_requests or 64, input_len, output_len, vocab_size, options.seed)
+    conversations = (options.turns, options.turn_len, options.system_len, options.think_time)
+    return random_conversations(options.num_requests or 64, *lengths, vocab_size, options.seed, *conversations)
+
+
+def _encode(llm: LLM, text: str) -> list[int]:
+    if llm.tokenizer is None:
+        raise ConfigError("the dataset holds text and the engine has no tokenizer: give a dataset of token ids")
+    return llm.tokenizer.encode(text)
 
 
 def describe(report: Report) -> dict[str, str]:
     """A report, line by line."""
     return {
         "requests": f"{report.num_requests}, {report.concurrency} at a time, in {report.duration_s:.2f} s",
-        "tokens": f"{report.input_tokens:,} in, {report.output_tokens:,} out",
+        "tokens": f"{report.input_tokens:,} in, {report.reused_tokens:,} of them from the cache, "
+        f"{report.output_tokens:,} out",
         "throughput": f"{report.output_tokens_per_s:,.1f} tokens/s out, {report.total_tokens_per_s:,.1f} in all, "
         f"{report.requests_per_s:,.2f} requests/s",
+        "goodput": f"{report.goodput_requests_per_s:,.2f} requests/s within the limits",
         "time to first token": _line(report.time_to_first_token_ms),
         "time between tokens": _line(report.time_between_tokens_ms),
         "request latency": _line(report.request_latency_ms),

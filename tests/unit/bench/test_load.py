@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from saw_trtllm.bench.load import Percentiles, run_load
-from saw_trtllm.bench.workload import Job, random_jobs, read_dataset
+from saw_trtllm import KvCacheConfig
+from saw_trtllm.bench.load import Limits, Percentiles, run_load
+from saw_trtllm.bench.workload import Turn, random_conversations, read_dataset
 from saw_trtllm.cli.bench import main
 from saw_trtllm.errors import ConfigError
 
@@ -30,7 +31,7 @@ class Recorder:
 def test_a_load_keeps_to_its_concurrency_and_counts_all_tokens(open_llm):
     done = []
     recorder = Recorder(open_llm())
-    report = run_load(recorder, random_jobs(7, 12, 5, 100, seed=0), 3, lambda: done.append(1))
+    report = run_load(recorder, random_conversations(7, 12, 5, 100, seed=0), 3, lambda: done.append(1))
     assert recorder.most == 3
     assert len(done) == 7
     assert (report.num_requests, report.input_tokens, report.output_tokens) == (7, 84, 35)
@@ -40,7 +41,7 @@ def test_a_load_keeps_to_its_concurrency_and_counts_all_tokens(open_llm):
 
 
 def test_a_text_of_one_token_has_no_time_between_tokens(open_llm):
-    report = run_load(open_llm(), random_jobs(2, 3, 1, 100, seed=0), 2)
+    report = run_load(open_llm(), random_conversations(2, 3, 1, 100, seed=0), 2)
     assert report.time_between_tokens_ms is None
     assert report.output_tokens == 2
 
@@ -51,10 +52,10 @@ def test_percentiles_are_in_milliseconds():
 
 
 def test_random_prompts_differ_and_come_again():
-    jobs = random_jobs(4, 16, 2, 1000, seed=3)
-    assert len({tuple(job.prompt) for job in jobs}) == 4
-    assert jobs == random_jobs(4, 16, 2, 1000, seed=3)
-    assert all(0 <= token < 1000 for job in jobs for token in job.prompt)
+    jobs = random_conversations(4, 16, 2, 1000, seed=3)
+    assert len({tuple(turn.prompt) for [turn] in jobs}) == 4
+    assert jobs == random_conversations(4, 16, 2, 1000, seed=3)
+    assert all(0 <= token < 1000 for [turn] in jobs for token in turn.prompt)
 
 
 def test_a_dataset_is_read_in_its_order(tmp_path):
@@ -62,8 +63,46 @@ def test_a_dataset_is_read_in_its_order(tmp_path):
     path.write_text(
         '{"task_id": 0, "prompt": "one", "output_tokens": 4}\n\n{"input_ids": [1, 2], "output_tokens": 3}\n'
     )
-    assert read_dataset(path, None) == [Job("one", 4), Job([1, 2], 3)]
-    assert read_dataset(path, 1) == [Job("one", 4)]
+    assert read_dataset(path, None, 9, list) == [[Turn("one", 4)], [Turn([1, 2], 3)]]
+    assert read_dataset(path, 1, 9, list) == [[Turn("one", 4)]]
+
+
+def test_a_trace_of_mooncake_shares_what_its_hashes_share(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    lines = [(0, 700, [1, 2]), (250, 1000, [1, 3])]
+    entries = [{"timestamp": t, "input_length": n, "output_length": 5, "hash_ids": ids} for t, n, ids in lines]
+    path.write_text("\n".join(map(json.dumps, entries)))
+    [a], [b] = read_dataset(path, None, 100, list)
+    assert (len(a.prompt), len(b.prompt), a.output_len, b.delay) == (700, 1000, 5, 0.25)
+    assert a.prompt[:512] == b.prompt[:512]
+    assert a.prompt[512:] != b.prompt[512:700]
+
+
+def test_conversations_of_sharegpt_become_turns(tmp_path):
+    path = tmp_path / "chat.json"
+    said = [
+        ("system", "be kind. "),
+        ("human", "hi"),
+        ("gpt", "hello"),
+        ("human", "bye"),
+        ("gpt", "good bye"),
+        ("human", "?"),
+    ]
+    path.write_text(json.dumps([{"id": 1, "conversations": [{"from": who, "value": text} for who, text in said]}]))
+    [turns] = read_dataset(path, None, 100, list)
+    assert turns == [Turn("be kind. hi", 5), Turn("bye", 8)]
+
+
+def test_a_conversation_finds_what_it_has_said(open_llm):
+    """Each turn's prompt is all before it: of that, all but the last token of the answer comes from the cache."""
+    llm = open_llm(kv_cache_config=KvCacheConfig())
+    conversations = random_conversations(2, 40, 6, 100, seed=1, turns=3, turn_len=10, system_len=32)
+    report = run_load(llm, conversations, 1, limits=Limits(first_token_ms=1e9))
+    assert (report.num_requests, report.output_tokens) == (6, 36)
+    assert report.input_tokens == 2 * (72 + 88 + 104)
+    assert report.reused_tokens == 2 * (77 + 93) + 32
+    assert report.goodput_requests_per_s == report.requests_per_s
+    assert run_load(llm, conversations[:1], 1, limits=Limits(between_tokens_ms=1e-9)).goodput_requests_per_s == 0
 
 
 @pytest.mark.parametrize(
@@ -75,14 +114,16 @@ def test_a_dataset_is_read_in_its_order(tmp_path):
         ('{"prompt": "x", "input_ids": [1], "output_tokens": 1}', "give one of prompt and input_ids"),
         ('{"output_tokens": 1}', "give one of prompt and input_ids"),
         ('{"input_ids": [], "output_tokens": 1}', "line 1: input_ids"),
-        ("[" * 100_000, "line 1 is not JSON"),
+        ("[" * 100_000, "requests.jsonl is not JSON"),
+        ('[{"conversations": [{"from": "human"}]}]', "entry 1: conversations.0.value: Field required"),
+        ('{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [1]}', "1 hash_ids of 512 tokens"),
     ],
 )
 def test_a_dataset_of_another_form(text, what, tmp_path):
     path = tmp_path / "requests.jsonl"
     path.write_text(text)
     with pytest.raises(ConfigError, match=what):
-        read_dataset(path, None)
+        read_dataset(path, None, 9, list)
 
 
 @pytest.mark.parametrize("command", ["throughput", "latency"])
