@@ -154,7 +154,8 @@ async def _hold(
 
     async def one(conversation: Conversation) -> list[_Timing]:
         await asyncio.sleep(start + conversation[0].delay - time.perf_counter())
-        timings, said = [], []
+        timings: list[_Timing] = []
+        said: list[int] = []
         async with free:
             for i, turn in enumerate(conversation):
                 if i:
@@ -177,7 +178,10 @@ async def _request(llm: LLM, prompt: str | list[int], output_len: int) -> tuple[
     """A request's times, and all that has been said by its end."""
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)
     start = last = time.perf_counter()
-    first, gaps, output = 0.0, [], None
+    first, num_reused = 0.0, 0
+    prompt_ids: list[int] = []
+    text: list[int] = []
+    gaps: list[float] = []
     async for output in llm.generate_async(prompt, params, streaming=True):
         now, new = time.perf_counter(), len(output.outputs[0].token_ids_diff)
         if not first:
@@ -185,5 +189,5 @@ async def _request(llm: LLM, prompt: str | list[int], output_len: int) -> tuple[
         elif new:
             gaps += [(now - last) / new] * new
         last = now
-    prompt, text = output.prompt_token_ids, output.outputs[0].token_ids
-    return _Timing(len(prompt), len(text), output.num_reused_tokens, first, gaps, last - start), [*prompt, *text]
+        prompt_ids, text, num_reused = output.prompt_token_ids, output.outputs[0].token_ids, output.num_reused_tokens
+    return _Timing(len(prompt_ids), len(text), num_reused, first, gaps, last - start), [*prompt_ids, *text]

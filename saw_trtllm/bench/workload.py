@@ -51,7 +51,7 @@ class _Request(BaseModel):
         return self
 
     def conversation(self, *_: object) -> Conversation:
-        return [Turn(self.prompt if self.input_ids is None else self.input_ids, self.output_tokens)]
+        return [Turn(self.input_ids or self.prompt or "", self.output_tokens)]
 
 
 class _Mooncake(BaseModel):

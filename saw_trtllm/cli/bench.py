@@ -109,17 +109,27 @@ def _kv_cache(options: LoadOptions) -> KvCacheConfig:
 
 
 def _conversations(options: LoadOptions, llm: LLM) -> list[Conversation]:
-    lengths, vocab_size = (options.input_len, options.output_len), llm.config.pretrained_config.vocab_size
+    input_len, output_len = options.input_len, options.output_len
+    vocab_size = llm.config.pretrained_config.vocab_size
     if options.dataset is not None:
-        if lengths != (None, None) or options.turns > 1:
+        if input_len is not None or output_len is not None or options.turns > 1:
             raise ConfigError(
                 "--dataset was given with --input_len, --output_len or --turns: give the one or the others"
             )
         return read_dataset(options.dataset, options.num_requests, vocab_size, lambda text: _encode(llm, text))
-    if None in lengths:
+    if input_len is None or output_len is None:
         raise ConfigError("neither --dataset nor both of --input_len and --output_len were given: give one of the two")
-    conversations = (options.turns, options.turn_len, options.system_len, options.think_time)
-    return random_conversations(options.num_requests or 64, *lengths, vocab_size, options.seed, *conversations)
+    return random_conversations(
+        options.num_requests or 64,
+        input_len,
+        output_len,
+        vocab_size,
+        options.seed,
+        options.turns,
+        options.turn_len,
+        options.system_len,
+        options.think_time,
+    )
 
 
 def _encode(llm: LLM, text: str) -> list[int]:
