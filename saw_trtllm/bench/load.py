@@ -171,7 +171,10 @@ async def _hold(
 
 
 def _ids(llm: LLM, turn: Turn) -> list[int]:
-    return llm.tokenizer.encode(turn.prompt) if isinstance(turn.prompt, str) else turn.prompt
+    if not isinstance(turn.prompt, str):
+        return turn.prompt
+    assert llm.tokenizer is not None  # without it no dataset of such conversations is read
+    return llm.tokenizer.encode(turn.prompt)
 
 
 async def _request(llm: LLM, prompt: str | list[int], output_len: int) -> tuple[_Timing, list[int]]:
