@@ -64,7 +64,7 @@ class Measured:
         """Tokens of such text that leave an excess of 5 %, which falls with the length; 0 where there are enough."""
         # The halves' excess is about twice that of the whole.
         ratio = self.excess / 2 / _MAX_EXCESS
-        return 0 if ratio <= 1 else round(ratio * self.calibration.num_tokens, -2)
+        return 0 if ratio <= 1 else int(round(ratio * self.calibration.num_tokens, -2))
 
 
 def num_steps(windows: torch.Tensor) -> int:

@@ -38,10 +38,11 @@ def difference_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]
         cells = []
         for other in names:
             d = evaluation.differences[one].get(other)
-            real = d is not None and d.is_real and q[other].kl_mean > 0
-            cells.append(
-                f"{d.mean / q[other].kl_mean:+.0%} ± {d.error / q[other].kl_mean:.0%}" if real else "~" if d else ""
-            )
+            of = q[other].kl_mean
+            if d is None:
+                cells.append("")
+            else:
+                cells.append(f"{d.mean / of:+.0%} ± {d.error / of:.0%}" if d.is_real and of > 0 else "~")
         rows.append([f"{i} {one}", *cells])
     return ["KL of the row less that of", *(f"cache {i}" for i in range(1, len(names) + 1))], rows
 

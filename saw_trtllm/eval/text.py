@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def read_chats(path: Path, tokenizer_dir: Path) -> list[str]:
             continue
         try:
             chat = json.loads(line)
-            messages = chat.get("messages") if isinstance(chat, dict) else chat
+            messages: Any = chat.get("messages") if isinstance(chat, dict) else chat
             texts.append(template.render(messages, add_generation_prompt=False))
         except (ValueError, RecursionError, RequestError) as e:
             raise ConfigError(

@@ -53,8 +53,8 @@ def pack_frame(frame: np.ndarray) -> np.ndarray:
             f"a frame holds a number of magnitude {largest:.3g}: it must be finite and fit float16, so calibrate "
             "anew, or scale k_frame and q_frame against each other"
         )
-    high = frame.astype(np.float16)
-    low = ((frame - high.astype(np.float32)) * _LOW_FACTOR).astype(np.float16)
+    high = np.asarray(frame, np.float16)
+    low = np.asarray((frame - high.astype(np.float32)) * _LOW_FACTOR, np.float16)
     split = np.stack([high, low], axis=1)
     # Rows are step, h, t, i; columns warp, g // 2, j, g % 2.
     split = split.reshape(heads, 2, dim // 16, 2, 4, 2, dim // 16, 4, 2, 2)

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,22 @@ class Block:
     key: bytes | None = None
     parent: bytes | None = None
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+
+
+class Content(NamedTuple):
+    """What a full block holds, wherever it lies.
+
+    Attributes
+    ----------
+    key, parent : bytes
+        Digests of all tokens up to its end, and before it.
+    tokens : sequence of int
+        Its own.
+    """
+
+    key: bytes
+    parent: bytes
+    tokens: Sequence[int] | np.ndarray
 
 
 @dataclass
@@ -102,7 +118,7 @@ class BlockManager:
     ) -> None:
         self.tokens_per_block = tokens_per_block
         self.enable_block_reuse = enable_block_reuse
-        self.adopt: Callable[[int, Block], bool] | None = None
+        self.adopt: Callable[[int, Content], bool] | None = None
         self._grain = max(reuse_multiple, 1 if enable_partial_reuse else tokens_per_block)
         self._blocks = [Block() for _ in range(num_blocks)]
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
@@ -218,7 +234,7 @@ class BlockManager:
         block.ref_count += 1
         return index
 
-    def publish(self, index: int, content: Block) -> None:
+    def publish(self, index: int, content: Content) -> None:
         """Let others find a block that has been given a full block's content."""
         if content.key not in self._by_key:
             self._blocks[index].key = content.key
@@ -234,7 +250,7 @@ class BlockManager:
         for i in range(table.num_registered, len(tokens) // size):
             # A twin computed in the same step may have come first; its block serves, ours stays unnamed.
             own = np.asarray(tokens[i * size : (i + 1) * size], dtype=np.int32)
-            self.publish(table.blocks[i], Block(key=table.keys[i], parent=self._parent(table, i), tokens=own))
+            self.publish(table.blocks[i], Content(table.keys[i], self._parent(table, i), own))
             table.num_registered = i + 1
 
     def register_tail(self, table: BlockTable, tokens: Sequence[int]) -> None:
@@ -269,7 +285,7 @@ class BlockManager:
         block = self._blocks[index]
         if block.ref_count < 1:
             raise RuntimeError(f"block {index} is given back and has no owner")
-        if block.ref_count == 1 and block.key is not None and self.adopt is not None and self.adopt(index, block):
+        if block.ref_count == 1 and self._adopted(index, block):
             return
         block.ref_count -= 1
         if block.ref_count == 0:
@@ -318,7 +334,12 @@ class BlockManager:
                     best = (index, rows)
         return best
 
-    def _continue(self, index: int, parent: bytes, tokens: Sequence[int]) -> None:
+    def _adopted(self, index: int, block: Block) -> bool:
+        if block.key is None or block.parent is None or self.adopt is None:
+            return False
+        return self.adopt(index, Content(block.key, block.parent, block.tokens))
+
+    def _continue(self, index: int, parent: bytes, tokens: Sequence[int] | np.ndarray) -> None:
         block = self._blocks[index]
         block.parent, block.tokens = parent, np.asarray(tokens, dtype=np.int32)
         self._continuations.setdefault(parent, {})[index] = None

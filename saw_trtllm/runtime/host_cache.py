@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from saw_trtllm.runtime.block_manager import Block, BlockManager, BlockTable
+from saw_trtllm.runtime.block_manager import BlockManager, BlockTable, Content
 
 
 class PendingTransfer(Protocol):
@@ -54,7 +54,7 @@ class _Move:
     """A copy under way, what finds the block, and whom it is loaded for: a table's ``fetched``."""
 
     copy: BlockCopy
-    content: Block
+    content: Content
     owner: list[int] = field(default_factory=list)
     table: BlockTable | None = None
 
@@ -87,7 +87,7 @@ class HostCache:
         self.num_stored = self.num_loaded = 0
         self._blocks = blocks
         self._transfer = transfer
-        self._held: OrderedDict[bytes, tuple[int, Block]] = OrderedDict()  # slot and content by key
+        self._held: OrderedDict[bytes, tuple[int, Content]] = OrderedDict()  # slot and content by key
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots))
         self._stores: dict[bytes, _Move] = {}  # not yet done
@@ -168,7 +168,7 @@ class HostCache:
             for move in batch.loads:
                 del self._loads[move.content.key]
                 self._blocks.publish(move.copy.block, move.content)
-                if move.table.fetched is move.owner:
+                if move.table is not None and move.table.fetched is move.owner:
                     move.owner.append(move.copy.block)
                 else:
                     self._blocks.release(move.copy.block)
@@ -184,7 +184,7 @@ class HostCache:
         self.poll()
         return True
 
-    def _adopt(self, index: int, content: Block) -> bool:
+    def _adopt(self, index: int, content: Content) -> bool:
         """Keep a block that its last sequence lets go of, until it is copied."""
         key = content.key
         if key in self._held:
@@ -192,7 +192,7 @@ class HostCache:
             return False
         if key in self._stores or (slot := self._take_slot()) is None:
             return False
-        self._stores[key] = _Move(BlockCopy(index, slot), Block(0, key, content.parent, content.tokens))
+        self._stores[key] = _Move(BlockCopy(index, slot), content)
         self._to_begin[0].append(self._stores[key])
         return True
 

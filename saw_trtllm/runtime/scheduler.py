@@ -325,6 +325,8 @@ class Scheduler:
 
     def _fetch(self) -> None:
         """Ask the host for blocks of those who wait, as far as free blocks reach beside those who run."""
+        if self.host is None:
+            return
         spare = self.blocks.num_free - len(self.running)
         for sequence in islice(self.waiting, NUM_FETCHED_AHEAD):
             table = sequence.table

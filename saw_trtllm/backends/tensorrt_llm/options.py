@@ -95,13 +95,14 @@ class SwapOptions:
     @classmethod
     def of_plan(cls, plan: BuildPlan) -> SwapOptions:
         """Of a model that gets its weights from ``plan.weights``."""
-        framed = plan.config.saw_int4.k_frame
+        calibration = plan.calibration
+        frames = calibration if plan.config.saw_int4.k_frame else None
         return cls(
             plan.config.kv_format,
             v_folded=True,
-            k_center=None if plan.calibration is None else plan.calibration.k_center,
-            k_frame=plan.calibration.k_frame if framed else None,
-            q_frame=plan.calibration.q_frame if framed else None,
+            k_center=calibration.k_center if calibration else None,
+            k_frame=frames.k_frame if frames else None,
+            q_frame=frames.q_frame if frames else None,
             windows=plan.config.pretrained_config.sliding_window,
         )
 
