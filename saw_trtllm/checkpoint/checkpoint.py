@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from saw_trtllm.checkpoint import huggingface, tensorrt_llm
-from saw_trtllm.checkpoint.layout import EMBEDDING, LM_HEAD, expected_shapes, layer_prefix, unshard
+from saw_trtllm.checkpoint.families import family_of
+from saw_trtllm.checkpoint.layout import EMBEDDING, LM_HEAD, expected_shapes, is_norm, layer_prefix, unshard
 from saw_trtllm.checkpoint.reader import NUMPY_DTYPES, StoredTensor, is_finite
 from saw_trtllm.errors import CheckpointError, ConfigError
 from saw_trtllm.model.config import ModelConfig
@@ -35,6 +36,7 @@ class Checkpoint:
         self._shapes = expected_shapes(config)
         self._parts = parts
         self._sharded = sharded
+        self._norm_offset = np.float32(0 if sharded else family_of(config).norm_offset)
 
     @classmethod
     def open_given(cls, checkpoint_dir: Path | None, model_dir: Path | None) -> Checkpoint:
@@ -96,14 +98,20 @@ class Checkpoint:
         """Weights of the model; a tied ``lm_head`` counts once."""
         return sum(int(np.prod(self._shapes[name])) for name in self._unique_names())
 
+    def keeps_float32(self, name: str) -> bool:
+        """Whether a tensor is float32 whatever it is stored in, and no engine should round it."""
+        return bool(self._norm_offset) and is_norm(name)
+
     def load(self, name: str) -> np.ndarray:
-        """Read a whole tensor, in the dtype that it is stored in."""
+        """Read a whole tensor, in the dtype that it is stored in or, where it is :meth:`keeps_float32`, in float32."""
         if name not in self._shapes:
             raise CheckpointError(f"{self.folder} has no tensor {name!r}: use one of names()")
         parts = [part.load() for part in self._stored(name)]
         if self._sharded:
             return unshard(self._stored_name(name), parts, self.config)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        array = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        # Added in fp32, as transformers does: 1 + w in bfloat16 would lose most of w.
+        return array.astype(np.float32) + self._norm_offset if self.keeps_float32(name) else array
 
     def load_finite(self, name: str) -> np.ndarray:
         """Read a whole tensor, and reject one that holds NaN or infinity."""

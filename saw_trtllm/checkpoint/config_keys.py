@@ -50,9 +50,11 @@ COMMON = (
     KeyRule(
         "rejected",
         "another model's scores and logits",
-        ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling", "attention_multiplier"),
+        ("logit_scale", "logits_scaling", "attention_multiplier"),
         unless=(*OFF, 1),
     ),
+    KeyRule("rejected", "a Gemma's scores", ("attn_logit_softcapping",), (*OFF, 1)),
+    KeyRule("rejected", "a Gemma's logits", ("final_logit_softcapping",), (*OFF, 1)),
     KeyRule(
         "rejected",
         "another model's embedding and residuals",
@@ -140,7 +142,8 @@ def markdown_table() -> str:
     own = dict.fromkeys(r for family in FAMILIES for r in family.keys)
     for r in sorted((*COMMON, *own), key=lambda r: get_args(Treatment).index(r.treatment)):
         keys = ", ".join(f"`{key}`" for key in r.keys)
-        families = "all" if r in COMMON else ", ".join(f.name for f in FAMILIES if r in f.keys)
+        named = [f.name for f in FAMILIES if r in f.keys or (r in COMMON and r.keys[0] not in _OWN[f.name])]
+        families = "all" if len(named) == len(FAMILIES) else ", ".join(named)
         values = ", ".join(f"`{v!r}`" for v in r.unless)
         lines.append(f"| {keys} | {r.treatment}{f' unless {values}' if values else ''} | {families} | {r.note} |")
     return "\n".join(lines) + "\n"

@@ -6,6 +6,7 @@ inner features and of the (padded) vocabulary; embedding and norms are whole on 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,6 +26,7 @@ _SPLIT_DIMS = {
     LM_HEAD: 0,
 }
 _QKV = ("attention.qkv.weight", "attention.qkv.bias")
+_NORM = re.compile(r"(layernorm|ln_f)\.weight$")
 
 
 def layer_prefix(layer: int) -> str:
@@ -53,7 +55,15 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.gate.weight": (inner, hidden),
         "mlp.proj.weight": (hidden, inner),
     }
+    if config.inter_layernorms:
+        shapes["pre_feedforward_layernorm.weight"] = (hidden,)
+        shapes["post_feedforward_layernorm.weight"] = (hidden,)
     return shapes
+
+
+def is_norm(name: str) -> bool:
+    """Whether a tensor is the weight of a norm."""
+    return _NORM.search(name) is not None
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

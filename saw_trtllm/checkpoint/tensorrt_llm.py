@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from saw_trtllm.checkpoint.families import family_of, find_family
+from saw_trtllm.checkpoint.families import Family, family_of, find_family
 from saw_trtllm.checkpoint.layout import EMBEDDING, LM_HEAD, check_tp_size, expected_shapes, shard_shape
 from saw_trtllm.checkpoint.reader import StoredTensor, check_dtypes, open_file, reject_quantized, reject_unknown
 from saw_trtllm.checkpoint.rope_scaling import normalize_scaling
@@ -21,7 +21,6 @@ _SUPPORTED_VALUES = {
     "embedding_multiplier": 1.0,
     "fc_after_embed": False,
     "has_partial_lora_mask": False,
-    "hidden_act": "silu",
     "is_pruned": False,
     "layer_idx_offset": 0,
     "mlp_bias": False,
@@ -34,6 +33,11 @@ _SUPPORTED_VALUES = {
     "use_last_layernorm": True,
     "use_logn_attn": False,
 }
+#: A config that has them, be it as null, is a Gemma's to TensorRT-LLM.
+_ONLY_IF_SET = (
+    *("inter_layernorms", "scale_embedding", "query_pre_attn_scalar", "rope_local_base_freq"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+)
 #: Constants that TensorRT-LLM computes anew, and what is read from another place.
 _HARMLESS = re.compile(r"(rotary_inv_freq|embed_positions|embed_positions_for_gpt_attention)$|^lm_head\.weight$")
 #: What TensorRT-LLM takes where scaling leaves something out, as a checkpoint from Meta's format does.
@@ -99,7 +103,7 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     """Check a TensorRT-LLM ``config.json`` and bring it to this project's spelling; ``path`` is for the messages."""
     fields = dict(raw)
     family = find_family(_architecture(raw), path)
-    _refuse_unsupported(raw, path)
+    _refuse_unsupported(raw, family, path)
     for key in family.trtllm_rejects:
         if raw.get(key):
             raise CheckpointError(
@@ -109,6 +113,7 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     scaling = {**_SCALING_DEFAULTS.get(str(scaling.get("type", scaling.get("rope_type"))), {}), **scaling}
     fields["architecture"] = family.architecture
     fields["rotary_scaling"] = normalize_scaling(scaling, path)
+    fields |= {**family.fixed, **family.trtllm_fields(raw, path)}
     fields["attn_bias"] = raw.get("attn_bias", family.fixed.get("attn_bias", False))
     # TensorRT-LLM goes by qwen_type here and leaves the key false.
     fields["qk_layernorm"] = family.fixed.get("qk_layernorm", False)
@@ -137,7 +142,8 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
 def write_config(config: ModelConfig, dtype: str, tp_size: int) -> dict[str, Any]:
     """Describe a checkpoint of ``tp_size`` ranks in what TensorRT-LLM 1.2 reads for this family."""
     extra = config.model_extra or {}
-    written = config.model_dump() | {
+    unset = {key for key in _ONLY_IF_SET if not getattr(config, key)}
+    written = config.model_dump(exclude=unset) | {
         "dtype": dtype,
         "logits_dtype": extra.get("logits_dtype", "float32"),
         "mapping": Mapping(world_size=tp_size, tp_size=tp_size).model_dump(),
@@ -145,7 +151,7 @@ def write_config(config: ModelConfig, dtype: str, tp_size: int) -> dict[str, Any
         "tie_word_embeddings": config.share_embedding_table,
         "use_parallel_embedding": False,
     }
-    return written | {key: extra.get(key, value) for key, value in family_of(config).trtllm_writes.items()}
+    return written | {key: extra.get(key, value) for key, value in family_of(config).trtllm_writes(config).items()}
 
 
 def _architecture(raw: dict[str, Any]) -> str:
@@ -156,7 +162,7 @@ def _architecture(raw: dict[str, Any]) -> str:
     return name
 
 
-def _refuse_unsupported(raw: dict[str, Any], path: Path) -> None:
+def _refuse_unsupported(raw: dict[str, Any], family: Family, path: Path) -> None:
     quantization = _section(raw, "quantization", path)
     for key in ("quant_algo", "kv_cache_quant_algo"):
         if quantization.get(key):
@@ -165,7 +171,7 @@ def _refuse_unsupported(raw: dict[str, Any], path: Path) -> None:
             )
     if _section(raw, "moe", path).get("num_experts"):
         raise CheckpointError(f"{path} is of a mixture of experts, which is not supported: use a dense model")
-    for key, value in _SUPPORTED_VALUES.items():
+    for key, value in (_SUPPORTED_VALUES | {"hidden_act": family.fixed.get("hidden_act", "silu")}).items():
         if raw.get(key, value) != value:
             raise CheckpointError(f"{path} sets {key} to {raw[key]!r}, but only {value!r} is supported")
     if raw.get("use_parallel_embedding") and raw.get("embedding_sharding_dim", 0) not in (0, 1):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
+import ml_dtypes
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from saw_trtllm.errors import first_error
@@ -95,7 +98,8 @@ class ModelConfig(BaseModel):
     head_size: _Size
     intermediate_size: _Size
     vocab_size: _Size
-    hidden_act: str = "silu"
+    #: Of the gated MLP.
+    hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
     norm_epsilon: float = Field(1e-5, gt=0, lt=1)
     position_embedding_type: Literal["rope_gpt_neox"] = "rope_gpt_neox"
     max_position_embeddings: int = Field(gt=0, le=MAX_POSITIONS)
@@ -106,6 +110,17 @@ class ModelConfig(BaseModel):
     attn_bias: bool = False
     #: RMSNorm over each head of Q and K before RoPE (Qwen3).
     qk_layernorm: bool = False
+    #: RMSNorm of what attention, and of what the MLP, adds to the residual stream, as well as before them (Gemma 2, 3).
+    inter_layernorms: bool = False
+    #: The embedding is multiplied by sqrt(hidden_size), rounded to the model's dtype (Gemma).
+    scale_embedding: bool = False
+    #: Scores are q·k over the square root of it; None is head_size.
+    query_pre_attn_scalar: _Number | None = None
+    #: Scores, and logits, become ``cap · tanh(x / cap)`` (Gemma 2).
+    attn_logit_softcapping: _Number | None = None
+    final_logit_softcapping: _Number | None = None
+    #: Base of the RoPE, without scaling, of the layers that have a window; None is ``rotary_base`` (Gemma 3).
+    rope_local_base_freq: float | None = Field(None, gt=1, lt=1e30)
     #: Tokens that each layer sees, counting the current one; None is all of them.
     sliding_window: list[int | None] | None = None
     share_embedding_table: bool = False
@@ -149,9 +164,25 @@ class ModelConfig(BaseModel):
         original = scaling.get("original_max_position_embeddings") or self.max_position_embeddings
         return max(self.max_position_embeddings, min(int(scaling["factor"] * original), MAX_POSITIONS))
 
+    @property
+    def softmax_scale(self) -> float:
+        """Factor on q·k."""
+        return 1 / math.sqrt(self.query_pre_attn_scalar or self.head_size)
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor on the embedding, rounded as transformers' classes round it: to float32, then to the model's dtype."""
+        if not self.scale_embedding:
+            return 1.0
+        return float(np.float32(self.hidden_size**0.5).astype(np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))))
+
     def window(self, layer: int) -> int | None:
         """Tokens that ``layer`` sees, or None for all."""
         return self.sliding_window[layer] if self.sliding_window is not None else None
+
+    def has_local_rope(self, layer: int) -> bool:
+        """Whether ``layer`` turns by ``rope_local_base_freq``."""
+        return self.rope_local_base_freq is not None and self.window(layer) is not None
 
 
 def _validate(model: type[BaseModel], values: dict[str, Any]) -> None:

@@ -17,8 +17,14 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _ROWS_AT_ONCE = 1 << 14
 
 
-def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+def inverse_frequencies(config: ModelConfig, local: bool = False) -> tuple[np.ndarray, float]:
     """Frequencies of the rotation of each pair, with the scaling applied.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    local : bool
+        Of the layers with :meth:`ModelConfig.has_local_rope`, which have no scaling.
 
     Returns
     -------
@@ -26,9 +32,9 @@ def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
         float64 ``[head_size / 2]`` in radians per position, and the factor on cos and sin.
     """
     dim = config.head_size
-    base = config.rotary_base
+    base = config.rope_local_base_freq if local and config.rope_local_base_freq is not None else config.rotary_base
     inv_freq = base ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
-    scaling = config.rotary_scaling or {}
+    scaling = {} if local else config.rotary_scaling or {}
     rope_type = scaling.get("rope_type", "default")
     if rope_type == "default":
         return inv_freq, 1.0
@@ -78,7 +84,7 @@ def _yarn(inv_freq: np.ndarray, scaling: dict, dim: int, base: float, max_positi
     return inv_freq * (1 - ramp) + inv_freq / factor * ramp, attention_factor
 
 
-def rotary_cos_sin(config: ModelConfig, num_positions: int) -> np.ndarray:
+def rotary_cos_sin(config: ModelConfig, num_positions: int, local: bool = False) -> np.ndarray:
     """The table that the engine looks positions up in.
 
     Parameters
@@ -87,13 +93,15 @@ def rotary_cos_sin(config: ModelConfig, num_positions: int) -> np.ndarray:
         Gives head size, base and scaling.
     num_positions : int
         Positions 0 .. num_positions - 1.
+    local : bool
+        As of :func:`inverse_frequencies`.
 
     Returns
     -------
     numpy.ndarray
         float32 ``[num_positions, head_size / 2, 2]``, the last axis (cos, sin), the scaling's factor in both.
     """
-    inv_freq, factor = inverse_frequencies(config)
+    inv_freq, factor = inverse_frequencies(config, local)
     table = np.empty((num_positions, len(inv_freq), 2), np.float32)
     for start in range(0, num_positions, _ROWS_AT_ONCE):  # so that fp64 takes no memory worth naming
         rows = table[start : start + _ROWS_AT_ONCE]
@@ -103,5 +111,5 @@ def rotary_cos_sin(config: ModelConfig, num_positions: int) -> np.ndarray:
 
 
 def table_bytes(config: ModelConfig, num_positions: int) -> int:
-    """Size of :func:`rotary_cos_sin`'s table."""
-    return num_positions * config.head_size * 4
+    """Size of :func:`rotary_cos_sin`'s table, or of both where layers have one of their own."""
+    return num_positions * config.head_size * 4 * (1 if config.rope_local_base_freq is None else 2)

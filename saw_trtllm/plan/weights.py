@@ -53,6 +53,11 @@ class EngineWeights:
         return {} if self.calibration is None else self.calibration.tensors(self.config.framed_layers)
 
     @property
+    def float32_tensors(self) -> set[str]:
+        """Tensors of the engine that are float32 whatever its dtype."""
+        return self.constants.keys() | {name for name in self.checkpoint.names() if self.checkpoint.keeps_float32(name)}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensors in the engine's dtype."""
         return self.checkpoint.nbytes(self.config.pretrained_config.dtype)
@@ -75,7 +80,8 @@ class EngineWeights:
             tensor = fold_v_frame(name, tensor, model, self.calibration.v_frame[layer])
         elif layer is not None:
             tensor = fold_v_rotation(name, tensor, model, self.config.layer_format(layer))
-        return cast(tensor, model.dtype, self.checkpoint.where(name))
+        dtype = "float32" if self.checkpoint.keeps_float32(name) else model.dtype
+        return cast(tensor, dtype, self.checkpoint.where(name))
 
     @contextmanager
     def reading_ahead(

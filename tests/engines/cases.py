@@ -105,7 +105,7 @@ STEP_CASES = [
     Case("llama", 64, "saw_int4", (("kv_skip_layers", "last"), ("framed", True))),
     Case("qwen3", 128, "saw_int4", (("framed", True), *_BF16)),
     Case("llama", 128, "saw_int4", (("gemm_plugin", "disable"),)),
-    *(Case(f, d, kv, _BF16) for f, d, kv in zip(FAMILIES, (128, 64, 256, 128), KVS + KVS, strict=False)),
+    *(Case(f, d, kv, _BF16) for f, d, kv in zip(FAMILIES, (128, 64, 256, 128, 64, 256), KVS + KVS, strict=True)),
     Case("llama", 64, "saw_int4", (*_BF16, ("gemm_plugin", "disable"))),
 ]
 _SERVED = (("max_batch_size", 64), ("max_num_tokens", 4096), ("max_seq_len", 1024), ("gather_all_token_logits", True))

@@ -6,7 +6,6 @@ python -m tests.engines.reference FOLDER NAME...      writes FOLDER/NAME/referen
 from __future__ import annotations
 
 import sys
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +13,10 @@ from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from saw_trtllm.backends.reference import model as reference_model
 from saw_trtllm.backends.reference.cache import PagedCache
 from saw_trtllm.backends.reference.int4 import TORCH_DTYPES
-from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs
+from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs, rms_norm
 from saw_trtllm.plan.plan import BuildPlan
 from tests.engines.cases import (
     NUM_BLOCKS,
@@ -92,12 +89,9 @@ def rounded(dtype: torch.dtype) -> Iterator[None]:
     def halved(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return lambda *args, **kwargs: function(*args, **kwargs).to(dtype).float()
 
-    functional = types.SimpleNamespace(linear=halved(F.linear), embedding=F.embedding, pad=F.pad)
-    with (
-        mock.patch.object(reference_model, "F", functional),
-        mock.patch.object(reference_model, "rms_norm", halved(reference_model.rms_norm)),
-        mock.patch.object(reference_model, "silu", halved(reference_model.silu)),
-    ):
+    activations = {name: halved(function) for name, function in ReferenceModel._activations.items()}
+    norm = staticmethod(halved(rms_norm))
+    with mock.patch.multiple(ReferenceModel, _activations=activations, _rms_norm=norm):
         yield
 
 

@@ -34,6 +34,12 @@ _COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+#: Small enough that scores and logits of order 1 feel them.
+_SOFTCAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+_TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 20000.0, "factor": 2.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+}
 _FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
     "llama3": (
@@ -44,6 +50,16 @@ _FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {"sliding_window": 12}),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {"rope_parameters": {"rope_theta": 1e6}}),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"tie_word_embeddings": True}),
+    "gemma2": (
+        transformers.Gemma2Config,
+        transformers.Gemma2ForCausalLM,
+        {"tie_word_embeddings": True, "sliding_window": 12, "query_pre_attn_scalar": 100, **_SOFTCAPS},
+    ),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        transformers.Gemma3ForCausalLM,
+        {"tie_word_embeddings": True, "sliding_window": 12, "sliding_window_pattern": 2, "rope_parameters": _TWO_ROPES},
+    ),
 }
 FAMILIES = tuple(_FAMILIES)
 
@@ -64,7 +80,8 @@ def make_hf_model(
         Where the folder goes.
     family : str
         One of :data:`FAMILIES`: llama, llama3 (scaled RoPE, head_dim 128), mistral (sliding window), qwen2 (QKV bias),
-        qwen3 (q/k norm, tied embeddings). All have grouped queries and head_dim apart from hidden_size / heads.
+        qwen3 (q/k norm, tied embeddings), gemma2 (1 + w norms, softcaps, windows), gemma3 (two
+        RoPEs and q/k norms in place of softcaps). All have grouped queries and head_dim apart from hidden_size / heads.
     dtype : torch.dtype
         Of the saved weights and the model.
     max_shard_size : str
@@ -88,7 +105,7 @@ def make_hf_model(
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             if "norm" in name:
-                p.copy_(1 + 0.1 * noise)
+                p.copy_((family[:5] != "gemma") + 0.1 * noise)
             elif p.ndim == 1:
                 p.copy_(0.3 * noise)
             else:

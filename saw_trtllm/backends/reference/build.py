@@ -28,7 +28,7 @@ def build_engine(plan: BuildPlan, progress: Callable[[str], None] | None = None)
         path = part / engine_file()
         weights = plan.weights
         shapes, dtype = weights.shapes, plan.config.pretrained_config.dtype
-        with SafetensorsWriter(path, shapes, dtype, weights.constants) as writer:
+        with SafetensorsWriter(path, shapes, dtype, weights.float32_tensors) as writer:
             for name in shapes:
                 writer.write(name, weights.load(name))
                 if progress is not None:

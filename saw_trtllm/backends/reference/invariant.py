@@ -136,6 +136,11 @@ def silu(x: torch.Tensor) -> torch.Tensor:
     return x / (1 + exp(-x))
 
 
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """``x · Φ(x)`` by its approximation with tanh (Hendrycks and Gimpel, arXiv 1606.08415)."""
+    return 0.5 * x * (1 + tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
+
+
 def tanh(x: torch.Tensor) -> torch.Tensor:
     """Within a few roundings of 1, not of the result, of which a small one has fewer digits."""
     return 1 - 2 / (exp(2 * x) + 1)

@@ -1,8 +1,9 @@
-"""The decoder of the Llama family in plain PyTorch: what an engine computes, step by step."""
+"""The decoder of all families in plain PyTorch: what an engine computes, step by step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from saw_trtllm.backends.reference.attention import paged_attention, rotate_quantize_kv
 from saw_trtllm.backends.reference.cache import PagedCache, StepPlan
 from saw_trtllm.backends.reference.int4 import TORCH_DTYPES
-from saw_trtllm.backends.reference.invariant import aligned, linear, row_sum, silu
+from saw_trtllm.backends.reference.invariant import aligned, gelu, linear, row_sum, silu, tanh
 from saw_trtllm.checkpoint import expected_shapes
 from saw_trtllm.engine.config import EngineConfig, k_center_name, k_frame_name, q_frame_name
 from saw_trtllm.engine.step import StepInputs
@@ -30,6 +31,10 @@ def to_torch(x: np.ndarray) -> torch.Tensor:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """``x / rms(x) · weight`` over the last axis."""
     return x / torch.sqrt(row_sum(x.square()) / x.shape[-1] + eps) * weight
+
+
+#: What attends: a layer's number, its weights, and its normalized input ``[..., hidden_size]``, to the same.
+Attend = Callable[[int, dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
 
 
 def calibrated_inputs(config: EngineConfig, load: Callable[[str], np.ndarray]) -> dict[str, Any]:
@@ -68,6 +73,8 @@ def calibrated_inputs(config: EngineConfig, load: Callable[[str], np.ndarray]) -
 class ReferenceModel:
     """Computes in fp32 from the engine's weights; Q, K and V are rounded to the engine's dtype as its tensors are.
 
+    Its rows do not depend on what is beside them. A subclass may take other functions for the same.
+
     Parameters
     ----------
     config : ModelConfig
@@ -88,6 +95,12 @@ class ReferenceModel:
         If a tensor has another shape than ``config`` gives it.
     """
 
+    _linear: Callable[..., torch.Tensor] = staticmethod(linear)
+    _rms_norm: Callable[..., torch.Tensor] = staticmethod(rms_norm)
+    _activations: Mapping[str, Callable[..., torch.Tensor]] = MappingProxyType(
+        {"silu": silu, "gelu_pytorch_tanh": gelu}
+    )
+
     def __init__(
         self,
         config: ModelConfig,
@@ -102,7 +115,8 @@ class ReferenceModel:
         self._k_center = k_center
         self._frames = frames or {}
         self._shapes = expected_shapes(config)
-        self._cos_sin = torch.from_numpy(rotary_cos_sin(config, max_seq_len))
+        tables = {config.has_local_rope(i) for i in range(config.num_hidden_layers)}
+        self._rope = {local: torch.from_numpy(rotary_cos_sin(config, max_seq_len, local)) for local in tables}
         self._embedding = self._tensor("transformer.vocab_embedding.weight")
         self._layers = [self._layer(i) for i in range(config.num_hidden_layers)]
         self._ln_f = self._tensor("transformer.ln_f.weight")
@@ -136,33 +150,68 @@ class ReferenceModel:
             fp32 ``[B, vocab_size]``, or ``[num_tokens, vocab_size]``.
         """
         plan = StepPlan.make(step, cache.pools[0])
-        x = F.embedding(torch.from_numpy(step.input_ids).long(), self._embedding)
-        eps = self.config.norm_epsilon
-        for i, w in enumerate(self._layers):
-            x = x + self._attention(i, w, rms_norm(x, w["input_layernorm.weight"], eps), plan, cache)
-            h = rms_norm(x, w["post_layernorm.weight"], eps)
-            h = silu(linear(h, w["mlp.fc.weight"])) * linear(h, w["mlp.gate.weight"])
-            x = x + linear(h, w["mlp.proj.weight"])
+        x = self._decode(torch.from_numpy(step.input_ids).long(), lambda i, w, x: self._attention(i, w, x, plan, cache))
         if not all_logits:
             x = x[torch.from_numpy(step.last_token_ids).long() - 1]
-        return linear(rms_norm(x, self._ln_f, eps), self._lm_head)
+        return self._logits(self._norm(x, self._ln_f))
+
+    def _decode(self, ids: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Token ids ``[...]`` to the residual stream behind the last layer, fp32 ``[..., hidden_size]``."""
+        x = F.embedding(ids, self._embedding) * self.config.embedding_scale
+        for i, w in enumerate(self._layers):
+            added = attend(i, w, self._norm(x, w["input_layernorm.weight"]))
+            if self.config.inter_layernorms:
+                x = x + self._norm(added, w["post_layernorm.weight"])
+                added = self._mlp(w, self._norm(x, w["pre_feedforward_layernorm.weight"]))
+                x = x + self._norm(added, w["post_feedforward_layernorm.weight"])
+            else:
+                x = x + added
+                x = x + self._mlp(w, self._norm(x, w["post_layernorm.weight"]))
+        return x
+
+    def _mlp(self, w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        activation = self._activations[self.config.hidden_act]
+        h = activation(self._linear(x, w["mlp.fc.weight"])) * self._linear(x, w["mlp.gate.weight"])
+        return self._linear(h, w["mlp.proj.weight"])
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self._rms_norm(x, weight, self.config.norm_epsilon)
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        logits, cap = self._linear(x, self._lm_head), self.config.final_logit_softcapping
+        return logits if cap is None else cap * tanh(logits / cap)
+
+    def _qkv(self, w: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Q, K and V before RoPE, ``[..., heads, head_dim]`` in the engine's dtype."""
+        c = self.config
+        heads = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]
+        qkv = self._linear(x, w["attention.qkv.weight"], w.get("attention.qkv.bias"))
+        q, k, v = qkv.unflatten(-1, (-1, c.head_size)).split(heads, dim=-2)
+        if c.qk_layernorm:
+            q = self._norm(q, w["attention.q_layernorm.weight"])
+            k = self._norm(k, w["attention.k_layernorm.weight"])
+        return tuple(t.to(self.dtype) for t in (q, k, v))
 
     def _attention(
         self, layer: int, w: dict[str, torch.Tensor], x: torch.Tensor, plan: StepPlan, cache: PagedCache
     ) -> torch.Tensor:
         c = self.config
-        heads = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]
-        qkv = linear(x, w["attention.qkv.weight"], w.get("attention.qkv.bias"))
-        q, k, v = qkv.unflatten(-1, (-1, c.head_size)).split(heads, dim=1)
-        if c.qk_layernorm:
-            q = rms_norm(q, w["attention.q_layernorm.weight"], c.norm_epsilon)
-            k = rms_norm(k, w["attention.k_layernorm.weight"], c.norm_epsilon)
-        q, k, v = (t.to(self.dtype) for t in (q, k, v))
+        q, k, v = self._qkv(w, x)
         pool, index = cache.place(layer)
         center = None if self._k_center is None else self._k_center[layer]
         k_frame, q_frame = self._frames.get(layer, (None, None))
         q, k, v = rotate_quantize_kv(
-            q, k, v, self._cos_sin, pool, index, plan, k_center=center, k_frame=k_frame, q_frame=q_frame
+            q,
+            k,
+            v,
+            self._rope[c.has_local_rope(layer)],
+            pool,
+            index,
+            plan,
+            k_center=center,
+            k_frame=k_frame,
+            q_frame=q_frame,
         )
-        out = paged_attention(q, k, v, pool, index, plan, window=c.window(layer))
-        return linear(out.flatten(1).float(), w["attention.dense.weight"])
+        window, softcap = c.window(layer), c.attn_logit_softcapping
+        out = paged_attention(q, k, v, pool, index, plan, softmax_scale=c.softmax_scale, window=window, softcap=softcap)
+        return self._linear(out.flatten(1).float(), w["attention.dense.weight"])

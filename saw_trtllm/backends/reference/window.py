@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -78,6 +80,11 @@ class History:
         return *exact, *read
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x / rms(x) · weight`` over the last axis, with PyTorch's own sum: what is beside a row may show in its bits."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
 class WindowModel(ReferenceModel):
     """The reference model's weights and layers, run over whole windows, on any device of PyTorch.
 
@@ -91,6 +98,10 @@ class WindowModel(ReferenceModel):
     device : str or torch.device
     """
 
+    _linear = staticmethod(F.linear)
+    _rms_norm = staticmethod(rms_norm)
+    _activations = MappingProxyType({"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")})
+
     def __init__(
         self,
         config: ModelConfig,
@@ -100,7 +111,7 @@ class WindowModel(ReferenceModel):
     ) -> None:
         self.device = torch.device(device)
         super().__init__(config, load, max_seq_len)
-        self._cos_sin = self._cos_sin.to(self.device)
+        self._rope = {local: table.to(self.device) for local, table in self._rope.items()}
         self.exact = Exact(config.dtype)
         # glibc gives freed blocks of a layer's size back to the system and faults them in anew, which takes as long as
         # the products; it keeps those up to the largest that was freed, and takes one of 31 MiB into account at most.
@@ -145,19 +156,14 @@ class WindowModel(ReferenceModel):
             fp32 ``[B, T, hidden_size]``, after the final norm.
         """
         history = history or History(quantizer or self.exact, self.config.num_hidden_layers)
-        eps, start = self.config.norm_epsilon, history.length
-        x = F.embedding(ids.to(self.device), self._embedding)
-        for i, w in enumerate(self._layers):
-            x = x + self._attend(i, w, rms_norm(x, w["input_layernorm.weight"], eps), start, observe, history)
-            h = rms_norm(x, w["post_layernorm.weight"], eps)
-            h = F.silu(F.linear(h, w["mlp.fc.weight"])) * F.linear(h, w["mlp.gate.weight"])
-            x = x + F.linear(h, w["mlp.proj.weight"])
-        return rms_norm(x, self._ln_f, eps)
+        start = history.length
+        x = self._decode(ids.to(self.device), lambda i, w, x: self._attend(i, w, x, start, observe, history))
+        return self._norm(x, self._ln_f)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 ``[..., vocab_size]`` of what :meth:`hidden` gave."""
-        return F.linear(hidden.to(self.device), self._lm_head)
+        return self._logits(hidden.to(self.device))
 
     def _attend(
         self,
@@ -169,15 +175,9 @@ class WindowModel(ReferenceModel):
         history: History,
     ) -> torch.Tensor:
         c = self.config
-        heads = [c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads]
-        qkv = F.linear(x, w["attention.qkv.weight"], w.get("attention.qkv.bias"))
-        q, k, v = qkv.unflatten(-1, (-1, c.head_size)).split(heads, dim=-2)
-        if c.qk_layernorm:
-            q = rms_norm(q, w["attention.q_layernorm.weight"], c.norm_epsilon)
-            k = rms_norm(k, w["attention.k_layernorm.weight"], c.norm_epsilon)
         # Rounded where an engine's tensors are: as projected, and Q once more when it has been turned.
-        q, k, v = (t.to(self.dtype).float() for t in (q, k, v))
-        angles = self._cos_sin[start : start + x.shape[1]].repeat(len(x), 1, 1)
+        q, k, v = (t.float() for t in self._qkv(w, x))
+        angles = self._rope[c.has_local_rope(layer)][start : start + x.shape[1]].repeat(len(x), 1, 1)
         q, k = (apply_rope(t.flatten(0, 1), angles).view_as(t) for t in (q, k))
         q = q.to(self.dtype).float()
         if observe is not None:
@@ -187,8 +187,10 @@ class WindowModel(ReferenceModel):
         lengths = torch.arange(start, start + x.shape[1], device=x.device) + 1
         first_exact = history.quantizer.first_exact(lengths)
         exact = None if first_exact is None else (k, v)
-        out = attention(q, k_read, v_read, c.window(layer), exact, first_exact)
-        return F.linear(out.flatten(2).to(self.dtype).float(), w["attention.dense.weight"])
+        out = attention(
+            q, k_read, v_read, c.window(layer), exact, first_exact, c.softmax_scale, c.attn_logit_softcapping
+        )
+        return self._linear(out.flatten(2).to(self.dtype).float(), w["attention.dense.weight"])
 
 
 def attention(
@@ -198,6 +200,8 @@ def attention(
     window: int | None = None,
     exact: tuple[torch.Tensor, torch.Tensor] | None = None,
     first_exact: torch.Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Causal attention of the last n tokens of each sequence to all of its tokens.
 
@@ -213,6 +217,10 @@ def attention(
         K and V that queries see in place of k and v from ``first_exact`` on.
     first_exact : torch.Tensor, optional
         int64 ``[n]``: a token index for each query.
+    scale : float, optional
+        Factor on q·k; 1/sqrt(head_dim) by default.
+    softcap : float, optional
+        Scores become ``softcap · tanh(score / softcap)``.
 
     Returns
     -------
@@ -234,15 +242,19 @@ def attention(
             is_exact = torch.arange(seen.start, seen.stop, device=q.device) >= first_exact[tile][:, None]
             visible = torch.cat([visible & ~is_exact, visible & is_exact], dim=1)
             keys, values = (torch.cat([a, e[:, :, seen]], dim=2) for a, e in zip((keys, values), exact, strict=True))
-        out[:, :, tile] = F.scaled_dot_product_attention(
-            q[:, :, tile], keys, values, attn_mask=visible, enable_gqa=True, scale=1 / math.sqrt(q.shape[-1])
-        )
+        out[:, :, tile] = _attend(q[:, :, tile], keys, values, visible, scale or 1 / math.sqrt(q.shape[-1]), softcap)
     return out.transpose(1, 2)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """``x / rms(x) · weight`` over the last axis, with PyTorch's own sum: what is beside a row may show in its bits."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True, scale=scale)
+    rows = q.unflatten(1, (k.shape[1], -1))
+    scores = softcap * torch.tanh(rows @ k.mT[:, :, None] * (scale / softcap))
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return (weights @ v[:, :, None]).flatten(1, 2)
 
 
 def first_visible(query: int, window: int | None) -> int:

@@ -45,6 +45,9 @@ def paged_attention(
         config.build_config.tokens_per_block,
         model.dtype,
         config.layer_format(layer),
-        window=model.window(layer) or 0,  # the scale is the default: what YaRN puts on it is in the cosines and sines
+        # What YaRN puts on the scale is in the cosines and sines.
+        softmax_scale=0.0 if model.query_pre_attn_scalar is None else model.softmax_scale,
+        softcap=model.attn_logit_softcapping or 0.0,
+        window=model.window(layer) or 0,
     )
     return add_attention(made, qkv, constants, inputs.__getitem__, graph.plugin)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from saw_trtllm.checkpoint.layout import FINAL_NORM
+from saw_trtllm.checkpoint.layout import is_norm
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.model.rope import rotary_cos_sin
 from saw_trtllm.ops import pack_frame
@@ -17,7 +17,10 @@ Load = Callable[[str], np.ndarray]
 #: Of a layer: the weights of the norms of Q and K, a row for each head.
 QK_LAYERNORM = "attention.qk_layernorm"
 
-_NORMS = ("input_layernorm.weight", "post_layernorm.weight", FINAL_NORM)
+
+def rope_table(local: bool) -> str:
+    """Name of the table of cosines and sines, or of that of the layers that have a RoPE of their own."""
+    return ROTARY_COS_SIN + "_local" * local
 
 
 class Constants:
@@ -35,12 +38,13 @@ class Constants:
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The constant of a name."""
-        if name == ROTARY_COS_SIN:
-            return rotary_cos_sin(self._model, self._config.build_config.max_seq_len)
+        for local in (False, True):
+            if name == rope_table(local):
+                return rotary_cos_sin(self._model, self._config.build_config.max_seq_len, local)
         if name.endswith(QK_LAYERNORM):
             return self._qk_layernorm(name.removesuffix("qk_layernorm"))
         array = self._load(name)
-        if name.endswith(_NORMS):
+        if is_norm(name):
             return array.astype(np.float32)[None]
         if name.endswith((K_FRAME, Q_FRAME)):
             return pack_frame(array)

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3: one decoder, whose configuration holds what differs.
+"""One decoder for all families, whose configuration holds what differs.
 
 All tokens of a step are packed into one dimension, prefills first. Weights come as :meth:`BuildPlan.load` gives them,
 V's rotation or frame folded in. :mod:`saw_trtllm.backends.reference.model` is the same in PyTorch.
@@ -11,7 +11,7 @@ from typing import cast
 import numpy as np
 
 from saw_trtllm.backends.tensorrt.attention import paged_attention
-from saw_trtllm.backends.tensorrt.constants import QK_LAYERNORM, Constants, Load
+from saw_trtllm.backends.tensorrt.constants import QK_LAYERNORM, Constants, Load, rope_table
 from saw_trtllm.backends.tensorrt.graph import Graph, Tensor
 from saw_trtllm.backends.tensorrt.profiles import step_inputs
 from saw_trtllm.checkpoint.layout import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix
@@ -46,18 +46,22 @@ class _Decoder:
         self.config = config
         self.model = config.pretrained_config
         self._constants = Constants(config, load)
+        self._layers = range(self.model.num_hidden_layers)
         self._inputs = {
             x.name: graph.input(x.name, x.dtype, [-1 if isinstance(d, str) else d for d in x.shape])
             for x in step_inputs(config, graph.tensorrt)
         }
-        self._cos_sin = self._constant(ROTARY_COS_SIN)
+        tables = {self.model.has_local_rope(i) for i in self._layers}
+        self._rope = {local: self._constant(rope_table(local)) for local in sorted(tables)}
 
     def define(self) -> None:
         """``input_ids [num_tokens]`` to ``logits [num_sequences, vocab_size]``, or of all tokens where asked for."""
         graph, embedding = self.graph, self._constant(EMBEDDING)
         x = graph.embedding(embedding, self._inputs[INPUT_IDS.name])
         added: Tensor | None = None
-        for i in range(self.model.num_hidden_layers):
+        if self.model.scale_embedding:
+            x = x * graph.scalar(self.model.embedding_scale, x)
+        for i in self._layers:
             with graph.scope(layer_prefix(i).removesuffix(".")):
                 x, added = self._layer(layer_prefix(i), i, x, added)
         x = x + cast(Tensor, added)
@@ -67,18 +71,29 @@ class _Decoder:
         _, x = self._norm(x, FINAL_NORM)
         lm_head = embedding if self.model.share_embedding_table else self._constant(LM_HEAD)
         dtype = (self.model.model_extra or {}).get("logits_dtype", "float32")
-        graph.output(graph.linear(x, lm_head, dtype), LOGITS.name)
+        cap = self.model.final_logit_softcapping
+        logits = graph.linear(x, lm_head, dtype if cap is None else "float32")
+        if cap is not None:
+            logits = graph.cast(graph.tanh(logits * graph.scalar(1 / cap, logits)) * graph.scalar(cap, logits), dtype)
+        graph.output(logits, LOGITS.name)
 
     def _layer(self, prefix: str, i: int, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
         """``[num_tokens, hidden_size]``, and what is still to be added to it, to the same: a norm adds it."""
-        graph = self.graph
+        graph, inter = self.graph, self.model.inter_layernorms
         with graph.scope("attention"):
             x, h = self._norm(x, prefix + "input_layernorm.weight", added)
             added = self._attention(prefix + "attention.", i, h)
+            if inter:
+                _, added = self._norm(added, prefix + "post_layernorm.weight")
         with graph.scope("mlp"):
-            x, h = self._norm(x, prefix + "post_layernorm.weight", added)
+            before = "pre_feedforward_layernorm" if inter else "post_layernorm"
+            x, h = self._norm(x, f"{prefix}{before}.weight", added)
             fc, gate, proj = (self._constant(f"{prefix}mlp.{name}.weight") for name in ("fc", "gate", "proj"))
-            return x, graph.linear(graph.gated(graph.linear(h, fc), graph.linear(h, gate)), proj)
+            h = graph.gated(graph.linear(h, fc), graph.linear(h, gate), self.model.hidden_act)
+            added = graph.linear(h, proj)
+            if inter:
+                _, added = self._norm(added, prefix + "post_feedforward_layernorm.weight")
+            return x, added
 
     def _attention(self, prefix: str, i: int, x: Tensor) -> Tensor:
         """``[num_tokens, hidden_size]`` to the same."""
@@ -88,7 +103,7 @@ class _Decoder:
             qkv = qkv + self._constant(prefix + "qkv.bias")
         if model.qk_layernorm:
             qkv = self._norm_qk(i, qkv)
-        constants = {ROTARY_COS_SIN: self._cos_sin}
+        constants = {ROTARY_COS_SIN: self._rope[model.has_local_rope(i)]}
         if self.config.saw_int4.k_center:
             constants[K_CENTER] = self._constant(k_center_name(i))
         if i in self.config.framed_layers:

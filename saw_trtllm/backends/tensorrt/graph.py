@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from saw_trtllm.backends.tensorrt.versions import TensorRT
@@ -94,6 +96,11 @@ class Graph:
         pin = array.dtype == np.float32
         return self._named(name, layer, array.dtype.name, pin)
 
+    def scalar(self, value: float, like: Tensor) -> Tensor:
+        """A constant of another tensor's dtype and rank."""
+        array = np.full((1,) * len(like.handle.shape), value, np.float32)
+        return self.constant(array.astype(getattr(ml_dtypes, like.dtype, like.dtype)))
+
     # -- operations
 
     def elementwise(self, operation: str, a: Tensor, b: Tensor) -> Tensor:
@@ -176,8 +183,11 @@ class Graph:
         wide = wide / self.sqrt(square) * self.constant(weights[None], name)
         return self.reshape(self.cast(wide, x.dtype), (-1, num_heads * width))
 
-    def gated(self, x: Tensor, gate: Tensor) -> Tensor:
-        """``x · sigmoid(x) · gate``, all ``[n, width]``."""
+    def gated(self, x: Tensor, gate: Tensor, activation: str = "silu") -> Tensor:
+        """``activation(x) · gate``, all ``[n, width]``."""
+        if activation == "gelu_pytorch_tanh":
+            # In fp32: the cube of 41 is beyond float16.
+            return self.cast(self.gelu(self.cast(x, "float32")) * self.cast(gate, "float32"), x.dtype)
         if not self._use_plugins:
             return self.silu(x) * gate
         return self.plugin(SILU_MUL, {"dtype": x.dtype, "hidden_size": x.handle.shape[1]}, [x, gate], [x.dtype])[0]
@@ -190,6 +200,16 @@ class Graph:
     def sqrt(self, x: Tensor) -> Tensor:
         """The square root."""
         return self._tensor("sqrt", self.network.add_unary(x.handle, self._trt.UnaryOperation.SQRT), x.dtype)
+
+    def tanh(self, x: Tensor) -> Tensor:
+        """The hyperbolic tangent."""
+        layer = self.network.add_activation(x.handle, self._trt.ActivationType.TANH)
+        return self._tensor("tanh", layer, x.dtype)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """``x · Φ(x)`` by its approximation with tanh."""
+        inner = (x + x * x * x * self.scalar(0.044715, x)) * self.scalar(math.sqrt(2 / math.pi), x)
+        return x * self.scalar(0.5, x) * (self.tanh(inner) + self.scalar(1.0, x))
 
     def silu(self, x: Tensor) -> Tensor:
         """``x · sigmoid(x)``."""

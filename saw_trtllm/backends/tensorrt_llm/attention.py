@@ -175,6 +175,7 @@ class SawAttention(Module):
         self.attention_head_size = attention.attention_head_size
         self.local_layer_idx = attention.local_layer_idx
         self.q_scaling, self.softcap = attention.q_scaling, attention.max_attn_value
+        self.is_local = getattr(attention, "is_local", False)
         self.tp_size, self.tp_rank = attention.tp_size, attention.tp_rank
         self.layer_idx = layer_idx
         self.options = options
@@ -197,7 +198,8 @@ class SawAttention(Module):
         qkv = self.qkv(hidden_states)
         if self.qk_layernorm:
             qkv = self._normalize(qkv)
-        cos_sin = attention_params.embed_positions_for_gpt_attention
+        local = "_local" if self.is_local else ""
+        cos_sin = getattr(attention_params, f"embed_positions_for_gpt_attention{local}")
         context = saw_attention(qkv, cos_sin, self.layer, self.options)
         return self.dense(context, all_reduce_params=all_reduce_params), None
 

@@ -115,7 +115,6 @@ def check_attention(name: str, attention: Any) -> None:
         "a relative attention bias": attention.relative_attention,
         "logn scaling": attention.use_logn_scaling,
         "clipped Q, K and V": attention.clip_qkv is not None,
-        "a RoPE of its own": getattr(attention, "is_local", False),
         "a norm behind attention": attention.inner_layernorm is not None,
         "Q, K and V projected apart": attention.qkv is None,
         "a q/k norm with weights for each head": attention.qk_layernorm and not attention.layernorm_share,

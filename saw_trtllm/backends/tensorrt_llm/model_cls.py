@@ -4,6 +4,11 @@ That command loads the file under a name of its own. The classes are only named 
 so that its worker processes find them again.
 """
 
-from saw_trtllm.backends.tensorrt_llm.models import SawLLaMAForCausalLM, SawMistralForCausalLM, SawQWenForCausalLM
+from saw_trtllm.backends.tensorrt_llm.models import (
+    SawGemmaForCausalLM,
+    SawLLaMAForCausalLM,
+    SawMistralForCausalLM,
+    SawQWenForCausalLM,
+)
 
-__all__ = ["SawLLaMAForCausalLM", "SawMistralForCausalLM", "SawQWenForCausalLM"]
+__all__ = ["SawGemmaForCausalLM", "SawLLaMAForCausalLM", "SawMistralForCausalLM", "SawQWenForCausalLM"]

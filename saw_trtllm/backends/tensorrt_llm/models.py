@@ -10,12 +10,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from tensorrt_llm.models import LLaMAForCausalLM, PretrainedConfig, QWenForCausalLM
+from tensorrt_llm.models import GemmaForCausalLM, LLaMAForCausalLM, PretrainedConfig, QWenForCausalLM
 
 from saw_trtllm.backends.tensorrt_llm.limits import TensorRTLLMLimits
 from saw_trtllm.backends.tensorrt_llm.model import SawModel
 from saw_trtllm.backends.tensorrt_llm.options import CheckpointSection, SwapOptions
-from saw_trtllm.checkpoint import shard
+from saw_trtllm.checkpoint import cast, shard
 from saw_trtllm.checkpoint.families import family_of
 from saw_trtllm.checkpoint.layout import check_tp_size
 from saw_trtllm.errors import ConfigError
@@ -98,9 +98,13 @@ class SawQWenForCausalLM(SawDecoder, QWenForCausalLM):
     """Qwen2 and 2.5, and Qwen3 with the epsilon of its q/k norm as the checkpoint has it."""
 
 
+class SawGemmaForCausalLM(SawDecoder, GemmaForCausalLM):
+    """Gemma 2 and 3, with the window of each layer in the engine."""
+
+
 #: By name.
 CLASSES: dict[str, type[SawDecoder]] = {
-    cls.__name__: cls for cls in (SawLLaMAForCausalLM, SawQWenForCausalLM, SawMistralForCausalLM)
+    cls.__name__: cls for cls in (SawLLaMAForCausalLM, SawQWenForCausalLM, SawMistralForCausalLM, SawGemmaForCausalLM)
 }
 
 
@@ -117,7 +121,9 @@ def rank_weights(
     check_tp_size(model, tp_size)
     weights = {}
     for name in plan.checkpoint.names():
-        weights[name] = _to_torch(np.ascontiguousarray(shard(name, plan.weights.load(name), model, tp_size, tp_rank)))
+        # Its norms compute in the model's dtype, and ours in fp32.
+        array = cast(plan.weights.load(name), model.dtype, plan.checkpoint.where(name))
+        weights[name] = _to_torch(np.ascontiguousarray(shard(name, array, model, tp_size, tp_rank)))
         if progress is not None:
             progress(name)
     return weights

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from saw_trtllm.checkpoint.families.family import Family, KeyRule
+from saw_trtllm.checkpoint.families.gemma2 import GEMMA2
+from saw_trtllm.checkpoint.families.gemma3 import GEMMA3
 from saw_trtllm.checkpoint.families.llama import LLAMA
 from saw_trtllm.checkpoint.families.mistral import MISTRAL
 from saw_trtllm.checkpoint.families.qwen2 import QWEN2
@@ -14,7 +16,7 @@ from saw_trtllm.model.config import ModelConfig
 
 __all__ = ["FAMILIES", "FAMILY_NAMES", "Family", "KeyRule", "family_of", "find_family"]
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3)
 #: What ``--model`` takes.
 FAMILY_NAMES = tuple(family.name for family in FAMILIES)
 _BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES}

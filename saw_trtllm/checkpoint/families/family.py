@@ -10,6 +10,7 @@ from typing import Any, Literal
 from saw_trtllm.checkpoint.huggingface_config import HuggingFaceConfig
 from saw_trtllm.checkpoint.rope_scaling import rotary_scaling
 from saw_trtllm.errors import CheckpointError
+from saw_trtllm.model.config import ModelConfig
 
 Treatment = Literal["honored", "rejected", "harmless"]
 
@@ -59,12 +60,16 @@ class Family:
         Beside those that all families have; a key of another family is harmless.
     fixed : dict
         Fields of ``ModelConfig`` that all its models have.
+    norm_offset : float
+        What Hugging Face's weights of norms lack: Gemma's norms multiply by 1 + w.
+    trtllm_fields : callable
+        Fields of ``ModelConfig`` that its TensorRT-LLM config spells in another way; the path is for error messages.
     trtllm_class : str
         Of :mod:`saw_trtllm.backends.tensorrt_llm.models`.
     trtllm_rejects : tuple of str
         Keys that its TensorRT-LLM config may not set.
-    trtllm_writes : dict
-        Keys that TensorRT-LLM's definition of it asks for, unless its config has them.
+    trtllm_writes : callable
+        Keys that TensorRT-LLM's definition of it asks for, unless the model's config has them.
     """
 
     name: str
@@ -76,7 +81,9 @@ class Family:
     trtllm_class: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
     trtllm_rejects: tuple[str, ...] = ()
-    trtllm_writes: Mapping[str, Any] = field(default_factory=dict)
+    norm_offset: float = 0.0
+    trtllm_fields: Callable[[dict[str, Any], Path], dict[str, Any]] = lambda raw, path: {}
+    trtllm_writes: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
 
 
 def decoder_fields(hf: HuggingFaceConfig, path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from saw_trtllm.checkpoint.families import llama
 from saw_trtllm.checkpoint.families.family import Family, KeyRule, layer_types, windows
 from saw_trtllm.checkpoint.families.mistral import SLIDING_WINDOW
+from saw_trtllm.model.config import ModelConfig
 
 KEYS = (
     llama.HIDDEN_ACT,
@@ -15,8 +16,6 @@ KEYS = (
     KeyRule("honored", "whose the window is", ("layer_types",)),
     KeyRule("honored", "whose the window is", ("use_sliding_window", "max_window_layers")),
 )
-#: TensorRT-LLM's one Qwen definition has no default for these, and tells the generations apart by qwen_type.
-TRTLLM_WRITES = {"seq_length": 8192, "use_logn_attn": False}
 
 
 class Qwen2Config(llama.LlamaConfig):
@@ -40,6 +39,12 @@ def fields(hf: Qwen2Config, path: Path) -> dict[str, Any]:
     return found
 
 
+def trtllm_writes(config: ModelConfig) -> dict[str, Any]:
+    """TensorRT-LLM's one Qwen definition tells the generations apart by qwen_type, and has no default for the rest."""
+    generation = config.architecture.removesuffix("ForCausalLM").lower()
+    return {"qwen_type": generation, "seq_length": 8192, "use_logn_attn": False}
+
+
 QWEN2 = Family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
@@ -51,5 +56,5 @@ QWEN2 = Family(
     fixed={"attn_bias": True},
     trtllm_class="SawQWenForCausalLM",
     trtllm_rejects=("qk_layernorm",),
-    trtllm_writes=TRTLLM_WRITES | {"qwen_type": "qwen2"},
+    trtllm_writes=trtllm_writes,
 )

@@ -26,5 +26,5 @@ QWEN3 = Family(
     keys=(*qwen2.KEYS, llama.ATTENTION_BIAS),
     fixed={"qk_layernorm": True},
     trtllm_class="SawQWenForCausalLM",
-    trtllm_writes=qwen2.TRTLLM_WRITES | {"qwen_type": "qwen3"},
+    trtllm_writes=qwen2.trtllm_writes,
 )

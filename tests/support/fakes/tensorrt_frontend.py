@@ -40,10 +40,12 @@ _EMPTY = (
         "cuda.cudart",
     ),
     *("tensorrt_llm.quantization.quantize_by_modelopt", "tensorrt_llm.quantization.utils", "tensorrt_llm.runtime"),
+    "tensorrt_llm.models.gemma.convert",
 )
 #: Packages whose ``__init__`` would import the rest of TensorRT-LLM.
 _BARE = ("tensorrt_llm", "tensorrt_llm._torch", "tensorrt_llm.llmapi", "tensorrt_llm.models")
 _MODELS = {
+    "GemmaForCausalLM": "gemma.model",
     "LLaMAForCausalLM": "llama.model",
     "QWenForCausalLM": "qwen.model",
     "PretrainedConfig": "modeling_utils",
@@ -159,6 +161,8 @@ def frontend() -> Iterator[types.SimpleNamespace]:
             "MistralForCausalLM": models.LLaMAForCausalLM,
             "Qwen2ForCausalLM": models.QWenForCausalLM,
             "Qwen3ForCausalLM": models.QWenForCausalLM,
+            "Gemma2ForCausalLM": models.GemmaForCausalLM,
+            "Gemma3ForCausalLM": models.GemmaForCausalLM,
         }
         builder = importlib.import_module("tensorrt_llm.builder")
 

@@ -548,6 +548,10 @@ class QWenForCausalLM(_ForCausalLM):
     config_class = QWenConfig
 
 
+class GemmaForCausalLM(_ForCausalLM):
+    """Named only: what is Gemma's own is tried on the real definition."""
+
+
 # network, graph_rewriting, plugin, builder
 
 
@@ -660,7 +664,7 @@ _MODULES = {
     ),
     "module": (Module, ModuleList),
     "mapping": (Mapping,),
-    "models": (PretrainedModel, PretrainedConfig, LLaMAForCausalLM, QWenForCausalLM),
+    "models": (PretrainedModel, PretrainedConfig, GemmaForCausalLM, LLaMAForCausalLM, QWenForCausalLM),
     "network": (Network, net_guard),
     "graph_rewriting": (FLayerInfoMemo, PatternRewriter, RewritePatternManager, Layer),
     "layers": (),

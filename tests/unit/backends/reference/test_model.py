@@ -38,6 +38,16 @@ MODELS = {
     ),
     "qwen3, q/k norm, tied": ("qwen3", {}),
     "qwen3, untied": ("qwen3", {"tie_word_embeddings": False}),
+    "gemma2, softcaps, windows, 1 + w": ("gemma2", {}),
+    "gemma2, no softcap, head_dim 256": (
+        "gemma2",
+        {"head_dim": 256, "num_attention_heads": 2, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+    "gemma3, two ropes, windows, q/k norm": ("gemma3", {}),
+    "gemma3, head_dim 256, untied": (
+        "gemma3",
+        {"head_dim": 256, "num_attention_heads": 2, "tie_word_embeddings": False},
+    ),
 }
 PROMPT = np.random.default_rng(3).integers(3, 203, 70).tolist()
 

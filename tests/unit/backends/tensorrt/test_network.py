@@ -135,9 +135,9 @@ class Execution:
         q, k, v = (a.unflatten(-1, (-1, fields["head_dim"])) for a in x[:3])
         pool, index = self._pool(fields, x[9])
         window = min(fields["window"] or 1 << 30, int(x[10][fields["layer_idx"]]))
-        assert not fields["softmax_scale"]
-        assert not fields["softcap"]
-        return [paged_attention(q, k, v, pool, index, self.plan, window=window).flatten(1)]
+        limits = {"window": window, "softcap": fields["softcap"] or None}
+        rows = paged_attention(q, k, v, pool, index, self.plan, softmax_scale=fields["softmax_scale"], **limits)
+        return [rows.flatten(1)]
 
     def _pool(self, fields, mapping):
         which, index = mapping[fields["layer_idx"]].tolist()
@@ -224,6 +224,11 @@ CASES = {
     "qwen2, head_dim 128, fp16": ("qwen2", {"head_dim": 128, "num_attention_heads": 2}, {"kv": "fp16"}),
     "qwen3, tied": ("qwen3", {}, {}),
     "qwen3, head_dim 128": ("qwen3", {"head_dim": 128, "tie_word_embeddings": False}, {}),
+    # The root of 64 is the same in fp32, in which the reference computes, and in the engine's dtype.
+    "gemma2": ("gemma2", {"hidden_size": 64}, {}),
+    "gemma2, head_dim 256": ("gemma2", {"hidden_size": 64, "head_dim": 256, "num_attention_heads": 2}, {"kv": "fp16"}),
+    "gemma3": ("gemma3", {"hidden_size": 64, "num_hidden_layers": 3}, {}),
+    "gemma3, calibrated": ("gemma3", {"hidden_size": 64}, {"calibrated": True}),
     "llama, calibrated": ("llama", {}, {"calibrated": True}),
     "qwen3, calibrated": ("qwen3", {}, {"calibrated": True}),
 }
@@ -246,7 +251,7 @@ def check_differences(graph, plan, monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.03), ("bfloat16", 0.3)])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_logits_in_16_bits_are_near(family, dtype, tolerance, plan, tensorrt, monkeypatch):
     made = plan(family, dtype=dtype, kv="fp16")
     assert 0 < max(differences(define(tensorrt, made), made, monkeypatch, own_types=True)) < tolerance

@@ -52,6 +52,8 @@ CLASS_NAMES = {
     "mistral": "SawMistralForCausalLM",
     "qwen2": "SawQWenForCausalLM",
     "qwen3": "SawQWenForCausalLM",
+    "gemma2": "SawGemmaForCausalLM",
+    "gemma3": "SawGemmaForCausalLM",
 }
 LIMITS = {"max_batch_size": 8, "max_num_tokens": 512}
 PROMPTS = [[5, 17, 101, 3, 44, 90, 12, 66, 150, 7, 8, 21, 33, 2, 140, 61, 77, 9], [42, 1, 99]]
@@ -227,8 +229,8 @@ def test_every_way_swaps_every_family(frontend, models, checkpoint, tmp_path, fa
             "use_k_center": 0,
         }
         assert attention.plugin.fields == common | {
-            "softmax_scale": pytest.approx(config.head_size**-0.5),
-            "softcap": 0.0,
+            "softmax_scale": pytest.approx(config.softmax_scale),
+            "softcap": config.attn_logit_softcapping or 0.0,
             "window": config.window(i) or 0,
             "use_sinks": 0,
         }
