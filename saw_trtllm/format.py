@@ -20,6 +20,10 @@ kernels permute Q in registers, not the cache.
 A pool is ``uint8 [num_blocks, num_layers, 2 (K, V), num_kv_heads, tokens_per_block, row_bytes]``. Rows are whole, token
 by token, so whole blocks and the first n rows of a block can be moved as bytes by code that knows nothing of them.
 
+A writer may choose a row's ends instead, which a reader does not see either: of all pairs (a, b) of :data:`END_CUTS`, a
+slower than b, the first with the least ``Σ (ŷ - y)²`` for ``lo = fp16(min y + a r)``, ``scale = fp16(max((1 - a - b) r,
+EPS) / 15)`` and ``r = max y - min y``.
+
 The format ``int4`` is the same without the rotation (order 1); ``fp16`` stores rows of the engine's dtype.
 """
 
@@ -50,6 +54,9 @@ EPS = CODE_MAX * 2.0**-24
 RANGE_FACTORS = {64: 0.97, 96: 0.95, 128: 0.94, 256: 0.90}
 #: Numbers in fp32 that a core's cache holds, beside what is computed of them.
 _CACHED = 1 << 17
+#: Shares of a row's range that a writer which chooses may cut off an end. Of Gaussian rows of 64 the nine pairs have a
+#: mean square error 10 % below the range factor's; 25 pairs up to 0.08 12 %, the four of 0 and 0.04 8 %.
+END_CUTS = (0.0, 0.03, 0.06)
 #: Bytes of scale and lo behind the codes.
 ROW_TAIL_BYTES = 4
 

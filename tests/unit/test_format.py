@@ -219,6 +219,25 @@ def test_the_default_range_factor_is_the_best_for_gaussian_rows(head_dim, rng):
     assert default < 0.97 * mean_square(1.0)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_chosen_ends_are_the_first_of_least_error(head_dim, rng):
+    """Against every pair by itself, in order; a tenth less noise than the range factor's on Gaussian rows."""
+    y = torch.from_numpy(rng.normal(size=(500, head_dim)).astype(np.float32))
+    errors = []
+    for low in fmt.END_CUTS:
+        for high in fmt.END_CUTS:
+            width = y.amax(-1) - y.amin(-1)
+            lo = (y.amin(-1) + low * width).half().float()[:, None]
+            scale = ((1 - low - high) * width / 15).half().float()[:, None]
+            errors.append((((y - lo) / scale).round().clamp(0, 15) * scale + lo - y).square().sum(-1))
+    error = (int4.dequantize(*int4.quantize(y, end_cuts=fmt.END_CUTS)) - y).square().sum(-1)
+    torch.testing.assert_close(error, torch.stack(errors).amin(0))
+    fixed = (int4.dequantize(*int4.quantize(y, fmt.RANGE_FACTORS[head_dim])) - y).square().sum(-1)
+    assert error.mean() < 0.93 * fixed.mean()
+    constant = torch.full((1, head_dim), 3.0)
+    assert torch.equal(int4.dequantize(*int4.quantize(constant, end_cuts=fmt.END_CUTS)), constant)
+
+
 def test_range_factor_trades_the_extremes_for_the_middle(rng):
     y = torch.from_numpy(rng.standard_normal((500, 128))).float()
 

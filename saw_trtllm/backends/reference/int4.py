@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -27,7 +29,9 @@ def rotate(x: torch.Tensor, order: int) -> torch.Tensor:
     return linear(x.reshape(-1, order), _hadamard(order, x.device)).view(x.shape)
 
 
-def quantize(y: torch.Tensor, range_factor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize(
+    y: torch.Tensor, range_factor: float = 1.0, end_cuts: Sequence[float] = ()
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Asymmetric 4-bit over the last axis.
 
     Parameters
@@ -36,6 +40,8 @@ def quantize(y: torch.Tensor, range_factor: float = 1.0) -> tuple[torch.Tensor, 
         Rotated rows, any float dtype, ``[..., head_dim]``.
     range_factor : float
         γ: the share of each row's range that the codes span.
+    end_cuts : sequence of float
+        Shares of the range that may be cut off either end: those of least squared error are, in place of γ.
 
     Returns
     -------
@@ -44,10 +50,29 @@ def quantize(y: torch.Tensor, range_factor: float = 1.0) -> tuple[torch.Tensor, 
     """
     y = y.float()
     lowest, highest = y.amin(-1), y.amax(-1)
-    mid = (lowest + highest) / 2
-    half = range_factor * (highest - lowest) / 2
-    lo = (mid - half).clamp(-_FP16_MAX, _FP16_MAX).half()
-    scale = ((2 * half).clamp_min(fmt.EPS) / fmt.CODE_MAX).clamp_max(_FP16_MAX).half()
+    if not end_cuts:
+        mid = (lowest + highest) / 2
+        half = range_factor * (highest - lowest) / 2
+        return _encode(y, mid - half, 2 * half)
+    width = highest - lowest
+    best = _encode(y, lowest + end_cuts[0] * width, (1 - 2 * end_cuts[0]) * width)
+    least = torch.full_like(width, torch.inf)
+    for low, high in itertools.product(end_cuts, repeat=2):
+        found = _encode(y, lowest + low * width, (1 - low - high) * width)
+        error = (dequantize(*found) - y).square().sum(-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        codes = torch.where(better[..., None], found[0], best[0])
+        best = (codes, torch.where(better, found[1], best[1]), torch.where(better, found[2], best[2]))
+    return best
+
+
+def _encode(
+    y: torch.Tensor, lowest: torch.Tensor, width: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scale and lo of rows ``y`` between ``lowest`` and ``lowest + width``."""
+    lo = lowest.clamp(-_FP16_MAX, _FP16_MAX).half()
+    scale = (width.clamp_min(fmt.EPS) / fmt.CODE_MAX).clamp_max(_FP16_MAX).half()
     codes = ((y - lo.float()[..., None]) / scale.float()[..., None]).round().clamp(0, fmt.CODE_MAX)
     return codes.to(torch.uint8), scale, lo
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -96,6 +96,8 @@ class Row4Bit(TokenwiseQuantizer):
         fp32 ``[num_layers, num_kv_heads, head_dim, head_dim]``: what centered keys, and values, are multiplied by in
         place of their rotation. An engine's queries take up the inverse of the one and its weights that of the other;
         here both are undone on reading, which is the same.
+    end_cuts : sequence of float
+        Of :func:`~saw_trtllm.backends.reference.int4.quantize`: a row's ends are chosen. No engine's writer does so.
     """
 
     def __init__(
@@ -105,19 +107,25 @@ class Row4Bit(TokenwiseQuantizer):
         k_center: torch.Tensor | None = None,
         k_frame: torch.Tensor | None = None,
         v_frame: torch.Tensor | None = None,
+        end_cuts: Sequence[float] = (),
     ) -> None:
         self.k_format = k_format
         self.v_format = v_format or k_format
         self.k_center = k_center
+        self.end_cuts = tuple(end_cuts)
         self._k_frame, self._v_frame = (
             None if f is None else (f, torch.linalg.inv(f.double()).float()) for f in (k_frame, v_frame)
         )
 
     @classmethod
-    def calibrated(cls, k_format: KVFormat, v_format: KVFormat, calibration: Calibration) -> Row4Bit:
+    def calibrated(
+        cls, k_format: KVFormat, v_format: KVFormat, calibration: Calibration, end_cuts: Sequence[float] = ()
+    ) -> Row4Bit:
         """With all levers of a calibration."""
-        levers = (calibration.k_center, calibration.k_frame, calibration.v_frame)
-        return cls(k_format, v_format, *map(torch.from_numpy, levers))
+        c = calibration
+        levers = {"k_center": c.k_center, "k_frame": c.k_frame, "v_frame": c.v_frame}
+        tensors = {name: torch.from_numpy(lever) for name, lever in levers.items()}
+        return cls(k_format, v_format, **tensors, end_cuts=end_cuts)
 
     def quantize(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Center, rotate or frame, quantize; and all the way back."""
@@ -128,8 +136,8 @@ class Row4Bit(TokenwiseQuantizer):
             k = self._round(k, layer, self._k_frame, self.k_format)
         return k, self._round(v, layer, self._v_frame, self.v_format, rotated=self.v_format.rotate_v)
 
-    @staticmethod
     def _round(
+        self,
         x: torch.Tensor,
         layer: int,
         frame: tuple[torch.Tensor, torch.Tensor] | None,
@@ -137,9 +145,9 @@ class Row4Bit(TokenwiseQuantizer):
         rotated: bool = True,
     ) -> torch.Tensor:
         if frame is None or not rotated:
-            return round_rows(x, kv_format.hadamard_order if rotated else 1, kv_format.range_factor)
+            return round_rows(x, kv_format.hadamard_order if rotated else 1, kv_format.range_factor, self.end_cuts)
         there, back = (f[layer].to(x.device) for f in frame)
-        rows = dequantize(*quantize(x.transpose(0, 1) @ there, kv_format.range_factor))
+        rows = dequantize(*quantize(x.transpose(0, 1) @ there, kv_format.range_factor, self.end_cuts))
         return (rows @ back).transpose(0, 1)
 
     def layer_bytes(self, layer: int, num_kv_heads: int, head_dim: int) -> float:
@@ -195,14 +203,14 @@ class SkipLayers:
         return (self.exact if layer in self.layers else self.inner).layer_bytes(layer, num_kv_heads, head_dim)
 
 
-def round_rows(x: torch.Tensor, order: int, range_factor: float = 1.0) -> torch.Tensor:
+def round_rows(x: torch.Tensor, order: int, range_factor: float = 1.0, end_cuts: Sequence[float] = ()) -> torch.Tensor:
     """Rotate the rows ``[..., head_dim]``, quantize them to 4 bits, and take both back, in fp32."""
     matrix = torch.from_numpy(hadamard(order)).to(x.device)
 
     def rotated(y: torch.Tensor) -> torch.Tensor:
         return (y.unflatten(-1, (-1, order)) @ matrix).flatten(-2) if order > 1 else y
 
-    return rotated(dequantize(*quantize(rotated(x), range_factor)))
+    return rotated(dequantize(*quantize(rotated(x), range_factor, end_cuts)))
 
 
 def bytes_per_token(quantizer: KVQuantizer, num_layers: int, num_kv_heads: int, head_dim: int) -> float:
