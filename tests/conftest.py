@@ -15,6 +15,8 @@ pytest_plugins = ["tests.support.fold_skips", "tests.support.gpu"]
 def engine(tmp_path_factory):
     """Give the example model's engine of a kv format, built once a session with logits to be had."""
 
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+
     @cache
     def build(kv):
         options = {"kv": kv, "gather_all_token_logits": True, "max_num_tokens": 4096}
