@@ -5,45 +5,74 @@
 
 #include "instances.h"
 #include "saw/common/dispatch.h"
-#include "saw/rotate_quantize_kv/frame.cuh"
+#include "saw/rotate_quantize_kv/frame_few.cuh"
+#include "saw/rotate_quantize_kv/frame_many_sm90.cuh"
 
 namespace saw {
 
-// How many CTAs the GPU holds at once, and leave to take their shared memory.
-template <typename Config>
-cudaError_t prepare_frame(int& max_ctas) {
-    static int ctas = 0;  // of the current device; they are alike in any machine that serves one engine
-    if (ctas == 0) {
+// Of the current device; they are alike in any machine that serves one engine.
+struct FrameDevice {
+    int sms = 0;
+    bool hopper = false;
+};
+
+template <typename Few, typename Many>
+cudaError_t prepare_frame(FrameDevice& found) {
+    static FrameDevice prepared;
+    if (prepared.sms == 0) {
         int device = 0, sms = 0;
         if (auto e = cudaGetDevice(&device)) return e;
         if (auto e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)) return e;
-        if (auto e = cudaFuncSetAttribute(frame_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          int(sizeof(FrameTile<Config>))))
-            return e;
-        ctas = sms * Config::kCtasPerSm;
+        constexpr auto kMostShared = cudaFuncAttributeMaxDynamicSharedMemorySize;
+        if (auto e = cudaFuncSetAttribute(frame_few_kernel<Few>, kMostShared, int(sizeof(FrameFewTile<Few>)))) return e;
+        if constexpr (!std::is_void_v<Many>) {
+            cudaFuncAttributes attributes;
+            if (auto e = cudaFuncGetAttributes(&attributes, frame_many_kernel<Many>)) return e;
+            prepared.hopper = attributes.maxThreadsPerBlock >= Many::kThreads;
+            if (prepared.hopper)
+                if (auto e =
+                        cudaFuncSetAttribute(frame_many_kernel<Many>, kMostShared, int(sizeof(FrameManyShared<Many>))))
+                    return e;
+        }
+        prepared.sms = sms;
     }
-    max_ctas = ctas;
+    found = prepared;
     return cudaSuccess;
 }
 
-template <typename Config>
-cudaError_t launch_frame_instance(RotateQuantizeKvParams const& p, cudaStream_t stream) {
-    int max_ctas = 0;
-    if (auto e = prepare_frame<Config>(max_ctas)) return e;
-    int const group = p.num_heads / p.pool.num_kv_heads;
-    int const tiles = (p.num_tokens + Config::kRows - 1) / Config::kRows;  // of K of a head
-    // A run of many tiles fetches its matrix seldom; with four CTAs for each place the last ones leave few idle.
-    long long const all = (long long)tiles * p.pool.num_kv_heads * (group + 2);
-    int const tiles_per_run = int(std::clamp(all / (4 * max_ctas), 1LL, 16LL));
-    dim3 const ctas(group + 2, p.pool.num_kv_heads, (tiles + tiles_per_run - 1) / tiles_per_run);
-    frame_kernel<Config><<<ctas, Config::kThreads, sizeof(FrameTile<Config>), stream>>>(p, {group, tiles_per_run});
+// A run of many tiles fetches its matrix seldom; with several runs for each place of a CTA the last ones leave few
+// idle.
+inline dim3 frame_runs(RotateQuantizeKvParams const& p, int cta_rows, int ctas, FrameGrid& grid) {
+    auto const tiles = (p.num_tokens + cta_rows - 1) / cta_rows;  // of K of a head
+    long long const all = (long long)tiles * p.pool.num_kv_heads * (grid.group + 2);
+    int const tiles_of_run = int(std::clamp(all / (8 * ctas), 1LL, 8LL));
+    grid.rows_per_run = tiles_of_run * cta_rows;
+    return dim3(grid.group + 2, p.pool.num_kv_heads, (tiles + tiles_of_run - 1) / tiles_of_run);
+}
+
+template <int HeadDim, typename T>
+cudaError_t launch_frame_typed(RotateQuantizeKvParams const& p, cudaStream_t stream) {
+    using Few = FrameFewConfig<HeadDim, T>;
+    using Many = std::conditional_t<(HeadDim <= 128), FrameManyConfig<std::min(HeadDim, 128), T>, void>;
+    FrameDevice device;
+    if (auto e = prepare_frame<Few, Many>(device)) return e;
+    FrameGrid grid{p.num_heads / p.pool.num_kv_heads, 0};
+    if constexpr (!std::is_void_v<Many>) {
+        // From here on a GPU is full of the large CTAs.
+        if (device.hopper && p.num_tokens > 512) {
+            auto const runs = frame_runs(p, Many::kCtaRows, device.sms, grid);
+            frame_many_kernel<Many><<<runs, Many::kThreads, sizeof(FrameManyShared<Many>), stream>>>(p, grid);
+            return cudaGetLastError();
+        }
+    }
+    auto const runs = frame_runs(p, Few::kRows, device.sms * Few::kCtasPerSm, grid);
+    frame_few_kernel<Few><<<runs, Few::kThreads, sizeof(FrameFewTile<Few>), stream>>>(p, grid);
     return cudaGetLastError();
 }
 
 template <int HeadDim>
 cudaError_t launch_frame(RotateQuantizeKvParams const& p, cudaStream_t stream) {
-    return dispatch_dtype(
-        p.dtype, [&](auto type) { return launch_frame_instance<FrameConfig<HeadDim, decltype(type)>>(p, stream); });
+    return dispatch_dtype(p.dtype, [&](auto type) { return launch_frame_typed<HeadDim, decltype(type)>(p, stream); });
 }
 
 }  // namespace saw

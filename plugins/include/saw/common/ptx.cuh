@@ -11,6 +11,13 @@ namespace saw {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
+// Whether this compilation is for Hopper and may use what only Hopper has: for sm_90a, and for no other.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool kHopper = true;
+#else
+constexpr bool kHopper = false;
+#endif
+
 // Bulk copies and barriers that count bytes.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr bool kHasBulkCopy = true;

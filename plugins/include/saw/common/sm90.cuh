@@ -64,6 +64,12 @@ __device__ inline void hold(float (&registers)[N]) {
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
+template <int N>
+__device__ inline void hold(uint32_t (&registers)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+r"(registers[i])::"memory");
+}
+
 // D (+)= A B for 64 rows of A and N columns of B over 16 of the reduction index, in fp32, by a warpgroup. A is in
 // shared memory (`shared`, its rows contiguous as B's columns are) or in registers (`registers`, B's rows contiguous).
 // With g = lane / 4 and t = lane % 4, warp w holds of D: d[4 j + 2 h + i] = row 16 w + g + 8 h, column 8 j + 2 t + i,

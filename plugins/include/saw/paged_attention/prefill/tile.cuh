@@ -10,13 +10,6 @@
 
 namespace saw {
 
-// Whether this compilation is for Hopper and may use what only Hopper has: for sm_90a, and for no other.
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr bool kHopper = true;
-#else
-constexpr bool kHopper = false;
-#endif
-
 // Tiles of keys of one kind, of which [first, last] are visible.
 struct KeyTiles {
     int first, last;
