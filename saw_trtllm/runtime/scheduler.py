@@ -368,7 +368,8 @@ class Scheduler:
         # One free block for each running sequence, so that its next tokens do not preempt the newcomer at once.
         headroom = len(self.running)
         fetching = self.host is not None and self.host.is_fetching(table)
-        while missing + headroom > self.blocks.num_free and self._let_one_go(1):
+        # Of what is held for this one, whole chunks are open now; the rest may be what it lacks.
+        while missing + headroom > self.blocks.num_free and self._let_one_go(1 if fetching else 0):
             pass
         if fetching or len(part.inputs.token_ids) > budget or missing + headroom > self.blocks.num_free:
             self.blocks.close(table)

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import count
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from saw_trtllm.engine.step import DECODE, PREFILL
@@ -476,8 +476,14 @@ def check_random_load(make_runtime, load, cancelled_share, penalized_share=0.0, 
     assert runtime.blocks.num_free == runtime.blocks.num_blocks
 
 
+#: A sequence that needs the whole pool, and of which more is held than the whole chunks that it opens.
+WHOLE_POOL = {"exact": False, "reuse": True, "partial": False, "host_slots": 3, "tokens_per_block": 4}
+WHOLE_POOL |= {"chunk_blocks": 4, "max_batch_size": 1, "spare": 0, "spare_blocks": 0}
+
+
 @many_loads
 @given(**LOADS)
+@example(seed=0, **WHOLE_POOL)
 def test_everything_ends_as_it_would_alone(**load):
     check_random_load(Runtime, load, cancelled_share=0.1)
 
