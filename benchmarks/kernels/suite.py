@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.common.environment import describe, version_of
-from benchmarks.kernels import saw as ours
+from benchmarks.kernels import paged_attention, rotate_quantize_kv
 from benchmarks.kernels.cases import OURS, Case, select_cases
 from benchmarks.kernels.peers import FlashInfer, Official
 from benchmarks.kernels.problem import Problem
@@ -107,7 +107,11 @@ def _contenders(
     problem = None if case.suite == "write" else Problem.make(case)
     for name in case.contenders:
         if name in OURS:
-            set_up = {"decode": ours.decode, "prefill": ours.prefill, "write": ours.write}[case.suite]
+            set_up = {
+                "decode": paged_attention.decode,
+                "prefill": paged_attention.prefill,
+                "write": rotate_quantize_kv.write,
+            }[case.suite]
             yield name, partial(set_up, problem or case, name)
         else:
             peer = flashinfer if name == "flashinfer" else official

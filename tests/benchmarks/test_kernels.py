@@ -446,7 +446,8 @@ def test_every_contender_is_set_up_on_the_case_s_tensors(monkeypatch):
         def __getattr__(self, suite):
             return lambda given, *name: called.append((suite, given, *name))
 
-    monkeypatch.setattr(bench_kernels, "ours", Side())
+    for operation in ("paged_attention", "rotate_quantize_kv"):
+        monkeypatch.setattr(bench_kernels, operation, Side())
     monkeypatch.setattr(bench_kernels.Problem, "make", lambda case: f"tensors of {case.name}")
     for suite, name in (("decode", "1x4096"), ("write", "1"), ("prefill", "8192 after 0")):
         case = case_named(suite, name)

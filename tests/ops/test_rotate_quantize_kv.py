@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saw_trtllm.backends.reference.attention import apply_rope
 from saw_trtllm.backends.reference.int4 import rotate
+from saw_trtllm.backends.reference.rotate_quantize_kv import apply_rope
 from saw_trtllm.errors import OpError
 from saw_trtllm.format import ROW_TAIL_BYTES, KVFormat, hadamard_orders
 from tests.support.paged import LAYER

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from saw_trtllm.backends.reference.attention import paged_attention, rotate_quantize_kv
 from saw_trtllm.backends.reference.cache import K, PagedPool, StepPlan, V
 from saw_trtllm.backends.reference.int4 import decode_rows
+from saw_trtllm.backends.reference.paged_attention import paged_attention
+from saw_trtllm.backends.reference.rotate_quantize_kv import rotate_quantize_kv
 from saw_trtllm.format import KVFormat
 from tests.support.executor.blocks import PRIMARY, SECONDARY, Copy
 from tests.support.executor.contract import ALL, NUM_STEPS, Executor, make_executor

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from saw_trtllm import ops
-from saw_trtllm.backends.reference.attention import paged_attention, rotate_quantize_kv
 from saw_trtllm.backends.reference.cache import PagedPool, StepPlan
+from saw_trtllm.backends.reference.paged_attention import paged_attention
+from saw_trtllm.backends.reference.rotate_quantize_kv import rotate_quantize_kv
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs
 from saw_trtllm.format import KVFormat
 from tests.support.frames import random_frames

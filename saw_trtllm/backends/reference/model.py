@@ -10,10 +10,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from saw_trtllm.backends.reference.attention import paged_attention, rotate_quantize_kv
 from saw_trtllm.backends.reference.cache import PagedCache, StepPlan
 from saw_trtllm.backends.reference.int4 import TORCH_DTYPES
-from saw_trtllm.backends.reference.invariant import aligned, gelu, linear, row_sum, silu, tanh
+from saw_trtllm.backends.reference.invariant import aligned, gelu, linear, silu, tanh
+from saw_trtllm.backends.reference.paged_attention import paged_attention
+from saw_trtllm.backends.reference.rms_norm import rms_norm
+from saw_trtllm.backends.reference.rotate_quantize_kv import rotate_quantize_kv
 from saw_trtllm.checkpoint import expected_shapes
 from saw_trtllm.engine.config import EngineConfig, k_center_name, k_frame_name, q_frame_name
 from saw_trtllm.engine.step import StepInputs
@@ -26,11 +28,6 @@ def to_torch(x: np.ndarray) -> torch.Tensor:
     if x.dtype.name == "bfloat16":
         return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(x)
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """``x / rms(x) · weight`` over the last axis."""
-    return x / torch.sqrt(row_sum(x.square()) / x.shape[-1] + eps) * weight
 
 
 #: What attends: a layer's number, its weights, and its normalized input ``[..., hidden_size]``, to the same.

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from saw_trtllm.backends.reference.attention import apply_rope
 from saw_trtllm.backends.reference.model import ReferenceModel
 from saw_trtllm.backends.reference.quantizers import Exact, KVQuantizer
+from saw_trtllm.backends.reference.rotate_quantize_kv import apply_rope
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from saw_trtllm.backends.reference.attention import apply_frame
+from saw_trtllm.backends.reference.rotate_quantize_kv import apply_frame
 from saw_trtllm.format import hadamard
 from tests.support.fakes import tensorrt as trt
 from tests.support.frames import unpack_frame

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from saw_trtllm.backends.reference.attention import paged_attention, rotate_quantize_kv
 from saw_trtllm.backends.reference.cache import PagedCache, StepPlan
 from saw_trtllm.backends.reference.int4 import TORCH_DTYPES
 from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs
+from saw_trtllm.backends.reference.paged_attention import paged_attention
+from saw_trtllm.backends.reference.rotate_quantize_kv import rotate_quantize_kv
 from saw_trtllm.backends.tensorrt.build import build_engine, serialize_engine
 from saw_trtllm.backends.tensorrt.decoder import define_decoder
 from saw_trtllm.backends.tensorrt.graph import Graph
