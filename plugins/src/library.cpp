@@ -6,6 +6,8 @@ int saw_kernels_version() { return kKernelsVersion; }
 
 char const* saw_kernels_architectures() { return SAW_ARCHITECTURES; }
 
+int saw_cuda_version() { return CUDART_VERSION; }
+
 cudaError_t saw_get_device(int* device) {
     auto const error = cudaGetDevice(device);
     if (error != cudaSuccess) cudaGetLastError();

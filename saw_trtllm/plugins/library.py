@@ -105,7 +105,7 @@ def load_plugins(trt: ModuleType | None = None) -> None:
             f"{path} could not register its plugins with TensorRT {trt.__version__}, whose log says why"
         )
     if missing := _missing(trt):
-        loaded = _tensorrt_libraries()
+        loaded = tensorrt_libraries()
         if len(loaded) > 1:
             raise BackendUnavailableError(
                 f"this process has loaded {len(loaded)} TensorRTs, {' and '.join(loaded)}, and {path} has registered "
@@ -130,7 +130,7 @@ def _creators(trt: ModuleType) -> dict[str, Any]:
     return {c.name: c for c in creators if (c.plugin_version, c.plugin_namespace) == (VERSION, NAMESPACE)}
 
 
-def _tensorrt_libraries() -> list[str]:
+def tensorrt_libraries() -> list[str]:
     """Files of TensorRT's library that this process has loaded."""
     files = {region.path for region in psutil.Process().memory_maps()}
     return sorted(file for file in files if Path(file).name.startswith("libnvinfer.so"))

@@ -13,7 +13,7 @@ from tests.support.plugin_library import SILU_MUL
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "width"), [(64, 14336), (3, 33)])
 def test_gates(rows, width, dtype, run_plugin):
-    x, gate = (torch.randn(2, rows, width, device="cuda") * 5).to(dtype)
+    x, gate = ((torch.randn(rows, width, device="cuda") * 5).to(dtype) for _ in range(2))
     x[0, :4] = torch.tensor([-100, 0, 100, -8], dtype=dtype)
     (y,) = run_plugin(SILU_MUL, dtype, [x, gate], hidden_size=width)
     from_python = torch.full_like(x, torch.nan)

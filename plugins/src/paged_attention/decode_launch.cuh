@@ -214,17 +214,22 @@ auto with_decode_instance(CacheType cache, int group, bool hopper, F&& f) {
                : f(DecodeSm80Launch<typename DecodeSm80Instance<CacheType::kInt4, HeadDim, kMostTiles, T>::Config>{});
 }
 
-// Whether what runs here was compiled for bulk copies.
+// Whether what runs here was compiled for bulk copies, on an SM with Hopper's shared memory: that of sm_120 has less
+// than the tiles take.
 template <int HeadDim>
 cudaError_t has_hopper_code(bool& hopper) {
-    static int version = 0;
+    static int version = 0, shared_bytes = 0;
     if (version == 0) {
         cudaFuncAttributes attributes{};
         using Config = typename DecodeSm90Choice<HeadDim, 1>::template Config<false>;
+        int device = 0;
+        if (auto e = cudaGetDevice(&device)) return e;
+        if (auto e = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return e;
         if (auto e = cudaFuncGetAttributes(&attributes, decode_sm90_kernel<Config, __half>)) return e;
         version = attributes.ptxVersion;
     }
-    hopper = version >= 90;
+    constexpr int kHopperSharedBytes = 227 * 1024;
+    hopper = version >= 90 && shared_bytes >= kHopperSharedBytes;
     return cudaSuccess;
 }
 

@@ -16,8 +16,10 @@ namespace saw {
 constexpr int kKernelsVersion = 1;
 
 SAW_API int saw_kernels_version();
-// The architectures that the kernels were compiled for, as CMake names them, separated by semicolons: 80;90a-real.
+// The architectures that the kernels were compiled for, as CMake names them: 80,90a-real.
 SAW_API char const* saw_kernels_architectures();
+// Of the CUDA runtime inside, as 1000 major + 10 minor: the driver must be of its major version, or newer.
+SAW_API int saw_cuda_version();
 
 SAW_API cudaError_t saw_get_device(int* device);
 SAW_API cudaError_t saw_set_device(int device);

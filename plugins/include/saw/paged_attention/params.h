@@ -13,13 +13,13 @@ struct AttentionParams {
     int32_t const* sequence_length;  // [num_sequences]: KV length with this step's tokens
     float const* sinks;              // [num_heads]: a learned logit that takes its share of the softmax; or null
     PagedPool pool;
+    DType dtype;
     int num_sequences;
     int num_heads;
     int head_dim;         // 64, 96, 128, 256
     int window;           // keys that a query sees, its own among them; 0 is all
     float softmax_scale;  // factor on q.k
     float softcap;        // scores become softcap * tanh(score / softcap); 0 is none
-    DType dtype;
     CacheType cache;
 };
 
