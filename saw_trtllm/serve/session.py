@@ -29,9 +29,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def alive(process: psutil.Process) -> bool:
-    """Whether a process runs, or could."""
+    """Whether a process runs, or could. One whose main thread alone has ended is shown as a zombie, too."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return process.is_running() and (process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1)
     except psutil.NoSuchProcess:
         return False
 
@@ -43,7 +43,8 @@ def members(leader: int) -> list[psutil.Process]:
     whoever started it waits for its exit code.
     """
     found = []
-    for pid in psutil.pids():
+    # The leader first: once it is dead, its children are this process's and can be reaped.
+    for pid in sorted(psutil.pids(), key=lambda pid: pid != leader):
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
             if os.getsid(pid) != leader:
                 continue

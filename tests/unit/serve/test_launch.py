@@ -368,6 +368,20 @@ def test_a_server_that_waits_for_nothing_is_not_waited_for(monkeypatch):
     server.stdout.close()
 
 
+def test_a_server_whose_main_thread_alone_has_ended_is_still_there():
+    """It looks like a zombie, and its children are not yet anybody else's to reap."""
+    code = (
+        "import ctypes, threading, time; threading.Thread(target=time.sleep, args=(600,)).start();"
+        "print(flush=True); ctypes.CDLL(None).pthread_exit(None)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True) as server:
+        assert server.stdout.read(1) == b"\n"
+        wait_for(lambda: psutil.Process(server.pid).status() == psutil.STATUS_ZOMBIE)
+        assert [process.pid for process in session.members(server.pid)] == [server.pid]
+        session.end(server.pid, "none", grace=0)
+        assert server.wait(timeout=10) == -signal.SIGKILL
+
+
 class FakeServer:
     """A server whose failures are given: as it starts (an error), or while it runs (a sentence)."""
 
