@@ -6,13 +6,13 @@ by the number of threads; loops of elementwise functions and of reductions may d
 and each library does it in another way on each CPU, so nothing here rests on it:
 
 - A matrix product is computed by calls of a few fixed shapes: tiles of contiguous rows at addresses that are multiples
-  of 64 bytes, the last one filled up with zeros. How many rows there are, or how many products, never reaches the
-  library. A shape is taken only after a probe of that very call, on random numbers, has given the bits of the first
-  shape at each place in the tile. Where no two shapes agree there is one; where a row's place matters, it is one row.
-- A transcendental function is computed by calls of one size, probed in the same way.
+  of 64 bytes, the last one filled up with zeros, of one product or of a few. How many rows there are, or how many
+  products, never reaches the library. A shape is taken only after a probe of that very call, on random numbers, has
+  given the bits of the first shape at each place in the tile and in the batch. Where no two shapes agree there is one;
+  where a row's place matters, it is one row. A sum is the product with a column of ones.
+- A transcendental function is computed by calls of a few sizes, probed in the same way.
 - All else is addition, subtraction, multiplication, division, square root, comparison and conversion of single
-  elements. IEEE 754 has each of them correctly rounded, so that a vector loop and its tail cannot differ. Sums are made
-  of such additions, in an order that the number of terms gives.
+  elements. IEEE 754 has each of them correctly rounded, so that a vector loop and its tail cannot differ.
 
 What is left to the library is to give the same bits for the same call on the same numbers with the same number of
 threads.
@@ -21,6 +21,7 @@ threads.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -28,9 +29,14 @@ import torch.nn.functional as F
 
 #: Rows of the tiles of a product. The first of them that treats all places alike says what the bits are.
 _BASE_ROWS = (16, 8, 4, 2, 1)
-_MORE_ROWS = (4, 8, 32, 64)
-#: Elements of an elementwise function's tile: PyTorch computes so many in one thread.
-_ELEMENTS = (2048, 256, 16, 1)
+_MORE_ROWS = (4, 8, 32, 64, 128, 256)
+#: Products that one call makes, beside a single one.
+_MORE_PRODUCTS = (4, 16, 64)
+#: Elements of an elementwise function's tiles, chosen likewise.
+_BASE_ELEMENTS = (2048, 256, 16, 1)
+_MORE_ELEMENTS = tuple(1 << i for i in range(12, 18))
+#: Elements that a probe compares, at least.
+_PROBED = 512
 _ALIGNMENT = 64
 
 
@@ -66,9 +72,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     matrix, n = weight.mT, len(x)
     sizes = _tile_rows(*matrix.shape, matrix.stride(-1) != 1, torch.get_num_threads())
     x = pad_rows(x, sizes[0])
-    # A decode's few rows are often one tile, whose product needs no place of its own.
-    out = torch.mm(aligned(x), matrix)[:n] if len(x) in sizes else products(x, matrix[None])[0, :n]
-    return out if bias is None else out + bias
+    if len(x) in sizes:
+        out = torch.mm(aligned(x), matrix)
+    else:
+        out = x.new_empty(len(x), len(weight))
+        for tile, target in zip(_tiles(x, sizes), _tiles(out, sizes), strict=True):
+            _mm(aligned(tile), matrix, target)
+    return out[:n] if bias is None else out[:n] + bias
 
 
 def products(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
@@ -79,7 +89,8 @@ def products(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     x : torch.Tensor
         fp32 ``[..., n, d]``.
     matrices : torch.Tensor
-        fp32 ``[..., t, d, m]``, contiguous or of contiguous transposes, each at a multiple of 64 bytes.
+        fp32 ``[..., t, d, m]``, contiguous or of contiguous transposes, at a multiple of 64 bytes; d and m are
+        multiples of 16, so that each row is at such an address too.
 
     Returns
     -------
@@ -87,17 +98,19 @@ def products(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
         fp32 ``[..., t, n, m]``.
     """
     *lead, t, d, m = matrices.shape
-    sizes = _tile_rows(d, m, matrices.stride(-1) != 1, torch.get_num_threads())
-    n = x.shape[-2]
-    x = pad_rows(x, sizes[0]).contiguous()
-    splits = _splits(x.shape[-2], sizes)
-    out = x.new_empty(*lead, t, x.shape[-2], m)
-    tiles = [[aligned(tile) for tile in rows.split(splits)] for rows in x.view(-1, x.shape[-2], d).unbind()]
-    targets = iter(out.view(-1, m).split(splits * (math.prod(lead) * t)))
-    for i, matrix in enumerate(matrices.flatten(0, -3).unbind()):
-        for tile in tiles[i // t]:
-            _mm(tile, matrix, next(targets))
-    return out[..., :n, :]
+    shape = d, m, matrices.stride(-1) != 1, torch.get_num_threads()
+    sizes, n = _tile_rows(*shape), x.shape[-2]
+    x, matrices = aligned(pad_rows(x, sizes[0])).view(math.prod(lead), -1, d), matrices.flatten(0, -3)
+    out = x.new_empty(len(matrices), x.shape[1], m)
+    for tile, target in zip(_tiles(x, sizes, dim=1), _tiles(out, sizes, dim=1), strict=True):
+        counts = _batches(*shape, tile.shape[1])
+        rows = tile.unsqueeze(1).expand(-1, t, -1, -1).flatten(0, 1)
+        for part, matrix, result in zip(*(_tiles(y, counts) for y in (rows, matrices, target)), strict=True):
+            if len(part) == 1:
+                torch.mm(part[0], matrix[0], out=result[0])
+            else:
+                torch.bmm(part, matrix, out=result)
+    return out.view(*lead, t, -1, m)[..., :n, :]
 
 
 def _mm(x: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor) -> None:
@@ -111,24 +124,20 @@ def exp(x: torch.Tensor) -> torch.Tensor:
     """Element by element."""
     if not x.is_cpu:
         return torch.exp(x)
-    size = _exp_elements()
-    flat = aligned(pad_rows(x.reshape(-1, 1), size)).view(-1)
-    if len(flat) == size:
-        return torch.exp(flat)[: x.numel()].view(x.shape)
+    n, sizes = x.numel(), _exp_elements(torch.get_num_threads())
+    flat = x.reshape(-1)
+    flat = F.pad(flat, (0, -n % sizes[0])) if n % sizes[0] else aligned(flat)
+    if len(flat) in sizes:
+        return torch.exp(flat)[:n].view(x.shape)
     out = torch.empty_like(flat)
-    for tile, target in zip(flat.split(size), out.split(size), strict=True):
+    for tile, target in zip(_tiles(flat, sizes), _tiles(out, sizes), strict=True):
         torch.exp(tile, out=target)
-    return out[: x.numel()].view(x.shape)
+    return out[:n].view(x.shape)
 
 
 def row_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum over the last axis, which stays with a length of 1: halves are added until one element is left."""
-    while (n := x.shape[-1]) > 1:
-        if n % 2:
-            x, n = F.pad(x, (0, 1)), n + 1
-        low, high = x.split(n // 2, dim=-1)
-        x = low + high
-    return x
+    """Sum over the last axis, which stays with a length of 1: the product with a column of ones."""
+    return linear(x.reshape(-1, x.shape[-1]), _ones(x.shape[-1], x.device)).view(*x.shape[:-1], 1)
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
@@ -157,16 +166,57 @@ def _is_alike(y: torch.Tensor, expected: torch.Tensor) -> bool:
 @cache
 def _tile_rows(d: int, m: int, transposed: bool, num_threads: int) -> tuple[int, ...]:
     """Numbers of rows, rising, of which each row's product with ``[d, m]`` has the same bits at any place."""
-    row, matrix = _random(1, d), _random(m, d).mT if transposed else _random(d, m)
-    found = {n: torch.mm(row.repeat(n, 1), matrix) for n in {*_BASE_ROWS, *_MORE_ROWS}}
-    base = next(n for n in _BASE_ROWS if _is_alike(found[n], found[n][:1]))
+    rows, matrix = _probes(d, m), _matrices(1, d, m, transposed)[0]
+
+    def found(n: int) -> list[torch.Tensor]:
+        return [torch.mm(row.repeat(n, 1), matrix) for row in rows]
+
+    base = next(n for n in _BASE_ROWS if all(_is_alike(y, y[:1]) for y in found(n)))
+    expected = [y[:1] for y in found(base)]
     more = _MORE_ROWS if base == _BASE_ROWS[0] else ()
-    return tuple(sorted({base, *(n for n in more if _is_alike(found[n], found[base][:1]))}))
+    return tuple(sorted({base, *(n for n in more if all(map(_is_alike, found(n), expected)))}))
+
+
+@cache
+def _batches(d: int, m: int, transposed: bool, num_threads: int, rows: int) -> tuple[int, ...]:
+    """Numbers of products of ``[rows, d]`` and ``[d, m]``, rising, that a single call gives with the bits of one."""
+    probes, matrix = _probes(d, m), _matrices(1, d, m, transposed)[0]
+    expected = [torch.mm(row.repeat(rows, 1), matrix) for row in probes]
+
+    def found(n: int) -> Iterator[torch.Tensor]:
+        """Of whole tensors, and of tiles of longer ones."""
+        matrices = _matrices(n, d, m, transposed)
+        for row in probes:
+            x, y = row.repeat(n, 2 * rows, 1), torch.empty(n, 2 * rows, m)
+            torch.bmm(x[:, rows:], matrices, out=y[:, rows:])
+            y[:, :rows] = torch.bmm(x[:, :rows].contiguous(), matrices)
+            yield y.view(2 * n, rows, m)
+
+    return 1, *(n for n in _MORE_PRODUCTS if all(map(_is_alike, found(n), expected)))
+
+
+def _probes(d: int, m: int) -> Sequence[torch.Tensor]:
+    """Rows, whose products have hundreds of elements together: a few can agree by chance."""
+    return _random(-(-_PROBED // m), d).split(1)
+
+
+def _matrices(count: int, d: int, m: int, transposed: bool) -> torch.Tensor:
+    return _random(m, d).repeat(count, 1, 1).mT if transposed else _random(d, m).repeat(count, 1, 1)
+
+
+@cache
+def _ones(n: int, device: torch.device) -> torch.Tensor:
+    return aligned(torch.ones(1, n, device=device))
+
+
+def _tiles(x: torch.Tensor, sizes: tuple[int, ...], dim: int = 0) -> Sequence[torch.Tensor]:
+    """``x``, whose length along ``dim`` is a multiple of the least of ``sizes``, in tiles of these sizes."""
+    n = x.shape[dim]
+    return [x] if n in sizes else x.split(_splits(n, sizes), dim)
 
 
 @cache
 def _splits(n: int, sizes: tuple[int, ...]) -> list[int]:
-    """``n`` rows, a multiple of the least of ``sizes``, as tiles of these sizes, each a multiple of the next."""
     splits = []
     for size in reversed(sizes):
         splits += [size] * (n // size)
@@ -175,6 +225,12 @@ def _splits(n: int, sizes: tuple[int, ...]) -> list[int]:
 
 
 @cache
-def _exp_elements() -> int:
+def _exp_elements(num_threads: int) -> tuple[int, ...]:
+    """Numbers of elements, rising, of which each has the same bits at any place."""
     values = _random(64)
-    return next(n for n in _ELEMENTS if all(_is_alike(y := torch.exp(v.repeat(n)), y[:1]) for v in values))
+
+    def is_alike(n: int, base: int) -> bool:
+        return all(_is_alike(torch.exp(v.repeat(n)), torch.exp(v.repeat(base))[:1]) for v in values)
+
+    base = next(n for n in _BASE_ELEMENTS if is_alike(n, n))
+    return base, *(n for n in _MORE_ELEMENTS if base == _BASE_ELEMENTS[0] and is_alike(n, base))
