@@ -57,7 +57,7 @@ class OpError(SawError, ValueError):
 
 
 class KernelError(SawError, RuntimeError):
-    """A kernel that the GPU refused to launch."""
+    """A kernel that the GPU did not launch."""
 
     triton_code = "INTERNAL"
 

@@ -57,7 +57,7 @@ _CACHED = 1 << 17
 #: Shares of a row's range that a writer which chooses may cut off an end. Of Gaussian rows of 64 the nine pairs have a
 #: mean square error 10 % below the range factor's; 25 pairs up to 0.08 12 %, the four of 0 and 0.04 8 %.
 END_CUTS = (0.0, 0.03, 0.06)
-#: Bytes of scale and lo behind the codes.
+#: Bytes of scale and lo after the codes.
 ROW_TAIL_BYTES = 4
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}

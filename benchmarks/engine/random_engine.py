@@ -109,7 +109,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def build_in_child(folder: Path, config: EngineConfig, options: NetworkOptions, timeout_s: float | None) -> float:
-    """Build in a process of its own, which can be ended, and whose memory is free again behind it.
+    """Build in a process of its own, which can be ended, and whose memory is free again after it.
 
     Returns
     -------

@@ -101,7 +101,7 @@ class StartUp(RecordPart):
     """A process of its own that opens the engine, in s."""
 
     open_s: float
-    """Until requests may come, behind the imports."""
+    """Until requests may come, after the imports."""
     read_s: float
     """Of reading the engine's file and nothing else."""
 

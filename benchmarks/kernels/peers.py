@@ -38,7 +38,7 @@ OFFICIAL_FILES = {
     ),
 }
 OFFICIAL_SPLITS = (8, 16, 32, 64, 128)
-#: fp32 scale and zero behind head_dim/2 bytes of codes.
+#: fp32 scale and zero after head_dim/2 bytes of codes.
 OFFICIAL_TAIL_BYTES = 8
 
 

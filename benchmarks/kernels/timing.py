@@ -81,7 +81,7 @@ class CudaTimer:
             for p in prepared:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 # The flush takes the GPU longer than the next calls take the CPU: the launch never waits.
-                # Without the wait behind them, runs queue up, and on an H200 each would seem 1 µs longer.
+                # Without the wait after them, runs queue up, and on an H200 each would seem 1 µs longer.
                 self._written.zero_()
                 self._read.sum()
                 begin.record()

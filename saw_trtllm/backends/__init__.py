@@ -1,1 +1,1 @@
-"""The backends: siblings behind one protocol, which only the registry knows together."""
+"""The backends: siblings that implement one protocol, which only the registry knows together."""

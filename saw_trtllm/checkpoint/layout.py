@@ -76,7 +76,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_tp_size(config: ModelConfig, tp_size: int) -> None:
-    """Refuse a tensor-parallel size that does not split this model evenly."""
+    """Reject a tensor-parallel size that does not split this model evenly."""
     if tp_size < 1:
         raise ConfigError(f"tp_size is {tp_size}, but at least 1 is needed")
     for key, value in (

@@ -1,4 +1,4 @@
-"""``saw-serve``: an engine, or a model of Hugging Face, behind OpenAI's API."""
+"""``saw-serve``: an engine, or a model of Hugging Face, with OpenAI's API."""
 
 from __future__ import annotations
 

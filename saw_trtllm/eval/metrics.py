@@ -261,7 +261,7 @@ class Sums:
             nats_lost=nats - float(exact.mean()),
             perplexity=math.exp(min(nats, 700.0)),
             kl_mean=float(kl.mean()),
-            # Not torch.quantile, which refuses more than 2^24 elements.
+            # Not torch.quantile, which rejects more than 2^24 elements.
             kl_p99=float(kl.sort().values[math.ceil(0.99 * len(kl)) - 1]),
             kl_max=float(kl.max()),
             kl_error=standard_error(self.kl_pieces()),

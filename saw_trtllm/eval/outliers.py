@@ -176,7 +176,7 @@ def plant_key_bias(
     Raises
     ------
     ConfigError
-        If the model has a q/k norm, behind which it has no bias.
+        If the model has a q/k norm, after which it has no bias.
     """
     still = stop_slow_pairs(checkpoint, pairs_per_head)
     config, half = still.config, still.config.head_size // 2

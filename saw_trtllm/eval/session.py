@@ -178,7 +178,7 @@ class Session:
 
 
 def open_model(checkpoint: Checkpoint, max_seq_len: int, device: str | torch.device = "auto") -> WindowModel:
-    """Load a checkpoint's weights onto a device; NaN or infinite ones are refused by name."""
+    """Load a checkpoint's weights onto a device; NaN or infinite ones are rejected by name."""
     device = choose_device(device) if isinstance(device, str) else device
     return WindowModel(checkpoint.config, checkpoint.load_finite, max_seq_len, device)
 

@@ -89,7 +89,7 @@ def decode_attention(
     OpError
         If an argument does not fit; nothing is launched.
     KernelError
-        If the GPU refuses the launch.
+        If the GPU rejects the launch.
     """
     step = _Attention.check(
         "num_sequences",
@@ -163,7 +163,7 @@ def prefill_attention(
     OpError
         If an argument does not fit; nothing is launched.
     KernelError
-        If the GPU refuses the launch.
+        If the GPU rejects the launch.
     """
     step = _Attention.check(
         "num_tokens",

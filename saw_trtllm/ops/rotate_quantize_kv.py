@@ -121,7 +121,7 @@ def rotate_quantize_kv(
     OpError
         If an argument does not fit; nothing is launched.
     KernelError
-        If the GPU refuses the launch.
+        If the GPU rejects the launch.
     """
     head_dim = kv_format.head_dim
     lengths = DeviceArray.of("sequence_length", sequence_length).check("int32", ["num_sequences"], 4)

@@ -18,7 +18,7 @@ class NetworkOptions:
         kernels itself. It makes the build about twice as long. TensorRT-LLM's
         executor does not know such a profile (with more than one it expects its own six), this project's runtime does.
     input_timing_cache, output_timing_cache : Path or None
-        Files of kernels' times: one that is read, with which a build is shorter, and one that is written behind it.
+        Files of kernels' times: one that is read, with which a build is shorter, and one that is written after it.
         They may be the same.
     optimization_level : int or None
         TensorRT's, from 0 to 5: how long it looks for fast kernels. None is its default.

@@ -185,7 +185,7 @@ def make_plugin(trt: ModuleType, name: str, fields: Mapping[str, int | float | s
     BackendUnavailableError
         If the library was not loaded.
     ConfigError
-        If the plugin refuses its fields; TensorRT's log says why.
+        If the plugin rejects its fields; TensorRT's log says why.
     """
     creator = find_creator(trt, name)
     if creator is None:
@@ -202,7 +202,7 @@ def make_plugin(trt: ModuleType, name: str, fields: Mapping[str, int | float | s
     phase = (trt.TensorRTPhase.BUILD,) if has_v3(trt) else ()
     plugin = creator.create_plugin(name, collection, *phase)
     if plugin is None:
-        raise ConfigError(f"{name} refuses {dict(fields)}: see TensorRT's log for the reason")
+        raise ConfigError(f"{name} rejects {dict(fields)}: see TensorRT's log for the reason")
     return plugin
 
 

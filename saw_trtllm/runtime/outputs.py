@@ -247,7 +247,7 @@ class GenerationResult:
             return self._pop()
 
     def _pop(self) -> RequestOutput | None:
-        """The next piece; None behind the last. The lock is held."""
+        """The next piece; None after the last. The lock is held."""
         if self._done:
             return None
         piece = self._outputs.pieces.popleft()

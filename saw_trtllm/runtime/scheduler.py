@@ -169,7 +169,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def check(self, sequence: Sequence) -> None:
-        """Refuse what could never run. Safe to call from any thread.
+        """Reject what could never run. Safe to call from any thread.
 
         Raises
         ------

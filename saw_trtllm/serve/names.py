@@ -185,7 +185,7 @@ ENSEMBLE_MODEL = Model(
         Tensor("text_input", "STRING", (1,), "the prompt, UTF-8"),
         Tensor("max_tokens", "INT32", (1,), "tokens to generate at most"),
         *REQUEST_OPTIONS,
-        _optional("bad_words", "STRING", "not supported: anything but empty strings is refused", (-1,)),
+        _optional("bad_words", "STRING", "not supported: anything but empty strings is rejected", (-1,)),
     ),
     outputs=(Tensor("text_output", "STRING", (-1,), "the text, or this piece of it"), *RESULTS),
     steps=STEPS,
@@ -201,7 +201,7 @@ PREPROCESSING_MODEL = Model(
         Tensor("QUERY", "STRING", (1,), "the prompt, UTF-8"),
         Tensor("REQUEST_OUTPUT_LEN", "INT32", (1,), "handed on"),
         _optional("STOP_WORDS_DICT", "STRING", "strings that end the text", (-1,)),
-        _optional("BAD_WORDS_DICT", "STRING", "not supported: anything but empty strings is refused", (-1,)),
+        _optional("BAD_WORDS_DICT", "STRING", "not supported: anything but empty strings is rejected", (-1,)),
         _optional("END_ID", "INT32", "the end token; the tokenizer's by default"),
         _optional("PAD_ID", "INT32", "fills up the shorter of several prompts; the end token by default"),
     ),
@@ -231,7 +231,7 @@ TENSORRT_LLM_MODEL = Model(
         _optional(
             "stop_words_list", "INT32", "runs of tokens that end the text: ids, and where each run ends", (2, -1)
         ),
-        _optional("bad_words_list", "INT32", "not supported: anything but an empty list is refused", (2, -1)),
+        _optional("bad_words_list", "INT32", "not supported: anything but an empty list is rejected", (2, -1)),
         _optional("embedding_bias", "FP32", "not supported: anything but an empty one is rejected", (-1,)),
         _optional("decoder_input_ids", "INT32", "accepted and not needed: there is no encoder", (-1,)),
         _optional("decoder_input_lengths", "INT32", "accepted and not needed"),

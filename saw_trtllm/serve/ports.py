@@ -27,7 +27,7 @@ class Ports:
         return self.host == "localhost"
 
     def check(self) -> None:
-        """Refuse ports that cannot be had.
+        """Reject ports that cannot be had.
 
         Raises
         ------

@@ -69,9 +69,9 @@ class _Row:
 
 
 def _generation(row: _Row, exclude_input_in_output: bool) -> Generation:
-    _refuse(row, "beam_width", {1}, "there is no beam search")
-    _refuse(row, "num_return_sequences", {1}, "send the request several times, with a seed each")
-    _refuse(row, "len_penalty", {0.0, 1.0}, "it is for beam search, which is not supported")
+    _reject(row, "beam_width", {1}, "there is no beam search")
+    _reject(row, "num_return_sequences", {1}, "send the request several times, with a seed each")
+    _reject(row, "len_penalty", {0.0, 1.0}, "it is for beam search, which is not supported")
     if _word_list(row.array("bad_words_list"), "bad_words_list"):
         raise RequestError("bad_words_list is not supported: leave it out")
     bias = row.array("embedding_bias")
@@ -92,7 +92,7 @@ def _generation(row: _Row, exclude_input_in_output: bool) -> Generation:
     )
 
 
-def _refuse(row: _Row, name: str, accepted: set[float], why: str) -> None:
+def _reject(row: _Row, name: str, accepted: set[float], why: str) -> None:
     value = row.scalar(name)
     if value is not None and value not in accepted:
         raise RequestError(f"{name} is {value}, which is not supported: {why}")

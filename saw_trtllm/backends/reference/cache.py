@@ -115,7 +115,7 @@ class PagedCache:
 
 @dataclass(frozen=True)
 class Prefill:
-    """One prefill of a step: ``tokens`` of the packed step, behind ``history`` tokens of the pool's ``blocks``."""
+    """One prefill of a step: ``tokens`` of the packed step, after ``history`` tokens of the pool's ``blocks``."""
 
     tokens: slice
     history: int
@@ -136,7 +136,7 @@ class StepPlan:
         int64 ``[num_tokens]``: where each token's rows go.
     prefills : list of Prefill
     decode_tokens : slice
-        The decodes' tokens, behind the prefills'.
+        The decodes' tokens, after the prefills'.
     decode_lengths : torch.Tensor
         int64 ``[num_decodes]``: KV length with the current token.
     decode_blocks : torch.Tensor
@@ -174,7 +174,7 @@ class StepPlan:
         decode_lengths = lengths[num_prefills:]
         longest = int(decode_lengths.max()) if len(decode_lengths) else 0
         used = -(-longest // max(tokens_per_block, KEY_TILE)) * max(1, KEY_TILE // tokens_per_block)
-        # Entries behind a sequence's own blocks may hold anything: its last block stands in for them.
+        # Entries after a sequence's own blocks may hold anything: its last block stands in for them.
         last = (decode_lengths - 1) // tokens_per_block
         column = torch.minimum(torch.arange(used)[None], last[:, None])
         return cls(

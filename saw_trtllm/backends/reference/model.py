@@ -153,7 +153,7 @@ class ReferenceModel:
         return self._logits(self._norm(x, self._ln_f))
 
     def _decode(self, ids: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """Token ids ``[...]`` to the residual stream behind the last layer, fp32 ``[..., hidden_size]``."""
+        """Token ids ``[...]`` to the residual stream after the last layer, fp32 ``[..., hidden_size]``."""
         x = F.embedding(ids, self._embedding) * self.config.embedding_scale
         for i, w in enumerate(self._layers):
             added = attend(i, w, self._norm(x, w["input_layernorm.weight"]))

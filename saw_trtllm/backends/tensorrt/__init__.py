@@ -7,5 +7,5 @@ from a plan to an engine folder.
 Running, with NumPy, ``tensorrt`` and ``cuda-python`` and no tensor library: ``cuda``, what CUDA is asked for;
 ``engine_checks``, which engines this machine can run; ``session``, an engine and its execution contexts; ``memory``,
 what the GPU's memory is given to; ``staging``, a step's tensors on their way to the GPU; ``graphs``, decodes as CUDA
-graphs; ``executor``, all of it behind the runtime's interface.
+graphs; ``executor``, which implements the runtime's interface with them.
 """

@@ -1,4 +1,4 @@
-"""Which engines this machine can run: what is refused is refused before the GPU's memory is taken, in one sentence."""
+"""Which engines this machine can run: others are rejected before the GPU's memory is taken, in one sentence."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _AGAIN = "build it anew with saw-build on this machine"
 
 
 def check_versions(folder: Path, config: EngineConfig, tensorrt: TensorRT) -> None:
-    """Refuse an engine of other plugins, another TensorRT or another GPU, or of plugins whose library is not there.
+    """Reject an engine of other plugins, another TensorRT or another GPU, or of plugins whose library is not there.
 
     Raises
     ------

@@ -106,7 +106,7 @@ class TensorRTExecutor:
         Raises
         ------
         KernelError
-            If TensorRT, a plugin or CUDA refuses it.
+            If TensorRT, a plugin or CUDA rejects it.
         """
         call(runtime.cudaSetDevice, self._device)
         slot = self._free_slot()

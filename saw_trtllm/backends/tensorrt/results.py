@@ -41,7 +41,7 @@ class ResultSlot:
         spans: list[slice | None],
         sampling: Sequence[SamplingState | None],
     ) -> PendingResult:
-        """Have a step's results copied here, behind its last kernel.
+        """Have a step's results copied here, after its last kernel.
 
         Parameters
         ----------

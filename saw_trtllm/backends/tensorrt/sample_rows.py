@@ -38,7 +38,7 @@ class StagedRows:
     Parameters
     ----------
     rows : numpy.ndarray
-        :data:`ROW` ``[max_sequences]``, to be filled; all of it is valid behind each :meth:`fill`.
+        :data:`ROW` ``[max_sequences]``, to be filled; all of it is valid after each :meth:`fill`.
     vocab_size : int
     """
 

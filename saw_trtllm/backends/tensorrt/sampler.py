@@ -70,7 +70,7 @@ class GpuSampler:
         Parameters
         ----------
         logits_ptr : int
-            fp32 ``[*, vocab_size]`` on the GPU; the same bits before and behind.
+            fp32 ``[*, vocab_size]`` on the GPU; the same bits before and after.
         rows_ptr : int
             int32 ``[num_rows]`` on the GPU: sequence i draws from row ``rows[i] - 1``. 0: from row i.
         num_rows : int
@@ -80,7 +80,7 @@ class GpuSampler:
         Raises
         ------
         KernelError
-            If the GPU refuses the launch.
+            If the GPU rejects the launch.
         """
         code = self._module.sample(
             logits=logits_ptr,
@@ -105,7 +105,7 @@ class GpuSampler:
         Raises
         ------
         KernelError
-            If the GPU refuses the launch.
+            If the GPU rejects the launch.
         """
         code = self._module.resolve_tokens(
             input_ids=input_ids_ptr, num_tokens=num_tokens, tokens=self.tokens_ptr, stream=stream

@@ -68,7 +68,7 @@ class Session:
         Raises
         ------
         KernelError
-            If TensorRT, or a plugin, refuses the step.
+            If TensorRT, or a plugin, rejects the step.
         """
         context = self._contexts[profile]
         for name, (address, shape) in tensors.items():

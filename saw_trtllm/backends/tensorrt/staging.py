@@ -111,7 +111,7 @@ class Staging:
         stream : Stream
             On which the copies take their turn.
         padded : StepShape, optional
-            A larger shape to put a step of decodes into. Rows behind its own are sequences of length 0, of which the
+            A larger shape to put a step of decodes into. Rows after its own are sequences of length 0, of which the
             plugins write and read nothing.
 
         Returns
@@ -176,7 +176,7 @@ class HostTensors:
         self._types = np.ones(max_sequences, np.int32)
 
     def tensors(self, step: StepInputs | None, num_sequences: int) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """Address and shape of each; the sequences behind a step's own are decodes."""
+        """Address and shape of each; the sequences after a step's own are decodes."""
         self._types[:num_sequences] = 1
         if step is not None:
             self._types[: len(step.host_request_types)] = step.host_request_types

@@ -90,7 +90,7 @@ class TensorRT:
     # -- types
 
     def check_activations(self, dtype: str) -> None:
-        """Refuse a dtype that the plugins, or this TensorRT, cannot compute in."""
+        """Reject a dtype that the plugins, or this TensorRT, cannot compute in."""
         if dtype == "float32":
             raise ConfigError("the model is in float32, and the plugins compute in 16 bits: give --dtype float16")
         if dtype == "bfloat16" and not self.strongly_typed:

@@ -1,4 +1,4 @@
-"""What a SAW engine cannot have, refused before TensorRT is at work, each with the flag to change."""
+"""What a SAW engine cannot have, rejected before TensorRT is at work, each with the flag to change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_GROUP = 16
 
 
 def check_build(config: Any, plugin_config: Any, limits: Mapping[str, Any]) -> None:
-    """Refuse a build.
+    """Reject a build.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def check_build(config: Any, plugin_config: Any, limits: Mapping[str, Any]) -> N
     """
     valid = ", ".join(map(str, TOKENS_PER_BLOCK))
     tokens = plugin_config.tokens_per_block
-    refusals: Iterable[tuple[bool, str]] = (
+    rejections: Iterable[tuple[bool, str]] = (
         (
             limits.get("max_beam_width", 1) != 1,
             f"beam width {limits.get('max_beam_width')} is not supported with a SAW cache: give --max_beam_width 1",
@@ -89,13 +89,13 @@ def check_build(config: Any, plugin_config: Any, limits: Mapping[str, Any]) -> N
             "model's RoPE table: lower --max_seq_len, or raise max_position_embeddings in the checkpoint's config.json",
         ),
     )
-    for refused, message in refusals:
-        if refused:
+    for is_rejected, message in rejections:
+        if is_rejected:
             raise ConfigError(message)
 
 
 def check_attention(name: str, attention: Any) -> None:
-    """Refuse an attention layer that the plugins cannot stand in for.
+    """Reject an attention layer that the plugins cannot stand in for.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def check_attention(name: str, attention: Any) -> None:
         "a relative attention bias": attention.relative_attention,
         "logn scaling": attention.use_logn_scaling,
         "clipped Q, K and V": attention.clip_qkv is not None,
-        "a norm behind attention": attention.inner_layernorm is not None,
+        "a norm after attention": attention.inner_layernorm is not None,
         "Q, K and V projected apart": attention.qkv is None,
         "a q/k norm with weights for each head": attention.qk_layernorm and not attention.layernorm_share,
     }
@@ -124,7 +124,7 @@ def check_attention(name: str, attention: Any) -> None:
 
 
 def check_call(name: str, call: Mapping[str, Any]) -> None:
-    """Refuse a call of ``gpt_attention`` that the plugins cannot stand in for.
+    """Reject a call of ``gpt_attention`` that the plugins cannot stand in for.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def check_call(name: str, call: Mapping[str, Any]) -> None:
 
 
 def check_heads(num_heads: int, num_kv_heads: int) -> None:
-    """Refuse a grouping of heads that the kernels do not have."""
+    """Reject a grouping of heads that the kernels do not have."""
     group, rest = divmod(num_heads, num_kv_heads)
     if rest or group > MAX_GROUP:
         raise ConfigError(

@@ -82,7 +82,7 @@ class SawModel(_TheirModel):
         return outputs
 
     def save_checkpoint(self, output_dir: str, save_config: bool = True) -> None:
-        """Refused: the weights may hold V's rotation, and the config an engine's row size."""
+        """Rejected: the weights may hold V's rotation, and the config an engine's row size."""
         raise ConfigError(f"a swapped model is no checkpoint to write to {output_dir}: save the model before the swap")
 
 

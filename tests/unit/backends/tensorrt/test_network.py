@@ -339,7 +339,7 @@ def test_what_does_not_fit_is_refused(plan, tensorrt, tensorrt_86, monkeypatch):
 
 def test_a_plugin_that_refuses_its_fields_is_an_error(tensorrt):
     network = tensorrt.create_network(tensorrt.builder(None))
-    with pytest.raises(ConfigError, match=r"^SawInt4PagedAttention refuses {'head_dim': 80}: see TensorRT's log"):
+    with pytest.raises(ConfigError, match=r"^SawInt4PagedAttention rejects {'head_dim': 80}: see TensorRT's log"):
         tensorrt.add_plugin(network, "SawInt4PagedAttention", {"head_dim": 80}, [])
 
 

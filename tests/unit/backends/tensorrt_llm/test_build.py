@@ -237,7 +237,7 @@ def test_attention_refuses_what_it_is_not_given(frontend, checkpoint):
 def test_a_plugin_that_refuses_its_fields(frontend):
     from saw_trtllm.backends.tensorrt_llm.attention import add_plugin
 
-    with pytest.raises(ConfigError, match=r"SawRotateQuantizeKV refuses {'layer_idx': 0}: see TensorRT's log"):
+    with pytest.raises(ConfigError, match=r"SawRotateQuantizeKV rejects {'layer_idx': 0}: see TensorRT's log"):
         add_plugin(WRITE, {"layer_idx": 0}, [], [])
 
 
