@@ -68,6 +68,13 @@ def test_codes_are_the_references(head_dim, dtype, sequences, rng):
     check(make_step(kv_format, SEQUENCES[sequences], rng, dtype=dtype, frames=True, center=True))
 
 
+@pytest.mark.parametrize(("head_dim", "heads"), [(64, (64, 8)), (256, (16, 4))])
+def test_a_cta_works_on_tile_after_tile(head_dim, heads, rng):
+    """More tiles than eight for each place of a CTA: those of head_dim 256 are of the kernel for few tokens."""
+    kv_format = KVFormat("saw_int4", head_dim, rotate_v=False)
+    check(make_step(kv_format, LONG, rng, dtype="bfloat16", heads=heads, frames=True, center=True))
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (4, 1), (7, 7), (12, 4), (15, 3), (32, 8), (16, 1)])
 def test_groups(heads, rng):
     check(make_step(KVFormat("saw_int4", 128, rotate_v=False), MIXED, rng, heads=heads, frames=True))
