@@ -69,9 +69,10 @@ def fold_v_frame(name: str, tensor: np.ndarray, config: ModelConfig, frame: np.n
     """
     if _DENSE.search(name):
         # An output o of a head comes as o F, and o Wᵀ = (o F) (W F⁻ᵀ)ᵀ.
-        inverse = np.linalg.inv(frame.astype(np.float64)).swapaxes(-1, -2)
+        inverse = np.ascontiguousarray(np.linalg.inv(frame.astype(np.float64)).swapaxes(-1, -2))
         heads = tensor.astype(np.float64).reshape(len(tensor), len(frame), -1, frame.shape[-1])
-        return np.einsum("okgd,kde->okge", heads, inverse).reshape(tensor.shape).astype(np.float32)
+        # Products of a few rows each, which a BLAS does not spread over threads: those are taken by other tensors.
+        return (heads @ inverse).reshape(tensor.shape).astype(np.float32)
     if _QKV.search(name):
         first = (config.num_attention_heads + config.num_key_value_heads) * config.head_size
         folded = tensor.astype(np.float32)
