@@ -25,7 +25,7 @@ except ImportError as e:
 ALIGNMENT = 256
 
 #: What says that there is nothing to run on, rather than that something went wrong.
-_NO_GPU = ("cudaErrorNoDevice", "cudaErrorInsufficientDriver", "cudaErrorInitializationError", "cudaErrorStubLibrary")
+_NO_GPU = ("cudaErrorNoDevice", "cudaErrorInitializationError", "cudaErrorStubLibrary")
 
 
 def call(function: Callable[..., tuple], *args: Any) -> Any:
@@ -45,6 +45,12 @@ def call(function: Callable[..., tuple], *args: Any) -> Any:
     """
     error, *values = function(*args)
     if error != runtime.cudaError_t.cudaSuccess:
+        if error.name == "cudaErrorInsufficientDriver":
+            raise BackendUnavailableError(
+                f"the NVIDIA driver knows CUDA {_cuda_version(runtime.cudaDriverGetVersion)} and CUDA for Python is "
+                f"{_cuda_version(runtime.cudaRuntimeGetVersion)}: update the driver, or install the cuda-python and "
+                "the TensorRT of its CUDA"
+            )
         if error.name in _NO_GPU:
             raise BackendUnavailableError(
                 f"CUDA finds no GPU ({error.name}): an engine of TensorRT needs one and its driver; one of saw-build "
@@ -54,6 +60,12 @@ def call(function: Callable[..., tuple], *args: Any) -> Any:
         reason = text.decode() if isinstance(text, bytes) else text
         raise KernelError(f"{function.__name__} failed: {reason} ({error.name})")
     return values[0] if len(values) == 1 else values or None
+
+
+def _cuda_version(function: Callable[..., tuple]) -> str:
+    """A version as in 13.0; the driver of a machine without one is 0.0."""
+    number = function()[1] or 0
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def align(nbytes: int) -> int:

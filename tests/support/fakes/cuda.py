@@ -26,6 +26,7 @@ class cudaError_t(enum.IntEnum):
     cudaErrorMemoryAllocation = 2
     cudaErrorNotReady = 600
     cudaErrorIllegalAddress = 700
+    cudaErrorInsufficientDriver = 35
     cudaErrorNoDevice = 100
     cudaErrorStreamCaptureUnsupported = 900
 
@@ -96,6 +97,9 @@ class Cuda:
     def used(self) -> int:
         """Bytes of the GPU that are allocated."""
         return sum(len(buffer) for buffer in self.device.values())
+
+    def cudaDriverGetVersion(self):
+        return cudaError_t.cudaSuccess, 12040
 
     def cudaGetErrorString(self, error):
         return cudaError_t.cudaSuccess, {2: b"out of memory", 700: b"an illegal memory access"}.get(error, b"failed")

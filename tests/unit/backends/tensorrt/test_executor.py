@@ -440,6 +440,14 @@ def test_what_is_missing_is_said(refused, monkeypatch):
 
     assert refused(errors=BackendUnavailableError, prepare=no_gpu).startswith("CUDA finds no GPU (cudaErrorNoDevice): ")
 
+    def old_driver(cuda, module):
+        cuda.failing["cudaGetDevice"] = cudaError_t.cudaErrorInsufficientDriver
+
+    assert refused(errors=BackendUnavailableError, prepare=old_driver) == (
+        "the NVIDIA driver knows CUDA 12.4 and CUDA for Python is 13.0: update the driver, or install the cuda-python "
+        "and the TensorRT of its CUDA"
+    )
+
     def no_plugins(cuda, module):
         module.get_plugin_registry = lambda: types.SimpleNamespace(plugin_creator_list=[])
 
