@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 # From linux/fcntl.h and linux/fs.h; glibc has had the call since 2.28.
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+#: Bytes of a large file after which the disk is told of them.
+_PIECE = 1 << 28
 
 
 @contextlib.contextmanager
@@ -49,6 +53,19 @@ def replacing_file(path: Path | str) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         part.replace(path)
         _sync(path.parent)
+
+
+def write_large(path: Path, data: memoryview) -> int:
+    """Write a new file, of which all but the end goes to the disk while the rest is written; its bytes."""
+    data = data.cast("B")
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+        written, syncs = 0, []
+        while written < len(data):
+            written += file.write(data[written : written + _PIECE])
+            syncs.append(beside.submit(os.fdatasync, file.fileno()))
+        for sync in syncs:
+            sync.result()
+    return written
 
 
 @contextlib.contextmanager

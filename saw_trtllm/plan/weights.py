@@ -89,7 +89,7 @@ class EngineWeights:
     ) -> Iterator[Callable[[str], np.ndarray]]:
         """Give what :meth:`load` does, from threads that are ahead of who asks, for each tensor.
 
-        All are in memory together: TensorRT takes them at the end.
+        A build keeps all of them in memory: TensorRT takes them at the end.
 
         Parameters
         ----------
@@ -102,7 +102,7 @@ class EngineWeights:
             reading = {name: pool.submit(self.load, name) for name in self.shapes}
 
             def load(name: str) -> np.ndarray:
-                array = reading[name].result()
+                array = reading.pop(name).result()
                 if progress is not None:
                     progress(name)
                 return array

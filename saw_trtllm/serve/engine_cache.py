@@ -113,6 +113,7 @@ def engine_key(plan: BuildPlan, options: BuildOptions) -> str:
     parts: dict[str, Any] = {
         "package": __version__,
         "checkpoint": fingerprint(plan.checkpoint.folder),
+        "weights": str(plan.checkpoint.folder.absolute()) if options.strip_plan else None,
         "config": plan.config.model_dump(mode="json"),
         "options": options.model_dump(mode="json", exclude=_IRRELEVANT | {"calibration"}),
         "calibration": file_checksum(options.calibration) if options.calibration else None,

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from saw_trtllm.backends.tensorrt.constants import Load
 from saw_trtllm.backends.tensorrt.decoder import define_decoder
@@ -13,15 +17,19 @@ from saw_trtllm.backends.tensorrt.device import compute_capability
 from saw_trtllm.backends.tensorrt.graph import Graph
 from saw_trtllm.backends.tensorrt.profiles import profiles, shapes, step_inputs
 from saw_trtllm.backends.tensorrt.versions import TensorRT
-from saw_trtllm.engine.config import CALIBRATION_FILE, EngineConfig, engine_file
+from saw_trtllm.checkpoint import NUMPY_DTYPES
+from saw_trtllm.engine.config import CALIBRATION_FILE, EngineConfig, WeightsSource, engine_file
 from saw_trtllm.errors import BackendUnavailableError, EngineError
-from saw_trtllm.files import replacing_file
+from saw_trtllm.files import replacing_file, write_large
 from saw_trtllm.plan.folder import replacing_engine
 from saw_trtllm.plan.plan import BuildPlan
 from saw_trtllm.plan.tensorrt_options import NetworkOptions, Phases
 from saw_trtllm.plugins.library import CUBLAS_LT, VERSION, load_cublas_lt
 
 log = logging.getLogger(__name__)
+
+#: Numbers between the beginnings of two arrays of zeros.
+_APART = 128
 
 
 def build_engine(
@@ -58,15 +66,48 @@ def build_engine(
     tensorrt = TensorRT.load() if tensorrt is None else tensorrt
     config = built_for(plan.config, tensorrt, plan.network.gemm_plugin)
     with plan.weights.reading_ahead(plan.network.workers, progress) as load:
-        engine = serialize_engine(tensorrt, config, load, plan.network, phases)
-    if plan.network.strip_plan:
-        section = config.saw_int4.model_copy(update={"weights": plan.weights.source()})
-        config = config.model_copy(update={"saw_int4": section})
+        if plan.network.strip_plan:
+            engine, source = _serialize_stripped(tensorrt, config, load, plan, phases)
+            section = config.saw_int4.model_copy(update={"weights": source})
+            config = config.model_copy(update={"saw_int4": section})
+        else:
+            engine = serialize_engine(tensorrt, config, load, plan.network, phases)
     with replacing_engine(plan.output_dir, plan.checkpoint.folder) as part:
         config.save(part)
         if plan.network.strip_plan and plan.calibration is not None:
             plan.calibration.save(part / CALIBRATION_FILE)
-        return (part / engine_file()).write_bytes(engine)
+        return write_large(part / engine_file(), memoryview(engine))
+
+
+def _serialize_stripped(
+    tensorrt: TensorRT, config: EngineConfig, load: Load, plan: BuildPlan, phases: Phases | None
+) -> tuple[Any, WeightsSource]:
+    """The engine without weights, and what it records of them.
+
+    TensorRT leaves out what it is given, so it is given zeros. The weights are read beside it, to be checked.
+    """
+    weights = plan.weights
+    zeros = _zeros(weights.shapes, NUMPY_DTYPES[config.pretrained_config.dtype]) | weights.constants
+
+    def read() -> WeightsSource:
+        for name in weights.shapes:
+            load(name)
+        return weights.source()
+
+    with ThreadPoolExecutor(1) as beside:
+        source = beside.submit(read)
+        return serialize_engine(tensorrt, config, zeros.__getitem__, plan.network, phases), source.result()
+
+
+def _zeros(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> dict[str, np.ndarray]:
+    """Zeros in one piece of memory: TensorRT knows weights by where they begin, and no two begin at one place."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    memory = np.zeros(max(sizes) + len(sizes) * _APART, dtype)
+    starts = range(0, len(sizes) * _APART, _APART)
+    return {
+        name: memory[start : start + size].reshape(shape)
+        for (name, shape), size, start in zip(shapes.items(), sizes, starts, strict=True)
+    }
 
 
 def serialize_engine(
