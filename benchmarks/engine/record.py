@@ -64,7 +64,7 @@ class Step(RecordPart):
     gpu_us: float
     """The GPU's part: of a step whose launch the GPU did not have to wait for."""
     alone_us: float
-    """From the launch of a step to its result, nothing else under way."""
+    """From the launch of a step to its result, nothing else in flight."""
 
     @property
     def tokens_per_second(self) -> float:

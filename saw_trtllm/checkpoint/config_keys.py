@@ -1,7 +1,7 @@
 """What becomes of each key of a Hugging Face ``config.json``: for the reader, and the table in docs/checkpoints.md.
 
 A key is honored where transformers' class of the family reads it and so does this project, harmless where the class
-does not read it or reads it for training and outputs alone, and rejected where it changes the model and this project
+does not read it or reads it only for training and outputs, and rejected where it changes the model and this project
 does not follow. Here is what all families have; a family's file has what is its own. A key that stands nowhere changes
 nothing in transformers' classes either: it gives a warning.
 """

@@ -32,7 +32,7 @@ _QUANTIZED = re.compile(
 _DTYPE_NAMES = {code: name for name, code in SAFETENSORS_DTYPES.items()}
 #: Linux's number, which Python's mmap has from 3.11 on: pages that nobody writes to are not counted as memory.
 _MAP_NORESERVE = 0x4000
-#: Bits of the exponent, all of which are set in NaN and infinity alone.
+#: Bits of the exponent, all of which are set only in NaN and infinity.
 _EXPONENTS: dict[str, np.unsignedinteger] = {
     "float16": np.uint16(0x7C00),
     "bfloat16": np.uint16(0x7F80),

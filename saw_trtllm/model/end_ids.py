@@ -13,7 +13,7 @@ from saw_trtllm.paths import is_file, read_json
 def read_end_ids(folder: Path) -> tuple[int, ...] | None:
     """End tokens of a Hugging Face folder, a TensorRT-LLM checkpoint or an engine.
 
-    ``GenerationConfig.from_pretrained`` takes generation_config.json alone where it is there, whether it names an end
+    ``GenerationConfig.from_pretrained`` takes only generation_config.json where it is there, whether it names an end
     token or not, and config.json otherwise.
 
     Returns

@@ -84,7 +84,7 @@ class BuildOptions(BaseModel):
     output_timing_cache: Path | None = Field(None, description="file to write this build's to (tensorrt)")
     multiple_profiles: Switch | None = Field(
         None,
-        description="give steps of decodes alone kernels of their own; the build takes about twice as long (tensorrt; "
+        description="give decode steps kernels of their own; the build takes about twice as long (tensorrt; "
         "by default disable with the GEMM plugin, else enable)",
     )
     builder_optimization_level: int | None = Field(

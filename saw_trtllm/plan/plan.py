@@ -1,4 +1,4 @@
-"""All that a build will do, worked out from flags and headers alone."""
+"""All that a build will do, worked out from nothing but flags and headers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from saw_trtllm.version import __version__
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """All that a build will do, worked out from flags and headers alone.
+    """All that a build will do, worked out from nothing but flags and headers.
 
     Attributes
     ----------

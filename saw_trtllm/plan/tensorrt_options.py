@@ -14,7 +14,7 @@ class NetworkOptions:
     Attributes
     ----------
     decode_profile : bool or None
-        Give steps of decodes alone kernels of their own; None: unless there is the GEMM plugin, which chooses its
+        Give decode steps kernels of their own; None: unless there is the GEMM plugin, which chooses its
         kernels itself. It makes the build about twice as long. TensorRT-LLM's
         executor does not know such a profile (with more than one it expects its own six), this project's runtime does.
     input_timing_cache, output_timing_cache : Path or None

@@ -27,7 +27,7 @@ from saw_trtllm.runtime.keywords import shown
 #: A conversation: dicts with ``role`` and ``content``, and what else the template knows.
 Messages = Sequence[Mapping[str, Any]]
 
-#: Turns of a template's loops in one rendering. A message takes a few, and a template that loops for ever all of them.
+#: Turns of a template's loops in one rendering. A message takes a few, and a template that loops forever all of them.
 MAX_TURNS = 1_000_000
 #: Characters or items that a template may make of a few by multiplication.
 _MAX_REPEATED = 1_000_000
@@ -292,7 +292,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _GenerationBlocks(Extension):
-    """``{% generation %}`` marks what an assistant has written, which matters to training alone."""
+    """``{% generation %}`` marks what an assistant has written, which only matters to training."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -349,7 +349,7 @@ def _render(template: jinja2.Template, values: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A copy of JSON's types alone, so that a template cannot reach methods of other objects."""
+    """A copy with only JSON's types, so that a template cannot reach methods of other objects."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Step:
-    """A step under way, and whose it is."""
+    """A step in flight, and whose it is."""
 
     parts: list[Scheduled]
     pending: PendingStep
@@ -161,7 +161,7 @@ class EngineCore:
         except Exception as e:
             logger.exception("the runtime failed")
             self._close()
-            # Nobody may wait for ever, those who have just come neither.
+            # Nobody may wait forever, those who have just come neither.
             self._take_in()
             for request in self._requests.values():
                 request.outputs.put(EngineError(f"the runtime failed ({e}): make a new LLM"))
@@ -231,7 +231,7 @@ class EngineCore:
         return request
 
     def _begin(self) -> bool:
-        """Launch the next step; false if no sequence can go on before the one under way is done."""
+        """Launch the next step; false if no sequence can go on before the one in flight is done."""
         parts = self._scheduler.schedule()
         if not parts:
             return False
@@ -259,7 +259,7 @@ class EngineCore:
         return wants and not s.sequence.generated and s.inputs.kind == PREFILL
 
     def _finish(self, steps_left: int) -> None:
-        """Wait for the steps under way but for so many, and hand out what they gave."""
+        """Wait for the steps in flight but for so many, and hand out what they gave."""
         while len(self._under_way) > steps_left:
             step = self._under_way.popleft()
             try:
@@ -282,7 +282,7 @@ class EngineCore:
 
     def _advance(self, s: Scheduled, output: StepOutput, i: int) -> None:
         request = self._requests.get(s.sequence.request_id)
-        if request is None:  # it ended while this was under way
+        if request is None:  # it ended while this was in flight
             self._scheduler.done(s)
             return
         first_chunk = s.inputs.start == s.sequence.num_reused

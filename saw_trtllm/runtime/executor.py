@@ -56,7 +56,7 @@ class Executor(Protocol):
     """Runs steps of an engine over a pool of ``num_blocks`` blocks. One thread calls it.
 
     Steps take effect in the order of their launches, and their results are taken in that order. Where ``asynchronous``,
-    the next step may be launched before the result of the last one is taken, never two: at most two are under way.
+    the next step may be launched before the result of the last one is taken, never two: at most two are in flight.
     """
 
     num_blocks: int
@@ -82,7 +82,7 @@ class Executor(Protocol):
         Raises
         ------
         Exception
-            If the step cannot begin; then it has not taken place, and the one under way is not harmed.
+            If the step cannot begin; then it has not taken place, and the one in flight is not harmed.
         """
         ...
 
@@ -95,5 +95,5 @@ class Executor(Protocol):
         ...
 
     def shutdown(self) -> None:
-        """Release what the executor holds. No step is under way."""
+        """Release what the executor holds. No step is in flight."""
         ...

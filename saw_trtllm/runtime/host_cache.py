@@ -51,7 +51,7 @@ Transfer = Callable[[Sequence[BlockCopy], Sequence[BlockCopy]], PendingTransfer]
 
 @dataclass
 class _Move:
-    """A copy under way, what finds the block, and whom it is loaded for: a table's ``fetched``."""
+    """A copy in flight, what finds the block, and whom it is loaded for: a table's ``fetched``."""
 
     copy: BlockCopy
     content: Content

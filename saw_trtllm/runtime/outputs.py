@@ -90,7 +90,7 @@ class RequestOutput:
 class OutputQueue:
     """A request's pieces, on their way from the engine to the :class:`GenerationResult` that gives them out.
 
-    The engine knows this end alone, so that a handle which nobody holds any more is collected.
+    The engine only knows this end, so that a handle which nobody holds any more is collected.
     """
 
     def __init__(self) -> None:

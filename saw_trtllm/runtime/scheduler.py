@@ -13,7 +13,7 @@ computes never depends on the others, so neither does its result:
   sequence replays them one by one, as it decoded them. Where it may, or in a cache that is exact, rows are
   interchangeable: all that was computed is found again, and a preempted sequence computes its tokens in prefills.
 
-A step may be scheduled while the one before it is under way. Then some sequences' last tokens are not known yet: they
+A step may be scheduled while the one before it is in flight. Then some sequences' last tokens are not known yet: they
 are scheduled as if none of them ended the text. Nothing is preempted meanwhile, and what a sequence that is removed
 meanwhile holds is freed when its part is done.
 """
@@ -54,7 +54,7 @@ class Sequence:
     cache_salt : str
         Only sequences of the same salt find each other's blocks.
     in_flight : Scheduled or None
-        Its part of the step under way.
+        Its part of the step in flight.
     removed : bool
         Whether its blocks are to be freed once that is done.
     leader : Sequence or None
@@ -80,7 +80,7 @@ class Sequence:
 
     @property
     def draws_its_last(self) -> bool:
-        """Whether the step under way draws the last token that it may have."""
+        """Whether the step in flight draws the last token that it may have."""
         last = self.in_flight
         return last is not None and last.samples and last.num_drawn + 1 == self.params.max_tokens
 
@@ -161,7 +161,7 @@ class Scheduler:
         self._prefill_chunk = prefill_chunk
         self._interchangeable_rows = interchangeable_rows
         self.host = host
-        self._num_leaving = 0  # removed ones whose parts are under way
+        self._num_leaving = 0  # removed ones whose parts are in flight
 
     @property
     def has_work(self) -> bool:
@@ -191,7 +191,7 @@ class Scheduler:
     def schedule(self) -> list[Scheduled]:
         """Choose the next step's sequences, prefills first.
 
-        Empty when there is nothing to do, or nothing before the step under way is done.
+        Empty when there is nothing to do, or nothing before the step in flight is done.
         """
         self.copies = []
         if self.host is not None:
@@ -235,7 +235,7 @@ class Scheduler:
         return chosen
 
     def launched(self, step: list[Scheduled]) -> None:
-        """Note that a step is under way: the next one may be scheduled now."""
+        """Note that a step is in flight: the next one may be scheduled now."""
         for i, scheduled in enumerate(step):
             scheduled.index = i
             scheduled.sequence.in_flight = scheduled

@@ -1,4 +1,4 @@
-"""A Hugging Face folder's tokenizer, through the ``tokenizers`` library alone."""
+"""A Hugging Face folder's tokenizer, through nothing but the ``tokenizers`` library."""
 
 from __future__ import annotations
 

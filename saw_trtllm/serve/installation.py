@@ -50,7 +50,7 @@ _OWN_FLAGS = {
     "log-error": "use --log_level",
 }
 
-#: The first release of NVIDIA's container whose tritonserver has the known vulnerabilities mended: CVE-2025-23310,
+#: The first release of NVIDIA's container whose tritonserver has fixed the known vulnerabilities: CVE-2025-23310,
 #: 23311, 23319, 23320 and 23334 in 25.07, others in 25.08. The one in nvidia-pytriton 0.7.0 is Triton 2.51 of 24.10.
 _MENDED = "25.08"
 

@@ -37,7 +37,7 @@ class ServerLog:
     """A server's log.
 
     The server writes to a file, which holds it up less than a pipe, and which no orphaned process can keep open so that
-    a reader waits for ever.
+    a reader waits forever.
 
     Parameters
     ----------

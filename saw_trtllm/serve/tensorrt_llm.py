@@ -35,7 +35,7 @@ _WATCH_SHARE = 0.1
 _RESPONSES_PER_S = 1000
 
 #: Seconds between a piece and an error that follows it. Triton 2.51 never finishes an ensemble that fails while a step,
-#: here postprocessing, is at work.
+#: here postprocessing, works.
 _ERROR_DELAY = 0.2
 
 

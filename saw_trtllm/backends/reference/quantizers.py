@@ -20,7 +20,7 @@ class KVQuantizer(Protocol):
     Attributes
     ----------
     tokenwise : bool
-        Whether a token's rows depend on that token alone. Only then can pages be shared, and a decode append one.
+        Whether a token's rows depend only on that token. Only then can pages be shared, and a decode append one.
     """
 
     tokenwise: bool

@@ -260,7 +260,7 @@ class TensorRTExecutor:
     # -- steps
 
     def _copy_rows(self, copies: Sequence[RowCopy]) -> None:
-        """Copy rows from block to block, in this order, after the step under way and before the next."""
+        """Copy rows from block to block, in this order, after the step in flight and before the next."""
         tokens, heads = self._config.build_config.tokens_per_block, self._config.pretrained_config.num_key_value_heads
         for pool, memory in zip(self._config.pools, self.pools, strict=True):
             region, regions = tokens * pool.format.row_bytes, len(pool.layers) * 2 * heads

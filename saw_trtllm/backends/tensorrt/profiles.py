@@ -51,7 +51,7 @@ def profiles(limits: BuildConfig, decode_profile: bool) -> list[dict[str, Range]
     ----------
     limits : BuildConfig
     decode_profile : bool
-        Whether steps of decodes alone have a profile of their own, with kernels chosen for few rows.
+        Whether steps that hold only decodes have a profile of their own, with kernels chosen for few rows.
 
     Returns
     -------

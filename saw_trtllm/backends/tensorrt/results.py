@@ -98,7 +98,7 @@ class ResultSlot:
 
 
 class PendingResult:
-    """A step under way; see :class:`saw_trtllm.runtime.executor.PendingStep`."""
+    """A step in flight; see :class:`saw_trtllm.runtime.executor.PendingStep`."""
 
     def __init__(self, slot: ResultSlot, spans: list[slice | None], on_host: dict[int, SamplingState]) -> None:
         self._slot, self._spans, self._on_host = slot, spans, on_host

@@ -56,7 +56,7 @@ class GpuSampler:
         return self._results.nbytes + self._rows.nbytes + sum(s.lists.nbytes for s in self._sets)
 
     def prepare(self, sampling: Sequence[SamplingState | None]) -> None:
-        """Pack a step's draws. Nothing is launched; the last step may be under way, not the one before it."""
+        """Pack a step's draws. Nothing is launched; the last step may be in flight, not the one before it."""
         self._turn = 1 - self._turn
         self._sets[self._turn].fill(sampling, self._lists.of(sampling))
 

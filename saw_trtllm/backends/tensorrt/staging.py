@@ -20,7 +20,7 @@ from saw_trtllm.engine.tensors import (
     SEQUENCE_LENGTH,
 )
 
-#: Of a step, what lies on the GPU: int32 all of it. The block table comes last, since it alone may be padded within.
+#: Of a step, what lies on the GPU: int32 all of it. The block table comes last, since only it may be padded within.
 TABLE = BLOCK_OFFSETS.name
 _PER_TOKEN = (INPUT_IDS.name, POSITION_IDS.name)
 _PER_SEQUENCE = (LAST_TOKEN_IDS.name, SEQUENCE_LENGTH.name)
@@ -78,7 +78,7 @@ def _layout(shape: StepShape) -> tuple[dict[str, tuple[int, ...]], dict[str, int
 class Staging:
     """The inputs' place on the GPU, and two in pinned memory, which are filled in turn.
 
-    Two steps are under way at most, so the older of the two is free again without a wait.
+    Two steps are in flight at most, so the older of the two is free again without a wait.
 
     Parameters
     ----------

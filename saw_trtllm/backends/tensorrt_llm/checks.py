@@ -1,4 +1,4 @@
-"""What a SAW engine cannot have, rejected before TensorRT is at work, each with the flag to change."""
+"""What a SAW engine cannot have, rejected before TensorRT runs, each with the flag to change."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class SwapOptions:
 
     @classmethod
     def of_config(cls, config: Any) -> SwapOptions:
-        """Of a TensorRT-LLM ``PretrainedConfig`` alone: a model whose weights are as its checkpoint has them."""
+        """From a TensorRT-LLM ``PretrainedConfig``: a model whose weights are as its checkpoint has them."""
         section = CheckpointSection.of(config)
         if section.calibration is not None:
             raise ConfigError(

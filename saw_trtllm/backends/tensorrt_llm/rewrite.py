@@ -1,7 +1,7 @@
 """A graph-rewriting pass: each ``GPTAttention`` of a defined network becomes the two plugins.
 
 For models whose attention is not TensorRT-LLM's own ``Attention`` class but ends in its function ``gpt_attention``. The
-layers that it replaces stay in the network, dead, until TensorRT removes them; so what they alone consume stays an
+layers that it replaces stay in the network, dead, until TensorRT removes them; so what only they consume stays an
 input of the engine, which the executor feeds as ever.
 """
 

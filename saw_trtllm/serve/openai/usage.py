@@ -13,7 +13,7 @@ class Usage:
     Parameters
     ----------
     counts_texts : bool
-        False where a prompt alone is asked about.
+        False where only a prompt is asked about.
     """
 
     def __init__(self, counts_texts: bool = True) -> None:
