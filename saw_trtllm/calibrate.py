@@ -9,7 +9,6 @@ over the channels, and a uniform quantizer of ``k T H`` makes the least noise in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -113,6 +112,8 @@ class Statistics:
         ConfigError
             If keys, queries or values are not finite.
         """
+        # A center shifts all scores of a query alike, which a softmax ignores and a cap does not.
+        centered = centered and self._model.config.attn_logit_softcapping is None
         layers = [a + b for a, b in zip(*self._halves, strict=True)]
         centers = [m.k_mean if centered else np.zeros_like(m.k_mean) for m in layers]
         k_frames = [balanced_frames(m.k_covariance(c), m.q_moment) for m, c in zip(layers, centers, strict=True)]
@@ -193,14 +194,13 @@ def check_length(windows: torch.Tensor, head_dim: int) -> None:
 
 def attention_received(x: Attended) -> torch.Tensor:
     """What all queries of its group give to each key: fp32 ``[num_kv_heads, num_tokens]``."""
-    total, dim = len(x.q), x.q.shape[-1]
-    k = x.k.transpose(0, 1)
-    q = x.q.unflatten(1, (len(k), -1)).permute(1, 2, 0, 3) / math.sqrt(dim)
+    total, k = len(x.q), x.k.transpose(0, 1)
+    q = x.q.unflatten(1, (len(k), -1)).permute(1, 2, 0, 3)
     received = k.new_zeros(k.shape[:2])
     for start in range(0, total, QUERY_TILE):
         tile = torch.arange(start, min(start + QUERY_TILE, total), device=k.device)
         seen = slice(first_visible(start, x.window), int(tile[-1]) + 1)
-        scores = q[:, :, tile] @ k[:, None, seen].mT
+        scores = x.scores(q[:, :, tile] @ k[:, None, seen].mT)
         scores.masked_fill_(~causal_mask(tile, seen, x.window), -torch.inf)
         received[:, seen] += scores.softmax(-1).sum((1, 2))
     return received

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -117,17 +116,17 @@ class _Sampled:
         total = len(x.q)
         n = min(_QUERIES, total, max(8, _MAX_SCORES // (total * x.q.shape[1])))
         queries = (torch.arange(1, n + 1, device=x.q.device) * total) // n - 1
-        q = x.q[queries].unflatten(1, (x.k.shape[1], -1)).permute(1, 2, 0, 3) / math.sqrt(x.q.shape[-1])
+        q = x.q[queries].unflatten(1, (x.k.shape[1], -1)).permute(1, 2, 0, 3)
         visible = causal_mask(queries, slice(0, total), x.window)
-        scores, outputs = _attend(q, x.k, x.v, visible)
+        scores, outputs = _attend(x, q, x.k, x.v, visible)
         return cls(queries, q, visible, scores, outputs)
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor
+    x: Attended, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores ``[num_kv_heads, group, n, num_tokens]`` and outputs of scaled queries."""
-    scores = q @ k.permute(1, 2, 0)[:, None]
+    """Scores ``[num_kv_heads, group, n, num_tokens]`` and outputs of queries."""
+    scores = x.scores(q @ k.permute(1, 2, 0)[:, None])
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     return scores, weights @ v.transpose(0, 1)[:, None]
 
@@ -143,7 +142,7 @@ class _ErrorSums:
         k, v = self._quantizer.quantize(layer, x.k, x.v)
         first_exact = self._quantizer.first_exact(exact.queries + 1)
         if first_exact is None:
-            scores, outputs = _attend(exact.q, k, v, exact.visible)
+            scores, outputs = _attend(x, exact.q, k, v, exact.visible)
         else:
             scores, outputs = self._mixed(x, exact, k, v, first_exact)
         error = (scores - exact.scores).masked_fill(~exact.visible, 0.0)
@@ -160,7 +159,7 @@ class _ErrorSums:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend to exact rows from ``first_exact`` of each query on."""
         is_exact = torch.arange(len(x.k), device=x.k.device) >= first_exact[:, None]
-        scores = torch.where(is_exact, exact.scores, exact.q @ k.permute(1, 2, 0)[:, None])
+        scores = torch.where(is_exact, exact.scores, x.scores(exact.q @ k.permute(1, 2, 0)[:, None]))
         weights = scores.masked_fill(~exact.visible, -torch.inf).softmax(-1)
         read = (weights * ~is_exact) @ v.transpose(0, 1)[:, None]
         return scores, read + (weights * is_exact) @ x.v.transpose(0, 1)[:, None]

@@ -5,7 +5,7 @@ None of them is in an engine. What each asks of a server stands in :class:`Deman
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -176,11 +176,11 @@ def gather(model: WindowModel, windows: torch.Tensor) -> list[Attended]:
     for window in windows:
         model.hidden(window[None], observe=lambda layer, x: parts[layer].append(x))
     return [
-        Attended(
-            torch.cat([p.q for p in layer]),
-            torch.cat([p.k for p in layer]),
-            torch.cat([p.v for p in layer]),
-            layer[0].window,
+        replace(
+            layer[0],
+            q=torch.cat([p.q for p in layer]),
+            k=torch.cat([p.k for p in layer]),
+            v=torch.cat([p.v for p in layer]),
         )
         for layer in parts
     ]

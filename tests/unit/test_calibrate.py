@@ -37,7 +37,7 @@ from tests.support.models import make_hf_model
 from tests.support.rejection import refused
 from tests.support.tolerance import model_rounding
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
 RNG = np.random.default_rng(5)
 PROMPT = RNG.integers(3, 203, 70).tolist()
 WINDOWS = torch.from_numpy(RNG.integers(3, 203, (3, 120)))
@@ -104,7 +104,8 @@ def test_centers_and_frames_leave_the_model(family, folders, calibrations, tmp_p
     expected = logits_of(plan_build(BuildOptions(kv="fp16", **options)))
     plan = plan_build(BuildOptions(calibration=tmp_path / "c", **options))
     assert plan.config.framed_layers == [0, 1, 2]
-    assert np.abs(calibrations[family].k_center).max() > 0.1
+    # A cap on scores sees the shift that a center is: Gemma 2 has none.
+    assert bool(np.abs(calibrations[family].k_center).max() > 0.1) is (family != "gemma2")
     got = logits_of(plan, KVFormat("fp16", 64, "float32"))
     assert np.abs(expected).max() > 1
     largest = max(

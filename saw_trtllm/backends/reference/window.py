@@ -39,12 +39,23 @@ class Attended:
         fp32 ``[num_tokens, num_kv_heads, head_dim]``, K after RoPE.
     window : int or None
         Keys that a query sees.
+    scale : float, optional
+        Factor on q·k; 1/sqrt(head_dim) by default.
+    softcap : float, optional
+        Scores become ``softcap · tanh(score / softcap)``.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     window: int | None
+    scale: float | None = None
+    softcap: float | None = None
+
+    def scores(self, products: torch.Tensor) -> torch.Tensor:
+        """What the softmax is taken of, for products of queries and keys."""
+        scores = products * (self.scale or 1 / math.sqrt(self.q.shape[-1]))
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
 
 Observer = Callable[[int, Attended], None]
@@ -182,7 +193,7 @@ class WindowModel(ReferenceModel):
         q = q.to(self.dtype).float()
         if observe is not None:
             for b in range(len(x)):
-                observe(layer, Attended(q[b], k[b], v[b], c.window(layer)))
+                observe(layer, Attended(q[b], k[b], v[b], c.window(layer), c.softmax_scale, c.attn_logit_softcapping))
         k, v, k_read, v_read = history.append(layer, k, v)
         lengths = torch.arange(start, start + x.shape[1], device=x.device) + 1
         first_exact = history.quantizer.first_exact(lengths)
