@@ -173,3 +173,10 @@ def test_a_living_writers_part_is_left_alone(tmp_path):
         assert file.read_bytes() == b"second"
     assert file.read_bytes() == b"first"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_large_file_is_written_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PIECE", 4)
+    data = bytes(range(11))
+    assert files.write_large(tmp_path / "file", memoryview(data)) == 11
+    assert (tmp_path / "file").read_bytes() == data

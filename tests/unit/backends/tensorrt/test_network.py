@@ -1,5 +1,6 @@
 """The project's own definitions: recorded by a stand-in for TensorRT, and run in PyTorch against the reference."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -432,6 +433,21 @@ def test_the_folder_holds_an_engine(plan, tensorrt, tensorrt_86, machine, tmp_pa
     assert (section.tensorrt_version, section.compute_capability) == ("10.14.1", "9.0")
     build_engine(made, None, None, tensorrt_86)
     assert EngineConfig.load(made.output_dir).saw_int4.tensorrt_version == "8.6.0"
+
+
+def test_the_engine_has_the_checkpoints_dtype_without_a_flag(monkeypatch, tmp_path):
+    pretend_gpu(monkeypatch)
+    monkeypatch.setattr("saw_trtllm.backends.tensorrt.build.load_cublas_lt", lambda: True)
+    folder = make_hf_model(tmp_path, "llama", torch.bfloat16, num_hidden_layers=2)[0]
+    options = BuildOptions(model_dir=folder, output_dir=tmp_path / "engine", backend="tensorrt", max_seq_len=64)
+    made = plan_build(options)
+    made.output_dir.mkdir()
+    build_engine(made)
+    config = EngineConfig.load(made.output_dir)
+    assert config.pretrained_config.dtype == config.build_config.plugin_config.gemm_plugin == "bfloat16"
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt_86.Module())
+    with pytest.raises(ConfigError, match=r"^the model is in bfloat16, which TensorRT 8\.6\.0 does not have: give "):
+        plan_build(options)
 
 
 @pytest.mark.parametrize(("choice", "there"), [("auto", 1), ("auto", 0), ("disable", 1), ("float16", 1)])
