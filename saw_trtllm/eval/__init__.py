@@ -1,1 +1,1 @@
-"""What a 4-bit cache costs a model: teacher-forced evaluation, the paper's rivals, and planted outliers."""
+"""What a 4-bit cache costs a model: teacher-forced evaluation, the paper's baselines, and planted outliers."""

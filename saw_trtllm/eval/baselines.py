@@ -1,4 +1,4 @@
-"""The paper's rivals: other ways to hold keys and values in about 4 bits, to be compared and not to be served.
+"""The paper's baselines: other ways to hold keys and values in about 4 bits, to be compared and not to be served.
 
 None of them is in an engine. What each asks of a server stands in :class:`Demands`.
 """
@@ -47,7 +47,7 @@ class PerChannelKeys:
     group : int
         Tokens that share a channel's scale and lo.
     residual : int
-        Tokens that are flushed at a time: a multiple of ``group``. 0 is not to be had in a decode: each group is read
+        Tokens that are flushed at a time: a multiple of ``group``. 0 is not available in a decode: each group is read
         quantized before it is whole. It shows what the unquantized tokens are worth.
     """
 

@@ -192,7 +192,7 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0].split(". ")[0]
-        raise BackendUnavailableError(f"device {name} is not to be had ({reason}): give --device cpu or auto") from e
+        raise BackendUnavailableError(f"device {name} is not available ({reason}): give --device cpu or auto") from e
     return device
 
 

@@ -554,7 +554,7 @@ def refused(capsys, *argv):
         (["--kv_skip_layers", "0,4"], "the layers 0 to 3"),
         (["--kv", "fp16", "--suggest"], "--suggest needs a 4-bit cache"),
         (["--calibration", "nowhere.safetensors"], "nowhere.safetensors"),
-        (["--device", "abacus"], "device abacus is not to be had"),
+        (["--device", "abacus"], "device abacus is not available"),
         (["--text", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["--tasks", "any"], "both of --text and --tasks"),
         (["--checkpoint_dir", "x"], "both of --checkpoint_dir and --model_dir"),
