@@ -118,12 +118,12 @@ std::vector<Field> Gemm::fields() {
 void Gemm::validate() const {
     check_dtype();
     if (in_features_ < 1 || out_features_ < 1)
-        refuse("in_features is " + std::to_string(in_features_) + " and out_features " + std::to_string(out_features_) +
+        reject("in_features is " + std::to_string(in_features_) + " and out_features " + std::to_string(out_features_) +
                ": both must be at least 1");
     check_count("the numbers of a row", in_features_, names::kInFeatures);
     check_count("the numbers of a row", out_features_, names::kOutFeatures);
     if (output_dtype_ != dtype_ && output_dtype_ != "float32")
-        refuse("output_dtype is " + output_dtype_ + ": it must be float32 or dtype, " + dtype_);
+        reject("output_dtype is " + output_dtype_ + ": it must be float32 or dtype, " + dtype_);
 }
 
 std::vector<Tensor> Gemm::inputs() const {
@@ -145,7 +145,7 @@ void Gemm::enqueue(Launch const& launch) const {
     void* const y = launch.outputs[0];
     for (void const* address : {x, weight, static_cast<void const*>(y)})
         if (reinterpret_cast<uintptr_t>(address) % kGemmAlignment != 0)
-            refuse("x, weight or y does not lie on a multiple of " + std::to_string(kGemmAlignment) + " bytes");
+            reject("x, weight or y does not lie on a multiple of " + std::to_string(kGemmAlignment) + " bytes");
     GemmKey key{cublaslt::handle(), launch.input_desc[kX].dims.d[0], in_features_, out_features_,
                 cuda_type(dtype_),  cuda_type(output_dtype_)};
     Product const product(key);

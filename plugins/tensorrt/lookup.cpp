@@ -15,7 +15,7 @@ std::vector<Field> Lookup::fields() {
 
 void Lookup::validate() const {
     RowOp::validate();
-    if (vocab_size_ < 1) refuse("vocab_size is " + std::to_string(vocab_size_) + ": it must be at least 1");
+    if (vocab_size_ < 1) reject("vocab_size is " + std::to_string(vocab_size_) + ": it must be at least 1");
 }
 
 std::vector<Tensor> Lookup::inputs() const {

@@ -29,11 +29,11 @@ std::vector<Field> Int4PagedAttention::fields() {
 void Int4PagedAttention::validate() const {
     PagedOp::validate();
     if (!(std::isfinite(softmax_scale_) && softmax_scale_ >= 0.0f))
-        refuse("softmax_scale is " + std::to_string(softmax_scale_) +
+        reject("softmax_scale is " + std::to_string(softmax_scale_) +
                ": it must be finite and above 0, or 0 for 1/sqrt(head_dim)");
     if (!(std::isfinite(softcap_) && softcap_ >= 0.0f))
-        refuse("softcap is " + std::to_string(softcap_) + ": it must be finite and above 0, or 0 for none");
-    if (window_ < 0) refuse("window is " + std::to_string(window_) + ": it must be at least 1, or 0 for all keys");
+        reject("softcap is " + std::to_string(softcap_) + ": it must be finite and above 0, or 0 for none");
+    if (window_ < 0) reject("window is " + std::to_string(window_) + ": it must be at least 1, or 0 for all keys");
     check_flag(names::kUseSinks, use_sinks_);
 }
 
@@ -73,13 +73,13 @@ Int4PagedAttention::Step Int4PagedAttention::step(Launch const& launch) const {
     auto const* const decodes = std::find_if(begin, end, [](int32_t type) { return type != kPrefill; });
     auto const* const other = std::find_if(decodes, end, [](int32_t type) { return type != kDecode; });
     if (other != end)
-        refuse("host_request_types is " + std::to_string(*other) + " for sequence " + std::to_string(other - begin) +
+        reject("host_request_types is " + std::to_string(*other) + " for sequence " + std::to_string(other - begin) +
                ": a step has prefills (0) first, then decodes (1)");
     s.prefills = int(decodes - begin);
     // No host length is needed for it, which TensorRT-LLM rounds up for its CUDA graphs.
     s.prefill_tokens = s.num_tokens - int(end - decodes);
     if (s.prefill_tokens < 0 || (s.prefills == 0 && s.prefill_tokens != 0))
-        refuse("the step has " + std::to_string(s.num_tokens) + " tokens, " + std::to_string(s.prefills) +
+        reject("the step has " + std::to_string(s.num_tokens) + " tokens, " + std::to_string(s.prefills) +
                " prefills and " + std::to_string(end - decodes) + " decodes: a decode has one token");
     return s;
 }
@@ -87,11 +87,11 @@ Int4PagedAttention::Step Int4PagedAttention::step(Launch const& launch) const {
 int Int4PagedAttention::window(Launch const& launch) const {
     int64_t const num_layers = launch.input_desc[kWindowSizes].dims.d[0];
     if (layer_idx_ >= num_layers)
-        refuse("layer_idx is " + std::to_string(layer_idx_) + ": host_max_attention_window_sizes has " +
+        reject("layer_idx is " + std::to_string(layer_idx_) + ": host_max_attention_window_sizes has " +
                std::to_string(num_layers) + " layers");
     int const of_step = static_cast<int32_t const*>(launch.inputs[kWindowSizes])[layer_idx_];
     if (of_step < 0)
-        refuse("host_max_attention_window_sizes is " + std::to_string(of_step) + " for layer " +
+        reject("host_max_attention_window_sizes is " + std::to_string(of_step) + " for layer " +
                std::to_string(layer_idx_) + ": it must be at least 1, or 0 for all keys");
     return window_ == 0 || of_step == 0 ? std::max(window_, of_step) : std::min(window_, of_step);
 }
@@ -129,7 +129,7 @@ void Int4PagedAttention::enqueue_prefills(Launch const& launch, Step const& s) c
 }
 
 void Int4PagedAttention::enqueue_decodes(Launch const& launch, Step const& s) const {
-    if (launch.workspace == nullptr) refuse("no workspace was asked for: build the engine on a GPU that decodes");
+    if (launch.workspace == nullptr) reject("no workspace was asked for: build the engine on a GPU that decodes");
     size_t const first = size_t(s.prefill_tokens) * num_heads_ * head_dim_ * kActivationBytes;
     DecodeParams p{};
     set_shared(p, launch);

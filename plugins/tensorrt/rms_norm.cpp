@@ -21,10 +21,10 @@ std::vector<Field> RmsNorm::fields() {
 void RmsNorm::validate() const {
     RowOp::validate();
     if (!(std::isfinite(epsilon_) && epsilon_ >= 0.0f))
-        refuse("epsilon is " + std::to_string(epsilon_) + ": it must be finite and at least 0");
+        reject("epsilon is " + std::to_string(epsilon_) + ": it must be finite and at least 0");
     check_flag(names::kUseResidual, use_residual_);
     if (num_normed_ < 1 || num_heads_ < num_normed_)
-        refuse("num_heads is " + std::to_string(num_heads_) + " and num_normed " + std::to_string(num_normed_) +
+        reject("num_heads is " + std::to_string(num_heads_) + " and num_normed " + std::to_string(num_normed_) +
                ": num_normed must be from 1 to num_heads");
     check_count("the numbers of a row", int64_t(num_heads_) * hidden_size_, "num_heads or hidden_size");
 }

@@ -24,9 +24,9 @@ void RotateQuantizeKv::validate() const {
     if (kv_ == "saw_int4") {
         bool const power = hadamard_order_ >= 16 && (hadamard_order_ & (hadamard_order_ - 1)) == 0;
         if (!power || head_dim_ % hadamard_order_ != 0)
-            refuse(order + ": it must be a power of two from 16 that divides head_dim " + std::to_string(head_dim_));
+            reject(order + ": it must be a power of two from 16 that divides head_dim " + std::to_string(head_dim_));
     } else if (hadamard_order_ != 1 || rotate_v_ != 0) {
-        refuse(order + " and rotate_v " + std::to_string(rotate_v_) + ": kv " + kv_ +
+        reject(order + " and rotate_v " + std::to_string(rotate_v_) + ": kv " + kv_ +
                " has no rotation, so give 1 and 0");
     }
     check_flag(names::kRotateV, rotate_v_);
@@ -36,10 +36,10 @@ void RotateQuantizeKv::validate() const {
     std::string const frames =
         "use_k_frame is " + std::to_string(use_k_frame_) + " and use_q_frame " + std::to_string(use_q_frame_);
     if (use_k_frame_ != use_q_frame_)
-        refuse(frames + ": a frame of keys and one of queries come together, so give both or neither");
-    if (use_k_frame_ && kv_ == "fp16") refuse(frames + ": kv fp16 has no frames, so give 0 and 0");
+        reject(frames + ": a frame of keys and one of queries come together, so give both or neither");
+    if (use_k_frame_ && kv_ == "fp16") reject(frames + ": kv fp16 has no frames, so give 0 and 0");
     if (!(range_factor_ > 0.0f && range_factor_ <= 1.0f))
-        refuse("range_factor is " + std::to_string(range_factor_) + ": it must be above 0 and at most 1");
+        reject("range_factor is " + std::to_string(range_factor_) + ": it must be above 0 and at most 1");
 }
 
 std::vector<Tensor> RotateQuantizeKv::inputs() const {

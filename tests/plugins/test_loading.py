@@ -96,7 +96,7 @@ def test_without_tensorrt_a_call_says_so(built):
 def test_a_registry_that_refuses(built):
     out, _ = run(built, "load_tensorrt(); tensorrt.fake_refuse(); print(init())")
     assert "False" in out
-    assert any(f"logged: {lib.WRITE}: TensorRT's registry refused version {FORMAT_VERSION}" in line for line in out)
+    assert any(f"logged: {lib.WRITE}: TensorRT's registry rejected version {FORMAT_VERSION}" in line for line in out)
 
 
 def test_opening_registers_nothing_unless_asked_to(built, everything):

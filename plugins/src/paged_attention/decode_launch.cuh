@@ -12,7 +12,7 @@ namespace saw {
 
 // 4-bit rows on Hopper. Chosen by measurement on an H200. Few CTAs of an SM leave a warp the registers to work on 32
 // tokens at a time, and large tiles make a barrier's cost small. Q and the output of 16 heads of 256 are more than a
-// thread's registers: those take two CTAs that bring their tiles themselves.
+// thread's registers: those take two CTAs that load their tiles themselves.
 template <int HeadDim, int QueryTiles>
 struct DecodeSm90Choice;
 // head_dim, query tiles, tile tokens, together, stages, CTAs per SM
@@ -131,19 +131,19 @@ struct DecodeSm90Launch {
         constexpr int kTile = Choice::template Config<true>::kTileTokens;
         long long const tokens = (long long)p.pool.max_blocks_per_seq * p.pool.tokens_per_block;
         long long const tiles = (tokens + kTile - 1) / kTile * p.num_sequences;
-        int const pieces = ctas / heads;
+        int const splits = ctas / heads;
         // No more CTAs than they would fill.
-        int const grid = heads * int(std::max(1LL, std::min<long long>(pieces, tiles)));
-        // As many pieces for each sequence leave some CTAs idle, and a long line wants all.
-        bool const even = p.num_sequences > 1 && pieces % p.num_sequences < pieces / 8;
+        int const grid = heads * int(std::max(1LL, std::min<long long>(splits, tiles)));
+        // As many splits for each sequence leave some CTAs idle, and a long work list wants all.
+        bool const even = p.num_sequences > 1 && splits % p.num_sequences < splits / 8;
         bool const few =
-            p.num_sequences <= pieces && tiles > pieces && (even || tiles <= (long long)kShortShare * pieces);
+            p.num_sequences <= splits && tiles > splits && (even || tiles <= (long long)kShortShare * splits);
         if (few) return launch<typename Choice::template Config<true>>(p, partials, counters, grid, stream);
         return launch<typename Choice::template Config<false>>(p, partials, counters, grid, stream);
     }
 
   private:
-    // Tiles of a piece up to which what is done once takes more time than reading.
+    // Tiles of a split up to which what is done once takes more time than reading.
     static constexpr int kShortShare = 3;
 
     template <typename Config>
@@ -168,8 +168,8 @@ struct DecodeSm90Launch {
 // An instance of pipeline_sm80.cuh.
 template <typename Config>
 struct DecodeSm80Launch {
-    // Tokens that make a piece of their own worthwhile.
-    static constexpr int kMinPieceTokens = 256;
+    // Tokens that make a split of their own worthwhile.
+    static constexpr int kMinSplitTokens = 256;
 
     static cudaError_t max_ctas(int& ctas) {
         static int known = 0;
@@ -187,11 +187,11 @@ struct DecodeSm80Launch {
         int const columns = heads * ctas_per_group;
         if (columns > ctas) return cudaErrorInvalidConfiguration;
         long long const tokens = (long long)p.pool.max_blocks_per_seq * p.pool.tokens_per_block * p.num_sequences;
-        long long const most = (tokens + kMinPieceTokens - 1) / kMinPieceTokens;
-        int const pieces = int(std::max(1LL, std::min<long long>(ctas / columns, most)));
-        dim3 const grid(ctas_per_group, heads, pieces);
+        long long const most = (tokens + kMinSplitTokens - 1) / kMinSplitTokens;
+        int const splits = int(std::max(1LL, std::min<long long>(ctas / columns, most)));
+        dim3 const grid(ctas_per_group, heads, splits);
         decode_sm80_kernel<Config><<<grid, Config::kThreads, sizeof(DecodeSm80Shared<Config>), stream>>>(
-            p, partials, counters, kMinPieceTokens / Config::kTileTokens);
+            p, partials, counters, kMinSplitTokens / Config::kTileTokens);
         return cudaGetLastError();
     }
 };

@@ -27,7 +27,7 @@ T read_value(PluginField const& f) {
     return value;
 }
 
-[[noreturn]] void refuse(Op const& op, PluginField const& f, char const* wanted) {
+[[noreturn]] void reject(Op const& op, PluginField const& f, char const* wanted) {
     throw PluginError(std::string(op.name()) + ": field " + f.name + " has PluginFieldType " +
                       std::to_string(int(f.type)) + " and length " + std::to_string(f.length) + ": give " + wanted);
 }
@@ -43,7 +43,7 @@ int32_t int_value(Op const& op, PluginField const& f) {
         }
 #endif
     }
-    refuse(op, f, "one INT32");
+    reject(op, f, "one INT32");
 }
 
 float float_value(Op const& op, PluginField const& f) {
@@ -51,12 +51,12 @@ float float_value(Op const& op, PluginField const& f) {
         if (f.type == PluginFieldType::kFLOAT32) return read_value<float>(f);
         if (f.type == PluginFieldType::kFLOAT64) return float(read_value<double>(f));
     }
-    refuse(op, f, "one FLOAT32");
+    reject(op, f, "one FLOAT32");
 }
 
 // With or without a zero at its end.
 std::string text_value(Op const& op, PluginField const& f) {
-    if (f.data == nullptr || f.length < 1 || f.type != PluginFieldType::kCHAR) refuse(op, f, "text (CHAR)");
+    if (f.data == nullptr || f.length < 1 || f.type != PluginFieldType::kCHAR) reject(op, f, "text (CHAR)");
     auto const* const begin = static_cast<char const*>(f.data);
     return {begin, std::find(begin, begin + f.length, '\0')};
 }

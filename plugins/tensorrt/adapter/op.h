@@ -76,7 +76,7 @@ class Op {
   protected:
     std::string dtype_;  // of the activations
 
-    [[noreturn]] void refuse(std::string const& message) const;
+    [[noreturn]] void reject(std::string const& message) const;
     void check_flag(char const* field, int32_t value) const;
     // What the kernels count in int, with room for what they round up: `what`, a product of `fields`.
     void check_count(char const* what, int64_t count, char const* fields) const;

@@ -100,7 +100,7 @@ template <typename Interface>
 void register_creator(nvinfer1::IPluginRegistry& registry, Interface& creator) {
     if (!is_registered(registry, creator) &&
         !registry.registerCreator(static_cast<AnyCreator&>(creator), names::kNamespace))
-        throw PluginError(std::string(creator.getPluginName()) + ": TensorRT's registry refused version " +
+        throw PluginError(std::string(creator.getPluginName()) + ": TensorRT's registry rejected version " +
                           creator.getPluginVersion() + ": see its own message in the log");
 }
 

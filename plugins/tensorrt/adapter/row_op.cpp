@@ -10,7 +10,7 @@ std::vector<Field> RowOp::fields() {
 
 void RowOp::validate() const {
     check_dtype();
-    if (hidden_size_ < 1) refuse("hidden_size is " + std::to_string(hidden_size_) + ": it must be at least 1");
+    if (hidden_size_ < 1) reject("hidden_size is " + std::to_string(hidden_size_) + ": it must be at least 1");
     check_count("the numbers of a row", hidden_size_, names::kHiddenSize);
 }
 

@@ -348,7 +348,7 @@ class V3 : public Plugin {
     IPluginV3OneRuntime* run_;
 
     static void check(int32_t error) {
-        if (error != 0) throw std::runtime_error("the plugin refused");
+        if (error != 0) throw std::runtime_error("the plugin rejected");
     }
 };
 #endif

@@ -76,7 +76,7 @@ class Registry : public IPluginRegistry {
         for (Entry const& e : entries_) text += e.name_space + "::" + e.name + " " + e.version + "\n";
         return text;
     }
-    bool refuses = false;
+    bool rejects = false;
 
   private:
     std::vector<Entry> entries_;
@@ -101,7 +101,7 @@ class Registry : public IPluginRegistry {
         return nullptr;
     }
     bool add(char const* name, char const* version, char const* name_space, AnyCreator* creator) {
-        if (refuses || find(name, version, name_space) != nullptr) return false;
+        if (rejects || find(name, version, name_space) != nullptr) return false;
         entries_.push_back({name, version, name_space, creator});
         listed_.push_back(creator);
         return true;
@@ -120,5 +120,5 @@ __attribute__((visibility("default"))) char const* fake_registered() {
     text = registry.list();
     return text.c_str();
 }
-__attribute__((visibility("default"))) void fake_refuse() { registry.refuses = true; }
+__attribute__((visibility("default"))) void fake_refuse() { registry.rejects = true; }
 }

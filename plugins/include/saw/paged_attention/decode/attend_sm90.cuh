@@ -84,7 +84,7 @@ __device__ void DecodeSm90Kernel<Config>::score(uint32_t const* keys, float (&s)
 // Scores in, P times V's scale out, both in s; the softmax's sums are kept up on the way.
 template <typename Config>
 template <typename T>
-__device__ void DecodeSm90Kernel<Config>::weigh(int token, bool masked, __half2 const* key_tail, Scores& s) {
+__device__ void DecodeSm90Kernel<Config>::softmax_update(int token, bool masked, __half2 const* key_tail, Scores& s) {
     constexpr int kStep = Config::kSubtileTokens * Config::kRowWords;
     float log_scale[Config::kTogether][2], inverse[Config::kTogether][2], lo_over_scale[Config::kTogether][2];  // of V
 #pragma unroll
@@ -125,7 +125,7 @@ __device__ void DecodeSm90Kernel<Config>::weigh(int token, bool masked, __half2 
         for (int n = 0; n < Config::kQueryTiles; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) lags |= s[u][n][i] - query_max[n][i % 2] > kMaxLag;
-    if (__any_sync(~0u, lags)) follow_max(s);
+    if (__any_sync(~0u, lags)) update_max(s);
 #pragma unroll
     for (int u = 0; u < Config::kTogether; ++u)
 #pragma unroll
@@ -157,7 +157,7 @@ __device__ void DecodeSm90Kernel<Config>::cap(float (&s)[Config::kQueryTiles][4]
 
 // Raise the references to the maximum.
 template <typename Config>
-__device__ void DecodeSm90Kernel<Config>::follow_max(Scores const& s) {
+__device__ void DecodeSm90Kernel<Config>::update_max(Scores const& s) {
 #pragma unroll
     for (int n = 0; n < Config::kQueryTiles; ++n)
 #pragma unroll
@@ -167,16 +167,16 @@ __device__ void DecodeSm90Kernel<Config>::follow_max(Scores const& s) {
             for (int u = 0; u < Config::kTogether; ++u) top = fmaxf(top, fmaxf(s[u][n][i], s[u][n][2 + i]));
 #pragma unroll
             for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-            float const shrink = exp2_fast(query_max[n][i] - top);
+            float const rescale = exp2_fast(query_max[n][i] - top);
             query_max[n][i] = top;
-            query_sum[n][i] *= shrink;
-            query_lo[n][i] *= shrink;
+            query_sum[n][i] *= rescale;
+            query_lo[n][i] *= rescale;
 #pragma unroll
             for (int j = 0; j < Config::kValueSteps; ++j)
 #pragma unroll
                 for (int m = 0; m < 4; ++m) {
-                    out[n][j][m][i] *= shrink;
-                    out[n][j][m][2 + i] *= shrink;
+                    out[n][j][m][i] *= rescale;
+                    out[n][j][m][2 + i] *= rescale;
                 }
         }
 }
@@ -196,7 +196,7 @@ __device__ void DecodeSm90Kernel<Config>::accumulate(uint32_t const* values,
         uint32_t const b = row[4 * Config::kRowWords], d = row[5 * Config::kRowWords];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            // Four codes of tokens 8t, 8t + 4 side by side, and of the tokens behind these.
+            // Four codes of tokens 8t, 8t + 4 side by side, and of the tokens after these.
             uint32_t const selector = half ? 0x7632 : 0x5410;
             uint32_t x = __byte_perm(a, b, selector), y = __byte_perm(c, d, selector);
             constexpr uint32_t kEven = 0x000f000f, kOdd = 0x00f000f0;
@@ -212,7 +212,7 @@ __device__ void DecodeSm90Kernel<Config>::accumulate(uint32_t const* values,
     }
 }
 
-// The tokens of rows row + 4 i + {0, 1}, and of those 64 behind them, of a stage whose first token is `position`.
+// The tokens of rows row + 4 i + {0, 1}, and of those 64 after them, of a stage whose first token is `position`.
 template <typename Config>
 template <typename T>
 __device__ void DecodeSm90Kernel<Config>::round(int position, uint8_t const* stage, int row) {
@@ -223,8 +223,8 @@ __device__ void DecodeSm90Kernel<Config>::round(int position, uint8_t const* sta
 #pragma unroll
     for (int u = 0; u < Config::kTogether; ++u) score(keys + u * kStep, s[u]);
     bool const masked = position + Config::kTileTokens > length || position < first_seen;
-    weigh<T>(position + row + 4 * g, masked,
-             reinterpret_cast<__half2 const*>(keys + 4 * g * Config::kRowWords + Config::kWords), s);
+    softmax_update<T>(position + row + 4 * g, masked,
+                      reinterpret_cast<__half2 const*>(keys + 4 * g * Config::kRowWords + Config::kWords), s);
 #pragma unroll
     for (int u = 0; u < Config::kTogether; ++u) {
         uint32_t prob[Config::kQueryTiles][2];

@@ -7,34 +7,34 @@
 
 namespace saw {
 
-// The sequence's tiles of this piece are done, and the warp's last was in used_slot (-1: it had none): give the
+// The sequence's tiles of this split are done, and the warp's last was in used_slot (-1: it had none): give the
 // sequence's output, or a partial sum.
 template <typename Config>
 __device__ void DecodeSm80Kernel<Config>::finish_sequence(int used_slot) {
     __syncwarp();
     if (lane == 0) shared.scratch_slot[warp] = used_slot;
     if (used_slot >= 0)
-        rows.leave(reinterpret_cast<float*>(shared.stages[warp][used_slot]), shared.max[warp], shared.sum[warp],
-                   view.group);
+        rows.store_sums(reinterpret_cast<float*>(shared.stages[warp][used_slot]), shared.max[warp], shared.sum[warp],
+                        view.group);
     __syncthreads();
     DecodeCursor const& c = mine().now;
-    DecodePieces const pieces = mine().pieces;
-    int const begin = pieces.begin(piece), end = pieces.begin(piece + 1);
+    DecodeSplits const splits = mine().splits;
+    int const begin = splits.begin(split), end = splits.begin(split + 1);
     bool const whole = c.begin >= begin && c.begin + c.num_tiles <= end;
-    // A piece leaves at most two: of the sequence that it begins in, and of the one that it ends in.
-    float* const partial = partial_of(piece, c.begin > begin);
+    // A split leaves at most two: of the sequence that it begins in, and of the one that it ends in.
+    float* const partial = partial_of(split, c.begin > begin);
     for (int x = threadIdx.x * 4; x < view.group * kHeadDim; x += Config::kThreads * 4) {
         int const query = x / kHeadDim, dim = x % kHeadDim;
         Part const part = gather(query, dim);
         if (whole)
             write_output(part, c.sequence, query, dim);
         else
-            leave_partial(partial, part, query, dim);
+            store_partial(partial, part, query, dim);
     }
     __syncthreads();  // the slots that served as scratch become copies' targets again
     if (whole) return;
-    int const first_piece = pieces.of(c.begin), last_piece = pieces.of(c.begin + c.num_tiles - 1);
-    if (is_last(c.sequence, last_piece - first_piece)) combine(c, first_piece, last_piece);
+    int const first_split = splits.of(c.begin), last_split = splits.of(c.begin + c.num_tiles - 1);
+    if (is_last(c.sequence, last_split - first_split)) combine(c, first_split, last_split);
 }
 
 template <typename Config>
@@ -53,7 +53,7 @@ __device__ typename DecodeSm80Kernel<Config>::Part DecodeSm80Kernel<Config>::gat
 }
 
 template <typename Config>
-__device__ void DecodeSm80Kernel<Config>::leave_partial(float* partial, Part const& part, int query, int dim) const {
+__device__ void DecodeSm80Kernel<Config>::store_partial(float* partial, Part const& part, int query, int dim) const {
     *reinterpret_cast<float4*>(partial + query * kHeadDim + dim) =
         make_float4(part.out[0], part.out[1], part.out[2], part.out[3]);
     if (dim == 0) {
@@ -78,17 +78,17 @@ __device__ bool DecodeSm80Kernel<Config>::is_last(int sequence, int others) {
     return shared.is_last;
 }
 
-// Add up the partial sums of a sequence's pieces, in an order that does not depend on who was last.
+// Add up the partial sums of a sequence's splits, in an order that does not depend on who was last.
 template <typename Config>
-__device__ void DecodeSm80Kernel<Config>::combine(DecodeCursor const& c, int first_piece, int last_piece) const {
+__device__ void DecodeSm80Kernel<Config>::combine(DecodeCursor const& c, int first_split, int last_split) const {
     // The first may have begun in an earlier sequence; then this one's is its second.
-    float const* const head = partial_of(first_piece, mine().pieces.begin(first_piece) < c.begin);
+    float const* const head = partial_of(first_split, mine().splits.begin(first_split) < c.begin);
     for (int x = threadIdx.x * 4; x < view.group * kHeadDim; x += Config::kThreads * 4) {
         int const query = x / kHeadDim;
         Part total{DecodeSoftmax<1, 1>::kNoMax, 0.0f, {}};
 #pragma unroll 8
-        for (int piece = first_piece; piece <= last_piece; ++piece) {
-            float const* const partial = piece == first_piece ? head : partial_of(piece, false);
+        for (int split = first_split; split <= last_split; ++split) {
+            float const* const partial = split == first_split ? head : partial_of(split, false);
             float4 const o = __ldcg(reinterpret_cast<float4 const*>(partial + x));
             float const max = __ldcg(partial + view.group * kHeadDim + query);
             float const sum = __ldcg(partial + view.group * (kHeadDim + 1) + query);
@@ -106,8 +106,8 @@ __device__ void DecodeSm80Kernel<Config>::write_output(Part const& part, int seq
     if (p.sinks != nullptr) {
         float const sink = p.sinks[head] * kLog2e;
         float const top = fmaxf(part.max, sink);
-        float const shrink = exp2_fast(part.max - top);
-        scale = shrink / (part.sum * shrink + exp2_fast(sink - top));
+        float const rescale = exp2_fast(part.max - top);
+        scale = rescale / (part.sum * rescale + exp2_fast(sink - top));
     }
     T const four[4] = {from_float<T>(part.out[0] * scale), from_float<T>(part.out[1] * scale),
                        from_float<T>(part.out[2] * scale), from_float<T>(part.out[3] * scale)};
@@ -118,7 +118,7 @@ __device__ void DecodeSm80Kernel<Config>::write_output(Part const& part, int seq
 template <typename Config>
 __device__ void DecodeSm80Kernel<Config>::zero_empty_sequences() const {
     int const n = p.num_heads * kHeadDim;
-    for (int s = piece * columns() + column(); s < p.num_sequences; s += gridDim.z * columns()) {
+    for (int s = split * columns() + column(); s < p.num_sequences; s += gridDim.z * columns()) {
         if (p.sequence_length[s] > 0) continue;
         for (int i = threadIdx.x; i < n; i += Config::kThreads) static_cast<T*>(p.out)[size_t(s) * n + i] = T(0.0f);
     }

@@ -7,14 +7,14 @@
 
 namespace saw {
 
-// A sequence's tiles of this piece are done, up to `done` on the line; `more` follow. Give its output, and true, or
-// write a partial sum.
+// A sequence's tiles of this split are done, up to `done` on the work list; `more` follow. Give its output, and true,
+// or write a partial sum.
 template <typename Config>
 template <typename T>
 __device__ bool DecodeSm90Kernel<Config>::finish_sequence(int done, bool more, float* scratch) {
     merge_warps(scratch);
     DecodeCursor const& c = shared.cursors[which];
-    int const begin = shared.pieces.begin(piece);
+    int const begin = shared.splits.begin(split);
     if (threadIdx.x == 0 && more) {
         DecodeCursor next = c;
         next_sequence(next);
@@ -24,8 +24,8 @@ __device__ bool DecodeSm90Kernel<Config>::finish_sequence(int done, bool more, f
     if (whole) {
         write_output<T>();
     } else {
-        // A piece leaves at most two: of the sequence that it begins in, and of the one that it ends in.
-        write_partial(partial_of(piece, c.begin > begin));
+        // A split leaves at most two: of the sequence that it begins in, and of the one that it ends in.
+        write_partial(partial_of(split, c.begin > begin));
     }
     // The stage that served as scratch becomes a bulk copy's target again.
     fence_bulk_copy();
@@ -33,16 +33,16 @@ __device__ bool DecodeSm90Kernel<Config>::finish_sequence(int done, bool more, f
     return whole;
 }
 
-// One thread, behind a barrier that has brought it the others' writes: say that the partial sum of a sequence is there.
-// True if it was the last of all, whose pieces it finds while it waits for the count.
+// One thread, after a barrier that has brought it the others' writes: say that the partial sum of a sequence is there.
+// True if it was the last of all, whose splits it finds while it waits for the count.
 template <typename Config>
-__device__ bool DecodeSm90Kernel<Config>::count_partial(DecodeCursor const& c, int& first_piece,
-                                                        int& last_piece) const {
+__device__ bool DecodeSm90Kernel<Config>::count_partial(DecodeCursor const& c, int& first_split,
+                                                        int& last_split) const {
     int* const counter = counters + c.sequence * p.pool.num_kv_heads + kv_head;
     int const before = count_in_order(counter);
-    first_piece = shared.pieces.of(c.begin);
-    last_piece = shared.pieces.of(c.begin + c.num_tiles - 1);
-    bool const is_last = before == last_piece - first_piece;
+    first_split = shared.splits.of(c.begin);
+    last_split = shared.splits.of(c.begin + c.num_tiles - 1);
+    bool const is_last = before == last_split - first_split;
     if (is_last) *counter = 0;  // for the next launch
     return is_last;
 }
@@ -66,7 +66,7 @@ __device__ void DecodeSm90Kernel<Config>::merge_warps(float* scratch) {
             }
         }
     __syncthreads();
-    float shrink[Config::kQueryTiles][2];
+    float rescale[Config::kQueryTiles][2];
 #pragma unroll
     for (int n = 0; n < Config::kQueryTiles; ++n)
 #pragma unroll
@@ -78,7 +78,7 @@ __device__ void DecodeSm90Kernel<Config>::merge_warps(float* scratch) {
 #pragma unroll
             for (int w = 0; w < Config::kWarps; ++w)
                 total += shared.sum[w][query] * exp2_fast(shared.max[w][query] - top);
-            shrink[n][i] = exp2_fast(query_max[n][i] - top);
+            rescale[n][i] = exp2_fast(query_max[n][i] - top);
             query_max[n][i] = top;
             query_sum[n][i] = total;
         }
@@ -91,7 +91,7 @@ __device__ void DecodeSm90Kernel<Config>::merge_warps(float* scratch) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     float const unit = i < 2 ? kCodeUnit : kCodeUnit / 16;
-                    out[n][j][m][i] = (out[n][j][m][i] * unit + query_lo[n][i % 2]) * shrink[n][i % 2];
+                    out[n][j][m][i] = (out[n][j][m][i] * unit + query_lo[n][i % 2]) * rescale[n][i % 2];
                 }
     // Every warp leaves its dims 2m and 2m + 1 of all words, and warp m takes the four copies; for as many m at a time
     // as the scratch holds.
@@ -131,8 +131,8 @@ __device__ float DecodeSm90Kernel<Config>::normalizer(int query_head, float max,
     if (p.sinks == nullptr) return __fdividef(1.0f, sum);
     float const sink = p.sinks[query_head] * kLog2e;
     float const top = fmaxf(max, sink);
-    float const shrink = exp2_fast(max - top);
-    return shrink / (sum * shrink + exp2_fast(sink - top));
+    float const rescale = exp2_fast(max - top);
+    return rescale / (sum * rescale + exp2_fast(sink - top));
 }
 
 // After merge_warps, for a sequence that this CTA has whole.
@@ -181,16 +181,16 @@ __device__ void DecodeSm90Kernel<Config>::write_partial(float* partial) {
         }
 }
 
-// Add up the partial sums of a sequence's pieces, in an order that does not depend on who was last. One of `workers`
+// Add up the partial sums of a sequence's splits, in an order that does not depend on who was last. One of `workers`
 // warps, which begins the loads of AtOnce before it waits for one.
 template <typename Config>
 template <typename T, int AtOnce>
-__device__ void DecodeSm90Kernel<Config>::combine(DecodeCursor const& c, int first_piece, int count, int worker,
+__device__ void DecodeSm90Kernel<Config>::combine(DecodeCursor const& c, int first_split, int count, int worker,
                                                   int workers) const {
     size_t const size = decode_partial_floats(group, Config::kHeadDim);
-    float const* const base = partial_of(first_piece, false);
+    float const* const base = partial_of(first_split, false);
     // The first may have begun in an earlier sequence; then this one's is its second.
-    float const* const head = partial_of(first_piece, shared.pieces.begin(first_piece) < c.begin);
+    float const* const head = partial_of(first_split, shared.splits.begin(first_split) < c.begin);
     for (int x = (worker * 32 + lane) * 4; x < group * Config::kHeadDim; x += workers * 128) {
         int const query = x / Config::kHeadDim, max_at = group * Config::kHeadDim + query;
         DecodeSum total;
@@ -216,23 +216,23 @@ __device__ void DecodeSm90Kernel<Config>::combine(DecodeCursor const& c, int fir
     }
 }
 
-// Within the line: one warp counts the partial sum of the sequence that ended, and adds them up if it was the last. The
-// others go on.
+// Within the work list: one warp counts the partial sum of the sequence that ended, and adds them up if it was the
+// last. The others go on.
 template <typename Config>
 template <typename T>
 __device__ void DecodeSm90Kernel<Config>::combine_on_the_way() const {
     DecodeCursor const& c = shared.cursors[which];
-    int first_piece = 0, last_piece = 0, is_last = 0;
-    if (lane == 0) is_last = count_partial(c, first_piece, last_piece);
+    int first_split = 0, last_split = 0, is_last = 0;
+    if (lane == 0) is_last = count_partial(c, first_split, last_split);
     __syncwarp();
     if (!__shfl_sync(~0u, is_last, 0)) return;
-    first_piece = __shfl_sync(~0u, first_piece, 0);
-    last_piece = __shfl_sync(~0u, last_piece, 0);
-    combine<T, 4>(c, first_piece, last_piece - first_piece + 1, 0, 1);
+    first_split = __shfl_sync(~0u, first_split, 0);
+    last_split = __shfl_sync(~0u, last_split, 0);
+    combine<T, 4>(c, first_split, last_split - first_split + 1, 0, 1);
 }
 
-// At the end of a piece: the same by all warps. The copy engine brings the partial sums to the stages, which are empty:
-// a piece's lie behind one another, so that it takes one copy a stage, and little code that no one has fetched before.
+// At the end of a split: the same by all warps. The copy engine brings the partial sums to the stages, which are empty:
+// a split's lie one after another, so that it takes one copy a stage, and little code that no one has fetched before.
 template <typename Config>
 template <typename T>
 __device__ void DecodeSm90Kernel<Config>::combine_at_end(int slot, uint32_t parity) {
@@ -242,29 +242,29 @@ __device__ void DecodeSm90Kernel<Config>::combine_at_end(int slot, uint32_t pari
     constexpr int kLargest = decode_partial_floats(Config::kMaxQueries, Config::kHeadDim) * sizeof(float);
     constexpr bool kBulk = Config::kStageBytes / kLargest >= 8;
     int const at_once = Config::kStageBytes / bytes;
-    int first_piece = 0, count = 0;
-    auto const bring = [&](int first, int slot) {
+    int first_split = 0, count = 0;
+    auto const load_sums = [&](int first, int slot) {
         int const copies = min(at_once, count - first);
         mbarrier_arrive_expect(&shared.full[slot], copies * bytes);
-        // The first piece may have begun in an earlier sequence; then this one's is its second.
-        bool const apart = first == 0 && shared.pieces.begin(first_piece) < c.begin;
-        if (apart) bulk_copy(shared.stages[slot], partial_of(first_piece, true), bytes, &shared.full[slot]);
+        // The first split may have begun in an earlier sequence; then this one's is its second.
+        bool const apart = first == 0 && shared.splits.begin(first_split) < c.begin;
+        if (apart) bulk_copy(shared.stages[slot], partial_of(first_split, true), bytes, &shared.full[slot]);
         if (copies > apart)
-            bulk_copy(shared.stages[slot] + apart * bytes, partial_of(first_piece + first + apart, false),
+            bulk_copy(shared.stages[slot] + apart * bytes, partial_of(first_split + first + apart, false),
                       (copies - apart) * bytes, &shared.full[slot]);
     };
     if (threadIdx.x == 0) {
-        int last_piece;
-        if (count_partial(c, first_piece, last_piece)) {
-            count = last_piece - first_piece + 1;
+        int last_split;
+        if (count_partial(c, first_split, last_split)) {
+            count = last_split - first_split + 1;
             if constexpr (kBulk) fence_bulk_copy_global();
 #pragma unroll 1
             for (int i = 0, at = slot; kBulk && i < Config::kStages && i * at_once < count; ++i) {
-                bring(i * at_once, at);
+                load_sums(i * at_once, at);
                 at = at + 1 == Config::kStages ? 0 : at + 1;
             }
         }
-        shared.first_partial = first_piece;
+        shared.first_partial = first_split;
         shared.partials = count;
     }
     __syncthreads();
@@ -298,7 +298,7 @@ __device__ void DecodeSm90Kernel<Config>::combine_at_end(int slot, uint32_t pari
         int const ahead = first + Config::kStages * at_once;
         if (ahead < count) {
             __syncthreads();
-            if (threadIdx.x == 0) bring(ahead, slot);
+            if (threadIdx.x == 0) load_sums(ahead, slot);
         }
         int ignored;
         uint32_t ignored_parity;

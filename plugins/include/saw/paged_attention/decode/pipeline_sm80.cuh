@@ -1,9 +1,9 @@
 // Decode where rows do not come by bulk copies: 16-bit rows, whose chunks are permuted on their way to shared memory,
 // and 4-bit rows before Hopper.
 //
-// The line and its pieces are those of pipeline_sm90.cuh. A CTA's warps take a piece's tiles in turn, and each
-// brings its own, K and V of a tile into a slot of its ring, some tiles ahead: so a warp waits for nobody until the
-// line goes over to the next sequence. There the warps' sums meet. What a CTA could not finish alone it leaves as a
+// The work list and its splits are those of pipeline_sm90.cuh. A CTA's warps take a split's tiles in turn, and each
+// loads its own, K and V of a tile into a slot of its ring, some tiles ahead: so a warp waits for nobody until the
+// list goes over to the next sequence. There the warps' sums meet. What a CTA could not finish by itself it leaves as a
 // partial sum, and the last CTA to leave one for a (sequence, KV head) adds them up, in a fixed order. Where a group of
 // query heads is too large for a CTA's registers, it takes two; the second reads from the L2 cache.
 #pragma once
@@ -36,9 +36,9 @@ template <typename Config>
 struct DecodeSm80Shared {
     alignas(128) uint8_t stages[Config::kWarps][Config::kStages][Config::kStageBytes];
     struct Warp {
-        DecodePieces pieces;
+        DecodeSplits splits;
         DecodeCursor now;    // of the sequence that the warp works on
-        DecodeCursor ahead;  // of the next tile to bring
+        DecodeCursor ahead;  // of the next tile to load
     } warps[Config::kWarps];
     // Of the sums that the warps leave: in which of the warp's slots they are, or -1.
     int scratch_slot[Config::kWarps];
@@ -63,7 +63,7 @@ class DecodeSm80Kernel {
           min_share(min_share),
           warp(threadIdx.x / 32),
           lane(threadIdx.x % 32),
-          piece(blockIdx.z),
+          split(blockIdx.z),
           kv_head(blockIdx.y),
           first_query(blockIdx.x * Config::kMaxQueries) {
         int const group = p.num_heads / p.pool.num_kv_heads;
@@ -99,16 +99,16 @@ class DecodeSm80Kernel {
     float* const partials;  // two for each CTA
     int* const counters;    // of each sequence and KV head: partial sums that have been left
     DecodeSm80Shared<Config>& shared;
-    int const min_share;  // tiles that make a piece of their own worthwhile: each piece costs a partial sum
+    int const min_share;  // tiles that make a split of their own worthwhile: each split costs a partial sum
     int const warp, lane;
-    // The grid is [pieces, KV heads, CTAs that a group of query heads takes].
-    int const piece, kv_head, first_query;  // the last in its group
+    // The grid is [splits, KV heads, CTAs that a group of query heads takes].
+    int const split, kv_head, first_query;  // the last in its group
     int first_head;                         // of all query heads
     int partial_floats;
     DecodeView view;
     Rows rows;
 
-    // Of the tiles that the warp brings: the next one's first token, its sequence's tokens, and how many are left.
+    // Of the tiles that the warp loads: the next one's first token, its sequence's tokens, and how many are left.
     int next_position, next_length, next_seen, left;
     // Each two lanes hold where K's and V's part of a tile begin: of the next tiles, from lane held_at on. A part is a
     // tile, or a block's share of it where that is smaller; null where the query sees none of it.
@@ -134,18 +134,18 @@ class DecodeSm80Kernel {
     __device__ int part_tokens() const { return min(p.pool.tokens_per_block, Config::kTileTokens); }
     // K's and V's parts of a tile. part_tokens() is a power of two.
     __device__ int parts_per_tile() const { return (2 * Config::kTileTokens) >> (31 - __clz(part_tokens())); }
-    __device__ void begin_bringing();
+    __device__ void start_loads();
     __device__ void hold_parts();
-    __device__ void bring(int slot);
-    __device__ void copy_tile(int slot);
+    __device__ void issue_tile_load(int slot);
+    __device__ void issue_copies(int slot);
     __device__ void finish_sequence(int used_slot);
     __device__ Part gather(int query, int dim) const;
-    __device__ float* partial_of(int piece, bool second) const {
-        return partials + ((size_t(piece) * columns() + column()) * 2 + second) * partial_floats;
+    __device__ float* partial_of(int split, bool second) const {
+        return partials + ((size_t(split) * columns() + column()) * 2 + second) * partial_floats;
     }
-    __device__ void leave_partial(float* partial, Part const& part, int query, int dim) const;
+    __device__ void store_partial(float* partial, Part const& part, int query, int dim) const;
     __device__ bool is_last(int sequence, int others);
-    __device__ void combine(DecodeCursor const& c, int first_piece, int last_piece) const;
+    __device__ void combine(DecodeCursor const& c, int first_split, int last_split) const;
     __device__ void write_output(Part const& part, int sequence, int query, int dim) const;
     __device__ void zero_empty_sequences() const;
 };
@@ -159,19 +159,19 @@ namespace saw {
 
 template <typename Config>
 __device__ void DecodeSm80Kernel<Config>::work() {
-    // The block table is read behind the lengths; ask for it already.
+    // The block table is read after the lengths; ask for it already.
     size_t const table_bytes = size_t(p.num_sequences) * 2 * p.pool.max_blocks_per_seq * sizeof(int32_t);
-    size_t const cta = size_t(piece) * columns() + column(), ctas = size_t(gridDim.z) * columns();
+    size_t const cta = size_t(split) * columns() + column(), ctas = size_t(gridDim.z) * columns();
     for (size_t at = (cta * Config::kThreads + threadIdx.x) * 128; at < table_bytes;
          at += ctas * Config::kThreads * 128)
         prefetch_l2(reinterpret_cast<uint8_t const*>(p.pool.block_offsets) + at);
     if (!find_work()) return;
-    begin_bringing();
-    for (int slot = 0; slot < Config::kStages; ++slot) bring(slot);
+    start_loads();
+    for (int slot = 0; slot < Config::kStages; ++slot) issue_tile_load(slot);
 
     DecodeCursor const& c = mine().now;
-    int const end = mine().pieces.begin(piece + 1);
-    int next = mine().pieces.begin(piece) + warp;  // tile on the line
+    int const end = mine().splits.begin(split + 1);
+    int next = mine().splits.begin(split) + warp;  // tile on the work list
     int slot = 0;
     while (true) {
         int const done = min(c.begin + c.num_tiles, end);
@@ -181,7 +181,7 @@ __device__ void DecodeSm80Kernel<Config>::work() {
                    view.score_scale);
         int used = -1;
         for (; next < done; next += Config::kWarps) {
-            if (used >= 0) bring(used);
+            if (used >= 0) issue_tile_load(used);
             wait_for_copies<Config::kStages - 1>();
             __syncwarp();
             uint8_t const* const stage = shared.stages[warp][slot];
@@ -192,7 +192,7 @@ __device__ void DecodeSm80Kernel<Config>::work() {
         }
         finish_sequence(used);
         if (done == end) return;
-        if (used >= 0) bring(used);
+        if (used >= 0) issue_tile_load(used);
         __syncwarp();  // all lanes have read mine().now
         if (lane == 0) advance(mine().now, done - c.begin - c.tile);
         __syncwarp();

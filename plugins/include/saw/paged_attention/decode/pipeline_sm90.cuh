@@ -1,11 +1,12 @@
 // Decode: one query token per sequence against its 4-bit rows in the pool, at the speed of the memory.
 //
-// The sequences' tokens, cut into tiles, form one line. A persistent grid cuts it into equal pieces, whatever the batch
-// and the lengths, and a piece is worked on by as many CTAs as there are KV heads, one for each: they read what lies
-// side by side in a block at about the same time, which the memory rewards. Bulk copies bring a tile's K and V rows to
-// shared memory, some tiles ahead. Each of the CTA's four warps takes 16 of 64 tokens, scores them, and sums its own
-// output; the warps meet only where the line goes over to the next sequence. What a CTA could not finish alone it
-// leaves as a partial sum, and the last CTA to leave one for a (sequence, KV head) adds them up, in a fixed order.
+// The sequences' tokens, cut into tiles, form one work list. A persistent grid cuts it into equal splits, whatever the
+// batch and the lengths, and a split is worked on by as many CTAs as there are KV heads, one for each: they read what
+// lies side by side in a block at about the same time, which the memory rewards. Bulk copies load a tile's K and V
+// rows to shared memory, some tiles ahead. Each of the CTA's four warps takes 16 of 64 tokens, scores them, and sums
+// its own output; the warps meet only where the work list goes over to the next sequence. What a CTA could not finish
+// by itself it leaves as a partial sum, and the last CTA to leave one for a (sequence, KV head) adds them up, in a
+// fixed order.
 //
 // Nothing is dequantized. An fp16 whose bits are a code n is the subnormal n 2^-24, and one whose bits are 16 n is
 // 16 n 2^-24, so a mask is all it takes to make an exact operand of two codes; 2^-24 and 1/16 are taken out of Q
@@ -19,10 +20,11 @@
 
 namespace saw {
 
-// `Few` is for few and short sequences: the line is cut between them where it can be, and what ends a piece is quicker.
+// `Few` is for few and short sequences: the work list is cut between them where it can be, and what ends a split is
+// quicker.
 template <int HeadDim, int QueryTiles, int TileTokens, int Together, int Stages, int CtasPerSm, bool Few>
 struct DecodeSm90Config {
-    using Pieces = std::conditional_t<Few, EvenDecodePieces, DecodePieces>;
+    using Splits = std::conditional_t<Few, EvenDecodeSplits, DecodeSplits>;
     static constexpr bool kFew = Few;
     static constexpr int kHeadDim = HeadDim;
     static constexpr int kQueryTiles = QueryTiles;  // tiles of 8 query heads that share a KV head
@@ -57,11 +59,11 @@ struct DecodeSm90Shared {
     uint64_t empty[Config::kStages];
     float max[Config::kWarps][Config::kMaxQueries];
     float sum[Config::kWarps][Config::kMaxQueries];
-    typename Config::Pieces pieces;
+    typename Config::Splits splits;
     DecodeCursor cursors[2];  // of the sequence that the warps work on, and of the one before or after it
-    DecodeCursor ahead;       // of the next tile to bring
+    DecodeCursor ahead;       // of the next tile to load
     alignas(16) int warp_total[Config::kWarps];  // read as one vector: on its own, so that no neighbour is read with it
-    int first_partial, partials;  // to be added up at the end of the piece: of which piece on, and how many
+    int first_partial, partials;  // to be added up at the end of the split: of which split on, and how many
 };
 
 template <typename Config>
@@ -81,7 +83,7 @@ class DecodeSm90Kernel {
           g(lane / 4),
           t(lane % 4),
           kv_head(blockIdx.x % params.pool.num_kv_heads),
-          piece(blockIdx.x / params.pool.num_kv_heads) {
+          split(blockIdx.x / params.pool.num_kv_heads) {
         group = p.num_heads / p.pool.num_kv_heads;
         held_score_scale = p.softmax_scale * kLog2e;
         // The 16 tokens of this warp in each 64: rows first_row + 4 i + {0, 1} for i in 0..7. Rows 4 apart, for K, and
@@ -103,12 +105,12 @@ class DecodeSm90Kernel {
     int* const counters;    // of each sequence and KV head: partial sums that have been left
     DecodeSm90Shared<Config>& shared;
     int const warp, lane, g, t;
-    int const kv_head, piece;
+    int const kv_head, split;
     int group, first_row;
     float held_score_scale;
     int which = 0;           // of the cursors
     int length, first_seen;  // of the current sequence
-    // Warp 0's, as it brings tiles: how many are left of the piece, and the next one's first token and sequence.
+    // Warp 0's, as it loads tiles: how many are left of the split, and the next one's first token and sequence.
     int left, next_position, next_length;
     // Each two lanes hold the rows of a block, K's the even one and V's the odd one: 16 blocks from held_block on.
     uint8_t const* held_rows;
@@ -124,11 +126,11 @@ class DecodeSm90Kernel {
         return Config::kHeadDim < 256 ? held_score_scale : p.softmax_scale * kLog2e;
     }
 
-    // Where the partial sums of a piece lie: those of one KV head behind one another, and then second ones.
-    __device__ float* partial_of(int piece, bool second) const {
-        int const heads = p.pool.num_kv_heads, pieces = int(gridDim.x) / heads;
+    // Where the partial sums of a split lie: those of one KV head one after another, and then second ones.
+    __device__ float* partial_of(int split, bool second) const {
+        int const heads = p.pool.num_kv_heads, splits = int(gridDim.x) / heads;
         return partials +
-               size_t((second * heads + kv_head) * pieces + piece) * decode_partial_floats(group, Config::kHeadDim);
+               size_t((second * heads + kv_head) * splits + split) * decode_partial_floats(group, Config::kHeadDim);
     }
 
     __device__ int visible_tiles(int length, int& first_tile) const {
@@ -146,31 +148,31 @@ class DecodeSm90Kernel {
     }
 
     __device__ bool find_work();
-    __device__ int count_pieces(int tiles) const;
+    __device__ int count_splits(int tiles) const;
     __device__ void enter_sequence(DecodeCursor& c, int sequence) const;
     __device__ void next_sequence(DecodeCursor& c) const;
-    __device__ void begin_bringing();
+    __device__ void start_loads();
     __device__ void hold_blocks();
-    __device__ void bring(int slot);
+    __device__ void issue_tile_load(int slot);
     template <typename T>
     __device__ void begin_sequence();
     template <typename T>
     __device__ void round(int position, uint8_t const* stage, int row);
     __device__ void score(uint32_t const* keys, float (&s)[Config::kQueryTiles][4]) const;
     template <typename T>
-    __device__ void weigh(int token, bool masked, __half2 const* key_tail, Scores& s);
+    __device__ void softmax_update(int token, bool masked, __half2 const* key_tail, Scores& s);
     __device__ void cap(float (&s)[Config::kQueryTiles][4], float const (&log_scale)[2]) const;
-    __device__ void follow_max(Scores const& s);
+    __device__ void update_max(Scores const& s);
     __device__ void accumulate(uint32_t const* values, uint32_t const (&prob)[Config::kQueryTiles][2]);
     template <typename T>
     __device__ bool finish_sequence(int done, bool more, float* scratch);
-    __device__ bool count_partial(DecodeCursor const& c, int& first_piece, int& last_piece) const;
+    __device__ bool count_partial(DecodeCursor const& c, int& first_split, int& last_split) const;
     __device__ void merge_warps(float* scratch);
     template <typename T>
     __device__ void write_output();
     __device__ void write_partial(float* partial);
     template <typename T, int AtOnce>
-    __device__ void combine(DecodeCursor const& c, int first_piece, int count, int worker, int workers) const;
+    __device__ void combine(DecodeCursor const& c, int first_split, int count, int worker, int workers) const;
     template <typename T>
     __device__ void combine_on_the_way() const;
     template <typename T>
@@ -198,12 +200,12 @@ __device__ void DecodeSm90Kernel<Config>::run() {
         }
         fence_bulk_copy();
     }
-    // The block table is read behind the lengths; ask for it already.
+    // The block table is read after the lengths; ask for it already.
     size_t const table_bytes = size_t(p.num_sequences) * 2 * p.pool.max_blocks_per_seq * sizeof(int32_t);
     for (size_t at = (size_t(blockIdx.x) * Config::kThreads + threadIdx.x) * 128; at < table_bytes;
          at += size_t(gridDim.x) * Config::kThreads * 128)
         prefetch_l2(reinterpret_cast<uint8_t const*>(p.pool.block_offsets) + at);
-    // The queries are wanted when the copies of rows have been begun, and would come behind them.
+    // The queries are wanted when the copies of rows have been begun, and would come after them.
     size_t const query_bytes = size_t(p.num_sequences) * p.num_heads * Config::kHeadDim * sizeof(T);
     for (size_t at = (size_t(blockIdx.x) * Config::kThreads + threadIdx.x) * 128; at < query_bytes;
          at += size_t(gridDim.x) * Config::kThreads * 128)
@@ -216,8 +218,8 @@ __device__ void DecodeSm90Kernel<Config>::run() {
     }
     if (!any) return;
     if (warp == 0) {
-        begin_bringing();
-        for (int slot = 0; slot < Config::kStages && left > 0; ++slot) bring(slot);
+        start_loads();
+        for (int slot = 0; slot < Config::kStages && left > 0; ++slot) issue_tile_load(slot);
     }
 
     int slot = 0, previous = -1;
@@ -225,7 +227,7 @@ __device__ void DecodeSm90Kernel<Config>::run() {
     while (true) {
         DecodeCursor const& c = shared.cursors[which];
         int position = (c.first_tile + c.tile) * Config::kTileTokens;
-        int const done = min(c.begin + c.num_tiles, shared.pieces.begin(piece + 1));
+        int const done = min(c.begin + c.num_tiles, shared.splits.begin(split + 1));
         int tiles = done - c.begin - c.tile;
         begin_sequence<T>();
         while (true) {
@@ -236,7 +238,7 @@ __device__ void DecodeSm90Kernel<Config>::run() {
                 // By now all warps have most likely left the slot of the tile before.
                 if (warp == 0 && row == 0 && previous >= 0 && left > 0) {
                     mbarrier_wait(&shared.empty[previous], previous_parity);
-                    bring(previous);
+                    issue_tile_load(previous);
                 }
             }
             mbarrier_arrive(&shared.empty[slot]);  // each thread for itself: racecheck follows no other order
@@ -244,14 +246,14 @@ __device__ void DecodeSm90Kernel<Config>::run() {
             if (--tiles == 0) break;
             step(slot, parity, previous, previous_parity);
         }
-        bool const more = done < shared.pieces.begin(piece + 1);
+        bool const more = done < shared.splits.begin(split + 1);
         bool const whole = finish_sequence<T>(done, more, reinterpret_cast<float*>(shared.stages[slot]));
         step(slot, parity, previous, previous_parity);
         if (!more) {
             if (!whole) combine_at_end<T>(slot, parity);
             return;
         }
-        // Not the warp that brings the tiles.
+        // Not the warp that loads the tiles.
         if (!whole && warp == Config::kWarps - 1) combine_on_the_way<T>();
         which ^= 1;
     }

@@ -47,7 +47,7 @@ class Rows16Bit {
 
     static __device__ int scratch_dim(int query, int dim) { return dim ^ ((query & 6) << 2); }
 
-    __device__ void leave(float* scratch, float* max, float* sum, int group);
+    __device__ void store_sums(float* scratch, float* max, float* sum, int group);
 
   private:
     static constexpr int kRowChunks = kRowBytes / 16;
@@ -94,8 +94,8 @@ __device__ void Rows16Bit<Type, HeadDim, QueryTiles>::round(uint8_t const* keys,
             }
     }
     if (softmax.lags(s)) {
-        float shrink[QueryTiles][2];
-        softmax.follow_max(s, shrink);
+        float rescale[QueryTiles][2];
+        softmax.update_max(s, rescale);
     }
     uint32_t prob[QueryTiles][2];
 #pragma unroll
@@ -122,7 +122,7 @@ __device__ void Rows16Bit<Type, HeadDim, QueryTiles>::round(uint8_t const* keys,
 }
 
 template <typename Type, int HeadDim, int QueryTiles>
-__device__ void Rows16Bit<Type, HeadDim, QueryTiles>::leave(float* scratch, float* max, float* sum, int group) {
+__device__ void Rows16Bit<Type, HeadDim, QueryTiles>::store_sums(float* scratch, float* max, float* sum, int group) {
     int const g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     softmax.add_lanes(softmax.sum);
 #pragma unroll

@@ -46,11 +46,11 @@ class Int4Rows {
                       position + first + 2 * odd, masked, view);
     }
 
-    // Where the scratch that `leave` fills has a dim of a query: the lanes' banks differ.
+    // Where the scratch that `store_sums` fills has a dim of a query: the lanes' banks differ.
     static __device__ int scratch_dim(int query, int dim) { return dim ^ ((query & 6)); }
 
     // The warp's sums go to scratch [queries, head_dim], max and sum [queries].
-    __device__ void leave(float* scratch, float* max, float* sum, int group);
+    __device__ void store_sums(float* scratch, float* max, float* sum, int group);
 
   private:
     static constexpr int kRowWords = kRowBytes / 4;
@@ -72,8 +72,8 @@ class Int4Rows {
 
     __device__ void round(uint32_t const* keys, uint32_t const* values, int token, bool masked, DecodeView const& view);
     __device__ void score(uint32_t const* keys, float (&s)[QueryTiles][4]) const;
-    __device__ void weigh(int token, bool masked, __half2 const* key_tails, __half2 const* value_tails, Scores& s,
-                          DecodeView const& view);
+    __device__ void softmax_update(int token, bool masked, __half2 const* key_tails, __half2 const* value_tails,
+                                   Scores& s, DecodeView const& view);
     __device__ void accumulate(uint32_t const* values, uint32_t const (&prob)[QueryTiles][2]);
 };
 
@@ -121,8 +121,8 @@ __device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::round(uint32_t co
 #pragma unroll
     for (int u = 0; u < Together; ++u) score(keys + u * kStep, s[u]);
     int const tail = 4 * g * kRowWords + kWords;
-    weigh(token + 4 * g, masked, reinterpret_cast<__half2 const*>(keys + tail),
-          reinterpret_cast<__half2 const*>(values + tail), s, view);
+    softmax_update(token + 4 * g, masked, reinterpret_cast<__half2 const*>(keys + tail),
+                   reinterpret_cast<__half2 const*>(values + tail), s, view);
 #pragma unroll
     for (int u = 0; u < Together; ++u) {
         uint32_t prob[QueryTiles][2];
@@ -165,9 +165,10 @@ __device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::score(uint32_t co
 
 // Products of codes in, P times V's scale out, both in s; the softmax's sums are kept up on the way.
 template <typename Type, int HeadDim, int QueryTiles, int Together>
-__device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::weigh(int token, bool masked, __half2 const* key_tails,
-                                                                     __half2 const* value_tails, Scores& s,
-                                                                     DecodeView const& view) {
+__device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::softmax_update(int token, bool masked,
+                                                                              __half2 const* key_tails,
+                                                                              __half2 const* value_tails, Scores& s,
+                                                                              DecodeView const& view) {
     constexpr int kStep = 2 * kRowWords;
     float log_scale[Together][2], inverse[Together][2], lo_over_scale[Together][2];  // of V
 #pragma unroll
@@ -197,12 +198,12 @@ __device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::weigh(int token, 
                 }
         }
     if (softmax.lags(s)) {
-        float shrink[QueryTiles][2];
-        softmax.follow_max(s, shrink);
+        float rescale[QueryTiles][2];
+        softmax.update_max(s, rescale);
 #pragma unroll
         for (int n = 0; n < QueryTiles; ++n)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) lo[n][i] *= shrink[n][i];
+            for (int i = 0; i < 2; ++i) lo[n][i] *= rescale[n][i];
     }
 #pragma unroll
     for (int u = 0; u < Together; ++u)
@@ -233,7 +234,7 @@ __device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::accumulate(uint32
         uint32_t const b = row[4 * kRowWords], d = row[5 * kRowWords];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            // Four codes of tokens 8t, 8t + 4 side by side, and of the tokens behind these.
+            // Four codes of tokens 8t, 8t + 4 side by side, and of the tokens after these.
             uint32_t const selector = half ? 0x7632 : 0x5410;
             uint32_t x = __byte_perm(a, b, selector), y = __byte_perm(c, d, selector);
             constexpr uint32_t kEven = 0x000f000f, kOdd = 0x00f000f0;
@@ -251,8 +252,8 @@ __device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::accumulate(uint32
 }
 
 template <typename Type, int HeadDim, int QueryTiles, int Together>
-__device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::leave(float* scratch, float* max, float* sum,
-                                                                     int group) {
+__device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::store_sums(float* scratch, float* max, float* sum,
+                                                                          int group) {
     int const g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     softmax.add_lanes(softmax.sum);
     softmax.add_lanes(lo);

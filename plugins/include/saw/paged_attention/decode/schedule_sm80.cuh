@@ -1,4 +1,4 @@
-// Decode: who works on what, and the copies that bring it.
+// Decode: who works on what, and the copies that load it.
 // A part of pipeline_sm80.cuh, which includes it.
 #pragma once
 
@@ -6,17 +6,17 @@
 
 namespace saw {
 
-// Cut the line, and find where this CTA's piece begins. Every warp adds up the tiles of all sequences for itself: that
-// costs less than a microsecond and saves a launch. False if there is no piece for this CTA.
+// Cut the work list, and find where this CTA's split begins. Every warp adds up the tiles of all sequences for itself:
+// that costs less than a microsecond and saves a launch. False if there is no split for this CTA.
 template <typename Config>
 __device__ bool DecodeSm80Kernel<Config>::find_work() {
     int ignored, total = 0;
     for (int s = lane; s < p.num_sequences; s += 32) total += visible_tiles(p.sequence_length[s], ignored);
     total = __reduce_add_sync(~0u, total);
     int const count = min(int(gridDim.z), (total + min_share - 1) / min_share);
-    if (piece >= count) return false;
-    DecodePieces const pieces{count, total / count, total % count};
-    int const begin = pieces.begin(piece);
+    if (split >= count) return false;
+    DecodeSplits const splits{count, total / count, total % count};
+    int const begin = splits.begin(split);
     int first = 0, before = 0, tiles;
     while (true) {
         DecodeCursor c;
@@ -37,18 +37,18 @@ __device__ bool DecodeSm80Kernel<Config>::find_work() {
         }
         c.tile = begin - c.begin;
         if (c.tile >= 0 && c.tile < c.num_tiles) {
-            mine().pieces = pieces;
+            mine().splits = splits;
             mine().now = mine().ahead = c;
         }
         break;
     }
-    int const size = pieces.begin(piece + 1) - begin;
+    int const size = splits.begin(split + 1) - begin;
     left = warp < size ? (size - warp + Config::kWarps - 1) / Config::kWarps : 0;
     __syncwarp();
     return true;
 }
 
-// It must not be called to go behind the last sequence that has tiles.
+// It must not be called to go past the last sequence that has tiles.
 template <typename Config>
 __device__ void DecodeSm80Kernel<Config>::advance(DecodeCursor& c, int tiles) const {
     c.tile += tiles;
@@ -61,7 +61,7 @@ __device__ void DecodeSm80Kernel<Config>::advance(DecodeCursor& c, int tiles) co
 }
 
 template <typename Config>
-__device__ void DecodeSm80Kernel<Config>::begin_bringing() {
+__device__ void DecodeSm80Kernel<Config>::start_loads() {
     if (left == 0) return;
     if (lane == 0) advance(mine().ahead, warp);
     __syncwarp();
@@ -87,12 +87,12 @@ __device__ void DecodeSm80Kernel<Config>::hold_parts() {
     }
 }
 
-// Begin to bring the next tile, if one is left, and step behind it.
+// Begin to load the next tile, if one is left, and step past it.
 template <typename Config>
-__device__ void DecodeSm80Kernel<Config>::bring(int slot) {
+__device__ void DecodeSm80Kernel<Config>::issue_tile_load(int slot) {
     __syncwarp();  // all lanes have left the slot
     if (left > 0) {
-        copy_tile(slot);
+        issue_copies(slot);
         held_at += parts_per_tile();
         next_position += Config::kWarps * Config::kTileTokens;
         if (--left > 0 && (held_at == 32 || next_position >= next_length)) {
@@ -106,7 +106,7 @@ __device__ void DecodeSm80Kernel<Config>::bring(int slot) {
 }
 
 template <typename Config>
-__device__ void DecodeSm80Kernel<Config>::copy_tile(int slot) {
+__device__ void DecodeSm80Kernel<Config>::issue_copies(int slot) {
     uint8_t* const stage = shared.stages[warp][slot];
     int const part_bytes = part_tokens() * Rows::kRowBytes;
     for (int at = 0, from = held_at; at < Config::kTileTokens; at += part_tokens())

@@ -1,4 +1,4 @@
-// Decode: who works on what, and the copies that bring it.
+// Decode: who works on what, and the copies that load it.
 // A part of pipeline_sm90.cuh, which includes it.
 #pragma once
 
@@ -6,8 +6,8 @@
 
 namespace saw {
 
-// Cut the line, and find where this CTA's piece begins. Every CTA adds up the tiles of all sequences for itself: that
-// costs about a microsecond and saves a launch. False if there is no piece for it.
+// Cut the work list, and find where this CTA's split begins. Every CTA adds up the tiles of all sequences for itself:
+// that costs about a microsecond and saves a launch. False if there is no split for it.
 template <typename Config>
 __device__ bool DecodeSm90Kernel<Config>::find_work() {
     int const each = (p.num_sequences + Config::kThreads - 1) / Config::kThreads;
@@ -27,10 +27,10 @@ __device__ bool DecodeSm90Kernel<Config>::find_work() {
         if (w == warp) before += total - mine;
         total += shared.warp_total[w];
     }
-    int const count = count_pieces(total);
-    if (piece >= count) return false;
-    auto const pieces = Config::Pieces::cut(total, count);
-    int const begin = pieces.begin(piece);
+    int const count = count_splits(total);
+    if (split >= count) return false;
+    auto const splits = Config::Splits::cut(total, count);
+    int const begin = splits.begin(split);
     if (before <= begin && begin < before + mine) {
         DecodeCursor c;
         c.begin = before;
@@ -42,18 +42,18 @@ __device__ bool DecodeSm90Kernel<Config>::find_work() {
         } while (begin >= c.begin + c.num_tiles);
         c.tile = begin - c.begin;
         shared.cursors[0] = shared.ahead = c;
-        shared.pieces = pieces;
+        shared.splits = splits;
     }
-    left = pieces.begin(piece + 1) - begin;
+    left = splits.begin(split + 1) - begin;
     __syncthreads();
     return true;
 }
 
 template <typename Config>
-__device__ int DecodeSm90Kernel<Config>::count_pieces(int tiles) const {
+__device__ int DecodeSm90Kernel<Config>::count_splits(int tiles) const {
     int const most = int(gridDim.x) / p.pool.num_kv_heads;
     if constexpr (!Config::kFew) return min(most, tiles);
-    // As many pieces for each sequence: if they are equally long no piece has parts of two. And no more of them than it
+    // As many splits for each sequence: if they are equally long no split has parts of two. And no more of them than it
     // takes for none to have more tiles: each costs a partial sum.
     int const each = max(most / p.num_sequences, 1), average = (tiles + p.num_sequences - 1) / p.num_sequences;
     int const share = max((average + each - 1) / each, 1);
@@ -67,7 +67,7 @@ __device__ void DecodeSm90Kernel<Config>::enter_sequence(DecodeCursor& c, int se
     c.num_tiles = visible_tiles(c.length, c.first_tile);
 }
 
-// It must not be called behind the last sequence that has tiles.
+// It must not be called after the last sequence that has tiles.
 template <typename Config>
 __device__ void DecodeSm90Kernel<Config>::next_sequence(DecodeCursor& c) const {
     c.begin += c.num_tiles;
@@ -78,9 +78,9 @@ __device__ void DecodeSm90Kernel<Config>::next_sequence(DecodeCursor& c) const {
     } while (c.num_tiles == 0);
 }
 
-// Warp 0: the next tile to bring is the one at shared.ahead.
+// Warp 0: the next tile to load is the one at shared.ahead.
 template <typename Config>
-__device__ void DecodeSm90Kernel<Config>::begin_bringing() {
+__device__ void DecodeSm90Kernel<Config>::start_loads() {
     DecodeCursor const& c = shared.ahead;
     next_length = c.length;
     next_position = (c.first_tile + c.tile) * Config::kTileTokens;
@@ -96,10 +96,10 @@ __device__ void DecodeSm90Kernel<Config>::hold_blocks() {
     held_rows = p.pool.rows(entry, kv_head);
 }
 
-// Warp 0: begin the copies of the next tile, and step behind it. A tile is a copy of K and one of V for each of its
+// Warp 0: begin the copies of the next tile, and step past it. A tile is a copy of K and one of V for each of its
 // blocks, or for its part of a block that is larger.
 template <typename Config>
-__device__ void DecodeSm90Kernel<Config>::bring(int slot) {
+__device__ void DecodeSm90Kernel<Config>::issue_tile_load(int slot) {
     int const copy_tokens = min(p.pool.tokens_per_block, Config::kTileTokens);
     int const tokens = min(Config::kTileTokens, next_length - next_position);
     int const copies = 2 * p.pool.block_of(tokens + p.pool.tokens_per_block - 1);
@@ -118,7 +118,7 @@ __device__ void DecodeSm90Kernel<Config>::bring(int slot) {
     if (next_position >= next_length) {
         if (lane == 0) next_sequence(shared.ahead);
         __syncwarp();
-        begin_bringing();
+        start_loads();
     } else if (p.pool.block_of(next_position + Config::kTileTokens - 1) - held_block > 15) {
         hold_blocks();
     }

@@ -55,9 +55,9 @@ struct DecodeSoftmax {
         return __any_sync(~0u, any);
     }
 
-    // Raise the references to the maximum; `shrink` is what that takes off all sums.
+    // Raise the references to the maximum; `rescale` is what that takes off all sums.
     template <int Together>
-    __device__ void follow_max(float const (&s)[Together][QueryTiles][4], float (&shrink)[QueryTiles][2]) {
+    __device__ void update_max(float const (&s)[Together][QueryTiles][4], float (&rescale)[QueryTiles][2]) {
 #pragma unroll
         for (int n = 0; n < QueryTiles; ++n)
 #pragma unroll
@@ -67,13 +67,13 @@ struct DecodeSoftmax {
                 for (int u = 0; u < Together; ++u) top = fmaxf(top, fmaxf(s[u][n][i], s[u][n][2 + i]));
 #pragma unroll
                 for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-                shrink[n][i] = exp2_fast(max[n][i] - top);
+                rescale[n][i] = exp2_fast(max[n][i] - top);
                 max[n][i] = top;
-                sum[n][i] *= shrink[n][i];
+                sum[n][i] *= rescale[n][i];
 #pragma unroll
                 for (int a = 0; a < Accumulators; ++a) {
-                    out[n][a][i] *= shrink[n][i];
-                    out[n][a][2 + i] *= shrink[n][i];
+                    out[n][a][i] *= rescale[n][i];
+                    out[n][a][2 + i] *= rescale[n][i];
                 }
             }
     }

@@ -1,5 +1,5 @@
-// Decode: what its kernels share. All sequences' tokens, cut into tiles, form one line, and the line is cut into
-// pieces.
+// Decode: what its kernels share. All sequences' tokens, cut into tiles, form one work list, and the work list is cut
+// into splits.
 #pragma once
 
 #include "saw/common/ptx.cuh"
@@ -10,24 +10,24 @@ namespace saw {
 // What a masked fp16 operand of codes lacks to the code.
 constexpr float kCodeUnit = 0x1p24f;
 
-// A place on the line of tiles.
+// A place on the work list of tiles.
 struct DecodeCursor {
     int sequence;
     int length;      // of the sequence
     int first_tile;  // of the sequence that its query sees
     int num_tiles;   // of the sequence
     int tile;        // counted from first_tile
-    int begin;       // the line's index of the sequence's first tile
+    int begin;       // the work list's index of the sequence's first tile
 };
 
-// The pieces of the line: `share` tiles each, and one more for the first `larger`.
-struct DecodePieces {
+// The splits of the work list: `share` tiles each, and one more for the first `larger`.
+struct DecodeSplits {
     int count;
     int share, larger;
 
-    static __device__ DecodePieces cut(int tiles, int count) { return {count, tiles / count, tiles % count}; }
+    static __device__ DecodeSplits cut(int tiles, int count) { return {count, tiles / count, tiles % count}; }
 
-    __device__ int begin(int piece) const { return piece * share + min(piece, larger); }
+    __device__ int begin(int split) const { return split * share + min(split, larger); }
 
     __device__ int of(int tile) const {
         int const in_larger = larger * (share + 1);
@@ -35,14 +35,15 @@ struct DecodePieces {
     }
 };
 
-// The same, as even as it goes all along the line: sequences of one length that get several pieces each get whole ones.
-struct EvenDecodePieces {
+// The same, as even as it goes all along the work list: sequences of one length that get several splits each get whole
+// ones.
+struct EvenDecodeSplits {
     int count;
     int tiles;
 
-    static __device__ EvenDecodePieces cut(int tiles, int count) { return {count, tiles}; }
+    static __device__ EvenDecodeSplits cut(int tiles, int count) { return {count, tiles}; }
 
-    __device__ int begin(int piece) const { return piece * tiles / count; }
+    __device__ int begin(int split) const { return split * tiles / count; }
 
     __device__ int of(int tile) const { return ((tile + 1) * count - 1) / tiles; }
 };
@@ -75,7 +76,7 @@ struct DecodeSum {
     }
 };
 
-// The workspace: two partial sums for each CTA, and behind them a counter for each sequence and KV head.
+// The workspace: two partial sums for each CTA, and after them a counter for each sequence and KV head.
 constexpr size_t decode_partials_bytes(int ctas, int group, int head_dim) {
     return 2 * ctas * decode_partial_floats(group, head_dim) * sizeof(float);
 }

@@ -196,7 +196,7 @@ __device__ void PrefillSm80Kernel<Config>::bring_codes(KV which, int start) cons
     }
 }
 
-// Until a tile is in its slot. Behind it, everybody has left the other one.
+// Until a tile is in its slot. After it, everybody has left the other one.
 template <typename Config>
 __device__ void PrefillSm80Kernel<Config>::wait_for(KV which, int start, bool of_chunk) const {
     copy_async_wait();

@@ -149,7 +149,7 @@ struct QueryRows {
             mine[i / 2 % 2] += s[i];
         }
         // A row's sum is that of its four lanes, whichever holds which part. Handing it on is what keeps the assembler
-        // from putting the exponentials off until they are wanted, behind the product that they are to run beside.
+        // from putting the exponentials off until they are wanted, after the product that they are to run beside.
         for (int h = 0; h < 2; ++h) sum[h] += __shfl_xor_sync(~0u, mine[h], 1);
     }
 
