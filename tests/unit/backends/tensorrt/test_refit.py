@@ -101,9 +101,10 @@ def test_one_checkpoint_serves_every_cache_with_the_text_of_whole_engines(option
     assert found == expected
 
 
-def test_all_but_a_few_bytes_are_left_out_under_the_checkpoints_names(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("family", "tables"), [("qwen3", {""}), ("gemma3", {"", "_local"})])
+def test_all_but_a_few_bytes_are_left_out_under_the_checkpoints_names(monkeypatch, tmp_path, family, tables):
     pretend_gpu(monkeypatch)
-    folder = make_hf_model(tmp_path, "qwen3", num_hidden_layers=2)[0]
+    folder = make_hf_model(tmp_path, family, num_hidden_layers=2)[0]
     for plugin in ("disable", "float16"):
         monkeypatch.setattr("saw_trtllm.backends.tensorrt.build.load_cublas_lt", lambda: True)
         options = {"dtype": "float16", "gemm_plugin": plugin, "strip_plan": True, **LIMITS}
@@ -116,7 +117,9 @@ def test_all_but_a_few_bytes_are_left_out_under_the_checkpoints_names(monkeypatc
         assert sum(array.nbytes for array in weights if id(array) not in left_out) < 1000
         norms = {n for n in plan.weights.shapes if n.endswith(("q_layernorm.weight", "k_layernorm.weight"))}
         merged = {f"transformer.layers.{i}.attention.qk_layernorm" for i in range(2)}
-        assert set(network.refittable) == (set(plan.weights.shapes) - norms) | merged | {"rotary_cos_sin"}
+        assert set(network.refittable) == (set(plan.weights.shapes) - norms) | merged | {
+            f"rotary_cos_sin{table}" for table in tables
+        }
         constants = Constants(EngineConfig.load(plan.output_dir), plan.weights.load)
         for name, array in network.refittable.items():
             assert (constants[name].size, constants[name].dtype) == (array.size, array.dtype), name
