@@ -80,7 +80,7 @@ class Damaged(TokenwiseQuantizer):
 # -- the forward pass
 
 
-@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
 def test_the_exact_window_is_transformers(family, tmp_path):
     folder, model = make_hf_model(tmp_path, family)
     ours = window_model(folder)
@@ -102,7 +102,7 @@ def decoded(plan):
     return torch.cat(logits)
 
 
-@pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2", "qwen3", "gemma2"])
 @pytest.mark.parametrize(
     "options",
     [
