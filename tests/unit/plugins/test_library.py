@@ -21,6 +21,12 @@ def test_the_versions_are_one():
     assert re.search(r'kVersion\[\] = "(\w+)"', header)[1] == str(FORMAT_VERSION)
 
 
+def test_the_version_of_the_kernels_symbols_is_that_of_their_library():
+    header = (SOURCES.parent / "include" / "saw" / "common" / "library.h").read_text()
+    version = re.search(r"kKernelsVersion = (\d+);", header)[1]
+    assert f"SAW_KERNELS_{version} {{" in (SOURCES.parent / "src" / "exports.map").read_text()
+
+
 def test_only_the_entry_points_are_exported():
     exports = (SOURCES / "adapter" / "exports.map").read_text()
     names = re.search(r"global:(.*?)local:\s*\*;", exports, re.S)[1].replace(";", " ").split()
