@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
@@ -120,6 +122,7 @@ def _serve(args: argparse.Namespace) -> None:
     if options.host not in ("127.0.0.1", "localhost", "::1") and not keys:
         log.warning("anybody who reaches %s may use the model: give --api_key", options.host)
     with ExitStack() as stack:
+        stack.enter_context(_ending_well())
         folders = _names(args, [stack.enter_context(engine) for engine in _engines(args)])
         models = []
         for i, (name, folder) in enumerate(folders):
@@ -134,6 +137,16 @@ def _serve(args: argparse.Namespace) -> None:
         served = ", ".join(model.name for model in models)
         print(f"ready: {url} serves {served}; OpenAI's API is at {url}/v1, a page to look at at {url}/", flush=True)
         make_server(app, options, _UVICORN_LEVELS.get(args.log_level, args.log_level)).run([socket])
+
+
+@contextlib.contextmanager
+def _ending_well() -> Iterator[None]:
+    """SIGTERM closes what is open, be it in the middle of a build; uvicorn raises it again when it has ended."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _engines(args: argparse.Namespace) -> list[AbstractContextManager[Path]]:
