@@ -245,7 +245,9 @@ def main() -> int:
                 try:
                     times[name].append(CASES[name](args.engine_dir, Path(folder)))
                 except Exception as e:
-                    print(f"{name} {n}: {e}", file=sys.stderr, flush=True)
+                    # A machine that is busy with other work takes long over everything.
+                    load = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
+                    print(f"{name} {n} ({load}): {e}", file=sys.stderr, flush=True)
         counts = ", ".join(f"{name} {len(seconds)}" for name, seconds in times.items())
         print(f"of {n}: {counts}", file=sys.stderr, flush=True)
     for name, seconds in times.items():
