@@ -9,7 +9,7 @@ from saw_trtllm.checkpoint.families import gemma2
 from saw_trtllm.checkpoint.families.family import Family, KeyRule, decoder_fields
 from saw_trtllm.checkpoint.families.qwen3 import QK_NORMS
 from saw_trtllm.errors import CheckpointError, ConfigError
-from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.config import MAX_LAYERS, ModelConfig
 
 
 class Gemma3Config(gemma2.GemmaConfig):
@@ -45,10 +45,11 @@ def fields(hf: Gemma3Config, path: Path) -> dict[str, Any]:
 
 def trtllm_fields(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """TensorRT-LLM's own conversion has one window, and says which layers have none."""
-    window, pattern = raw.get("sliding_window"), raw.get("_sliding_window_pattern")
-    if type(window) is int and type(pattern) is int and pattern > 0:
-        layers = range(raw.get("num_hidden_layers", 0))
-        return {"sliding_window": [window if (i + 1) % pattern else None for i in layers]}
+    window, pattern, layers = (
+        raw.get(k, 0) for k in ("sliding_window", "_sliding_window_pattern", "num_hidden_layers")
+    )
+    if all(type(number) is int and number > 0 for number in (window, pattern, layers)):
+        return {"sliding_window": [window if (i + 1) % pattern else None for i in range(min(layers, MAX_LAYERS))]}
     return gemma2.trtllm_fields(raw, path)
 
 

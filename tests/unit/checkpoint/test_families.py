@@ -113,6 +113,9 @@ def test_tensorrt_llms_config_names_the_windows_in_its_own_way(tmp_path):
         raw = ours | {"architecture": architecture, "sliding_window": window, "qk_layernorm": False}
         with pytest.raises(CheckpointError, match="does not say which layers have a sliding window"):
             tensorrt_llm.read_config(raw, PATH)
+    for layers in ("three", 1 << 40):
+        with pytest.raises(CheckpointError, match=r"num_hidden_layers|does not say which layers"):
+            tensorrt_llm.read_config(ours | {"sliding_window": 12, "num_hidden_layers": layers}, PATH)
     irregular = config.model_copy(update={"sliding_window": [None, 12, 12]})
     with pytest.raises(ConfigError, match="the layers 0 have no sliding window"):
         tensorrt_llm.write_config(irregular, "float16", 1)
