@@ -24,9 +24,57 @@ _RIVALS = {
 
 def report(results: AccuracyResults) -> Report:
     """What the record says."""
+    real = [m for m in results.models if m not in TITLES]
+    if real:
+        return _real_report(results, results.models[real[0]])
     models = [m for m in TITLES if m in results.models]
     tables, numbers = _values(results, models)
     return Report(tables, numbers, {"keys": partial(_key_plot, results.models, models)})
+
+
+def _real_report(results: AccuracyResults, found: dict) -> Report:
+    """A checkpoint's caches: what each costs, and how far apart they are."""
+    caches = {name: q for name, q in found["caches"].items() if name != "fp16"}
+    table = [["cache", "bytes/token", "nats lost", "KL mean", "KL p99", "top-1"]]
+    for name, q in caches.items():
+        table.append(
+            [
+                name,
+                f"{q['bytes_per_token']:,.0f}",
+                f"{q['nats_lost']:+.4f}",
+                f"{q['kl_mean']:.4f} ± {q['kl_error']:.4f}",
+                f"{q['kl_p99']:.3f}",
+                f"{100 * q['top1_agreement']:.1f} %",
+            ]
+        )
+    numbers = {
+        "tokens": f"{results.num_tokens:,}",
+        "window": f"{results.window}",
+        "calibration tokens": f"{results.calibration_tokens:,}",
+        "seconds": f"{found['seconds']:.0f}",
+        "half": f"{100 * found['split_half_excess']:.1f} %",
+    }
+    numbers |= {f"kl {name}": f"{q['kl_mean']:.4f}" for name, q in caches.items()}
+    numbers |= {f"top-1 {name}": f"{100 * q['top1_agreement']:.1f} %" for name, q in caches.items()}
+    tables = {"environment": environment_table(results.environment), "caches": table}
+    tables["positions"] = _real_position_table(caches)
+    return Report(tables, numbers, {"bytes": partial(_bytes_plot, caches)})
+
+
+def _real_position_table(caches: dict) -> Table:
+    positions = list(next(iter(caches.values()))["kl_by_position"])
+    rows = [[str(p), *(f"{q['kl_by_position'][p]:.4f}" for q in caches.values())] for p in positions]
+    return [["tokens of context, up to", *caches], *rows]
+
+
+def _bytes_plot(caches: dict, figure: Figure) -> None:
+    figure.set_size_inches(6.4, 3.8)
+    axes = figure.subplots()
+    for name, q in caches.items():
+        axes.errorbar(q["bytes_per_token"], q["kl_mean"], yerr=2 * q["kl_error"], fmt="o", label=name)
+    axes.set(xlabel="bytes of cache a token", ylabel="KL from fp16", yscale="log", xlim=(0, None))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
 def _values(results: AccuracyResults, models: list[str]) -> tuple[dict[str, Table], dict[str, str]]:
@@ -70,7 +118,8 @@ def _recovered(levers: dict, row: str) -> float:
 
 
 def _recovered_table(data: dict, models: list[str]) -> Table:
-    columns = ("recipe", "γ", "γ, centred", "γ, smoothed", "all levers")
+    known = ("recipe", "γ", "γ, centred", "γ, smoothed", "all levers")
+    columns = [c for c in known if all(c in data[m]["levers"] for m in models)]
     rows = [[TITLES[m], *(f"{100 * _recovered(data[m]['levers'], c):.1f} %" for c in columns)] for m in models]
     return [["", *columns], *rows]
 
@@ -136,12 +185,12 @@ def _order_table(data: dict, models: list[str]) -> Table:
 
 
 def _order_lever_table(data: dict, models: list[str]) -> Table:
-    header = ["order"] + [f"{TITLES[m]}: {what}" for m in models for what in ("γ", "+ centred", "+ smoothed", "+ both")]
+    known = {"-": "γ", "c": "+ centred", "s": "+ smoothed", "cs": "+ both"}
+    columns = {c: what for c, what in known.items() if all(f"16 {c}" in data[m]["order levers"] for m in models)}
+    header = ["order"] + [f"{TITLES[m]}: {what}" for m in models for what in columns.values()]
     rows = []
     for order in (1, 16, 32, 64, 128):
-        cells = [
-            f"{data[m]['order levers'][f'{order} {c}']['kl_mean']:.4f}" for m in models for c in ("-", "c", "s", "cs")
-        ]
+        cells = [f"{data[m]['order levers'][f'{order} {c}']['kl_mean']:.4f}" for m in models for c in columns]
         rows.append(["none" if order == 1 else str(order), *cells])
     return [header, *rows]
 

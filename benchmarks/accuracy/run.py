@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.sax import expatreader
 
 import torch
@@ -130,13 +131,13 @@ def rivals(sample: list) -> dict[str, KVQuantizer]:
     return found
 
 
-def measure(name: str, windows: torch.Tensor, calibration_windows: torch.Tensor) -> dict:
+def measure(name: str, windows: torch.Tensor, calibration_windows: torch.Tensor, device: str) -> dict:
     """Everything about one model."""
     checkpoint = MODELS[name](Checkpoint.open(EXAMPLE))
     start = time.monotonic()
-    calibration = calibrate(checkpoint, calibration_windows)
+    calibration = calibrate(checkpoint, calibration_windows, device=device)
     calibration_seconds = time.monotonic() - start
-    model = WindowModel(checkpoint.config, checkpoint.load, WINDOW)
+    model = WindowModel(checkpoint.config, checkpoint.load, WINDOW, device)
     # The layer to keep is chosen on the calibration's text, as a user would.
     default = Cache(**default_factors(), centred=True, framed=True).quantizer(model, calibration)
     suggestion = suggest(model, calibration_windows[:2], default)
@@ -184,7 +185,12 @@ def _windows(paths: list[Path], tokenizer: Tokenizer, num_tokens: int) -> torch.
 
 
 def run_accuracy(
-    models: Sequence[str], max_tokens: int, command: str, commit: str | None, previous: AccuracyResults | None
+    models: Sequence[str],
+    max_tokens: int,
+    device: str,
+    command: str,
+    commit: str | None,
+    previous: AccuracyResults | None,
 ) -> Iterator[AccuracyResults]:
     """Measure models one after the other.
 
@@ -194,6 +200,8 @@ def run_accuracy(
         Of :data:`MODELS`.
     max_tokens : int
         Held-out tokens, a multiple of the window.
+    device : str
+        Of PyTorch.
     command : str
         As it was typed.
     commit : str, optional
@@ -214,7 +222,7 @@ def run_accuracy(
         command, commit, cpu=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__
     )
     for name in models:
-        found[name] = _rounded(measure(name, windows, calibration_windows))
+        found[name] = rounded(measure(name, windows, calibration_windows, device))
         yield AccuracyResults(
             environment=environment,
             num_tokens=windows.numel(),
@@ -229,10 +237,10 @@ def run_accuracy(
 _UNUSED = {"k_histogram", "k_histogram_rotated", "outputs", "nats", "kl_max", "greedy_identical"}
 
 
-def _rounded(value):
+def rounded(value: Any) -> Any:
     """Six digits are more than any of these numbers means."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items() if k not in _UNUSED}
-    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: rounded(v) for k, v in value.items() if k not in _UNUSED}
+    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,107 @@
+"""What caches cost a real checkpoint, on text that nothing was calibrated on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.accuracy.record import AccuracyResults
+from benchmarks.accuracy.run import rounded
+from benchmarks.common.environment import cpu_name, describe
+from saw_trtllm.backends.reference.quantizers import Fp8, KVQuantizer, Row4Bit
+from saw_trtllm.calibrate import Statistics
+from saw_trtllm.checkpoint import Checkpoint
+from saw_trtllm.eval.metrics import differences, measure, qualities
+from saw_trtllm.eval.session import choose_device, open_model
+from saw_trtllm.eval.text import load_tokenizer, make_windows, read_text
+from saw_trtllm.format import END_CUTS, RANGE_FACTORS, KVFormat
+
+WINDOW = 2048
+CALIBRATION_TOKENS = 16384
+
+
+def run_real(
+    model_dir: Path, text: Path, calibration_text: Path, max_tokens: int, device: str, command: str, commit: str | None
+) -> AccuracyResults:
+    """Measure every cache on one model.
+
+    Parameters
+    ----------
+    model_dir : Path
+        Hugging Face folder.
+    text, calibration_text : Path
+        Two texts in UTF-8 that share nothing.
+    max_tokens : int
+        Tokens of ``text``, in windows of 2048.
+    device : str
+        As ``saw-eval --device``.
+    command : str
+        As it was typed.
+    commit : str, optional
+        For a tree without its git repository.
+    """
+    start = time.monotonic()
+    checkpoint = Checkpoint.open(model_dir)
+    tokenizer, longest = load_tokenizer(checkpoint), checkpoint.config.max_positions
+    windows = make_windows(tokenizer.encode(read_text(text)), longest, WINDOW, max_tokens)
+    calibration_ids = tokenizer.encode(read_text(calibration_text, "--calibration_text"))
+    calibration_windows = make_windows(calibration_ids, longest, WINDOW, CALIBRATION_TOKENS)
+    model = open_model(checkpoint, WINDOW, choose_device(device))
+    statistics = Statistics(checkpoint, model)
+    statistics.gather(calibration_windows)
+    caches = _caches(checkpoint.config.head_size, statistics)
+    with tqdm(total=len(windows) * (1 + len(caches)), unit="window", disable=not sys.stderr.isatty()) as bar:
+        measured = measure(model, windows, {"fp16": model.exact} | caches, bar.update)
+    found = qualities(model, {"fp16": model.exact} | caches, measured)
+    entry = {
+        "caches": {name: dataclasses.asdict(q) for name, q in found.items()},
+        "differences": {
+            one: {other: dataclasses.asdict(d) for other, d in others.items()}
+            for one, others in differences(measured).items()
+        },
+        "split_half_excess": statistics.split_half_excess(),
+        "seconds": time.monotonic() - start,
+    }
+    gpu = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None
+    return AccuracyResults(
+        environment=describe(
+            command,
+            commit,
+            gpu=gpu,
+            cpu=cpu_name(),
+            cores=os.cpu_count(),
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+        ),
+        num_tokens=windows.numel(),
+        window=WINDOW,
+        calibration_tokens=calibration_windows.numel(),
+        range_factor=RANGE_FACTORS[checkpoint.config.head_size],
+        models={checkpoint.folder.name: rounded(entry)},
+    )
+
+
+def _caches(head_dim: int, statistics: Statistics) -> dict[str, KVQuantizer]:
+    """What is compared, by name: the rivals, the default and what a calibration adds."""
+    rows = KVFormat("saw_int4", head_dim)
+    centered, plain = statistics.calibration(), statistics.calibration(centered=False)
+    return {
+        "fp8 e4m3, no scales": Fp8(),
+        "plain int4, min-max": Row4Bit(KVFormat("int4", head_dim, range_factor=1.0)),
+        "the paper's recipe": Row4Bit(KVFormat("saw_int4", head_dim, range_factor=1.0)),
+        "saw_int4": Row4Bit(rows),
+        "saw_int4, centers": Row4Bit(rows, k_center=torch.from_numpy(centered.k_center)),
+        "saw_int4, frames": Row4Bit.calibrated(rows, rows, plain),
+        "saw_int4, frames of K, centers": Row4Bit(
+            rows, rows, *map(torch.from_numpy, (centered.k_center, centered.k_frame))
+        ),
+        "saw_int4, calibrated": Row4Bit.calibrated(rows, rows, centered),
+        "saw_int4, ends chosen": Row4Bit(rows, end_cuts=END_CUTS),
+        "saw_int4, calibrated, ends chosen": Row4Bit.calibrated(rows, rows, centered, END_CUTS),
+    }
