@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from saw_trtllm.errors import RequestError
+from saw_trtllm.runtime.guided_decoding import GuidedDecodingParams
 from saw_trtllm.runtime.sampling_params import SamplingParams
 from saw_trtllm.serve.triton import Tensors, texts
 
@@ -110,11 +111,32 @@ def _sampling_params(row: _Row) -> SamplingParams:
         "stop": texts(row.array("stop_words"), "stop_words") or None,
         "stop_token_sequences": _word_list(row.array("stop_words_list"), "stop_words_list") or None,
     }
+    if guide := _guide(row):
+        given["guided_decoding"] = guide
     same_name = ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty", "end_id")
     given |= {name: row.scalar(name) for name in (*same_name, "return_context_logits", "return_generation_logits")}
     params = SamplingParams(**{name: value for name, value in given.items() if value is not None})
     # As TensorRT-LLM's executor has it: who gives neither top_k nor top_p gets the likeliest token, at any temperature.
     return params if params.top_k or params.top_p else replace(params, temperature=None)
+
+
+def _guide(row: _Row) -> GuidedDecodingParams | None:
+    """What the text must be, in the words of TensorRT-LLM's executor."""
+    names = ("guided_decoding_guide_type", "guided_decoding_guide")
+    kind, guide = (next(iter(texts(row.array(name), name)), None) for name in names)
+    if kind is None and guide is None:
+        return None
+    if kind == "json" and guide is None:
+        return GuidedDecodingParams(json_object=True)
+    if kind == "json_schema" and guide is not None:
+        return GuidedDecodingParams(json=guide)
+    if kind == "regex" and guide is not None:
+        return GuidedDecodingParams(regex=guide)
+    given = "given" if guide is not None else "not"
+    raise RequestError(
+        f"guided_decoding_guide_type is {kind!r} and guided_decoding_guide is {given}: give json alone, or json_schema "
+        "or regex with one"
+    )
 
 
 def _word_list(array: np.ndarray | None, name: str) -> list[list[int]]:

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from saw_trtllm import LLM, KvCacheConfig, SamplingParams
+from saw_trtllm import LLM, GuidedDecodingParams, KvCacheConfig, SamplingParams
 from saw_trtllm.errors import EngineError, RequestError
 from saw_trtllm.runtime.stats import Stats
 from saw_trtllm.runtime.tokenizer import Tokenizer
@@ -112,7 +112,7 @@ def test_preprocessing_answers_a_bad_request_and_the_others(preprocessing, tenso
         ({"temprature": 0.5}, "temprature, which this model does not know: if the input temperature is meant"),
         ({"max_new_tokens": 5}, "max_new_tokens, which this model does not know: if the input max_tokens is meant"),
         ({"lora_task_id": 1}, "lora_task_id is not supported"),
-        ({"user": "me", "guided_decoding_guide": "{}"}, "guided_decoding_guide is not supported"),
+        ({"user": "me", "lora_config": "{}"}, "lora_config is not supported"),
     ],
 )
 def test_request_parameters_that_may_have_been_meant_as_options_are_rejected(preprocessing, parameters, sentence):
@@ -278,6 +278,21 @@ def test_options_become_sampling_params():
     assert (g.return_num_input_tokens, g.return_num_output_tokens) == (False, True)
 
 
+@pytest.mark.parametrize(
+    ("kind", "guide", "expected"),
+    [
+        ("json", None, {"json_object": True}),
+        ("json_schema", '{"type": "integer"}', {"json": '{"type": "integer"}'}),
+        ("regex", "a+", {"regex": "a+"}),
+    ],
+)
+def test_a_guide_becomes_guided_decoding(kind, guide, expected):
+    options = {"guided_decoding_guide_type": strings([kind])}
+    options |= {} if guide is None else {"guided_decoding_guide": strings([guide])}
+    [g] = parse(llm_inputs([3], **options))
+    assert g.params.guided_decoding == GuidedDecodingParams(**expected)
+
+
 def test_defaults_are_greedy_and_0_switches_top_k_and_top_p_off():
     [g] = parse(llm_inputs([3], max_tokens=4))
     assert g.params == SamplingParams(max_tokens=4)
@@ -336,6 +351,9 @@ BAD_INPUTS = [
     ({"runtime_top_p": np.float32(1.5)}, "top_p is 1.5"),
     ({"repetition_penalty": np.float32(0)}, "repetition_penalty is 0"),
     ({"min_tokens": 9}, "min_tokens is 9"),
+    ({"guided_decoding_guide": strings(["a"])}, "type is None and guided_decoding_guide is given"),
+    ({"guided_decoding_guide_type": strings(["regex"])}, "type is 'regex' and guided_decoding_guide is not"),
+    ({"guided_decoding_guide_type": strings(["ebnf_grammar"])}, "give json alone, or json_schema or regex with one"),
     ({"beam_width": 4}, "beam_width is 4, which is not supported"),
     ({"num_return_sequences": 2}, "num_return_sequences is 2"),
     ({"len_penalty": np.float32(0.5)}, "len_penalty is 0.5"),
