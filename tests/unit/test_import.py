@@ -11,6 +11,7 @@ class Block(MetaPathFinder):
             raise ImportError(f"{name} is not here")
 
 BLOCKED = ("torch", "tensorrt", "tensorrt_llm", "cuda", "tritonclient", "pytriton", "transformers")
+BLOCKED += ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 sys.meta_path.insert(0, Block())
 """
 
