@@ -166,7 +166,9 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None and limits.optional:
                 continue
-            valid = is_number(value, limits.whole) and limits.low <= value <= limits.high
+            # NumPy compares in its number's own type, which a limit may overflow.
+            number = value.item() if isinstance(value, np.generic) else value
+            valid = is_number(value, limits.whole) and limits.low <= number <= limits.high
             self._need(valid, name, limits.words)
         self._need(self.min_tokens <= self.max_tokens, "min_tokens", f"at most max_tokens, {shown(self.max_tokens)}")
         for name in _SWITCHES:
