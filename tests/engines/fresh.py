@@ -10,7 +10,7 @@ import sys
 
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
 
-with LLM(sys.argv[1], kv_cache_config=KvCacheConfig(max_tokens=4096)) as llm:
+with LLM(sys.argv[1], kv_cache_config=KvCacheConfig(max_tokens=4096, deterministic=True)) as llm:
     params = SamplingParams(max_tokens=int(sys.argv[2]), ignore_eos=True)
     outputs = [llm.generate(prompt, params) for prompt in json.load(sys.stdin)]
     json.dump([output.outputs[0].token_ids for output in outputs], sys.stdout)

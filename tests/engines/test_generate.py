@@ -88,7 +88,7 @@ def test_64_requests_with_preemption_give_what_each_gives_alone(served, expected
     # Short prompts and long texts: many are let in, and then outgrow a pool of 32 blocks.
     texts = prompts(64, 40, seed=8)
     params = [greedy(int(n)) for n in np.random.default_rng(9).integers(40, 160, 64)]
-    with LLM(folder, kv_cache_config=KvCacheConfig(max_tokens=1024)) as llm:
+    with LLM(folder, kv_cache_config=KvCacheConfig(max_tokens=1024, deterministic=True)) as llm:
         together, _ = tokens_and_gaps(llm.generate(texts, params))
         preemptions = llm.stats().preemptions_total
     with LLM(folder, kv_cache_config=KvCacheConfig(max_tokens=1024, enable_block_reuse=False)) as llm:
@@ -105,7 +105,7 @@ def test_64_requests_with_preemption_give_what_each_gives_alone(served, expected
 def test_a_fresh_process_gives_the_same(served):
     _, folder = served
     texts = prompts(4, 300, seed=10)
-    with LLM(folder, kv_cache_config=KvCacheConfig(max_tokens=4096)) as llm:
+    with LLM(folder, kv_cache_config=KvCacheConfig(max_tokens=4096, deterministic=True)) as llm:
         here = [llm.generate(text, greedy(50)).outputs[0].token_ids for text in texts]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "tests.engines.fresh", str(folder), "50"]
@@ -122,7 +122,7 @@ def test_a_seed_gives_the_same_text_again(served):
     params = [
         SamplingParams(max_tokens=30, temperature=1.2, top_p=0.9, seed=seed, ignore_eos=True) for seed in (1, 1, 2)
     ]
-    with LLM(folder, kv_cache_config=KvCacheConfig(max_tokens=4096)) as llm:
+    with LLM(folder, kv_cache_config=KvCacheConfig(max_tokens=4096, deterministic=True)) as llm:
         found = [llm.generate(text, p).outputs[0].token_ids for p in params]
     assert found[0] == found[1]
     assert found[0] != found[2]

@@ -78,6 +78,7 @@ class LayerStep:
     heads: tuple[int, int] = HEADS
     softcap: float | None = None
     k_center: torch.Tensor | None = None
+    frames: tuple[torch.Tensor, ...] = ()
 
 
 class Run:

@@ -71,7 +71,7 @@ def _define(frontend: types.SimpleNamespace, model_dir: Path, work: Path, way: s
     """Have the front-end build an engine; the plan is the reference's in any case."""
     options = {"model_dir": model_dir, "output_dir": work / "engine", "backend": "tensorrt_llm", "kv": "saw_int4"}
     if way == "calibrate":
-        windows = torch.randint(0, _MODEL["vocab_size"], (4, 64), generator=torch.Generator().manual_seed(0))
+        windows = torch.randint(0, _MODEL["vocab_size"], (4, 128), generator=torch.Generator().manual_seed(0))
         options["calibration"] = work / "calibration.safetensors"
         calibrate(Checkpoint.open(model_dir), windows).save(options["calibration"])
     plan = plan_build(BuildOptions(**options, **_LIMITS))
