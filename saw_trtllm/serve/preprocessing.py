@@ -93,7 +93,7 @@ class PreprocessingModel(AnsweringModel):
             flat = [i for word in ids for i in word]
             row[0] = 0
             row[0, : len(flat)] = flat
-            row[1, : len(words)] = list(accumulate(map(len, words)))
+            row[1, : len(ids)] = list(accumulate(map(len, ids)))
         return out
 
 

@@ -31,7 +31,7 @@ class AsyncExecutor:
     asynchronous = True
 
     def __init__(self, inner: ReferenceExecutor) -> None:
-        self.num_blocks = inner.num_blocks
+        self.num_blocks, self.num_host_blocks = inner.num_blocks, 0
         self.gate = threading.Event()
         self.gate.set()
         self.num_ahead = self.num_unknown = self.num_rows = 0

@@ -709,8 +709,18 @@ def test_every_request_has_one_response(unary, tokenizer):
 def test_metrics_follow_the_stats():
     SeriesRecorder.all.clear()
     reporter = metrics.MetricsReporter(pb_utils, "tensorrt_llm", "1")
-    stats = Stats(2, 3, 10, 90, 100, 32, 7, 1, 500, 200, 60, 1.5, 6)
-    for s in (stats, stats, Stats(0, 0, 0, 100, 100, 32, 8, 1, 600, 200, 90, 2.0, 7)):
+    stats = Stats(
+        num_running=2,
+        num_waiting=3,
+        used_blocks=10,
+        max_blocks=100,
+        prompt_tokens_total=500,
+        generated_tokens_total=60,
+        ttft_seconds_sum=1.5,
+        ttft_count=6,
+    )
+    last = Stats(max_blocks=100, prompt_tokens_total=600, generated_tokens_total=90, ttft_seconds_sum=2.0, ttft_count=7)
+    for s in (stats, stats, last):
         reporter.update(s)
         seen = {
             (r.family.name, *[v for k, v in r.labels.items() if k.endswith("type")]): r.value

@@ -227,6 +227,8 @@ def test_every_way_swaps_every_family(frontend, models, checkpoint, tmp_path, fa
             "rotate_v": unfolded,
             "range_factor": pytest.approx(fmt.range_factor),
             "use_k_center": 0,
+            "use_k_frame": 0,
+            "use_q_frame": 0,
         }
         assert attention.plugin.fields == common | {
             "softmax_scale": pytest.approx(config.softmax_scale),
