@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from saw_trtllm.runtime.block_manager import BlockManager, BlockTable, Content
@@ -49,21 +49,29 @@ class BlockCopy(NamedTuple):
 Transfer = Callable[[Sequence[BlockCopy], Sequence[BlockCopy]], PendingTransfer]
 
 
-@dataclass
-class _Move:
-    """A copy in flight, what finds the block, and whom it is loaded for: a table's ``fetched``."""
+@dataclass(frozen=True)
+class _Store:
+    """A block on its way to the host."""
 
     copy: BlockCopy
     content: Content
-    owner: list[int] = field(default_factory=list)
-    table: BlockTable | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Load:
+    """A block on its way back, and whom it is for: a table, and the ``fetched`` that it had when it asked."""
+
+    copy: BlockCopy
+    content: Content
+    table: BlockTable
+    fetched: list[int]
+
+
+@dataclass(frozen=True)
 class _Batch:
     pending: PendingTransfer
-    stores: list[_Move]
-    loads: list[_Move]
+    stores: list[_Store]
+    loads: list[_Load]
 
 
 class HostCache:
@@ -90,9 +98,9 @@ class HostCache:
         self._held: OrderedDict[bytes, tuple[int, Content]] = OrderedDict()  # slot and content by key
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots))
-        self._stores: dict[bytes, _Move] = {}  # not yet done
-        self._loads: dict[bytes, _Move] = {}
-        self._to_begin: tuple[list[_Move], list[_Move]] = ([], [])
+        self._stores: dict[bytes, _Store] = {}  # not yet done
+        self._loads: dict[bytes, _Load] = {}
+        self._to_begin: tuple[list[_Store], list[_Load]] = ([], [])
         self._under_way: deque[_Batch] = deque()
         blocks.adopt = self._adopt
 
@@ -132,7 +140,7 @@ class HostCache:
         for key, block in zip(wanted, self._blocks.take(len(wanted)), strict=True):
             slot, content = self._held[key]
             self._held.move_to_end(key)
-            self._loads[key] = _Move(BlockCopy(block, slot), content, table.fetched, table)
+            self._loads[key] = _Load(BlockCopy(block, slot), content, table, table.fetched)
             self._to_begin[1].append(self._loads[key])
 
     def is_fetching(self, table: BlockTable) -> bool:
@@ -160,18 +168,18 @@ class HostCache:
         """Take note of the copies that are made."""
         while self._under_way and self._under_way[0].pending.done():
             batch = self._under_way.popleft()
-            for move in batch.stores:
-                key = move.content.key
+            for store in batch.stores:
+                key = store.content.key
                 del self._stores[key]
-                self._held[key] = (move.copy.slot, move.content)
-                self._blocks.release(move.copy.block)
-            for move in batch.loads:
-                del self._loads[move.content.key]
-                self._blocks.publish(move.copy.block, move.content)
-                if move.table is not None and move.table.fetched is move.owner:
-                    move.owner.append(move.copy.block)
+                self._held[key] = (store.copy.slot, store.content)
+                self._blocks.release(store.copy.block)
+            for load in batch.loads:
+                del self._loads[load.content.key]
+                self._blocks.publish(load.copy.block, load.content)
+                if load.table.fetched is load.fetched:
+                    load.fetched.append(load.copy.block)
                 else:
-                    self._blocks.release(move.copy.block)
+                    self._blocks.release(load.copy.block)
             self.num_stored += len(batch.stores)
             self.num_loaded += len(batch.loads)
 
@@ -192,7 +200,7 @@ class HostCache:
             return False
         if key in self._stores or (slot := self._take_slot()) is None:
             return False
-        self._stores[key] = _Move(BlockCopy(index, slot), content)
+        self._stores[key] = _Store(BlockCopy(index, slot), content)
         self._to_begin[0].append(self._stores[key])
         return True
 
