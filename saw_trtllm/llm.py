@@ -135,7 +135,7 @@ class LLM:
         )
         host = None
         if self.executor.num_host_blocks and kv_cache_config.enable_block_reuse:
-            host = HostCache(blocks, self.executor.num_host_blocks, self.executor.transfer)
+            host = HostCache(blocks, self.executor)
         self._scheduler = Scheduler(blocks, build.max_batch_size, build.max_num_tokens, chunk, interchangeable, host)
         num_layers = [len(pool.layers) for pool in self.config.pools]
         self._core = EngineCore(self.executor, self._scheduler, num_layers, max_queue_size)

@@ -72,7 +72,7 @@ class BlockTable:
     partial : (int, int) or None
         The block whose first rows continue the sequence, and how many rows, when it was opened.
     fetched : list of int or None
-        Blocks that are held for the sequence since they came from the host; None before that was asked.
+        Blocks that are held for the sequence since they came from the host; None while that is still to be asked.
     """
 
     blocks: list[int] = field(default_factory=list)

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from saw_trtllm.engine.step import StepInputs
-from saw_trtllm.runtime.host_cache import BlockCopy, PendingTransfer
+from saw_trtllm.runtime.host_cache import HostBlocks
 from saw_trtllm.runtime.sampling import SamplingState
 
 
@@ -52,7 +52,7 @@ class FinishedStep:
         return self.output
 
 
-class Executor(Protocol):
+class Executor(HostBlocks, Protocol):
     """Runs steps of an engine over a pool of ``num_blocks`` blocks. One thread calls it.
 
     Steps take effect in the order of their launches, and their results are taken in that order. Where ``asynchronous``,
@@ -60,7 +60,6 @@ class Executor(Protocol):
     """
 
     num_blocks: int
-    num_host_blocks: int
     asynchronous: bool
 
     def launch(
@@ -83,14 +82,6 @@ class Executor(Protocol):
         ------
         Exception
             If the step cannot begin; then it has not taken place, and the one in flight is not harmed.
-        """
-        ...
-
-    def transfer(self, stores: Sequence[BlockCopy], loads: Sequence[BlockCopy]) -> PendingTransfer:
-        """Begin to copy blocks to the ``num_host_blocks`` places of the host, and from them, beside the steps.
-
-        No step that has been launched writes to a block that is stored or reads one that is loaded, but that rows may
-        be copied from it; none that is launched before the copies are made touches either but to read what is stored.
         """
         ...
 

@@ -8,7 +8,7 @@ overwrites it. What comes back comes into free blocks, beside the steps that run
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -45,8 +45,30 @@ class BlockCopy(NamedTuple):
     slot: int
 
 
-#: Begins to copy blocks to the host (the first list) and from it (the second).
-Transfer = Callable[[Sequence[BlockCopy], Sequence[BlockCopy]], PendingTransfer]
+class HostBlocks(Protocol):
+    """Memory for blocks on the host, as an executor has it.
+
+    Attributes
+    ----------
+    num_host_blocks : int
+        Places for blocks.
+    num_ready_host_blocks : int
+        Those of them that may be used yet, from the first on: it takes time to make them.
+    """
+
+    num_host_blocks: int
+
+    @property
+    def num_ready_host_blocks(self) -> int:  # noqa: D102
+        ...
+
+    def transfer(self, stores: Sequence[BlockCopy], loads: Sequence[BlockCopy]) -> PendingTransfer:
+        """Begin to copy blocks to the host and from it, beside the steps.
+
+        No step that has been launched writes to a block that is stored or reads one that is loaded, but that rows may
+        be copied from it; none that is launched before the copies are made touches either but to read what is stored.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -80,10 +102,7 @@ class HostCache:
     Parameters
     ----------
     blocks : BlockManager
-    num_slots : int
-        Blocks that the host holds.
-    transfer : callable
-        Begins copies: see :data:`Transfer`.
+    memory : HostBlocks
 
     Attributes
     ----------
@@ -91,13 +110,12 @@ class HostCache:
         Blocks copied to the host and back.
     """
 
-    def __init__(self, blocks: BlockManager, num_slots: int, transfer: Transfer) -> None:
+    def __init__(self, blocks: BlockManager, memory: HostBlocks) -> None:
         self.num_stored = self.num_loaded = 0
         self._blocks = blocks
-        self._transfer = transfer
+        self._memory = memory
         self._held: OrderedDict[bytes, tuple[int, Content]] = OrderedDict()  # slot and content by key
-        self._num_slots = num_slots
-        self._free_slots = list(range(num_slots))
+        self._num_used = 0  # places that hold a block or are to
         self._stores: dict[bytes, _Store] = {}  # not yet done
         self._loads: dict[bytes, _Load] = {}
         self._to_begin: tuple[list[_Store], list[_Load]] = ([], [])
@@ -108,20 +126,25 @@ class HostCache:
         """Its part of :class:`saw_trtllm.runtime.stats.Stats`."""
         return {
             "host_blocks": len(self._held),
-            "max_host_blocks": self._num_slots,
+            "max_host_blocks": self._memory.num_host_blocks,
             "stored_blocks_total": self.num_stored,
             "loaded_blocks_total": self.num_loaded,
         }
 
-    def fetch(self, table: BlockTable, spare: int) -> None:
+    def fetch(self, table: BlockTable, num_left: int) -> bool:
         """Hold what the pool has of a sequence and begin to bring back what the host has, until :meth:`let_go`.
 
         Parameters
         ----------
         table : BlockTable
             Opened before, so that its keys are known.
-        spare : int
-            Free blocks that this may take.
+        num_left : int
+            Free blocks that this must leave; if it cannot, nothing is held, and it may be asked again.
+
+        Returns
+        -------
+        bool
+            Whether it is held.
         """
         present, wanted = [], []
         for key in table.keys:
@@ -133,15 +156,15 @@ class HostCache:
                 break
         wanted = [key for key in wanted if key not in self._loads]
         table.fetched = [self._blocks.hold(key) for key in present]
-        if len(wanted) > spare - len(present):
+        if wanted and len(wanted) + num_left > self._blocks.num_free:
             self.let_go(table)
-            table.fetched = None  # another time
-            return
+            return False
         for key, block in zip(wanted, self._blocks.take(len(wanted)), strict=True):
             slot, content = self._held[key]
             self._held.move_to_end(key)
             self._loads[key] = _Load(BlockCopy(block, slot), content, table, table.fetched)
             self._to_begin[1].append(self._loads[key])
+        return True
 
     def is_fetching(self, table: BlockTable) -> bool:
         """Whether blocks of a sequence are on their way."""
@@ -149,9 +172,7 @@ class HostCache:
 
     def let_go(self, table: BlockTable) -> bool:
         """Hold nothing for a sequence any more, now or when it comes. False if nothing was held."""
-        if table.fetched is None:
-            return False
-        held, table.fetched = table.fetched, []
+        held, table.fetched = table.fetched or [], None
         for block in held:
             self._blocks.release(block)
         return bool(held)
@@ -160,7 +181,7 @@ class HostCache:
         """Begin the copies that have come up."""
         stores, loads = self._to_begin
         if stores or loads:
-            pending = self._transfer([m.copy for m in stores], [m.copy for m in loads])
+            pending = self._memory.transfer([m.copy for m in stores], [m.copy for m in loads])
             self._under_way.append(_Batch(pending, stores, loads))
             self._to_begin = ([], [])
 
@@ -205,8 +226,9 @@ class HostCache:
         return True
 
     def _take_slot(self) -> int | None:
-        if self._free_slots:
-            return self._free_slots.pop()
+        if self._num_used < self._memory.num_ready_host_blocks:
+            self._num_used += 1
+            return self._num_used - 1
         for key in self._held:
             if key not in self._loads:
                 return self._held.pop(key)[0]

@@ -314,7 +314,6 @@ class Scheduler:
         self.running.remove(sequence)
         self._close(sequence)
         sequence.num_computed = 0
-        sequence.table.fetched = None
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
@@ -336,7 +335,7 @@ class Scheduler:
                 break
             if table.fetched is None:
                 self._open(sequence)
-                self.host.fetch(table, self.blocks.num_free)
+                self.host.fetch(table, len(self.running))
                 self.blocks.close(table)
 
     def _grow(self, table: BlockTable, num_tokens: int) -> bool:
@@ -368,9 +367,17 @@ class Scheduler:
         # One free block for each running sequence, so that its next tokens do not preempt the newcomer at once.
         headroom = len(self.running)
         fetching = self.host is not None and self.host.is_fetching(table)
-        # Of what is held for this one, whole chunks are open now; the rest may be what it lacks.
-        while missing + headroom > self.blocks.num_free and self._let_one_go(1 if fetching else 0):
+        while missing + headroom > self.blocks.num_free and self._let_one_go(1):
             pass
+        if self.host is not None and not fetching:
+            if missing + headroom <= self.blocks.num_free and table.fetched is None:
+                # There was no room yet for what the host has of it, or it was let go of and may be gone.
+                self.host.fetch(table, headroom)
+                fetching = self.host.is_fetching(table)
+            elif missing + headroom > self.blocks.num_free and set(table.fetched or ()) - set(table.blocks):
+                # Of what is held for this one, whole chunks are open now; the rest may be what it lacks.
+                self.host.let_go(table)
+                table.fetched = []
         if fetching or len(part.inputs.token_ids) > budget or missing + headroom > self.blocks.num_free:
             self.blocks.close(table)
             return None

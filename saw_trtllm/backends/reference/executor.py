@@ -120,8 +120,13 @@ class ReferenceExecutor:
             kept.append(logits[first:end].copy() if wants_all or wants_last else None)
         return StepOutput(tokens, logprobs, kept)
 
+    @property
+    def num_ready_host_blocks(self) -> int:
+        """Blocks that the host can hold: all of them at once."""
+        return self.num_host_blocks
+
     def transfer(self, stores: Sequence[BlockCopy], loads: Sequence[BlockCopy]) -> CopiesMade:
-        """Copy blocks to the host and back; see :class:`saw_trtllm.runtime.executor.Executor`."""
+        """Copy blocks to the host and back; see :class:`saw_trtllm.runtime.host_cache.HostBlocks`."""
         for pool, host in zip(self.cache.pools, self._host.pools, strict=True):
             for block, slot in stores:
                 host.data[slot] = pool.data[block]

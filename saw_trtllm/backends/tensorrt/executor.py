@@ -54,7 +54,7 @@ class TensorRTExecutor:
 
     Attributes
     ----------
-    num_blocks, num_host_blocks : int
+    num_blocks, num_host_blocks, num_ready_host_blocks : int
     asynchronous : bool
     stream : int
         The CUDA stream.
@@ -127,8 +127,13 @@ class TensorRTExecutor:
         spans = self._wanted(step, sampling, context_logits)
         return slot.take(self._stream, self._sampler, self.logits.address, spans, sampling)
 
+    @property
+    def num_ready_host_blocks(self) -> int:
+        """Blocks that the host can hold yet."""
+        return self._host_pool.num_ready
+
     def transfer(self, stores: Sequence[BlockCopy], loads: Sequence[BlockCopy]) -> CopiesUnderWay:
-        """Begin to copy blocks to the host and from it; see :class:`saw_trtllm.runtime.executor.Executor`."""
+        """Begin to copy blocks to the host and from it; see :class:`saw_trtllm.runtime.host_cache.HostBlocks`."""
         call(runtime.cudaSetDevice, self._device)
         return self._host_pool.transfer(stores, loads, self._stream)
 

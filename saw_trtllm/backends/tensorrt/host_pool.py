@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import accumulate
 
-from saw_trtllm.backends.tensorrt.cuda import DeviceBuffer, Event, PinnedBuffer, Stream
+import numpy as np
+
+from saw_trtllm.backends.tensorrt.cuda import DeviceBuffer, Event, PinnedBuffer, Stream, call, runtime
+from saw_trtllm.errors import KernelError
 from saw_trtllm.runtime.host_cache import BlockCopy
+
+log = logging.getLogger(__name__)
+
+#: Bytes that are pinned at a time: pinning takes about a second for 4 GB, in which other calls of CUDA may wait.
+PIECE = 128 << 20
 
 
 class CopiesUnderWay:
@@ -33,7 +45,9 @@ class CopiesUnderWay:
 
 
 class HostPool:
-    """Pinned memory for blocks, as they lie in each pool.
+    """Pinned memory for blocks, the parts of each pool one after the other.
+
+    It is pinned piece by piece in a thread of its own, while the first steps run.
 
     Parameters
     ----------
@@ -41,15 +55,30 @@ class HostPool:
     block_bytes : list of int
         Bytes of a block in each pool.
     num_blocks : int
-        Blocks that the host holds.
+        Blocks that the host is to hold.
+
+    Attributes
+    ----------
+    num_ready : int
+        Blocks that it can hold yet: those of the lowest indices.
     """
 
     def __init__(self, pools: list[DeviceBuffer], block_bytes: list[int], num_blocks: int) -> None:
+        self.num_ready = 0
         self._stream = Stream()
-        self._pools = [
-            (pool.address, PinnedBuffer(num_blocks * nbytes), nbytes)
-            for pool, nbytes in zip(pools, block_bytes, strict=True)
-        ]
+        self._parts = list(zip(pools, accumulate(block_bytes, initial=0), block_bytes, strict=False))
+        self._block_bytes = sum(block_bytes)
+        self._per_piece = max(1, PIECE // self._block_bytes)
+        self._pieces: list[PinnedBuffer] = []
+        self._closing = False
+        device = call(runtime.cudaGetDevice)
+        self._thread = threading.Thread(target=self._pin, args=(num_blocks, device), name="saw-pin", daemon=True)
+        self._thread.start()
+
+    def block(self, slot: int) -> np.ndarray:
+        """A block's bytes: uint8, its part in each pool one after the other."""
+        piece, place = divmod(slot, self._per_piece)
+        return self._pieces[piece].array(np.uint8, (self._block_bytes,), place * self._block_bytes)
 
     def transfer(self, stores: Sequence[BlockCopy], loads: Sequence[BlockCopy], steps: Stream) -> CopiesUnderWay:
         """Begin to copy blocks to the host and from it, beside the steps.
@@ -57,21 +86,44 @@ class HostPool:
         A block that is stored is final. One that is loaded into may be read by what the stream of the steps has yet to
         do, rows that are copied out of it; so loads come after that.
         """
-        for address, host, nbytes in self._pools:
-            for block, slot in stores:
-                self._stream.download(host.address + slot * nbytes, address + block * nbytes, nbytes)
+        for block, slot in stores:
+            address = self._address(slot)
+            for pool, offset, nbytes in self._parts:
+                self._stream.download(address + offset, pool.address + block * nbytes, nbytes)
         if loads:
             self._stream.wait_for(steps)
-        for address, host, nbytes in self._pools:
-            for block, slot in loads:
-                self._stream.upload(address + block * nbytes, host.address + slot * nbytes, nbytes)
+        for block, slot in loads:
+            address = self._address(slot)
+            for pool, offset, nbytes in self._parts:
+                self._stream.upload(pool.address + block * nbytes, address + offset, nbytes)
         event = Event()
         event.record(self._stream)
         return CopiesUnderWay(event)
 
     def close(self) -> None:
         """Free it, once nothing is copied any more."""
-        self._stream.synchronize()
+        self._closing = True
+        self._thread.join()
+        with suppress(KernelError):  # after a failure of the GPU; the memory is freed all the same
+            self._stream.synchronize()
         self._stream.close()
-        for _, host, _ in self._pools:
-            host.close()
+        for piece in self._pieces:
+            piece.close()
+
+    def _address(self, slot: int) -> int:
+        piece, place = divmod(slot, self._per_piece)
+        return self._pieces[piece].address + place * self._block_bytes
+
+    def _pin(self, num_blocks: int, device: int) -> None:
+        try:
+            call(runtime.cudaSetDevice, device)
+            while self.num_ready < num_blocks and not self._closing:
+                count = min(self._per_piece, num_blocks - self.num_ready)
+                self._pieces.append(PinnedBuffer(count * self._block_bytes))
+                self.num_ready += count
+        except KernelError as e:
+            log.warning(
+                "of host_cache_size only %d bytes can be pinned, which are used (%s): give it less",
+                self.num_ready * self._block_bytes,
+                e,
+            )

@@ -52,13 +52,19 @@ class FakeModel:
         return seen[-1] % VOCAB
 
 
-class FakeTransfers:
+class FakeHost:
     """Copies that are made some time after they were begun, all at once: what is read or written too early shows."""
 
-    def __init__(self, model, rng):
+    def __init__(self, model, rng, num_blocks):
         self.model, self.rng, self.host, self.under_way = model, rng, {}, []
+        self.num_host_blocks, self._num_ready = num_blocks, 0
 
-    def __call__(self, stores, loads):
+    @property
+    def num_ready_host_blocks(self):
+        self._num_ready = min(self._num_ready + 3, self.num_host_blocks)
+        return self._num_ready
+
+    def transfer(self, stores, loads):
         copies = FakeCopies(self, stores, loads, self.rng.randrange(4))
         self.under_way.append(copies)
         return copies
@@ -107,7 +113,7 @@ class Runtime:
         self.model = FakeModel(exact, tokens_per_block)
         self.host = None
         if host_slots and reuse:
-            self.host = HostCache(self.blocks, host_slots, FakeTransfers(self.model, random.Random(host_slots)))
+            self.host = HostCache(self.blocks, FakeHost(self.model, random.Random(host_slots), host_slots))
         self.scheduler = Scheduler(self.blocks, max_batch_size, max_num_tokens, prefill_chunk, exact, self.host)
         self.limits = (max_batch_size, max_num_tokens, prefill_chunk)
         self.finished = {}
@@ -345,10 +351,14 @@ def test_prefixes_are_reused_in_whole_chunks_of_an_inexact_cache():
         assert runtime.run()[1] == alone(prompt, 2, exact=exact)
 
 
-def test_what_the_pool_gives_up_comes_back_from_the_host():
-    """Conversations that do not fit the pool together, turn by turn: none computes a token twice but its last."""
-    runtime = Runtime(num_blocks=12, exact=True, host_slots=100)
-    prompts = [[i, 1, 2, 3] * 5 for i in range(5)]
+@pytest.mark.parametrize("num_blocks", [12, 14, 21, 30])
+def test_what_the_pool_gives_up_comes_back_from_the_host(num_blocks):
+    """Conversations that do not fit the pool together, turn by turn: none computes a token twice but its last.
+
+    Not even where so many wait that what is held for the later ones must be let go of for the first.
+    """
+    runtime = Runtime(num_blocks=num_blocks, exact=True, host_slots=1000)
+    prompts = [[i, i, 1, 2, 3] * 4 for i in range(20)]
     for turn in range(3):
         sequences = [runtime.add(prompt, 3) for prompt in prompts]
         runtime.run()
@@ -358,7 +368,7 @@ def test_what_the_pool_gives_up_comes_back_from_the_host():
                 assert sequence.num_reused >= (len(prompt) - 3) // 4 * 4
             prompts[i] = [*prompt, *sequence.generated, 4, turn]
     assert runtime.host.num_loaded > 20
-    assert runtime.blocks.num_free == 12
+    assert runtime.blocks.num_free == num_blocks
 
 
 @pytest.mark.parametrize("partial", [False, True])
