@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from saw_trtllm.checkpoint import huggingface, tensorrt_llm
 from saw_trtllm.checkpoint.families import family_of
-from saw_trtllm.checkpoint.layout import EMBEDDING, LM_HEAD, expected_shapes, is_norm, layer_prefix, unshard
+from saw_trtllm.checkpoint.layout import (
+    EMBEDDING,
+    LM_HEAD,
+    expected_shapes,
+    is_norm,
+    layer_prefix,
+    unshard,
+    unshard_weight,
+)
+from saw_trtllm.checkpoint.quantization import StoredWeight
 from saw_trtllm.checkpoint.reader import NUMPY_DTYPES, StoredTensor, is_finite
 from saw_trtllm.errors import CheckpointError, ConfigError
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.end_ids import read_end_ids
+from saw_trtllm.model.quantization import QuantizedWeight, WeightFormat, fuse, fused_format
 from saw_trtllm.paths import is_file, is_folder, read_json
+
+#: What the parts of a quantized layer may not differ in, by its field.
+_PARTS = {"group_index": "an order of columns", "pre_scale": "factors of their input", "scales": "scales"}
 
 
 class Checkpoint:
@@ -26,16 +40,27 @@ class Checkpoint:
     folder : Path
     config : ModelConfig
         Of the whole model, with the ids of its end tokens; ``config.mapping`` is as stored.
+    formats : dict[str, WeightFormat]
+        Of the weights that are quantized, by name.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig, parts: dict[str, list[StoredTensor]], sharded: bool):
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        parts: dict[str, list[StoredTensor]],
+        quantized: dict[str, list[StoredWeight]],
+        sharded: bool,
+    ):
         self.folder = folder
         end_ids = read_end_ids(folder)
         # An engine must know them without its model's files, and without a tokenizer.
         self.config = config if end_ids is None else config.model_copy(update={"eos_token_id": list(end_ids)})
         self._shapes = expected_shapes(config)
         self._parts = parts
+        self._quantized = quantized
         self._sharded = sharded
+        self.formats = {name: self._format(name, weights) for name, weights in quantized.items()}
         self._norm_offset = np.float32(0 if sharded else family_of(config).norm_offset)
 
     @classmethod
@@ -79,6 +104,7 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """Its config and the files of its weights."""
         weights = {part.path for parts in self._parts.values() for part in parts}
+        weights |= {t.path for parts in self._quantized.values() for part in parts for t in part.tensors}
         return [self.folder / "config.json", *sorted(weights)]
 
     def names(self) -> list[str]:
@@ -90,9 +116,10 @@ class Checkpoint:
         return self._shapes[name]
 
     def nbytes(self, dtype: str | None = None) -> int:
-        """Bytes of the weights in ``dtype``, or as stored, without reading them; a tied ``lm_head`` counts once."""
+        """Bytes of the weights in ``dtype``, or in 16 or 32 bits as stored, unread; a tied ``lm_head`` counts once."""
         sizes = {name: int(np.prod(self._shapes[name])) for name in self._unique_names()}
-        return sum(n * NUMPY_DTYPES[dtype or self._parts[name][0].dtype].itemsize for name, n in sizes.items())
+        stored = {name: self.config.dtype for name in self._quantized} | {n: p[0].dtype for n, p in self._parts.items()}
+        return sum(n * NUMPY_DTYPES[dtype or stored[name]].itemsize for name, n in sizes.items())
 
     def num_parameters(self) -> int:
         """Weights of the model; a tied ``lm_head`` counts once."""
@@ -103,15 +130,31 @@ class Checkpoint:
         return bool(self._norm_offset) and is_norm(name)
 
     def load(self, name: str) -> np.ndarray:
-        """Read a whole tensor, in the dtype that it is stored in or, where it is :meth:`keeps_float32`, in float32."""
+        """Read a whole tensor, in the dtype that it is stored in.
+
+        One that is quantized comes dequantized, in float32, and so does one that is :meth:`keeps_float32`.
+        """
         if name not in self._shapes:
             raise CheckpointError(f"{self.folder} has no tensor {name!r}: use one of names()")
+        if name in self._quantized:
+            return self.load_quantized(name).dequantize()
         parts = [part.load() for part in self._stored(name)]
         if self._sharded:
             return unshard(self._stored_name(name), parts, self.config)
         array = parts[0] if len(parts) == 1 else np.concatenate(parts)
         # Added in fp32, as transformers does: 1 + w in bfloat16 would lose most of w.
         return array.astype(np.float32) + self._norm_offset if self.keeps_float32(name) else array
+
+    def load_quantized(self, name: str) -> QuantizedWeight:
+        """Read a weight of :attr:`formats` as it is; raises CheckpointError if it is damaged."""
+        weights = [stored.load() for stored in self._quantized[name]]
+        try:
+            return unshard_weight(name, weights, self.config) if self._sharded else fuse(weights, self.formats[name])
+        except ValueError as e:
+            raise CheckpointError(
+                f"{self.where(name)}: its parts have {_PARTS[str(e)]} of their own, and are one layer of "
+                "an engine: use a model in which queries, keys and values are quantized alike"
+            ) from e
 
     def load_finite(self, name: str) -> np.ndarray:
         """Read a whole tensor, and reject one that holds NaN or infinity."""
@@ -125,6 +168,8 @@ class Checkpoint:
 
     def where(self, name: str) -> str:
         """Name the file and the tensors in it that a tensor comes from, for messages."""
+        if name in self._quantized:
+            return self._where(name, [stored.tensors[0] for stored in self._quantized[name]])
         return self._where(name, self._stored(name))
 
     def layer(self, i: int) -> dict[str, np.ndarray]:
@@ -138,6 +183,15 @@ class Checkpoint:
     def _stored(self, name: str) -> list[StoredTensor]:
         """The parts on disk; none of a tensor that a subclass computes."""
         return self._parts.get(self._stored_name(name), [])
+
+    def _format(self, name: str, weights: list[StoredWeight]) -> WeightFormat:
+        """Of a weight in parts: of ranks, or one above the other."""
+        found = [weight.format for weight in weights]
+        if not self._sharded:
+            return cast(WeightFormat, fused_format(found, [weight.shape for weight in weights]))
+        columns = found[0].block[1]
+        inputs = self._shapes[name][1] if columns == weights[0].shape[1] else columns
+        return found[0] if len(found) == 1 else found[0].model_copy(update={"block": (1, inputs)})
 
     def _stored_name(self, name: str) -> str:
         return EMBEDDING if name == LM_HEAD and self.config.share_embedding_table else name

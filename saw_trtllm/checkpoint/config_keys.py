@@ -38,7 +38,7 @@ COMMON = (
         "kept for the runtime; generation_config.json's `eos_token_id` goes before",
         ("bos_token_id", "eos_token_id", "pad_token_id"),
     ),
-    KeyRule("rejected", "quantized weights", ("quantization_config",), unless=(None, {})),
+    KeyRule("honored", "[quantized weights](weights.md)", ("quantization_config", "compression_config")),
     KeyRule("rejected", "layers of several shapes", ("per_layer_config",), unless=(None, {})),
     KeyRule("rejected", "not a decoder alone", ("is_encoder_decoder", "add_cross_attention"), unless=OFF),
     KeyRule(

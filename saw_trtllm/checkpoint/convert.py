@@ -6,19 +6,23 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
 from saw_trtllm.checkpoint.checkpoint import Checkpoint
-from saw_trtllm.checkpoint.layout import check_tp_size, shard, shard_shape
+from saw_trtllm.checkpoint.layout import check_tp_size, shard, shard_format, shard_shape, shard_weight
+from saw_trtllm.checkpoint.quantization.tensorrt_llm import write as write_quantized
+from saw_trtllm.checkpoint.quantization.tensorrt_llm import written_section, written_tensors
 from saw_trtllm.checkpoint.reader import NUMPY_DTYPES, is_finite
 from saw_trtllm.checkpoint.tensorrt_llm import rank_file, write_config
 from saw_trtllm.checkpoint.writer import SafetensorsWriter
 from saw_trtllm.errors import CheckpointError, ConfigError
 from saw_trtllm.files import replacing_folder
+from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.quantization import TensorSpec
 from saw_trtllm.paths import is_file, read_json
 
 #: What stands beside the weights and is copied with them, as far as it is there.
@@ -69,7 +73,8 @@ def save_checkpoint(
     Raises
     ------
     ConfigError
-        If ``tp_size`` does not split the model, or the folder cannot be written.
+        If ``tp_size`` does not split the model, TensorRT-LLM has no checkpoint of its quantized weights, or the folder
+        cannot be written.
     CheckpointError
         If a weight is too large for ``dtype``.
     """
@@ -135,23 +140,42 @@ def _check_replaceable(ckpt: Checkpoint, output_dir: Path) -> None:
 
 def _write(ckpt: Checkpoint, output_dir: Path, tp_size: int, dtype: str, progress: Callable[[str], None] | None) -> int:
     config = ckpt.config.model_copy(deep=True)
+    formats = {name: shard_format(name, f, config, tp_size) for name, f in ckpt.formats.items()}
+    config.quantization = written_section(formats)
     text = json.dumps(write_config(config, dtype, tp_size), indent=2) + "\n"
     # A source with a split embedding is written with a whole one on each rank.
     (config.model_extra or {}).pop("use_parallel_embedding", None)
-    shapes = {name: shard_shape(name, config, tp_size) for name in ckpt.names()}
+    tensors: dict[str, TensorSpec] = {}
+    for name in ckpt.names():
+        shape = shard_shape(name, config, tp_size)
+        tensors |= written_tensors(name, shape, formats[name]) if name in formats else {name: TensorSpec(shape, dtype)}
     names = [rank_file(rank) for rank in range(tp_size)]
     with replacing_folder(output_dir, ("config.json", rank_file("*"), *TOKENIZER_FILES)) as part:
         with ExitStack() as stack:
-            writers = [stack.enter_context(SafetensorsWriter(part / name, shapes, dtype)) for name in names]
+            writers = [stack.enter_context(SafetensorsWriter(part / name, tensors)) for name in names]
             for name in ckpt.names():
-                array = cast(ckpt.load_finite(name), dtype, ckpt.where(name))
-                for rank, writer in enumerate(writers):
-                    writer.write(name, shard(name, array, config, tp_size, rank))
+                for rank, arrays in enumerate(_shards(ckpt, name, config, tp_size, dtype)):
+                    for written, array in arrays.items():
+                        writers[rank].write(written, array)
                 if progress is not None:
                     progress(name)
         copy_tokenizer_files(ckpt.folder, part)
         (part / "config.json").write_text(text, encoding="utf-8")
         return sum((part / name).stat().st_size for name in ("config.json", *names))
+
+
+def _shards(
+    ckpt: Checkpoint, name: str, config: ModelConfig, tp_size: int, dtype: str
+) -> Iterator[dict[str, np.ndarray]]:
+    """What each rank has of a tensor, by the names that it is written under."""
+    if name in ckpt.formats:
+        weight = ckpt.load_quantized(name)
+        for rank in range(tp_size):
+            yield write_quantized(name, shard_weight(name, weight, config, tp_size, rank))
+        return
+    array = cast(ckpt.load_finite(name), dtype, ckpt.where(name))
+    for rank in range(tp_size):
+        yield {name: shard(name, array, config, tp_size, rank)}
 
 
 def cast(array: np.ndarray, dtype: str, where: str) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from saw_trtllm.checkpoint.config_keys import honored
 from saw_trtllm.checkpoint.families import family_of, find_family
 from saw_trtllm.checkpoint.layout import EMBEDDING, FINAL_NORM, LM_HEAD, expected_shapes
+from saw_trtllm.checkpoint.quantization import CACHE_SCALES, Linear, StoredWeight, find_dialect
 from saw_trtllm.checkpoint.reader import (
     NUMPY_DTYPES,
     StoredTensor,
@@ -23,6 +25,7 @@ from saw_trtllm.checkpoint.reader import (
 )
 from saw_trtllm.errors import CheckpointError, first_error
 from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.quantization import fused_format
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +45,9 @@ _THEIR_WORDS = {
 }
 
 
-def read(folder: Path, raw: dict[str, Any]) -> tuple[ModelConfig, dict[str, list[StoredTensor]]]:
+def read(
+    folder: Path, raw: dict[str, Any]
+) -> tuple[ModelConfig, dict[str, list[StoredTensor]], dict[str, list[StoredWeight]]]:
     """Read a folder's config and headers.
 
     Returns
@@ -50,15 +55,31 @@ def read(folder: Path, raw: dict[str, Any]) -> tuple[ModelConfig, dict[str, list
     config : ModelConfig
     parts : dict[str, list[StoredTensor]]
         By TensorRT-LLM's name, the tensors that concatenated along dimension 0 make it up, without a tied ``lm_head``.
+    quantized : dict[str, list[StoredWeight]]
+        The same of the weights that are quantized.
     """
     path = folder / "config.json"
     config = read_config(raw, path)
+    read_linear = find_dialect(folder, raw)
     stored, absent = open_huggingface(folder)
     tensors = stored.values()
-    reject_quantized(tensors)
-    parts = {n: _stored_parts(n, shape, config, stored, absent, folder) for n, shape in _needed(config, stored)}
-    model = f"{config.architecture} of {config.num_hidden_layers} layers"
-    reject_unknown(tensors, {part.name for found in parts.values() for part in found}, _HARMLESS, model)
+    if read_linear is None:
+        reject_quantized(tensors)
+    parts: dict[str, list[StoredTensor]] = {}
+    quantized: dict[str, list[StoredWeight]] = {}
+    for name, shape in _needed(config, stored):
+        sources = _sources(name, shape, config)
+        found = [] if read_linear is None else _quantized_parts(name, sources, read_linear, stored, folder)
+        if found:
+            quantized[name] = found
+        else:
+            parts[name] = _stored_parts(sources, config, stored, absent, folder)
+    used = {part.name for found in parts.values() for part in found}
+    if read_linear is not None:
+        used |= {part.name for found in quantized.values() for weight in found for part in weight.tensors}
+        used |= {t.name for t in tensors if CACHE_SCALES.search(t.name) or _is_zero_bias(t, quantized)}
+        reject_quantized(tensors, used)
+    reject_unknown(tensors, used, _HARMLESS, f"{config.architecture} of {config.num_hidden_layers} layers")
     if config.share_embedding_table and LM_HEAD in parts:
         # Transformers ties a head that is stored nevertheless only if it equals the embedding.
         if _equal(parts[LM_HEAD][0], parts[EMBEDDING][0]):
@@ -68,7 +89,7 @@ def read(folder: Path, raw: dict[str, Any]) -> tuple[ModelConfig, dict[str, list
             config = config.model_copy(update={"share_embedding_table": False})
     if _dtype(raw) is None:
         config = config.model_copy(update={"dtype": parts[EMBEDDING][0].dtype})
-    return config, parts
+    return config, parts, quantized
 
 
 def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
@@ -76,7 +97,6 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     # First of all: another architecture's config has other keys, and the lack of ours would be the wrong complaint.
     architectures = raw.get("architectures")
     family = find_family(str(architectures[0]) if isinstance(architectures, list) and architectures else "none", path)
-    _reject_quantized_model(raw, path)
     try:
         hf = family.config(**honored(raw, family, path))
     except ValidationError as e:
@@ -86,16 +106,6 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     except ValidationError as e:
         field, _, what = first_error(e).partition(":")
         raise CheckpointError(f"{path}: {_THEIR_WORDS.get(field, field)}:{what}") from None
-
-
-def _reject_quantized_model(raw: dict[str, Any], path: Path) -> None:
-    quantization = raw.get("quantization_config")
-    if isinstance(quantization, dict) and quantization:
-        method = quantization.get("quant_method", "unknown method")
-        raise CheckpointError(
-            f"{path} has a quantization_config ({method}), and quantized checkpoints are not supported yet: use the "
-            "fp16, bf16 or fp32 weights instead"
-        )
 
 
 def _dtype(raw: dict[str, Any]) -> str | None:
@@ -119,20 +129,58 @@ def _their_names(name: str, config: ModelConfig) -> list[str]:
     return [f"model.layers.{layer}.{source}" for source in family_of(config).layer_names[kind]]
 
 
-def _stored_parts(
+def _sources(name: str, shape: tuple[int, ...], config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The stored tensors that make up ``name``, with their shapes."""
+    sources = _their_names(name, config)
+    kv_rows = config.num_key_value_heads * config.head_size
+    rows = [shape[0]] if len(sources) == 1 else [shape[0] - 2 * kv_rows, kv_rows, kv_rows]
+    return {source: (n, *shape[1:]) for source, n in zip(sources, rows, strict=True)}
+
+
+def _quantized_parts(
     name: str,
-    shape: tuple[int, ...],
+    sources: dict[str, tuple[int, ...]],
+    read_linear: Callable[[Linear], StoredWeight | None],
+    stored: dict[str, StoredTensor],
+    folder: Path,
+) -> list[StoredWeight]:
+    """The quantized weights that make up ``name``; none if it is not quantized."""
+    if name == EMBEDDING or not all(len(shape) == 2 for shape in sources.values()):
+        return []
+    linears = [Linear(n.removesuffix(".weight"), shape, stored, folder) for n, shape in sources.items()]
+    found = [read_linear(linear) for linear in linears]
+    weights = [weight for weight in found if weight is not None]
+    if weights and len(weights) < len(found):
+        odd = linears[found.index(None)].name
+        raise CheckpointError(
+            f"{folder} has {weights[0].name!r} quantized and {odd!r} not, which are one layer of an engine: use a "
+            "model in which queries, keys and values are quantized alike"
+        )
+    if weights and fused_format([w.format for w in weights], [w.shape for w in weights]) is None:
+        raise CheckpointError(
+            f"{folder} has {' and '.join(repr(w.name) for w in weights)} quantized in different ways, which are one "
+            "layer of an engine: use a model in which queries, keys and values are quantized alike"
+        )
+    return weights
+
+
+def _is_zero_bias(tensor: StoredTensor, quantized: dict[str, list[StoredWeight]]) -> bool:
+    """Whether a tensor is the bias that AutoGPTQ gives every layer, and that is nothing where the model has none."""
+    layers = {weight.name for found in quantized.values() for weight in found}
+    name = tensor.name.removesuffix(".bias")
+    return name != tensor.name and name in layers and tensor.dtype in NUMPY_DTYPES and not tensor.load().any()
+
+
+def _stored_parts(
+    sources: dict[str, tuple[int, ...]],
     config: ModelConfig,
     stored: dict[str, StoredTensor],
     absent: dict[str, str],
     folder: Path,
 ) -> list[StoredTensor]:
-    """Look up the stored tensors that make up ``name``, and check their shapes."""
-    sources = _their_names(name, config)
-    kv_rows = config.num_key_value_heads * config.head_size
-    rows = [shape[0]] if len(sources) == 1 else [shape[0] - 2 * kv_rows, kv_rows, kv_rows]
+    """Look up stored tensors, and check their shapes."""
     parts = []
-    for source, n in zip(sources, rows, strict=True):
+    for source, shape in sources.items():
         if source in absent:
             raise CheckpointError(
                 f"{folder / 'model.safetensors.index.json'} says that {source!r} is in {absent[source]}, which does "
@@ -143,7 +191,7 @@ def _stored_parts(
                 f"{folder} lacks the tensor {source!r}, which a {config.architecture} of {config.num_hidden_layers} "
                 "layers needs: download the weights again"
             )
-        stored[source].check((n, *shape[1:]))
+        stored[source].check(shape)
         parts.append(stored[source])
     check_dtypes(parts)
     return parts

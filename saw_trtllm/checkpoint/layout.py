@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.quantization import QuantizedWeight, WeightFormat
 
 EMBEDDING = "transformer.vocab_embedding.weight"
 FINAL_NORM = "transformer.ln_f.weight"
@@ -152,6 +154,87 @@ def unshard(name: str, shards: Sequence[np.ndarray], config: ModelConfig) -> np.
         return shards[0]
     whole = np.concatenate(shards, axis=dim)
     return whole[: config.vocab_size] if kind in (LM_HEAD, EMBEDDING) else whole
+
+
+def shard_format(name: str, format: WeightFormat, config: ModelConfig, tp_size: int) -> WeightFormat:
+    """The format of each rank's part of a quantized weight: its groups stay whole.
+
+    Raises
+    ------
+    ConfigError
+        If the ranks' borders are not borders of its groups.
+    """
+    if tp_size == 1:
+        return format
+    inputs, columns = expected_shapes(config)[name][1], format.block[1]
+    if _split_dim(_kind(name), config) != 1:
+        return format.model_copy(update={"block": (1, columns)})
+    part = inputs // tp_size
+    if format.act_order or (columns < inputs and part % columns):
+        what = "whose columns are in an order of their own" if format.act_order else f"in groups of {columns}"
+        raise ConfigError(
+            f"tp_size {tp_size} does not split the {inputs} inputs of {name!r}, {what}, between groups: choose one "
+            "that does"
+        )
+    return format.model_copy(update={"block": (1, min(columns, part))})
+
+
+def shard_weight(name: str, weight: QuantizedWeight, config: ModelConfig, tp_size: int, rank: int) -> QuantizedWeight:
+    """:func:`shard` of a quantized weight; raises as :func:`shard_format`."""
+    if tp_size == 1:
+        return weight
+    format, weight = shard_format(name, weight.format, config, tp_size), weight.by_row()
+    along = _split_dim(_kind(name), config) == 1
+
+    def part(x: np.ndarray) -> np.ndarray:
+        return x if along and x.shape[1] == 1 else shard(name, x, config, tp_size, rank)
+
+    values = shard(name, weight.values, config, tp_size, rank)
+    factor = weight.pre_scale
+    if along and factor is not None:
+        factor = factor[rank * values.shape[1] : (rank + 1) * values.shape[1]]
+    return replace(
+        weight,
+        format=format,
+        values=values,
+        scales=part(weight.scales),
+        zeros=None if weight.zeros is None else part(weight.zeros),
+        pre_scale=factor,
+    )
+
+
+def unshard_weight(name: str, shards: Sequence[QuantizedWeight], config: ModelConfig) -> QuantizedWeight:
+    """The inverse of :func:`shard_weight`.
+
+    Raises
+    ------
+    ValueError
+        If ranks that share a scale, or an input's factor, have different ones.
+    """
+    if len(shards) == 1:
+        return shards[0]
+    along = _split_dim(_kind(name), config) == 1
+    shared = along and shards[0].scales.shape[1] == 1
+    if shared and not all(np.array_equal(s.scales, shards[0].scales) for s in shards):
+        raise ValueError("scales")
+    factors = [s.pre_scale for s in shards if s.pre_scale is not None]
+    if not along and any(not np.array_equal(factor, factors[0]) for factor in factors):
+        raise ValueError("pre_scale")
+
+    def whole(parts: Sequence[np.ndarray]) -> np.ndarray:
+        return parts[0] if shared else unshard(name, parts, config)
+
+    values = unshard(name, [s.values for s in shards], config)
+    columns = values.shape[1] if shared else shards[0].format.block[1]
+    zeros = [s.zeros for s in shards if s.zeros is not None]
+    return replace(
+        shards[0],
+        format=shards[0].format.model_copy(update={"block": (1, columns)}),
+        values=values,
+        scales=whole([s.scales for s in shards]),
+        zeros=whole(zeros) if zeros else None,
+        pre_scale=(np.concatenate(factors) if along else factors[0]) if factors else None,
+    )
 
 
 def _kind(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -22,14 +22,18 @@ NUMPY_DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
 }
-#: The same dtypes as a safetensors header spells them.
-SAFETENSORS_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+#: The same dtypes as a safetensors header spells them, and those of quantized weights.
+SAFETENSORS_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float8_e4m3fn": "F8_E4M3"}
+SAFETENSORS_DTYPES |= {"uint8": "U8", "int8": "I8", "int32": "I32"}
+#: What quantized weights are stored in, as a file spells it.
+_STORED_DTYPES = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8)}
+_STORED_DTYPES |= {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 #: Ends of the names that quantizers give to what they store beside, or instead of, a weight.
 _QUANTIZED = re.compile(
     r"(_scale|_scale_inv|_zero_point|_packed|_shape|qweight|qzeros|[._]scales|g_idx|absmax|quant_map|quant_state\.\w+|"
     r"SCB|scaling_factor|per_channel_scale)$"
 )
-_DTYPE_NAMES = {code: name for name, code in SAFETENSORS_DTYPES.items()}
+_DTYPE_NAMES = {SAFETENSORS_DTYPES[name]: name for name in NUMPY_DTYPES}
 #: Linux's number, which Python's mmap has from 3.11 on: pages that nobody writes to are not counted as memory.
 _MAP_NORESERVE = 0x4000
 #: Bits of the exponent, all of which are set only in NaN and infinity.
@@ -70,14 +74,15 @@ class StoredTensor:
 
     def load(self) -> np.ndarray:
         """The tensor, over the mapped file unless that has it at an odd place; who writes to it changes no file."""
-        return np.require(self.data.view(NUMPY_DTYPES[self.dtype]).reshape(self.shape), requirements="A")
+        dtype = NUMPY_DTYPES.get(self.dtype) or _STORED_DTYPES[self.dtype]
+        return np.require(self.data.view(dtype).reshape(self.shape), requirements="A")
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Reject a tensor of another shape, or one that is quantized."""
         if self.dtype not in NUMPY_DTYPES:
             raise CheckpointError(
-                f"{self.path}: tensor {self.name!r} is stored as {self.dtype}, but F16, BF16 or F32 is needed: "
-                "quantized checkpoints are not supported yet, use the model in one of these"
+                f"{self.path}: tensor {self.name!r} is stored as {self.dtype}, but F16, BF16 or F32 is needed, unless "
+                "config.json says how it is quantized: use the config.json that belongs to these weights"
             )
         if self.shape != shape:
             raise CheckpointError(
@@ -104,17 +109,18 @@ def check_dtypes(parts: list[StoredTensor]) -> None:
         )
 
 
-def reject_quantized(stored: Iterable[StoredTensor]) -> None:
-    """Reject weights that came quantized, by what a quantizer stores beside them."""
-    scale = next((t for t in stored if _QUANTIZED.search(t.name)), None)
+def reject_quantized(stored: Iterable[StoredTensor], used: Container[str] = ()) -> None:
+    """Reject what a quantizer stores beside weights and nothing reads."""
+    scale = next((t for t in stored if t.name not in used and _QUANTIZED.search(t.name)), None)
     if scale is not None:
         raise CheckpointError(
-            f"{scale.path}: tensor {scale.name!r} belongs to quantized weights, and quantized checkpoints are not "
-            "supported yet: use the fp16, bf16 or fp32 model"
+            f"{scale.path}: tensor {scale.name!r} belongs to weights that are quantized in another way than the config "
+            "says, which names " + ("one that has no such tensor" if used else "none") + ": use the config.json that "
+            "belongs to these weights"
         )
 
 
-def reject_unknown(stored: Iterable[StoredTensor], used: Iterable[str], harmless: re.Pattern[str], model: str) -> None:
+def reject_unknown(stored: Iterable[StoredTensor], used: Container[str], harmless: re.Pattern[str], model: str) -> None:
     """Reject a tensor that the model has no place for, since what it would change is lost."""
     unknown = next((t for t in stored if t.name not in used and not harmless.search(t.name)), None)
     if unknown is not None:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from saw_trtllm.checkpoint.families import Family, family_of, find_family
 from saw_trtllm.checkpoint.layout import EMBEDDING, LM_HEAD, check_tp_size, expected_shapes, shard_shape
+from saw_trtllm.checkpoint.quantization import CACHE_SCALES, TENSORRT_LLM, Linear, StoredWeight
 from saw_trtllm.checkpoint.reader import StoredTensor, check_dtypes, open_file, reject_quantized, reject_unknown
 from saw_trtllm.checkpoint.rope_scaling import normalize_scaling
 from saw_trtllm.errors import CheckpointError, ConfigError, first_error
@@ -57,7 +58,9 @@ def rank_file(rank: int | str) -> str:
     return f"rank{rank}.safetensors"
 
 
-def read(folder: Path, raw: dict[str, Any]) -> tuple[ModelConfig, dict[str, list[StoredTensor]]]:
+def read(
+    folder: Path, raw: dict[str, Any]
+) -> tuple[ModelConfig, dict[str, list[StoredTensor]], dict[str, list[StoredWeight]]]:
     """Read a folder's config and headers.
 
     Returns
@@ -66,6 +69,8 @@ def read(folder: Path, raw: dict[str, Any]) -> tuple[ModelConfig, dict[str, list
         Of the whole model; ``mapping`` says how it is stored.
     parts : dict[str, list[StoredTensor]]
         By name, each rank's part. An ``lm_head`` that shares the embedding may be absent.
+    quantized : dict[str, list[StoredWeight]]
+        The same of the weights that are quantized.
     """
     config = read_config(raw, folder / "config.json")
     tp_size = config.mapping.tp_size
@@ -74,8 +79,7 @@ def read(folder: Path, raw: dict[str, Any]) -> tuple[ModelConfig, dict[str, list
     except ConfigError as e:
         raise CheckpointError(f"{folder / 'config.json'}: {e}") from None
     ranks = [open_file(folder / rank_file(rank)) for rank in range(tp_size)]
-    for stored in ranks:
-        reject_quantized(stored.values())
+    read_linear = TENSORRT_LLM.open(_section(raw, "quantization", folder / "config.json"), folder / "config.json")
     shapes = expected_shapes(config)
     if LM_HEAD not in ranks[0] and EMBEDDING in ranks[0]:
         # TensorRT-LLM reads a checkpoint without it as one whose embedding is shared.
@@ -83,8 +87,17 @@ def read(folder: Path, raw: dict[str, Any]) -> tuple[ModelConfig, dict[str, list
     if config.share_embedding_table:
         del shapes[LM_HEAD]
     parts: dict[str, list[StoredTensor]] = {}
+    quantized: dict[str, list[StoredWeight]] = {}
+    used: set[str] = set()
     for name in shapes:
         shape = shard_shape(name, config, tp_size)
+        if len(shape) == 2 and name != EMBEDDING:
+            linears = [Linear(name.removesuffix(".weight"), shape, stored, folder) for stored in ranks]
+            found = [weight for weight in map(read_linear, linears) if weight is not None]
+            if len(found) == tp_size:
+                quantized[name] = found
+                used |= {tensor.name for weight in found for tensor in weight.tensors}
+                continue
         for rank, stored in enumerate(ranks):
             if name not in stored:
                 raise CheckpointError(
@@ -94,9 +107,12 @@ def read(folder: Path, raw: dict[str, Any]) -> tuple[ModelConfig, dict[str, list
             stored[name].check(shape)
         parts[name] = [stored[name] for stored in ranks]
         check_dtypes(parts[name])
+    used |= parts.keys()
     for stored in ranks:
-        reject_unknown(stored.values(), parts, _HARMLESS, f"{config.architecture} of {config.num_hidden_layers} layers")
-    return config, parts
+        used |= {name for name in stored if CACHE_SCALES.search(name)}
+        reject_quantized(stored.values(), used)
+        reject_unknown(stored.values(), used, _HARMLESS, f"{config.architecture} of {config.num_hidden_layers} layers")
+    return config, parts, quantized
 
 
 def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
@@ -163,12 +179,6 @@ def _architecture(raw: dict[str, Any]) -> str:
 
 
 def _refuse_unsupported(raw: dict[str, Any], family: Family, path: Path) -> None:
-    quantization = _section(raw, "quantization", path)
-    for key in ("quant_algo", "kv_cache_quant_algo"):
-        if quantization.get(key):
-            raise CheckpointError(
-                f"{path} is quantized ({key} {quantization[key]}): convert the fp16, bf16 or fp32 model without it"
-            )
     if _section(raw, "moe", path).get("num_experts"):
         raise CheckpointError(f"{path} is of a mixture of experts, which is not supported: use a dense model")
     for key, value in (_SUPPORTED_VALUES | {"hidden_act": family.fixed.get("hidden_act", "silu")}).items():

@@ -125,7 +125,7 @@ def describe(plan: BuildPlan) -> dict[str, str]:
         f"{limits.max_seq_len}, max_num_tokens {limits.max_num_tokens}, tokens_per_block {limits.tokens_per_block}",
         "KV cache": f"{kv_format.kv}, rows of {kv_format.row_bytes} bytes{detail}",
         **({} if plan.calibration is None else {"calibration": plan.calibration.describe()}),
-        "weights": format_bytes(plan.checkpoint.nbytes(model.dtype)),
+        "weights": describe_weights(plan.weights.bytes_by_kind()),
         "KV per token": f"{ours:,} bytes"
         + (f", {fp16:,} in {model.dtype}: {fp16 / ours:.2f}x" if ours != fp16 else ""),
     }
@@ -134,6 +134,12 @@ def describe(plan: BuildPlan) -> dict[str, str]:
             f", {tokens_that_fit(plan, 'fp16'):,} in {model.dtype}" if ours != fp16 else ""
         )
     return rows
+
+
+def describe_weights(kinds: dict[str, int]) -> str:
+    """Bytes of weights, and of each kind of them where there are several."""
+    parts = ", ".join(f"{format_bytes(size)} {kind}" for kind, size in kinds.items())
+    return format_bytes(sum(kinds.values())) + (f": {parts}" if len(kinds) > 1 else "")
 
 
 if __name__ == "__main__":

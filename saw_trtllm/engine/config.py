@@ -12,6 +12,7 @@ from saw_trtllm.engine.executor_view import as_built
 from saw_trtllm.errors import ConfigError, EngineError, first_error
 from saw_trtllm.format import FORMAT_VERSION, TOKENS_PER_BLOCK, KVFormat
 from saw_trtllm.model.config import MAX_POSITIONS, ModelConfig
+from saw_trtllm.model.quantization import WeightFormat
 from saw_trtllm.paths import is_folder, read_json
 
 CONFIG_FILE = "config.json"
@@ -166,6 +167,8 @@ class SawSection(BaseModel):
     #: Whether it holds frames of keys and queries, ``[num_kv_heads, head_dim, head_dim]`` in fp32, in place of their
     #: rotation, of each layer that is not skipped.
     k_frame: bool = False
+    #: Of the weights that are quantized, by the tensor's name.
+    quantized: dict[str, WeightFormat] = Field(default_factory=dict)
     plugin_version: str | None = None
     tensorrt_version: str | None = None
     compute_capability: str | None = None

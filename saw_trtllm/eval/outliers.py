@@ -47,7 +47,7 @@ class PlantedCheckpoint(Checkpoint):
     """
 
     def __init__(self, source: Checkpoint, config: ModelConfig, edit: Callable[[str, Any], np.ndarray]) -> None:
-        super().__init__(source.folder, config, parts={}, sharded=False)
+        super().__init__(source.folder, config, parts={}, quantized={}, sharded=False)
         self._source = source
         self._edit = edit
 

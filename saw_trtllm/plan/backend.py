@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from saw_trtllm.engine.config import BackendName, EngineConfig
 from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.quantization import WeightFormat
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.tensorrt_options import Phases
 from saw_trtllm.runtime.executor import Executor
@@ -40,8 +41,8 @@ class BackendLimits(Protocol):
             If something that it needs is missing, with what to do about it.
         """
 
-    def check(self, options: BuildOptions, model: ModelConfig) -> None:
-        """Reject what it cannot build.
+    def check(self, options: BuildOptions, model: ModelConfig, formats: Mapping[str, WeightFormat]) -> None:
+        """Reject what it cannot build; ``formats`` are those of the engine's quantized weights.
 
         Raises
         ------
@@ -51,8 +52,8 @@ class BackendLimits(Protocol):
     def max_positions(self, model: ModelConfig) -> int:
         """Tokens of the longest sequence of a model that it can run."""
 
-    def weight_dtype(self, dtype: str) -> str:
-        """The dtype in which the weights of an engine of ``dtype`` lie in memory."""
+    def weight_dtype(self) -> str | None:
+        """The dtype in which all weights lie in memory; None: each as the engine has it."""
 
     def free_memory(self) -> int:
         """Bytes that are free where it keeps its weights and its cache."""

@@ -59,6 +59,11 @@ class BuildOptions(BaseModel):
     dtype: Literal["auto"] | DTypeName = Field(
         "auto", description="dtype of weights and activations; auto keeps the model's"
     )
+    qformat: Literal["auto", "full_prec", "fp8", "int4_wo"] = Field(
+        "auto",
+        description="weights of the linear layers: auto has them as the checkpoint does, full_prec in the engine's "
+        "dtype; fp8 (a scale for each output channel) and int4_wo (groups of 128) round those of a 16-bit model",
+    )
     max_batch_size: int | None = Field(
         None, description="sequences in a step; by default 2048, or what a given max_num_tokens leaves"
     )

@@ -24,6 +24,7 @@ from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.rope import table_bytes
 from saw_trtllm.paths import is_file, is_folder
 from saw_trtllm.plan.backend import BackendLimits
+from saw_trtllm.plan.formats import engine_formats, rotates_values, without_folded
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
 from saw_trtllm.plan.warnings import key_bias_warning, tokenizer_warning
@@ -94,14 +95,17 @@ def make_plan(options: BuildOptions, backend: BackendLimits, reason: str) -> Bui
     model = checkpoint.config.model_copy(deep=True)
     if options.dtype != "auto":
         model.dtype = options.dtype
+    # What the checkpoint says of its weights is in the section of this project, layer by layer.
+    model.quantization = ModelConfig.model_fields["quantization"].get_default(call_default_factory=True)
+    formats = engine_formats(checkpoint, options.qformat)
+    rotate_v = None if options.rotate_v is None else options.rotate_v == "enable"
+    if rotate_v is None and not rotates_values(checkpoint, formats):
+        rotate_v = False
     kv_format = KVFormat(
-        options.kv,
-        model.head_size,
-        model.dtype,
-        options.hadamard_order,
-        None if options.rotate_v is None else options.rotate_v == "enable",
-        options.range_factor,
+        options.kv, model.head_size, model.dtype, options.hadamard_order, rotate_v, options.range_factor
     )
+    if kv_format.rotate_v:
+        formats = without_folded(checkpoint, formats)
     if options.kv_skip_layers is not None and not kv_format.quantized:
         raise ConfigError("kv_skip_layers was given with --kv fp16, which has no layer to skip: leave it out")
     calibration = None
@@ -109,7 +113,7 @@ def make_plan(options: BuildOptions, backend: BackendLimits, reason: str) -> Bui
         _check_calibrated(options)
         calibration = Calibration.load(options.calibration)
         calibration.check(checkpoint)
-    backend.check(options, model)
+    backend.check(options, model, formats)
     network = _network_options(options, backend.name, model.dtype)
     if not backend.keeps_ranks:
         # The engine is whole again, whatever ranks the checkpoint was split over.
@@ -123,6 +127,7 @@ def make_plan(options: BuildOptions, backend: BackendLimits, reason: str) -> Bui
                 "kv_skip_layers": parse_layers(options.kv_skip_layers, model.num_hidden_layers),
                 "k_center": calibration is not None,
                 "k_frame": calibration is not None,
+                "quantized": formats,
             }
         ),
     )

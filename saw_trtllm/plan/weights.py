@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from saw_trtllm.checkpoint import Checkpoint, cast
+from saw_trtllm.checkpoint import NUMPY_DTYPES, Checkpoint, cast
 from saw_trtllm.checkpoint.calibration import Calibration
 from saw_trtllm.engine.config import CALIBRATION_FILE, EngineConfig, WeightsSource
 from saw_trtllm.errors import EngineError, SawError
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.fold import fold_v_frame, fold_v_rotation, layer_of
+from saw_trtllm.model.quantization import TensorSpec, Weight, WeightFormat, quantize
 from saw_trtllm.plan.checksums import file_checksum, weights_folder
 
 #: What of a model's config is no part of an engine's network.
@@ -48,6 +50,23 @@ class EngineWeights:
         return {n: self.checkpoint.shape(n) for n in names} | {n: x.shape for n, x in self.constants.items()}
 
     @cached_property
+    def formats(self) -> dict[str, WeightFormat]:
+        """Of the weights that are quantized in the engine."""
+        return self.config.saw_int4.quantized
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """What the reference's engine file holds: of a quantized weight its values, scales and what else it has."""
+        dtype = self.config.pretrained_config.dtype
+        found: dict[str, TensorSpec] = {}
+        for name, shape in self.shapes.items():
+            if name in self.formats:
+                found |= self.formats[name].tensors(name, shape)
+            else:
+                found[name] = TensorSpec(shape, "float32" if name in self.float32_tensors else dtype)
+        return found
+
+    @cached_property
     def constants(self) -> dict[str, np.ndarray]:
         """What of the calibration is in the engine as it is, by the tensors' names."""
         return {} if self.calibration is None else self.calibration.tensors(self.config.framed_layers)
@@ -57,21 +76,51 @@ class EngineWeights:
         """Tensors of the engine that are float32 whatever its dtype."""
         return self.constants.keys() | {name for name in self.checkpoint.names() if self.checkpoint.keeps_float32(name)}
 
+    def bytes_by_kind(self, dtype: str | None = None) -> dict[str, int]:
+        """Bytes of the model's weights by what they are: a quantized format's words, or the dtype of the others.
+
+        ``dtype`` stands in for the engine's, and for all formats, where a backend dequantizes the weights.
+        """
+        found: dict[str, int] = {}
+        for name, shape in self.shapes.items():
+            if name in self.constants:
+                continue
+            format = None if dtype is not None else self.formats.get(name)
+            kind = dtype or self.config.pretrained_config.dtype
+            size = math.prod(shape) * NUMPY_DTYPES[kind].itemsize
+            words, size = (kind, size) if format is None else (format.describe(shape), format.nbytes(shape))
+            found[words] = found.get(words, 0) + size
+        return found
+
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors in the engine's dtype."""
-        return self.checkpoint.nbytes(self.config.pretrained_config.dtype)
+        """Bytes of the model's weights as the engine has them."""
+        return sum(self.bytes_by_kind().values())
 
-    def load(self, name: str) -> np.ndarray:
+    def load(self, name: str) -> Weight:
         """Read a tensor, with all that is folded in.
+
+        One of :attr:`formats` comes as the checkpoint has it, or is rounded to its format if that has it in 16 bits.
 
         Raises
         ------
         CheckpointError
             If it cannot be read, is not finite, or is too large for the engine's dtype.
         """
+        if name not in self.formats:
+            return self.load_dense(name)
+        if name in self.checkpoint.formats:
+            return self.checkpoint.load_quantized(name)
+        return quantize(self._folded(name), self.formats[name])
+
+    def load_dense(self, name: str) -> np.ndarray:
+        """Like :meth:`load`, of a tensor that is not quantized in the engine."""
         if name in self.constants:
             return self.constants[name]
+        dtype = "float32" if self.checkpoint.keeps_float32(name) else self.config.pretrained_config.dtype
+        return cast(self._folded(name), dtype, self.checkpoint.where(name))
+
+    def _folded(self, name: str) -> np.ndarray:
         model, layer = self.config.pretrained_config, layer_of(name)
         tensor = self.checkpoint.load_finite(name)
         # Folded before it is cast, so that a 16-bit weight is rounded once.
@@ -80,13 +129,12 @@ class EngineWeights:
             tensor = fold_v_frame(name, tensor, model, self.calibration.v_frame[layer])
         elif layer is not None:
             tensor = fold_v_rotation(name, tensor, model, self.config.layer_format(layer))
-        dtype = "float32" if self.checkpoint.keeps_float32(name) else model.dtype
-        return cast(tensor, dtype, self.checkpoint.where(name))
+        return tensor
 
     @contextmanager
     def reading_ahead(
         self, workers: int | None = None, progress: Callable[[str], None] | None = None
-    ) -> Iterator[Callable[[str], np.ndarray]]:
+    ) -> Iterator[Callable[[str], Weight]]:
         """Give what :meth:`load` does, from threads that are ahead of who asks, for each tensor.
 
         A build keeps all of them in memory: TensorRT takes them at the end.
@@ -101,7 +149,7 @@ class EngineWeights:
         with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
             reading = {name: pool.submit(self.load, name) for name in self.shapes}
 
-            def load(name: str) -> np.ndarray:
+            def load(name: str) -> Weight:
                 array = reading.pop(name).result()
                 if progress is not None:
                     progress(name)
@@ -140,11 +188,22 @@ def stripped_weights(folder: Path, config: EngineConfig) -> EngineWeights:
 
 
 def check_same_model(checkpoint: Checkpoint, config: EngineConfig, folder: Path) -> None:
-    """Raise :class:`EngineError` if the engine in ``folder`` is of another model than a checkpoint."""
+    """Raise :class:`EngineError` if the engine in ``folder`` is of another model than a checkpoint.
+
+    Weights in 16 bits are rounded to the engine's formats, and quantized ones dequantized where the engine has 16 bits.
+    """
     ours, theirs = (model.model_dump() for model in (config.pretrained_config, checkpoint.config))
     for name in (*ModelConfig.model_fields, "logits_dtype"):
         if name not in _FREE and ours.get(name) != theirs.get(name):
             raise EngineError(
                 f"the engine in {folder} is of a model with {name} {ours.get(name)} and {checkpoint.folder} has "
                 f"{theirs.get(name)}: give weights of the same shape, or build an engine with saw-build"
+            )
+    for name, format in config.saw_int4.quantized.items():
+        found, shape = checkpoint.formats.get(name), checkpoint.shape(name)
+        if found != format and (found is not None or not format.writable):
+            has = "16 bits" if found is None else found.describe(shape)
+            raise EngineError(
+                f"the engine in {folder} has {name!r} as {format.describe(shape)}, and {checkpoint.folder} has "
+                f"{has}: give weights that are quantized in the same way, or build an engine with saw-build"
             )

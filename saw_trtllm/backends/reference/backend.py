@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from saw_trtllm.backends.reference.build import build_engine
 from saw_trtllm.engine.config import BackendName, EngineConfig
 from saw_trtllm.errors import BackendUnavailableError
 from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.quantization import WeightFormat
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.plan import BuildPlan
 from saw_trtllm.plan.tensorrt_options import Phases
@@ -34,15 +35,15 @@ class ReferenceBackend:
             )
         return ""
 
-    def check(self, options: BuildOptions, model: ModelConfig) -> None:
+    def check(self, options: BuildOptions, model: ModelConfig, formats: Mapping[str, WeightFormat]) -> None:
         """It takes all that a plan can hold."""
 
     def max_positions(self, model: ModelConfig) -> int:
         """All that the scaled RoPE reaches."""
         return model.max_positions
 
-    def weight_dtype(self, dtype: str) -> str:
-        """It computes in fp32."""
+    def weight_dtype(self) -> str:
+        """It computes in fp32, with weights dequantized."""
         return "float32"
 
     def free_memory(self) -> int:

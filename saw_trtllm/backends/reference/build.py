@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from saw_trtllm.checkpoint import SafetensorsWriter
 from saw_trtllm.engine.config import engine_file
+from saw_trtllm.model.quantization import QuantizedWeight
 from saw_trtllm.plan.folder import replacing_engine
 from saw_trtllm.plan.plan import BuildPlan
 
@@ -27,10 +28,12 @@ def build_engine(plan: BuildPlan, progress: Callable[[str], None] | None = None)
     with replacing_engine(plan.output_dir, plan.checkpoint.folder) as part:
         path = part / engine_file()
         weights = plan.weights
-        shapes, dtype = weights.shapes, plan.config.pretrained_config.dtype
-        with SafetensorsWriter(path, shapes, dtype, weights.float32_tensors) as writer:
-            for name in shapes:
-                writer.write(name, weights.load(name))
+        with SafetensorsWriter(path, weights.tensors) as writer:
+            for name in weights.shapes:
+                weight = weights.load(name)
+                arrays = weight.arrays(name) if isinstance(weight, QuantizedWeight) else {name: weight}
+                for stored, array in arrays.items():
+                    writer.write(stored, array)
                 if progress is not None:
                     progress(name)
         plan.config.save(part)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import psutil
 from safetensors import SafetensorError, safe_open
 
+from saw_trtllm.checkpoint import expected_shapes
 from saw_trtllm.engine.config import CONFIG_FILE, EngineConfig, engine_file
 from saw_trtllm.engine.step import StepInputs
 from saw_trtllm.errors import BackendUnavailableError, EngineError
+from saw_trtllm.model.quantization import QuantizedWeight, Weight
 from saw_trtllm.paths import is_file
 from saw_trtllm.runtime.executor import FinishedStep, StepOutput
 from saw_trtllm.runtime.host_cache import BlockCopy, CopiesMade
@@ -67,7 +70,8 @@ class ReferenceExecutor:
         try:
             with safe_open(path, framework="np") as weights:
                 load = weights.get_tensor
-                self._model = ReferenceModel(model, load, build.max_seq_len, **calibrated_inputs(config, load))
+                read = partial(_weight, load, config)
+                self._model = ReferenceModel(model, read, build.max_seq_len, **calibrated_inputs(config, load))
         except ValueError as e:
             raise EngineError(f"{path} does not fit its {CONFIG_FILE} ({e}): build it anew with saw-build") from e
         except (OSError, SafetensorError) as e:
@@ -137,3 +141,13 @@ class ReferenceExecutor:
     def shutdown(self) -> None:
         """Release the cache and the weights."""
         del self._model, self.cache, self._host
+
+
+def _weight(load: Callable[[str], np.ndarray], config: EngineConfig, name: str) -> Weight:
+    """A tensor of the engine file, or the quantized weight that several of them are."""
+    format = config.saw_int4.quantized.get(name)
+    if format is None:
+        return load(name)
+    shape = expected_shapes(config.pretrained_config)[name]
+    arrays = {tensor: load(tensor) for tensor in format.tensors(name, shape)}
+    return QuantizedWeight.of_arrays(format, name, shape, arrays)

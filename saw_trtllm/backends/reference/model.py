@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from saw_trtllm.checkpoint import expected_shapes
 from saw_trtllm.engine.config import EngineConfig, k_center_name, k_frame_name, q_frame_name
 from saw_trtllm.engine.step import StepInputs
 from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.quantization import QuantizedWeight, Weight
 from saw_trtllm.model.rope import rotary_cos_sin
 
 
@@ -34,7 +35,7 @@ def to_torch(x: np.ndarray) -> torch.Tensor:
 Attend = Callable[[int, dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
 
 
-def calibrated_inputs(config: EngineConfig, load: Callable[[str], np.ndarray]) -> dict[str, Any]:
+def calibrated_inputs(config: EngineConfig, load: Callable[[str], Weight]) -> dict[str, Any]:
     """``k_center`` and ``frames`` of :class:`ReferenceModel` from the constants of an engine.
 
     Parameters
@@ -52,7 +53,7 @@ def calibrated_inputs(config: EngineConfig, load: Callable[[str], np.ndarray]) -
     heads, dim = model.num_key_value_heads, model.head_size
 
     def constant(name: str, *due: int) -> torch.Tensor:
-        found = load(name)
+        found = cast(np.ndarray, load(name))
         if found.shape != due:
             raise ValueError(f"{name} has the shape {list(found.shape)} where {list(due)} is due")
         return torch.from_numpy(found)
@@ -77,7 +78,7 @@ class ReferenceModel:
     config : ModelConfig
         The model's shape. Its dtype is the activations'.
     load : callable
-        Gives the tensor of a TensorRT-LLM name, as NumPy array, V's rotation already folded in.
+        Gives the tensor of a TensorRT-LLM name, V's rotation already folded in; one that is quantized is dequantized.
     max_seq_len : int
         Positions that the RoPE table covers.
     k_center : torch.Tensor, optional
@@ -101,7 +102,7 @@ class ReferenceModel:
     def __init__(
         self,
         config: ModelConfig,
-        load: Callable[[str], np.ndarray],
+        load: Callable[[str], Weight],
         max_seq_len: int,
         k_center: torch.Tensor | None = None,
         frames: Mapping[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
@@ -120,7 +121,9 @@ class ReferenceModel:
         self._lm_head = self._embedding if config.share_embedding_table else self._tensor("lm_head.weight")
 
     def _tensor(self, name: str) -> torch.Tensor:
-        tensor = aligned(to_torch(self._load(name)).float())
+        weight = self._load(name)
+        dense = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+        tensor = aligned(to_torch(dense).float())
         if tensor.shape != self._shapes[name]:
             raise ValueError(f"{name} has the shape {list(tensor.shape)} where {list(self._shapes[name])} is due")
         return tensor

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -22,6 +21,7 @@ from saw_trtllm.backends.reference.quantizers import Exact, KVQuantizer
 from saw_trtllm.backends.reference.rotate_quantize_kv import apply_rope
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.quantization import Weight
 
 #: Queries that are attended at a time, so that scores do not grow with the square of the window.
 QUERY_TILE = 512
@@ -116,7 +116,7 @@ class WindowModel(ReferenceModel):
     def __init__(
         self,
         config: ModelConfig,
-        load: Callable[[str], np.ndarray],
+        load: Callable[[str], Weight],
         max_seq_len: int,
         device: str | torch.device = "cpu",
     ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from saw_trtllm.backends.tensorrt import device
@@ -10,6 +10,7 @@ from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.engine.config import BackendName, EngineConfig
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.quantization import WeightFormat
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.plan import BuildPlan
 from saw_trtllm.plan.tensorrt_options import Phases
@@ -31,8 +32,13 @@ class TensorRTBackend:
         device.compute_capability()
         return f"TensorRT {tensorrt.version} on {device.gpu_name()}"
 
-    def check(self, options: BuildOptions, model: ModelConfig) -> None:
+    def check(self, options: BuildOptions, model: ModelConfig, formats: Mapping[str, WeightFormat]) -> None:
         """Each version of TensorRT has dtypes of its own, and not each builds engines without weights."""
+        if formats:
+            raise ConfigError(
+                "the weights are quantized, and the backend tensorrt has no layers for that: give --qformat full_prec "
+                "to have them in 16 bits, or --backend reference"
+            )
         tensorrt = TensorRT.load()
         tensorrt.check_activations(model.dtype)
         if options.strip_plan and not tensorrt.can_strip:
@@ -45,9 +51,8 @@ class TensorRTBackend:
         """All that the scaled RoPE reaches."""
         return model.max_positions
 
-    def weight_dtype(self, dtype: str) -> str:
-        """The engine's own."""
-        return dtype
+    def weight_dtype(self) -> None:
+        """Each as the engine has it."""
 
     def free_memory(self) -> int:
         """The GPU's."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import psutil
 
 from saw_trtllm.backends.tensorrt_llm.release import require_engine_backend
 from saw_trtllm.engine.config import BackendName
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.quantization import WeightFormat
 from saw_trtllm.plan.options import BuildOptions
 
 
@@ -21,8 +24,13 @@ class TensorRTLLMLimits:
         """TensorRT-LLM's version."""
         return f"TensorRT-LLM {require_engine_backend()}"
 
-    def check(self, options: BuildOptions, model: ModelConfig) -> None:
+    def check(self, options: BuildOptions, model: ModelConfig, formats: Mapping[str, WeightFormat]) -> None:
         """Its executor has one size of rows in all layers, and the plugins compute in 16 bits."""
+        if formats:
+            raise ConfigError(
+                "the weights are quantized, and engines of TensorRT-LLM's definitions have them in 16 bits here: give "
+                "--qformat full_prec, or --backend tensorrt"
+            )
         if model.dtype == "float32":
             raise ConfigError("the model is in float32, and the plugins compute in 16 bits: give --dtype float16")
         if options.kv_skip_layers is not None:
@@ -34,9 +42,8 @@ class TensorRTLLMLimits:
         """TensorRT-LLM's own table of positions ends there."""
         return model.max_position_embeddings
 
-    def weight_dtype(self, dtype: str) -> str:
-        """The engine's own."""
-        return dtype
+    def weight_dtype(self) -> None:
+        """Each as the engine has it."""
 
     def free_memory(self) -> int:
         """The host's: each rank's GPU is the executor's to ask."""

@@ -122,7 +122,7 @@ def rank_weights(
     weights = {}
     for name in plan.checkpoint.names():
         # Its norms compute in the model's dtype, and ours in fp32.
-        array = cast(plan.weights.load(name), model.dtype, plan.checkpoint.where(name))
+        array = cast(plan.weights.load_dense(name), model.dtype, plan.checkpoint.where(name))
         weights[name] = _to_torch(np.ascontiguousarray(shard(name, array, model, tp_size, tp_rank)))
         if progress is not None:
             progress(name)
