@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from saw_trtllm.checkpoint.config_keys import honored
 from saw_trtllm.checkpoint.families import family_of, find_family
 from saw_trtllm.checkpoint.layout import EMBEDDING, FINAL_NORM, LM_HEAD, expected_shapes
-from saw_trtllm.checkpoint.quantization import CACHE_SCALES, Linear, StoredWeight, find_dialect
+from saw_trtllm.checkpoint.quantization import CACHE_SCALES, Linear, StoredWeight, find_dialect, named_dialect
 from saw_trtllm.checkpoint.reader import (
     NUMPY_DTYPES,
     StoredTensor,
@@ -60,22 +60,27 @@ def read(
     """
     path = folder / "config.json"
     config = read_config(raw, path)
-    read_linear = find_dialect(folder, raw)
+    dialect = find_dialect(folder, raw)
     stored, absent = open_huggingface(folder)
     tensors = stored.values()
-    if read_linear is None:
+    if dialect is None:
         reject_quantized(tensors)
     parts: dict[str, list[StoredTensor]] = {}
     quantized: dict[str, list[StoredWeight]] = {}
     for name, shape in _needed(config, stored):
         sources = _sources(name, shape, config)
-        found = [] if read_linear is None else _quantized_parts(name, sources, read_linear, stored, folder)
+        found = [] if dialect is None else _quantized_parts(name, sources, dialect[1], stored, folder)
         if found:
             quantized[name] = found
         else:
             parts[name] = _stored_parts(sources, config, stored, absent, folder)
     used = {part.name for found in parts.values() for part in found}
-    if read_linear is not None:
+    if dialect is not None:
+        if not quantized:
+            raise CheckpointError(
+                f"{folder} says that its weights are quantized by {dialect[0].name!r} and holds no such weight: use "
+                "the config.json that belongs to these weights"
+            )
         used |= {part.name for found in quantized.values() for weight in found for part in weight.tensors}
         used |= {t.name for t in tensors if CACHE_SCALES.search(t.name) or _is_zero_bias(t, quantized)}
         reject_quantized(tensors, used)
@@ -97,6 +102,7 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     # First of all: another architecture's config has other keys, and the lack of ours would be the wrong complaint.
     architectures = raw.get("architectures")
     family = find_family(str(architectures[0]) if isinstance(architectures, list) and architectures else "none", path)
+    named_dialect(raw, path)
     try:
         hf = family.config(**honored(raw, family, path))
     except ValidationError as e:

@@ -107,6 +107,12 @@ def read(
             stored[name].check(shape)
         parts[name] = [stored[name] for stored in ranks]
         check_dtypes(parts[name])
+    algorithm = _section(raw, "quantization", folder / "config.json").get("quant_algo")
+    if algorithm and not quantized:
+        raise CheckpointError(
+            f"{folder / 'config.json'} sets quant_algo to {algorithm}, and no weight is stored so: use the config.json "
+            "that belongs to these weights"
+        )
     used |= parts.keys()
     for stored in ranks:
         used |= {name for name in stored if CACHE_SCALES.search(name)}

@@ -17,15 +17,48 @@ from saw_trtllm.checkpoint.quantization.tensorrt_llm import TENSORRT_LLM
 from saw_trtllm.errors import CheckpointError
 from saw_trtllm.paths import is_file, read_json
 
-__all__ = ["CACHE_SCALES", "DIALECTS", "TENSORRT_LLM", "Dialect", "Linear", "StoredWeight", "find_dialect"]
+__all__ = [
+    "CACHE_SCALES",
+    "DIALECTS",
+    "TENSORRT_LLM",
+    "Dialect",
+    "Linear",
+    "StoredWeight",
+    "find_dialect",
+    "named_dialect",
+]
 
 #: Those of Hugging Face folders.
 DIALECTS = (MODELOPT, AWQ, GPTQ, COMPRESSED_TENSORS, FBGEMM_FP8, FP8)
 _BY_NAME = {dialect.name: dialect for dialect in DIALECTS}
 
 
-def find_dialect(folder: Path, raw: dict[str, Any]) -> Callable[[Linear], StoredWeight | None] | None:
-    """What reads the quantized layers of a Hugging Face folder, or None of a model that is not quantized.
+def named_dialect(raw: dict[str, Any], path: Path) -> tuple[Dialect, dict[str, Any]] | None:
+    """The dialect that a ``config.json`` names, with its settings; ``path`` is for the messages.
+
+    Raises
+    ------
+    CheckpointError
+        If it is none of ours.
+    """
+    key = next((key for key in ("quantization_config", "compression_config") if raw.get(key)), None)
+    if key is None:
+        return None
+    own = raw[key]
+    if not isinstance(own, dict):
+        raise CheckpointError(f"{path} sets {key} to {own!r}, but a JSON object is needed")
+    default = "compressed-tensors" if "config_groups" in own and "quant_algo" not in own else "none"
+    name = str(own.get("quant_method", default)).replace("_tensors", "-tensors")
+    if name not in _BY_NAME:
+        raise CheckpointError(
+            f"{path} sets the quant_method of its {key} to {name!r}, which is not supported: use a model quantized in "
+            f"one of {', '.join(_BY_NAME)}, or the 16-bit model"
+        )
+    return _BY_NAME[name], own
+
+
+def find_dialect(folder: Path, raw: dict[str, Any]) -> tuple[Dialect, Callable[[Linear], StoredWeight | None]] | None:
+    """The dialect of a Hugging Face folder and what reads its layers, or None of a model that is not quantized.
 
     Parameters
     ----------
@@ -38,33 +71,18 @@ def find_dialect(folder: Path, raw: dict[str, Any]) -> Callable[[Linear], Stored
     CheckpointError
         If the dialect, or a setting of it, is not supported, or two dialects are named.
     """
-    path = folder / "config.json"
-    own = raw.get("quantization_config") or raw.get("compression_config")
-    files = [(d, folder / d.file) for d in DIALECTS if d.file is not None]
-    beside = [(d, file) for d, file in files if is_file(file, CheckpointError)]
-    if own is None:
-        if not beside:
-            return None
-        dialect, file = beside[0]
-        _check_one({dialect.name: file, **{d.name: f for d, f in beside}})
-        return dialect.open(read_json(file, CheckpointError), file)
-    if not isinstance(own, dict):
-        raise CheckpointError(f"{path} sets quantization_config to {own!r}, but a JSON object is needed")
-    default = "compressed-tensors" if "config_groups" in own and "quant_algo" not in own else "none"
-    name = str(own.get("quant_method", default)).replace("compressed_tensors", "compressed-tensors")
-    if name not in _BY_NAME:
-        raise CheckpointError(
-            f"{path} has weights quantized by {name!r}, which is not supported: use a model quantized in one of "
-            f"{', '.join(_BY_NAME)}, or the 16-bit model"
-        )
-    _check_one({name: path, **{d.name: f for d, f in beside}})
-    return _BY_NAME[name].open(own, path)
-
-
-def _check_one(found: dict[str, Path]) -> None:
+    named = named_dialect(raw, folder / "config.json")
+    found = {} if named is None else {named[0].name: folder / "config.json"}
+    for dialect in DIALECTS:
+        if dialect.file is not None and is_file(folder / dialect.file, CheckpointError):
+            found.setdefault(dialect.name, folder / dialect.file)
     if len(found) > 1:
         (first, here), (second, there) = list(found.items())[:2]
         raise CheckpointError(
             f"{here} says that the weights are quantized by {first!r} and {there} by {second!r}: keep the file that "
             "belongs to these weights"
         )
+    for name, path in found.items():
+        settings = read_json(path, CheckpointError) if named is None else named[1]
+        return _BY_NAME[name], _BY_NAME[name].open(settings, path)
+    return None

@@ -645,7 +645,7 @@ def test_stored_dtype_that_is_no_float(tmp_path):
         ({"architectures": None}, ("LlamaForCausalLM",)),
         # GPT-2's own config has n_embd where ours has hidden_size.
         ({"architectures": ["GPT2LMHeadModel"], "hidden_size": None}, ("GPT2LMHeadModel", "LlamaForCausalLM")),
-        ({"quantization_config": {"quant_method": "awq"}}, ("quantization_config", "awq", "not supported yet")),
+        ({"quantization_config": {"quant_method": "hqq"}}, ("quantization_config", "hqq", "compressed-tensors")),
         ({"hidden_act": "gelu"}, ("hidden_act", "gelu", "silu")),
         ({"attention_bias": True}, ("attention_bias",)),
         ({"mlp_bias": True}, ("mlp_bias",)),
@@ -681,7 +681,7 @@ def test_unsupported_huggingface_config(broken, changes, words):
         ({"architecture": "GPTForCausalLM"}, ("GPTForCausalLM", "MistralForCausalLM")),
         ({"architecture": "QWenForCausalLM", "qwen_type": "qwen2_moe"}, ("qwen2_moe",)),
         ({"quantization": {"quant_algo": "W4A16_AWQ"}}, ("W4A16_AWQ",)),
-        ({"quantization": {"kv_cache_quant_algo": "INT8"}}, ("kv_cache_quant_algo", "INT8")),
+        ({"quantization": {"quant_algo": "W4A8_QSERVE_PER_GROUP"}}, ("W4A8_QSERVE_PER_GROUP", "FP8")),
         ({"attn_bias": True}, ("attn_bias",)),
         ({"mlp_bias": True}, ("mlp_bias",)),
         ({"residual_mlp": True}, ("residual_mlp",)),
