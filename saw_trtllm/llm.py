@@ -23,6 +23,7 @@ from saw_trtllm.progress import progress
 from saw_trtllm.runtime.block_manager import BlockManager
 from saw_trtllm.runtime.chat_template import ChatTemplate, Messages
 from saw_trtllm.runtime.detokenizer import Detokenizer
+from saw_trtllm.runtime.disk_cache import DiskCache
 from saw_trtllm.runtime.engine_core import EngineCore
 from saw_trtllm.runtime.guided_decoding import Guide, Guides
 from saw_trtllm.runtime.host_cache import HostCache
@@ -124,6 +125,7 @@ class LLM:
         build = self.config.build_config
         chunk = _prefill_chunk(self.config, prefill_chunk)
         interchangeable = not (self.config.kv_format.quantized and kv_cache_config.deterministic)
+        disk = DiskCache.open(self.config, kv_cache_config, "any" if interchangeable else chunk)
         self.executor = open_executor(folder, self.config, kv_cache_config)
         check_not_replaced(folder, self.config.saw_int4.checksums)  # its files are read by name
         blocks = BlockManager(
@@ -135,7 +137,7 @@ class LLM:
         )
         host = None
         if self.executor.num_host_blocks and kv_cache_config.enable_block_reuse:
-            host = HostCache(blocks, self.executor)
+            host = HostCache(blocks, self.executor, disk)
         self._scheduler = Scheduler(blocks, build.max_batch_size, build.max_num_tokens, chunk, interchangeable, host)
         num_layers = [len(pool.layers) for pool in self.config.pools]
         self._core = EngineCore(self.executor, self._scheduler, num_layers, max_queue_size)
@@ -312,7 +314,8 @@ class LLM:
 
     def stats(self) -> Stats:
         """Gauges and counters for metrics."""
-        return self._core.stats()
+        block_bytes = self.config.build_config.tokens_per_block * self.config.bytes_per_token
+        return replace(self._core.stats(), block_bytes=block_bytes)
 
     def shutdown(self) -> None:
         """Cancel what runs and release the engine. It happens at exit too, and when nobody holds the LLM any more."""

@@ -7,11 +7,11 @@ import math
 import sys
 from pathlib import Path
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from saw_trtllm.bench.load import Limits, Percentiles, Report, run_load
 from saw_trtllm.bench.workload import Conversation, Turn, random_conversations, read_dataset
-from saw_trtllm.cli.common import add_fields, add_log_level, parse_fields, print_table, run, set_log_level
+from saw_trtllm.cli.common import TierOptions, add_fields, add_log_level, parse_fields, print_table, run, set_log_level
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.llm import LLM
@@ -27,7 +27,7 @@ examples:
 """
 
 
-class LoadOptions(BaseModel):
+class LoadOptions(TierOptions):
     """The flags of both commands."""
 
     engine_dir: Path = Field(description="what saw-build wrote")
@@ -50,8 +50,6 @@ class LoadOptions(BaseModel):
     )
     kv_cache_max_tokens: int | None = Field(None, description="tokens of the KV cache; by default what fits")
     kv_cache_bytes: int | None = Field(None, ge=1, description="the KV cache in bytes instead")
-    host_cache_size: int = Field(0, ge=0, description="bytes of host memory for blocks that leave the KV cache")
-    deterministic: bool = Field(False, description="let no text depend on what is in the cache")
     max_ttft_ms: float = Field(math.inf, gt=0, description="first token within so many ms, to count for the goodput")
     max_tpot_ms: float = Field(math.inf, gt=0, description="and so many ms a token after it, on average")
     warmup: int = Field(2, ge=0, description="requests that are sent before, and not counted")
@@ -105,7 +103,7 @@ def _kv_cache(options: LoadOptions) -> KvCacheConfig:
         if tokens is not None:
             raise ConfigError("--kv_cache_bytes came with --kv_cache_max_tokens: give one of the two")
         tokens = options.kv_cache_bytes // EngineConfig.load(options.engine_dir).bytes_per_token
-    return KvCacheConfig(tokens, host_cache_size=options.host_cache_size, deterministic=options.deterministic)
+    return KvCacheConfig(tokens, **options.model_dump(include=set(TierOptions.model_fields)))
 
 
 def _conversations(options: LoadOptions, llm: LLM) -> list[Conversation]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from saw_trtllm.errors import ConfigError, SawError, first_error
 
@@ -49,10 +49,23 @@ def add_fields(
             parser.add_argument(f"--{name}", action="store_true", help=field.description)
             continue
         default = field.default
-        shown = "" if default is None else f" (default: {default})"
+        shown = "" if default is None else " (default: %(default)s)"
         metavar = None if choices else name.rsplit("_", 1)[-1].upper() if kind is Path else "N" if kind is int else None
-        text = f"{field.description}{shown}".replace("%", "%%")
+        text = str(field.description).replace("%", "%%") + shown
         parser.add_argument(f"--{name}", type=kind, choices=choices, default=default, metavar=metavar, help=text)
+
+
+class TierOptions(BaseModel):
+    """The flags of what outlives the KV cache's own blocks."""
+
+    host_cache_size: int = Field(0, ge=0, description="bytes of host memory for blocks that leave the KV cache")
+    disk_cache_dir: Path | None = Field(
+        None, description="folder for blocks that outlive the process, by way of the host's: users' texts are in it"
+    )
+    disk_cache_size: int = Field(0, ge=0, description="bytes that its files may have")
+    deterministic: bool = Field(
+        False, description="let no text depend on what is in the cache: less of it is reused then"
+    )
 
 
 def parse_fields(args: argparse.Namespace, model: type[M]) -> M:

@@ -13,7 +13,15 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from saw_trtllm.build import tokens_that_fit
-from saw_trtllm.cli.common import add_fields, add_log_level, add_no_verify, parse_fields, run, set_log_level
+from saw_trtllm.cli.common import (
+    TierOptions,
+    add_fields,
+    add_log_level,
+    add_no_verify,
+    parse_fields,
+    run,
+    set_log_level,
+)
 from saw_trtllm.engine.config import CONFIG_FILE
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.llm import LLM, MAX_QUEUE_SIZE
@@ -91,6 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="F",
         help="its share of the free memory, of several engines together",
     )
+    add_fields(parser, TierOptions)
     add_no_verify(parser)
     network = parser.add_argument_group("network")
     add_fields(network, ServerOptions)
@@ -125,9 +134,10 @@ def _serve(args: argparse.Namespace) -> None:
         stack.enter_context(_ending_well())
         folders = _names(args, [stack.enter_context(engine) for engine in _engines(args)])
         models = []
+        tiers = parse_fields(args, TierOptions).model_dump()
         for i, (name, folder) in enumerate(folders):
             share = args.kv_cache_free_gpu_memory_fraction / (len(folders) - i)
-            cache = KvCacheConfig(args.kv_cache_max_tokens, share)
+            cache = KvCacheConfig(args.kv_cache_max_tokens, share, **tiers)
             queue = {"max_queue_size": args.max_queue_size, "verify": not args.no_verify}
             llm = stack.enter_context(LLM(folder, args.tokenizer_dir, cache, **queue))
             _set_template(llm, args.chat_template)

@@ -10,7 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from saw_trtllm.cli.common import add_log_level, add_no_verify, run, set_log_level
+from saw_trtllm.cli.common import (
+    TierOptions,
+    add_fields,
+    add_log_level,
+    add_no_verify,
+    parse_fields,
+    run,
+    set_log_level,
+)
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
 from saw_trtllm.llm import MAX_QUEUE_SIZE
@@ -38,12 +46,17 @@ logger = logging.getLogger(__name__)
 _SWITCH = ("enable", "disable")
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = argparse.ArgumentParser(
         prog="saw-triton",
         description="Write a Triton model repository for an engine of saw-build, and start tritonserver with --launch.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Defaults,
     )
     unset: dict[str, Any] = {
         "type": Path,
@@ -100,16 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="requests that may wait; beyond that they are rejected; 0 is any number",
     )
     parser.add_argument("--kv_cache_reuse", choices=_SWITCH, default="enable", help="share blocks of equal prefixes")
-    parser.add_argument(
-        "--host_cache_size",
-        type=int,
-        metavar="BYTES",
-        default=KvCacheConfig.host_cache_size,
-        help="host memory for blocks that leave the pool, from where they come back; 0 is none",
-    )
-    parser.add_argument(
-        "--deterministic", action="store_true", help="let no text depend on what is in the cache: less of it is reused"
-    )
+    add_fields(parser, TierOptions)
     parser.add_argument(
         "--exclude_input_in_output", choices=_SWITCH, default="disable", help="for requests that do not say"
     )
@@ -185,6 +189,7 @@ def serve(args: argparse.Namespace) -> int:
 def _parameters(args: argparse.Namespace) -> Parameters:
     """The models' settings, once the engine and the tokenizer are known to be there."""
     EngineConfig.load(args.engine_dir)
+    tiers = parse_fields(args, TierOptions)
     tokenizer = getattr(args, "tokenizer_dir", args.engine_dir)
     if tokenizer == args.engine_dir and not is_file(tokenizer / "tokenizer.json"):
         raise ConfigError(f"{tokenizer} has no tokenizer.json: give the folder of the model's with --tokenizer_dir")
@@ -198,9 +203,11 @@ def _parameters(args: argparse.Namespace) -> Parameters:
         max_tokens_in_paged_kv_cache=getattr(args, "kv_cache_max_tokens", None),
         kv_cache_free_gpu_mem_fraction=args.kv_cache_free_gpu_memory_fraction,
         max_queue_size=args.max_queue_size,
-        kv_cache_host_memory_bytes=args.host_cache_size,
+        kv_cache_host_memory_bytes=tiers.host_cache_size,
+        disk_cache_dir=tiers.disk_cache_dir and tiers.disk_cache_dir.absolute(),
+        disk_cache_size=tiers.disk_cache_size,
         enable_kv_cache_reuse=args.kv_cache_reuse == "enable",
-        deterministic=args.deterministic,
+        deterministic=tiers.deterministic,
         decoupled_mode=args.decoupled_mode == "true",
         exclude_input_in_output=args.exclude_input_in_output == "enable",
         verify_engine=not args.no_verify,

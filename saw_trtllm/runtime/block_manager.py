@@ -73,6 +73,8 @@ class BlockTable:
         The block whose first rows continue the sequence, and how many rows, when it was opened.
     fetched : list of int or None
         Blocks that are held for the sequence since they came from the host; None while that is still to be asked.
+    sought : bool
+        Whether the disk has been asked for them.
     """
 
     blocks: list[int] = field(default_factory=list)
@@ -82,6 +84,7 @@ class BlockTable:
     root: bytes = b""
     partial: tuple[int, int] | None = None
     fetched: list[int] | None = None
+    sought: bool = False
 
 
 class BlockManager:
@@ -103,6 +106,8 @@ class BlockManager:
 
     Attributes
     ----------
+    num_evicted : int
+        Full blocks that could be found and were taken for something else.
     adopt : callable or None
         Asked with the index of a full block that can be found, and with it, when its last owner lets go of it; where it
         returns true, the caller is its owner until it is released.
@@ -118,6 +123,7 @@ class BlockManager:
     ) -> None:
         self.tokens_per_block = tokens_per_block
         self.enable_block_reuse = enable_block_reuse
+        self.num_evicted = 0
         self.adopt: Callable[[int, Content], bool] | None = None
         self._grain = max(reuse_multiple, 1 if enable_partial_reuse else tokens_per_block)
         self._blocks = [Block() for _ in range(num_blocks)]
@@ -216,6 +222,7 @@ class BlockManager:
             block = self._blocks[index]
             if block.ref_count:
                 raise RuntimeError(f"block {index} is free and has {block.ref_count} owners")
+            self.num_evicted += block.key is not None
             self._forget(index)
             block.ref_count = 1
             taken.append(index)

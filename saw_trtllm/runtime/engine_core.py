@@ -125,6 +125,7 @@ class EngineCore:
             free_blocks=blocks.num_free,
             max_blocks=blocks.num_blocks,
             tokens_per_block=blocks.tokens_per_block,
+            evicted_blocks_total=blocks.num_evicted,
             preemptions_total=self._scheduler.num_preemptions,
         )
 
@@ -168,6 +169,8 @@ class EngineCore:
             for step in self._under_way:
                 with contextlib.suppress(Exception):  # it may be what failed
                     step.pending.result()
+        if self._scheduler.host is not None:
+            self._scheduler.host.close()
         self._executor.shutdown()
 
     def _turn(self) -> bool:

@@ -3,16 +3,23 @@
 A block is copied when its last sequence lets go of it, not when the pool takes it for something else: its content is
 final by then, and nobody has to wait. Until the copy is made the cache itself is an owner of the block, so that nothing
 overwrites it. What comes back comes into free blocks, beside the steps that run, and is found there like any other.
+
+Where there is a disk cache, what has been copied is written there too, and what only a file has of a request comes to
+the host while the request waits.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from saw_trtllm.runtime.block_manager import BlockManager, BlockTable, Content
+from saw_trtllm.runtime.disk_cache import DiskCache
 
 
 class PendingTransfer(Protocol):
@@ -62,6 +69,10 @@ class HostBlocks(Protocol):
     def num_ready_host_blocks(self) -> int:  # noqa: D102
         ...
 
+    def host_block(self, slot: int) -> np.ndarray:
+        """The bytes of a place: uint8, of all pools one after the other."""
+        ...
+
     def transfer(self, stores: Sequence[BlockCopy], loads: Sequence[BlockCopy]) -> PendingTransfer:
         """Begin to copy blocks to the host and from it, beside the steps.
 
@@ -103,33 +114,59 @@ class HostCache:
     ----------
     blocks : BlockManager
     memory : HostBlocks
+    disk : DiskCache, optional
 
     Attributes
     ----------
-    num_stored, num_loaded : int
-        Blocks copied to the host and back.
+    num_stored, num_loaded, num_evicted : int
+        Blocks copied to the host and back, and those that were given up for others.
     """
 
-    def __init__(self, blocks: BlockManager, memory: HostBlocks) -> None:
-        self.num_stored = self.num_loaded = 0
+    def __init__(self, blocks: BlockManager, memory: HostBlocks, disk: DiskCache | None = None) -> None:
+        self.num_stored = self.num_loaded = self.num_evicted = 0
         self._blocks = blocks
         self._memory = memory
+        self._disk = disk
+        self._reads: dict[bytes, tuple[int, Future[Content | None]]] = {}  # with the slots that are read into
+        self._writes: dict[bytes, Future[None]] = {}
+        self._free_slots: list[int] = []
         self._held: OrderedDict[bytes, tuple[int, Content]] = OrderedDict()  # slot and content by key
         self._num_used = 0  # places that hold a block or are to
         self._stores: dict[bytes, _Store] = {}  # not yet done
         self._loads: dict[bytes, _Load] = {}
         self._to_begin: tuple[list[_Store], list[_Load]] = ([], [])
         self._under_way: deque[_Batch] = deque()
+        self._moving = (self._loads, self._reads)
         blocks.adopt = self._adopt
 
     def stats(self) -> dict[str, int]:
         """Its part of :class:`saw_trtllm.runtime.stats.Stats`."""
-        return {
+        disk = {} if self._disk is None else self._disk.stats()
+        return disk | {
             "host_blocks": len(self._held),
             "max_host_blocks": self._memory.num_host_blocks,
             "stored_blocks_total": self.num_stored,
             "loaded_blocks_total": self.num_loaded,
+            "host_evicted_blocks_total": self.num_evicted,
         }
+
+    def seek(self, table: BlockTable) -> None:
+        """Begin to read what only the disk has of a sequence, once.
+
+        Parameters
+        ----------
+        table : BlockTable
+            Opened before, so that its keys are known.
+        """
+        if self._disk is None or table.sought:
+            return
+        table.sought = True
+        for key in table.keys:
+            if self._blocks.holds(key) or key in self._held or key in self._reads:
+                continue
+            if not self._disk.holds(key) or (slot := self._take_slot()) is None:
+                break
+            self._reads[key] = slot, self._disk.read(key, self._memory.host_block(slot))
 
     def fetch(self, table: BlockTable, num_left: int) -> bool:
         """Hold what the pool has of a sequence and begin to bring back what the host has, until :meth:`let_go`.
@@ -152,6 +189,8 @@ class HostCache:
                 present.append(key)
             elif key in self._held:
                 wanted.append(key)
+            elif key in self._reads:
+                return False
             else:
                 break
         wanted = [key for key in wanted if key not in self._loads]
@@ -168,7 +207,7 @@ class HostCache:
 
     def is_fetching(self, table: BlockTable) -> bool:
         """Whether blocks of a sequence are on their way."""
-        return bool(self._loads) and any(key in self._loads for key in table.keys)
+        return any(on_their_way and any(map(on_their_way.__contains__, table.keys)) for on_their_way in self._moving)
 
     def let_go(self, table: BlockTable) -> bool:
         """Hold nothing for a sequence any more, now or when it comes. False if nothing was held."""
@@ -194,6 +233,8 @@ class HostCache:
                 del self._stores[key]
                 self._held[key] = (store.copy.slot, store.content)
                 self._blocks.release(store.copy.block)
+                if self._disk is not None:
+                    self._writes[key] = self._disk.write(store.content, self._memory.host_block(store.copy.slot))
             for load in batch.loads:
                 del self._loads[load.content.key]
                 self._blocks.publish(load.copy.block, load.content)
@@ -203,15 +244,30 @@ class HostCache:
                     self._blocks.release(load.copy.block)
             self.num_stored += len(batch.stores)
             self.num_loaded += len(batch.loads)
+        for key in [key for key, (_, read) in self._reads.items() if read.done()]:
+            slot, read = self._reads.pop(key)
+            content = read.result()
+            if content is None:
+                self._free_slots.append(slot)
+            else:
+                self._held[key] = (slot, content)
 
     def wait(self) -> bool:
         """Wait for the oldest copies; false if there are none."""
         self.begin()
-        if not self._under_way:
+        if self._under_way:
+            self._under_way[0].pending.wait()
+        elif self._reads:
+            wait([read for _, read in self._reads.values()], return_when=FIRST_COMPLETED)
+        else:
             return False
-        self._under_way[0].pending.wait()
         self.poll()
         return True
+
+    def close(self) -> None:
+        """Let go of the host's memory, when nothing is copied any more: the disk's last writes are made."""
+        if self._disk is not None:
+            self._disk.close()
 
     def _adopt(self, index: int, content: Content) -> bool:
         """Keep a block that its last sequence lets go of, until it is copied."""
@@ -226,10 +282,21 @@ class HostCache:
         return True
 
     def _take_slot(self) -> int | None:
+        if self._free_slots:
+            return self._free_slots.pop()
         if self._num_used < self._memory.num_ready_host_blocks:
             self._num_used += 1
             return self._num_used - 1
         for key in self._held:
-            if key not in self._loads:
+            if key not in self._loads and self._is_written(key):
+                self.num_evicted += 1
                 return self._held.pop(key)[0]
         return None
+
+    def _is_written(self, key: bytes) -> bool:
+        """Whether nothing reads a block's bytes to write them: a write that has not begun is given up."""
+        write = self._writes.pop(key, None)
+        if write is None or write.cancel() or write.done():
+            return True
+        self._writes[key] = write
+        return False

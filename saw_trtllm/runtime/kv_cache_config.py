@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -34,6 +35,11 @@ class KvCacheConfig:
     host_cache_size : int
         Bytes of host memory, pinned for a GPU, for blocks that leave the pool: they come back before the request that
         needs them runs.
+    disk_cache_dir : path, optional
+        A folder for blocks that outlive the process, by way of the host's: their rows and their tokens, in files that
+        the processes of one engine share.
+    disk_cache_size : int
+        Bytes that the folder's files may have.
 
     Raises
     ------
@@ -47,6 +53,8 @@ class KvCacheConfig:
     enable_partial_reuse: bool = True
     deterministic: bool = False
     host_cache_size: int = 0
+    disk_cache_dir: Path | str | None = None
+    disk_cache_size: int = 0
 
     def __new__(cls, *_: Any, **named: Any) -> KvCacheConfig:
         """Reject the names of arguments that it does not have."""
@@ -70,9 +78,26 @@ class KvCacheConfig:
             raise ConfigError(
                 f"the KV cache's host_cache_size is {size} bytes and this machine has {available} left: give it less"
             )
+        self._check_disk()
         for name in ("enable_block_reuse", "enable_partial_reuse", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"the KV cache's {name} is {shown(getattr(self, name))}: it must be True or False")
+
+    def _check_disk(self) -> None:
+        folder, size = self.disk_cache_dir, self.disk_cache_size
+        if folder is not None and not (isinstance(folder, Path | str) and str(folder)):
+            raise ConfigError(f"the KV cache's disk_cache_dir is {shown(folder)}: give a folder, or None")
+        if not (is_number(size, whole=True) and size >= 0):
+            raise ConfigError(f"the KV cache's disk_cache_size is {shown(size)}: give a whole number of bytes")
+        if (folder is None) != (size == 0):
+            raise ConfigError(
+                f"the KV cache's disk_cache_dir is {shown(folder)} and its disk_cache_size {size}: give both or neither"
+            )
+        if folder is not None and not (self.host_cache_size and self.enable_block_reuse):
+            raise ConfigError(
+                "the KV cache's disk_cache_dir needs a host_cache_size, through whose memory blocks come and go, and "
+                "enable_block_reuse"
+            )
 
     @classmethod
     def of(cls, value: KvCacheConfig | Mapping[str, Any] | None) -> KvCacheConfig:

@@ -326,6 +326,11 @@ class Scheduler:
         """Ask the host for blocks of those who wait, as far as free blocks reach beside those who run."""
         if self.host is None:
             return
+        for sequence in islice(self.waiting, NUM_FETCHED_AHEAD):
+            if not sequence.table.sought:
+                self._open(sequence)
+                self.host.seek(sequence.table)
+                self.blocks.close(sequence.table)
         spare = self.blocks.num_free - len(self.running)
         for sequence in islice(self.waiting, NUM_FETCHED_AHEAD):
             table = sequence.table

@@ -19,6 +19,12 @@ class Stats:
         Blocks that the host holds, and may hold.
     stored_blocks_total, loaded_blocks_total : int
         Blocks copied to the host and back.
+    disk_written_blocks_total, disk_read_blocks_total : int
+        Blocks written to files, and read from them.
+    evicted_blocks_total, host_evicted_blocks_total : int
+        Blocks that could be found in the pool, or on the host, and were given up for others.
+    block_bytes : int
+        Bytes of a block: what each of those moved.
     requests_total, preemptions_total : int
     prompt_tokens_total, reused_tokens_total, generated_tokens_total : int
         Tokens of prompts, those of them found in the cache, and generated tokens.
@@ -36,6 +42,11 @@ class Stats:
     max_host_blocks: int = 0
     stored_blocks_total: int = 0
     loaded_blocks_total: int = 0
+    disk_written_blocks_total: int = 0
+    disk_read_blocks_total: int = 0
+    evicted_blocks_total: int = 0
+    host_evicted_blocks_total: int = 0
+    block_bytes: int = 0
     requests_total: int = 0
     preemptions_total: int = 0
     prompt_tokens_total: int = 0

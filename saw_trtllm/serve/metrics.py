@@ -50,6 +50,13 @@ def _counter(name: str, value: Callable[[Stats], float], doc: str) -> Metric:
     return Metric(name, {}, COUNTER, value, doc)
 
 
+def _moved(name: str, blocks: Callable[[Stats], float], doc: str) -> tuple[Metric, Metric]:
+    return (
+        _counter(f"saw_{name}_blocks_total", blocks, f"blocks {doc}"),
+        _counter(f"saw_{name}_bytes_total", lambda s: blocks(s) * s.block_bytes, "their bytes"),
+    )
+
+
 METRICS = (
     _requests("active", lambda s: s.num_running + s.num_waiting, "requests that are not finished"),
     _requests("scheduled", lambda s: s.num_running, "requests that run"),
@@ -60,8 +67,12 @@ METRICS = (
     _blocks("fraction", lambda s: s.used_blocks / max(s.max_blocks, 1), "used / max"),
     _blocks("tokens_per", lambda s: s.tokens_per_block, "tokens of a block"),
     _blocks("host", lambda s: s.host_blocks, "blocks that the host holds"),
-    _counter("saw_stored_blocks_total", lambda s: s.stored_blocks_total, "blocks copied to the host"),
-    _counter("saw_loaded_blocks_total", lambda s: s.loaded_blocks_total, "blocks that came back from it"),
+    *_moved("stored", lambda s: s.stored_blocks_total, "copied to the host"),
+    *_moved("loaded", lambda s: s.loaded_blocks_total, "that came back from it"),
+    *_moved("disk_written", lambda s: s.disk_written_blocks_total, "written to files"),
+    *_moved("disk_read", lambda s: s.disk_read_blocks_total, "read from them"),
+    _counter("saw_evicted_blocks_total", lambda s: s.evicted_blocks_total, "blocks of the pool given up for others"),
+    _counter("saw_host_evicted_blocks_total", lambda s: s.host_evicted_blocks_total, "blocks of the host given up"),
     _counter("saw_requests_total", lambda s: s.requests_total, "requests that were accepted"),
     _counter("saw_prompt_tokens_total", lambda s: s.prompt_tokens_total, "tokens of their prompts"),
     _counter("saw_reused_tokens_total", lambda s: s.reused_tokens_total, "those of them that were found in the cache"),

@@ -251,6 +251,8 @@ TENSORRT_LLM_MODEL = Model(
         "max_tokens_in_paged_kv_cache",
         "kv_cache_free_gpu_mem_fraction",
         "kv_cache_host_memory_bytes",
+        "disk_cache_dir",
+        "disk_cache_size",
         "enable_kv_cache_reuse",
         "enable_partial_reuse",
         "deterministic",

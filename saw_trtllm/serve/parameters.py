@@ -23,6 +23,8 @@ class Parameters(BaseModel):
     max_tokens_in_paged_kv_cache: int | None = Field(None, gt=0, description="tokens that the KV cache holds")
     kv_cache_free_gpu_mem_fraction: float = Field(0.9, gt=0, le=1, description="share of the free memory for the cache")
     kv_cache_host_memory_bytes: int = Field(0, ge=0, description="bytes of host memory for blocks that leave the pool")
+    disk_cache_dir: Path | None = Field(None, description="folder for blocks that outlive the process")
+    disk_cache_size: int = Field(0, ge=0, description="bytes that its files may have")
     enable_kv_cache_reuse: bool = Field(True, description="whether prompts with the same beginning share blocks")
     enable_partial_reuse: bool = Field(True, description="whether a match may end within a block")
     deterministic: bool = Field(False, description="whether a text must not depend on what is in the cache")

@@ -113,6 +113,8 @@ class TensorrtLlmModel:
             max_tokens=parameters.max_tokens_in_paged_kv_cache,
             free_gpu_memory_fraction=parameters.kv_cache_free_gpu_mem_fraction,
             host_cache_size=parameters.kv_cache_host_memory_bytes,
+            disk_cache_dir=parameters.disk_cache_dir,
+            disk_cache_size=parameters.disk_cache_size,
             enable_block_reuse=parameters.enable_kv_cache_reuse,
             enable_partial_reuse=parameters.enable_partial_reuse,
             deterministic=parameters.deterministic,

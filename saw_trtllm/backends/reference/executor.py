@@ -89,7 +89,9 @@ class ReferenceExecutor:
             shape = (self.num_blocks, model.num_key_value_heads, build.tokens_per_block)
             self.cache = PagedCache(config.pools, *shape)
             self.num_host_blocks = host_cache_size // (config.bytes_per_token * build.tokens_per_block)
-            self._host = PagedCache(config.pools, self.num_host_blocks, *shape[1:])
+            self._host = torch.empty(
+                self.num_host_blocks, config.bytes_per_token * build.tokens_per_block, dtype=torch.uint8
+            )
             # glibc gives a freed block back to the system, and faults it in anew at the next step, unless a larger one
             # was freed before: keeping blocks of up to 31 MiB makes steps of 16 sequences 2 to 3 times as fast.
             torch.empty(31 << 20, dtype=torch.uint8)
@@ -129,13 +131,20 @@ class ReferenceExecutor:
         """Blocks that the host can hold: all of them at once."""
         return self.num_host_blocks
 
+    def host_block(self, slot: int) -> np.ndarray:
+        """The bytes of a place of the host; see :class:`saw_trtllm.runtime.host_cache.HostBlocks`."""
+        return self._host[slot].numpy()
+
     def transfer(self, stores: Sequence[BlockCopy], loads: Sequence[BlockCopy]) -> CopiesMade:
         """Copy blocks to the host and back; see :class:`saw_trtllm.runtime.host_cache.HostBlocks`."""
-        for pool, host in zip(self.cache.pools, self._host.pools, strict=True):
+        start = 0
+        for pool in self.cache.pools:
+            rows = pool.data.flatten(1)
+            host, start = self._host[:, start : start + rows.shape[1]], start + rows.shape[1]
             for block, slot in stores:
-                host.data[slot] = pool.data[block]
+                host[slot] = rows[block]
             for block, slot in loads:
-                pool.data[block] = host.data[slot]
+                rows[block] = host[slot]
         return CopiesMade()
 
     def shutdown(self) -> None:

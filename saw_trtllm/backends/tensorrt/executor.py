@@ -132,6 +132,10 @@ class TensorRTExecutor:
         """Blocks that the host can hold yet."""
         return self._host_pool.num_ready
 
+    def host_block(self, slot: int) -> np.ndarray:
+        """The bytes of a place of the host; see :class:`saw_trtllm.runtime.host_cache.HostBlocks`."""
+        return self._host_pool.block(slot)
+
     def transfer(self, stores: Sequence[BlockCopy], loads: Sequence[BlockCopy]) -> CopiesUnderWay:
         """Begin to copy blocks to the host and from it; see :class:`saw_trtllm.runtime.host_cache.HostBlocks`."""
         call(runtime.cudaSetDevice, self._device)

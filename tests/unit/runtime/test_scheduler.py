@@ -3,9 +3,12 @@
 import random
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -56,13 +59,17 @@ class FakeHost:
     """Copies that are made some time after they were begun, all at once: what is read or written too early shows."""
 
     def __init__(self, model, rng, num_blocks):
-        self.model, self.rng, self.host, self.under_way = model, rng, {}, []
+        self.model, self.rng, self.under_way = model, rng, []
+        self.host = np.zeros((num_blocks, model.tokens_per_block), np.int64)
         self.num_host_blocks, self._num_ready = num_blocks, 0
 
     @property
     def num_ready_host_blocks(self):
         self._num_ready = min(self._num_ready + 3, self.num_host_blocks)
         return self._num_ready
+
+    def host_block(self, slot):
+        return self.host[slot].view(np.uint8)
 
     def transfer(self, stores, loads):
         copies = FakeCopies(self, stores, loads, self.rng.randrange(4))
@@ -88,8 +95,39 @@ class FakeCopies:
     def make(self):
         pool, host = self.transfers.model.pool, self.transfers.host
         size = range(self.transfers.model.tokens_per_block)
-        host.update({(slot, i): pool[block, i] for block, slot in self.stores for i in size})
-        pool.update({(block, i): host[slot, i] for block, slot in self.loads for i in size})
+        for block, slot in self.stores:
+            host[slot] = [pool[block, i] for i in size]
+        pool.update({(block, i): int(host[slot, i]) for block, slot in self.loads for i in size})
+
+
+class FakeDisk:
+    """Files in memory, some of which cannot be read, by a thread that takes its time."""
+
+    THREAD = ThreadPoolExecutor(1)
+
+    def __init__(self, rng):
+        self.rng, self.files = rng, {}
+
+    def holds(self, key):
+        return key in self.files
+
+    def read(self, key, block):
+        def read():
+            time.sleep(1e-4)
+            if miss:
+                return None
+            content, block[:] = self.files[key]
+            return content
+
+        miss = self.rng.random() < 0.1
+        return self.THREAD.submit(read)
+
+    def write(self, content, block):
+        def write():
+            time.sleep(1e-4)
+            self.files[content.key] = content, block.copy()
+
+        return self.THREAD.submit(write)
 
 
 class Runtime:
@@ -106,6 +144,7 @@ class Runtime:
         reuse=True,
         partial=True,
         host_slots=0,
+        disk=False,
         ids=None,
     ):
         multiple = 1 if exact else prefill_chunk
@@ -113,7 +152,8 @@ class Runtime:
         self.model = FakeModel(exact, tokens_per_block)
         self.host = None
         if host_slots and reuse:
-            self.host = HostCache(self.blocks, FakeHost(self.model, random.Random(host_slots), host_slots))
+            rng = random.Random(host_slots)
+            self.host = HostCache(self.blocks, FakeHost(self.model, rng, host_slots), FakeDisk(rng) if disk else None)
         self.scheduler = Scheduler(self.blocks, max_batch_size, max_num_tokens, prefill_chunk, exact, self.host)
         self.limits = (max_batch_size, max_num_tokens, prefill_chunk)
         self.finished = {}
@@ -371,6 +411,22 @@ def test_what_the_pool_gives_up_comes_back_from_the_host(num_blocks):
     assert runtime.blocks.num_free == num_blocks
 
 
+def test_what_the_host_gives_up_comes_back_from_the_disk():
+    runtime = Runtime(num_blocks=12, exact=True, host_slots=14, disk=True)
+    prompts = [[i, i, 1, 2, 3] * 4 for i in range(20)]
+    possible = reused = 0
+    for turn in range(3):
+        sequences = [runtime.add(prompt, 3) for prompt in prompts]
+        runtime.run()
+        for i, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True)):
+            assert sequence.generated == alone(prompt, 3, exact=True)
+            prompts[i] = [*prompt, *sequence.generated, 4, turn]
+            possible += (len(prompt) - 3) // 4 * 4 if turn else 0
+            reused += sequence.num_reused
+    assert runtime.host.num_evicted > 100
+    assert reused > possible / 2  # a file in ten cannot be read, nor what comes after it be used
+
+
 @pytest.mark.parametrize("partial", [False, True])
 def test_a_conversation_finds_its_own_text(partial):
     """The next turn's prompt is the last one with its answer: all of it that was computed is found again."""
@@ -437,6 +493,7 @@ LOADS = {
     "reuse": st.booleans(),
     "partial": st.booleans(),
     "host_slots": st.sampled_from([0, 0, 3, 12, 100]),
+    "disk": st.booleans(),
     "tokens_per_block": st.sampled_from([1, 2, 4, 8]),
     "chunk_blocks": st.integers(1, 4),
     "max_batch_size": st.integers(1, 9),
@@ -461,6 +518,7 @@ def check_random_load(make_runtime, load, cancelled_share, penalized_share=0.0, 
         reuse=load["reuse"],
         partial=load["partial"],
         host_slots=load["host_slots"],
+        disk=load["disk"],
         ids=iter(rng.sample(range(1000), 25)),
     )
     stem = [rng.randrange(VOCAB) for _ in range(30)]
@@ -487,7 +545,7 @@ def check_random_load(make_runtime, load, cancelled_share, penalized_share=0.0, 
 
 
 #: A sequence that needs the whole pool, and of which more is held than the whole chunks that it opens.
-WHOLE_POOL = {"exact": False, "reuse": True, "partial": False, "host_slots": 3, "tokens_per_block": 4}
+WHOLE_POOL = {"exact": False, "reuse": True, "partial": False, "host_slots": 3, "disk": False, "tokens_per_block": 4}
 WHOLE_POOL |= {"chunk_blocks": 4, "max_batch_size": 1, "spare": 0, "spare_blocks": 0}
 
 
