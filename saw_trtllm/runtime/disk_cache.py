@@ -109,6 +109,7 @@ class DiskCache:
         self._granted = 0  # bytes that may be written before the folder is looked at again
         self._paused_until = 0.0
         self._warned: set[str] = set()
+        self._bad: set[bytes] = set()  # keys of files that cannot be read
         self._lock = threading.Lock()  # of who removes files
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -143,7 +144,7 @@ class DiskCache:
 
     def holds(self, key: bytes) -> bool:
         """Whether there is a file of a block's name."""
-        return os.path.exists(self._path(key))
+        return key not in self._bad and os.path.exists(self._path(key))
 
     def read(self, key: bytes, block: np.ndarray) -> Future[Content | None]:
         """Begin to read a block's bytes into ``block``, uint8 ``[block_bytes]``. It gives None if it cannot."""
@@ -176,6 +177,7 @@ class DiskCache:
                 whole = whole and os.readv(file.fileno(), [head, block.data, checksum]) == self._file_bytes
             os.utime(path)
         except OSError as e:
+            self._bad.add(key)
             self._warn("missing", "a block in %s cannot be read (%s), and is computed anew", path, e)
             return None
         start = len(_MAGIC)
@@ -190,8 +192,10 @@ class DiskCache:
             self.num_read += 1
             return Content(key, parent, np.frombuffer(tokens, "<i4").astype(np.int32))
         self._warn(reason, "the file %s %s: it is removed, and its block computed anew", path, reason)
-        with suppress(OSError):
+        try:
             os.unlink(path)
+        except OSError:
+            self._bad.add(key)
         return None
 
     def _write(self, content: Content, block: np.ndarray) -> None:
@@ -211,6 +215,7 @@ class DiskCache:
                 for part in (head, block.data, _checksum(head, block)):
                     file.write(part)
             os.rename(unfinished, path)
+            self._bad.discard(content.key)
             self.num_written += 1
         except OSError as e:
             self._paused_until = time.monotonic() + _PAUSE

@@ -11,7 +11,7 @@ the host while the request waits.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -144,27 +144,35 @@ class HostCache:
         disk = {} if self._disk is None else self._disk.stats()
         return disk | {
             "host_blocks": len(self._held),
-            "max_host_blocks": self._memory.num_host_blocks,
+            "max_host_blocks": self.num_slots,
             "stored_blocks_total": self.num_stored,
             "loaded_blocks_total": self.num_loaded,
             "host_evicted_blocks_total": self.num_evicted,
         }
 
+    @property
+    def num_slots(self) -> int:
+        """Blocks that the host holds at most."""
+        return self._memory.num_host_blocks
+
     def seek(self, table: BlockTable) -> None:
-        """Begin to read what only the disk has of a sequence, once.
+        """Begin to read what only the disk has of a sequence, and keep what the host has.
 
         Parameters
         ----------
         table : BlockTable
             Opened before, so that its keys are known.
         """
-        if self._disk is None or table.sought:
-            return
         table.sought = True
+        if self._disk is None:
+            return
+        own = set(table.keys)
         for key in table.keys:
+            if key in self._held:
+                self._held.move_to_end(key)
             if self._blocks.holds(key) or key in self._held or key in self._reads:
                 continue
-            if not self._disk.holds(key) or (slot := self._take_slot()) is None:
+            if not self._disk.holds(key) or (slot := self._take_slot(own)) is None:
                 break
             self._reads[key] = slot, self._disk.read(key, self._memory.host_block(slot))
 
@@ -281,14 +289,14 @@ class HostCache:
         self._to_begin[0].append(self._stores[key])
         return True
 
-    def _take_slot(self) -> int | None:
+    def _take_slot(self, kept: Container[bytes] = ()) -> int | None:
         if self._free_slots:
             return self._free_slots.pop()
         if self._num_used < self._memory.num_ready_host_blocks:
             self._num_used += 1
             return self._num_used - 1
         for key in self._held:
-            if key not in self._loads and self._is_written(key):
+            if key not in self._loads and key not in kept and self._is_written(key):
                 self.num_evicted += 1
                 return self._held.pop(key)[0]
         return None

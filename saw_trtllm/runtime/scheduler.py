@@ -326,7 +326,11 @@ class Scheduler:
         """Ask the host for blocks of those who wait, as far as free blocks reach beside those who run."""
         if self.host is None:
             return
+        room = self.host.num_slots
         for sequence in islice(self.waiting, NUM_FETCHED_AHEAD):
+            room -= self.blocks.blocks_for(sequence.num_tokens)
+            if room < 0:  # what is read for one must not make that of another go
+                break
             if not sequence.table.sought:
                 self._open(sequence)
                 self.host.seek(sequence.table)
@@ -377,6 +381,7 @@ class Scheduler:
         if self.host is not None and not fetching:
             if missing + headroom <= self.blocks.num_free and table.fetched is None:
                 # There was no room yet for what the host has of it, or it was let go of and may be gone.
+                self.host.seek(table)
                 self.host.fetch(table, headroom)
                 fetching = self.host.is_fetching(table)
             elif missing + headroom > self.blocks.num_free and set(table.fetched or ()) - set(table.blocks):

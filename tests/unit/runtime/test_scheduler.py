@@ -4,7 +4,7 @@ import random
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from itertools import count
 
@@ -106,20 +106,21 @@ class FakeDisk:
     THREAD = ThreadPoolExecutor(1)
 
     def __init__(self, rng):
-        self.rng, self.files = rng, {}
+        self.rng, self.files, self.bad = rng, {}, set()
 
     def holds(self, key):
-        return key in self.files
+        return key in self.files and key not in self.bad
 
     def read(self, key, block):
         def read():
             time.sleep(1e-4)
             if miss:
+                self.bad.add(key)
                 return None
             content, block[:] = self.files[key]
             return content
 
-        miss = self.rng.random() < 0.1
+        miss = self.rng.random() < 0.02
         return self.THREAD.submit(read)
 
     def write(self, content, block):
@@ -413,6 +414,8 @@ def test_what_the_pool_gives_up_comes_back_from_the_host(num_blocks):
 
 def test_what_the_host_gives_up_comes_back_from_the_disk():
     runtime = Runtime(num_blocks=12, exact=True, host_slots=14, disk=True)
+    write = runtime.host._disk.write
+    runtime.host._disk.write = lambda *block: wait([write(*block)]) and Future()  # none is given up
     prompts = [[i, i, 1, 2, 3] * 4 for i in range(20)]
     possible = reused = 0
     for turn in range(3):
@@ -424,7 +427,7 @@ def test_what_the_host_gives_up_comes_back_from_the_disk():
             possible += (len(prompt) - 3) // 4 * 4 if turn else 0
             reused += sequence.num_reused
     assert runtime.host.num_evicted > 100
-    assert reused > possible / 2  # a file in ten cannot be read, nor what comes after it be used
+    assert reused > possible / 2  # some files cannot be read, nor what comes after them be used
 
 
 @pytest.mark.parametrize("partial", [False, True])
