@@ -50,6 +50,12 @@ class BackendUnavailableError(SawError):
     triton_code = "UNAVAILABLE"
 
 
+class RankError(SawError):
+    """A rank of a group that has gone, is out of step, or cannot be reached."""
+
+    triton_code = "UNAVAILABLE"
+
+
 class OpError(SawError, ValueError):
     """An array or a parameter that a kernel cannot take."""
 

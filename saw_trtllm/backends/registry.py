@@ -10,6 +10,8 @@ from saw_trtllm.backends.tensorrt_llm.backend import TensorRTLLMBackend
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError
 from saw_trtllm.plan.backend import Backend
+from saw_trtllm.plan.ranks import check_ranks
+from saw_trtllm.runtime.collectives import ALONE, Collectives
 from saw_trtllm.runtime.executor import Executor
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 
@@ -51,12 +53,26 @@ def choose_backend(asked: str) -> tuple[Backend, str]:
         return _TENSORRT, f"the best here; {found}"
 
 
-def open_executor(folder: Path, config: EngineConfig, kv_cache: KvCacheConfig) -> Executor:
+def open_executor(
+    folder: Path, config: EngineConfig, kv_cache: KvCacheConfig, collectives: Collectives = ALONE
+) -> Executor:
     """The executor of an engine's backend.
+
+    Parameters
+    ----------
+    folder : Path
+    config : EngineConfig
+        Of the engine in ``folder``.
+    kv_cache : KvCacheConfig
+    collectives : Collectives
+        The ranks of an engine that is split over several, all of which open it at once.
 
     Raises
     ------
     EngineError, BackendUnavailableError
-        If this machine cannot run the engine.
+        If this machine cannot run the engine, or the ranks have not one engine.
+    RankError
+        If a rank is gone.
     """
-    return BACKENDS[config.saw_int4.backend].open_executor(folder, config, kv_cache)
+    check_ranks(folder, config, collectives)
+    return BACKENDS[config.saw_int4.backend].open_executor(folder, config, kv_cache, collectives)

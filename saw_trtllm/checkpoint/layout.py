@@ -1,7 +1,7 @@
 """TensorRT-LLM's tensors: which ones a model has, their shapes, and how tensor parallelism splits them.
 
 Linear weights are ``[out_features, in_features]``. Rank r of n has a contiguous n-th of the query heads, of the MLP's
-inner features and of the (padded) vocabulary; embedding and norms are whole on every rank.
+inner features and of the (padded) vocabulary; norms are whole on every rank, and so is the embedding of a checkpoint.
 """
 
 from __future__ import annotations
@@ -142,6 +142,12 @@ def shard(name: str, array: np.ndarray, config: ModelConfig, tp_size: int, rank:
     return np.concatenate([part, np.zeros((lacking, *part.shape[1:]), part.dtype)]) if lacking else part
 
 
+def kv_heads_of_rank(num_kv_heads: int, tp_size: int, rank: int) -> slice:
+    """The KV heads of a rank. With fewer heads than ranks, each goes to several in a row: those of its queries."""
+    first = rank * num_kv_heads // tp_size
+    return slice(first, first + max(1, num_kv_heads // tp_size))
+
+
 def unshard(name: str, shards: Sequence[np.ndarray], config: ModelConfig) -> np.ndarray:
     """Put the parts of all ranks together again: the inverse of :func:`shard`."""
     if len(shards) == 1:
@@ -259,10 +265,8 @@ def _split_heads(array: np.ndarray, num_heads: int, num_kv_heads: int) -> tuple[
 def _shard_qkv(array: np.ndarray, config: ModelConfig, tp_size: int, rank: int) -> np.ndarray:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     q, k, v = _split_heads(array, heads, kv_heads)
-    n, kv_n = heads // tp_size, max(1, kv_heads // tp_size)
-    # With fewer KV heads than ranks, each head goes to tp_size / kv_heads ranks in a row: those of its queries.
-    first = rank * kv_heads // tp_size
-    parts = [q[rank * n : (rank + 1) * n], k[first : first + kv_n], v[first : first + kv_n]]
+    n, kept = heads // tp_size, kv_heads_of_rank(kv_heads, tp_size, rank)
+    parts = [q[rank * n : (rank + 1) * n], k[kept], v[kept]]
     return np.concatenate(parts).reshape(-1, *array.shape[1:])
 
 

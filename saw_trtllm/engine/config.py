@@ -265,6 +265,15 @@ class EngineConfig(BaseModel):
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
     @property
+    def tp_size(self) -> int:
+        """Ranks that the engine is split over."""
+        return self.pretrained_config.mapping.tp_size
+
+    def of_rank(self) -> EngineConfig:
+        """The same with what one rank has of the model; see :meth:`saw_trtllm.model.config.ModelConfig.of_rank`."""
+        return self.model_copy(update={"pretrained_config": self.pretrained_config.of_rank(self.tp_size)})
+
+    @property
     def kv_format(self) -> KVFormat:
         """How the engine's cache is stored, save for the skipped layers."""
         return self.saw_int4.kv_format(self.pretrained_config.dtype)

@@ -176,6 +176,20 @@ class ModelConfig(BaseModel):
             return 1.0
         return float(np.float32(self.hidden_size**0.5).astype(np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))))
 
+    def of_rank(self, tp_size: int) -> ModelConfig:
+        """What one of ``tp_size`` ranks computes: its heads, and its share of the MLP's inner features.
+
+        Where there are fewer KV heads than ranks, several ranks have the same one.
+        """
+        if tp_size == 1:
+            return self
+        share = {
+            "num_attention_heads": self.num_attention_heads // tp_size,
+            "num_key_value_heads": max(1, self.num_key_value_heads // tp_size),
+            "intermediate_size": self.intermediate_size // tp_size,
+        }
+        return self.model_copy(update=share)
+
     def window(self, layer: int) -> int | None:
         """Tokens that ``layer`` sees, or None for all."""
         return self.sliding_window[layer] if self.sliding_window is not None else None

@@ -11,6 +11,7 @@ from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.quantization import WeightFormat
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.tensorrt_options import Phases
+from saw_trtllm.runtime.collectives import Collectives
 from saw_trtllm.runtime.executor import Executor
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 
@@ -26,7 +27,8 @@ class BackendLimits(Protocol):
     name : str
         As it stands in an engine's ``config.json``.
     keeps_ranks : bool
-        Whether the engine stays split over the checkpoint's ranks; otherwise it is whole again.
+        Whether the engine is split over the checkpoint's ranks where no other number is asked for; otherwise it is
+        whole then.
     """
 
     name: BackendName
@@ -55,8 +57,8 @@ class BackendLimits(Protocol):
     def weight_dtype(self) -> str | None:
         """The dtype in which all weights lie in memory; None: each as the engine has it."""
 
-    def free_memory(self) -> int:
-        """Bytes that are free where it keeps its weights and its cache."""
+    def free_memory(self, ranks: int = 1) -> int:
+        """Bytes that are free, for each of so many ranks, where it keeps its weights and its cache."""
 
 
 class Backend(BackendLimits, Protocol):
@@ -77,8 +79,10 @@ class Backend(BackendLimits, Protocol):
             If a compiler does not build the engine.
         """
 
-    def open_executor(self, folder: Path, config: EngineConfig, kv_cache: KvCacheConfig) -> Executor:
-        """What runs the steps of the engine in ``folder``.
+    def open_executor(
+        self, folder: Path, config: EngineConfig, kv_cache: KvCacheConfig, collectives: Collectives
+    ) -> Executor:
+        """What runs the steps of the engine in ``folder``, or a rank's part of them: all ranks open it together.
 
         Raises
         ------

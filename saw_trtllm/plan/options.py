@@ -56,6 +56,12 @@ class BuildOptions(BaseModel):
     kv_skip_layers: str | None = Field(
         None, description="layers whose cache stays in the engine's own dtype: numbers from 0 or last, as in 0,1,last"
     )
+    tp_size: int | None = Field(
+        None,
+        ge=1,
+        description="tensor parallel ranks to split the engine over, a GPU each; by default 1, or for the backend "
+        "tensorrt_llm those of the checkpoint",
+    )
     dtype: Literal["auto"] | DTypeName = Field(
         "auto", description="dtype of weights and activations; auto keeps the model's"
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.checkpoint.calibration import Calibration
 from saw_trtllm.checkpoint.families import family_of
+from saw_trtllm.checkpoint.layout import check_tp_size, shard_format
 from saw_trtllm.engine.config import (
     BackendName,
     BuildConfig,
@@ -20,7 +22,7 @@ from saw_trtllm.engine.config import (
 )
 from saw_trtllm.errors import ConfigError, first_error
 from saw_trtllm.format import KVFormat
-from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.config import Mapping, ModelConfig
 from saw_trtllm.model.rope import table_bytes
 from saw_trtllm.paths import is_file, is_folder
 from saw_trtllm.plan.backend import BackendLimits
@@ -65,9 +67,8 @@ class BuildPlan:
     @property
     def num_steps(self) -> int:
         """Times that a build reports progress."""
-        if self.backend.keeps_ranks:
-            return len(self.checkpoint.names()) * self.config.pretrained_config.mapping.world_size
-        return len(self.weights.shapes)
+        tensors = self.checkpoint.names() if self.backend.keeps_ranks else self.weights.shapes
+        return len(tensors) * self.config.tp_size
 
     @property
     def weights(self) -> EngineWeights:
@@ -75,10 +76,11 @@ class BuildPlan:
         return EngineWeights(self.checkpoint, self.config, self.calibration)
 
     def bytes_per_token(self, kv: str | None = None) -> int:
-        """KV bytes of a token over all layers, in the plan's format or in another."""
+        """KV bytes of a token over all layers of a rank, in the plan's format or in another."""
+        config = self.config.of_rank()
         if kv is None:
-            return self.config.bytes_per_token
-        model = self.config.pretrained_config
+            return config.bytes_per_token
+        model = config.pretrained_config
         fmt = KVFormat(kv, model.head_size, model.dtype)
         return fmt.bytes_per_token(model.num_hidden_layers, model.num_key_value_heads)
 
@@ -115,9 +117,9 @@ def make_plan(options: BuildOptions, backend: BackendLimits, reason: str) -> Bui
         calibration.check(checkpoint)
     backend.check(options, model, formats)
     network = _network_options(options, backend.name, model.dtype)
-    if not backend.keeps_ranks:
-        # The engine is whole again, whatever ranks the checkpoint was split over.
-        model.mapping = type(model.mapping)()
+    model = _split(model, options.tp_size, backend)
+    for name, format in formats.items():
+        shard_format(name, format, model, model.mapping.tp_size)
     config = EngineConfig(
         version=__version__,
         pretrained_config=model,
@@ -133,6 +135,18 @@ def make_plan(options: BuildOptions, backend: BackendLimits, reason: str) -> Bui
     )
     warnings = [w for w in (tokenizer_warning(checkpoint), key_bias_warning(checkpoint, config)) if w is not None]
     return BuildPlan(checkpoint, options.output_dir, config, backend, reason, calibration, network, warnings)
+
+
+def _split(model: ModelConfig, tp_size: int | None, backend: BackendLimits) -> ModelConfig:
+    """The model over the engine's ranks, whatever ranks the checkpoint is split over."""
+    if tp_size is None and backend.keeps_ranks:
+        return model
+    tp_size = tp_size or 1
+    check_tp_size(model, tp_size)
+    split: dict[str, Any] = {"mapping": Mapping(world_size=tp_size, tp_size=tp_size)}
+    if tp_size > 1 and not backend.keeps_ranks:
+        split |= {"use_parallel_embedding": True, "embedding_sharding_dim": 0}
+    return model.model_copy(update=split)
 
 
 def parse_layers(text: str | None, num_layers: int) -> list[int]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,11 +15,19 @@ import numpy as np
 
 from saw_trtllm.checkpoint import NUMPY_DTYPES, Checkpoint, cast
 from saw_trtllm.checkpoint.calibration import Calibration
+from saw_trtllm.checkpoint.layout import (
+    LM_HEAD,
+    kv_heads_of_rank,
+    shard,
+    shard_format,
+    shard_shape,
+    shard_weight,
+)
 from saw_trtllm.engine.config import CALIBRATION_FILE, EngineConfig, WeightsSource
 from saw_trtllm.errors import EngineError, SawError
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.fold import fold_v_frame, fold_v_rotation, layer_of
-from saw_trtllm.model.quantization import TensorSpec, Weight, WeightFormat, quantize
+from saw_trtllm.model.quantization import QuantizedWeight, TensorSpec, Weight, WeightFormat, quantize
 from saw_trtllm.plan.checksums import file_checksum, weights_folder
 
 #: What of a model's config is no part of an engine's network.
@@ -36,23 +44,34 @@ class EngineWeights:
     config : EngineConfig
     calibration : Calibration or None
         What is folded into the weights and centers the keys.
+    rank : int or None
+        Whose part of the tensors; None: the whole ones.
     """
 
     checkpoint: Checkpoint
     config: EngineConfig
     calibration: Calibration | None = None
+    rank: int | None = None
+
+    def of_rank(self, rank: int) -> EngineWeights:
+        """The part of a rank."""
+        return replace(self, rank=rank)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensors of the engine; a tied ``lm_head`` is the embedding."""
-        tied = self.config.pretrained_config.share_embedding_table
-        names = [n for n in self.checkpoint.names() if not (tied and n == "lm_head.weight")]
-        return {n: self.checkpoint.shape(n) for n in names} | {n: x.shape for n, x in self.constants.items()}
+        model = self.config.pretrained_config
+        tp_size = 1 if self.rank is None else self.config.tp_size
+        names = [n for n in self.checkpoint.names() if not (model.share_embedding_table and n == LM_HEAD)]
+        return {n: shard_shape(n, model, tp_size) for n in names} | {n: x.shape for n, x in self.constants.items()}
 
     @cached_property
     def formats(self) -> dict[str, WeightFormat]:
         """Of the weights that are quantized in the engine."""
-        return self.config.saw_int4.quantized
+        whole, model = self.config.saw_int4.quantized, self.config.pretrained_config
+        if self.rank is None:
+            return whole
+        return {name: shard_format(name, format, model, self.config.tp_size) for name, format in whole.items()}
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
@@ -69,7 +88,10 @@ class EngineWeights:
     @cached_property
     def constants(self) -> dict[str, np.ndarray]:
         """What of the calibration is in the engine as it is, by the tensors' names."""
-        return {} if self.calibration is None else self.calibration.tensors(self.config.framed_layers)
+        if self.calibration is None:
+            return {}
+        whole = self.calibration.tensors(self.config.framed_layers)
+        return {name: self._dense_part(name, x) for name, x in whole.items()}
 
     @property
     def float32_tensors(self) -> set[str]:
@@ -110,15 +132,15 @@ class EngineWeights:
         if name not in self.formats:
             return self.load_dense(name)
         if name in self.checkpoint.formats:
-            return self.checkpoint.load_quantized(name)
-        return quantize(self._folded(name), self.formats[name])
+            return self.part(name, self.checkpoint.load_quantized(name))
+        return self.part(name, quantize(self._folded(name), self.config.saw_int4.quantized[name]))
 
     def load_dense(self, name: str) -> np.ndarray:
         """Like :meth:`load`, of a tensor that is not quantized in the engine."""
         if name in self.constants:
             return self.constants[name]
         dtype = "float32" if self.checkpoint.keeps_float32(name) else self.config.pretrained_config.dtype
-        return cast(self._folded(name), dtype, self.checkpoint.where(name))
+        return self._dense_part(name, cast(self._folded(name), dtype, self.checkpoint.where(name)))
 
     def _folded(self, name: str) -> np.ndarray:
         model, layer = self.config.pretrained_config, layer_of(name)
@@ -130,6 +152,20 @@ class EngineWeights:
         elif layer is not None:
             tensor = fold_v_rotation(name, tensor, model, self.config.layer_format(layer))
         return tensor
+
+    def part(self, name: str, whole: Weight) -> Weight:
+        """The rank's part of a whole tensor."""
+        if isinstance(whole, QuantizedWeight) and self.rank is not None:
+            return shard_weight(name, whole, self.config.pretrained_config, self.config.tp_size, self.rank)
+        return whole if isinstance(whole, QuantizedWeight) else self._dense_part(name, whole)
+
+    def _dense_part(self, name: str, whole: np.ndarray) -> np.ndarray:
+        tp_size, model = self.config.tp_size, self.config.pretrained_config
+        if self.rank is None or tp_size == 1:
+            return whole
+        if name not in self.checkpoint.names():  # of the calibration: KV heads first
+            return whole[kv_heads_of_rank(model.num_key_value_heads, tp_size, self.rank)]
+        return np.ascontiguousarray(shard(name, whole, model, tp_size, self.rank))
 
     @contextmanager
     def reading_ahead(

@@ -55,6 +55,9 @@ class FinishedStep:
 class Executor(HostBlocks, Protocol):
     """Runs steps of an engine over a pool of ``num_blocks`` blocks. One thread calls it.
 
+    Of an engine that is split over ranks each has an executor, of as many blocks as the others. They are called alike,
+    in the same order, and all give the same.
+
     Steps take effect in the order of their launches, and their results are taken in that order. Where ``asynchronous``,
     the next step may be launched before the result of the last one is taken, never two: at most two are in flight.
     """

@@ -17,6 +17,7 @@ from saw_trtllm.model.quantization import WeightFormat
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.plan import BuildPlan
 from saw_trtllm.plan.tensorrt_options import Phases
+from saw_trtllm.runtime.collectives import Collectives
 from saw_trtllm.runtime.executor import Executor
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 
@@ -46,20 +47,22 @@ class ReferenceBackend:
         """It computes in fp32, with weights dequantized."""
         return "float32"
 
-    def free_memory(self) -> int:
-        """The host's."""
-        return psutil.virtual_memory().available
+    def free_memory(self, ranks: int = 1) -> int:
+        """The host's, which its ranks share."""
+        return psutil.virtual_memory().available // ranks
 
     def build(self, plan: BuildPlan, progress: Callable[[str], None] | None, phases: Phases | None) -> int:
         """Write the weights with all that is folded in; there are no phases."""
         return build_engine(plan, progress)
 
-    def open_executor(self, folder: Path, config: EngineConfig, kv_cache: KvCacheConfig) -> Executor:
+    def open_executor(
+        self, folder: Path, config: EngineConfig, kv_cache: KvCacheConfig, collectives: Collectives
+    ) -> Executor:
         """Load the weights."""
         from saw_trtllm.backends.reference.executor import ReferenceExecutor
 
         # In a thread that ends. OpenMP keeps workers for each living thread that has computed, and once they outnumber
         # the cores they sleep between products: the engine's thread, which runs the steps, would take twice as long.
         with ThreadPoolExecutor(1) as thread:
-            options = (kv_cache.max_tokens, kv_cache.free_gpu_memory_fraction, kv_cache.host_cache_size)
+            options = (kv_cache.max_tokens, kv_cache.free_gpu_memory_fraction, kv_cache.host_cache_size, collectives)
             return thread.submit(ReferenceExecutor, folder, config, *options).result()

@@ -1,8 +1,9 @@
-"""From a plan to an engine of the reference: a safetensors file of the weights, and a calibration's constants."""
+"""From a plan to an engine of the reference: a safetensors file a rank of the weights and a calibration's constants."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from saw_trtllm.checkpoint import SafetensorsWriter
 from saw_trtllm.engine.config import engine_file
@@ -18,23 +19,29 @@ def build_engine(plan: BuildPlan, progress: Callable[[str], None] | None = None)
     ----------
     plan : BuildPlan
     progress : callable, optional
-        Called with the name of each tensor that has been written.
+        Called with the name of each tensor that has been written, once a rank.
 
     Returns
     -------
     int
-        Bytes of the engine file.
+        Bytes of the engine files.
     """
-    with replacing_engine(plan.output_dir, plan.checkpoint.folder) as part:
-        path = part / engine_file()
-        weights = plan.weights
-        with SafetensorsWriter(path, weights.tensors) as writer:
-            for name in weights.shapes:
-                weight = weights.load(name)
+    weights = plan.weights
+    ranks = [weights.of_rank(rank) for rank in range(plan.config.tp_size)]
+    with replacing_engine(plan.output_dir, plan.checkpoint.folder) as part, ExitStack() as stack:
+        paths = [part / engine_file(rank) for rank in range(len(ranks))]
+        writers = [
+            stack.enter_context(SafetensorsWriter(path, rank.tensors)) for path, rank in zip(paths, ranks, strict=True)
+        ]
+        for name in weights.shapes:  # side by side, so that each tensor is read once
+            whole = weights.load(name)
+            for rank, writer in zip(ranks, writers, strict=True):
+                weight = rank.part(name, whole)
                 arrays = weight.arrays(name) if isinstance(weight, QuantizedWeight) else {name: weight}
                 for stored, array in arrays.items():
                     writer.write(stored, array)
                 if progress is not None:
                     progress(name)
+        stack.close()
         plan.config.save(part)
-        return path.stat().st_size
+        return sum(path.stat().st_size for path in paths)

@@ -10,12 +10,13 @@ import numpy as np
 import psutil
 from safetensors import SafetensorError, safe_open
 
-from saw_trtllm.checkpoint import expected_shapes
+from saw_trtllm.checkpoint.layout import shard_format, shard_shape
 from saw_trtllm.engine.config import CONFIG_FILE, EngineConfig, engine_file
 from saw_trtllm.engine.step import StepInputs
 from saw_trtllm.errors import BackendUnavailableError, EngineError
 from saw_trtllm.model.quantization import QuantizedWeight, Weight
 from saw_trtllm.paths import is_file
+from saw_trtllm.runtime.collectives import ALONE, Collectives
 from saw_trtllm.runtime.executor import FinishedStep, StepOutput
 from saw_trtllm.runtime.host_cache import BlockCopy, CopiesMade
 from saw_trtllm.runtime.sampling import SamplingState, sample
@@ -37,7 +38,7 @@ class ReferenceExecutor:
     Parameters
     ----------
     folder : Path
-        The engine folder; its ``rank0.engine`` is a safetensors file of the weights and a calibration's constants.
+        The engine folder; a rank's file is a safetensors file of the weights and a calibration's constants.
     config : EngineConfig
     max_tokens : int, optional
         Tokens of the pool. By default what ``memory_fraction`` of the available memory holds, and at most what
@@ -46,6 +47,8 @@ class ReferenceExecutor:
         Share of the available host memory that the pool may take.
     host_cache_size : int
         Bytes for blocks that leave the pool.
+    collectives : Collectives
+        The engine's ranks, all of which open it at once.
 
     Raises
     ------
@@ -62,22 +65,27 @@ class ReferenceExecutor:
         max_tokens: int | None,
         memory_fraction: float,
         host_cache_size: int = 0,
+        collectives: Collectives = ALONE,
     ) -> None:
         model, build = config.pretrained_config, config.build_config
-        path = folder / engine_file()
+        ours = config.of_rank()
+        path = folder / engine_file(collectives.rank)
         if not is_file(path, EngineError):
             raise EngineError(f"{path} does not exist: build it anew with saw-build")
         try:
             with safe_open(path, framework="np") as weights:
                 load = weights.get_tensor
                 read = partial(_weight, load, config)
-                self._model = ReferenceModel(model, read, build.max_seq_len, **calibrated_inputs(config, load))
+                inputs = calibrated_inputs(ours, load)
+                self._model = ReferenceModel(model, read, build.max_seq_len, **inputs, collectives=collectives)
         except ValueError as e:
             raise EngineError(f"{path} does not fit its {CONFIG_FILE} ({e}): build it anew with saw-build") from e
         except (OSError, SafetensorError) as e:
             raise EngineError(f"{path} cannot be read as an engine ({e}): build it anew with saw-build") from e
         if max_tokens is None:
-            fitting = int(memory_fraction * psutil.virtual_memory().available) // config.bytes_per_token
+            free = psutil.virtual_memory().available // collectives.size
+            fitting = int(memory_fraction * free) // ours.bytes_per_token
+            fitting = min(int(n) for n in collectives.all_gather(np.array(fitting)))
             max_tokens = min(fitting, build.max_batch_size * build.max_seq_len)
         self.num_blocks = max_tokens // build.tokens_per_block
         if self.num_blocks == 0:
@@ -86,12 +94,11 @@ class ReferenceExecutor:
                 f"memory or tokens"
             )
         try:
-            shape = (self.num_blocks, model.num_key_value_heads, build.tokens_per_block)
+            shape = (self.num_blocks, ours.pretrained_config.num_key_value_heads, build.tokens_per_block)
             self.cache = PagedCache(config.pools, *shape)
-            self.num_host_blocks = host_cache_size // (config.bytes_per_token * build.tokens_per_block)
-            self._host = torch.empty(
-                self.num_host_blocks, config.bytes_per_token * build.tokens_per_block, dtype=torch.uint8
-            )
+            block_bytes = ours.bytes_per_token * build.tokens_per_block
+            self.num_host_blocks = host_cache_size // block_bytes
+            self._host = torch.empty(self.num_host_blocks, block_bytes, dtype=torch.uint8)
             # glibc gives a freed block back to the system, and faults it in anew at the next step, unless a larger one
             # was freed before: keeping blocks of up to 31 MiB makes steps of 16 sequences 2 to 3 times as fast.
             torch.empty(31 << 20, dtype=torch.uint8)
@@ -153,10 +160,11 @@ class ReferenceExecutor:
 
 
 def _weight(load: Callable[[str], np.ndarray], config: EngineConfig, name: str) -> Weight:
-    """A tensor of the engine file, or the quantized weight that several of them are."""
+    """A tensor of a rank's file, or the quantized weight that several of them are."""
     format = config.saw_int4.quantized.get(name)
     if format is None:
         return load(name)
-    shape = expected_shapes(config.pretrained_config)[name]
+    model = config.pretrained_config
+    format, shape = shard_format(name, format, model, config.tp_size), shard_shape(name, model, config.tp_size)
     arrays = {tensor: load(tensor) for tensor in format.tensors(name, shape)}
     return QuantizedWeight.of_arrays(format, name, shape, arrays)

@@ -16,12 +16,13 @@ from saw_trtllm.backends.reference.invariant import aligned, gelu, linear, silu,
 from saw_trtllm.backends.reference.paged_attention import paged_attention
 from saw_trtllm.backends.reference.rms_norm import rms_norm
 from saw_trtllm.backends.reference.rotate_quantize_kv import rotate_quantize_kv
-from saw_trtllm.checkpoint import expected_shapes
+from saw_trtllm.checkpoint import expected_shapes, shard_shape
 from saw_trtllm.engine.config import EngineConfig, k_center_name, k_frame_name, q_frame_name
 from saw_trtllm.engine.step import StepInputs
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.quantization import QuantizedWeight, Weight
 from saw_trtllm.model.rope import rotary_cos_sin
+from saw_trtllm.runtime.collectives import ALONE, Collectives
 
 
 def to_torch(x: np.ndarray) -> torch.Tensor:
@@ -81,8 +82,10 @@ class ReferenceModel:
         Gives the tensor of a TensorRT-LLM name, V's rotation already folded in; one that is quantized is dequantized.
     max_seq_len : int
         Positions that the RoPE table covers.
+    collectives : Collectives
+        The ranks that the model is split over; ``load`` gives this one's part of each tensor.
     k_center : torch.Tensor, optional
-        fp32 ``[num_layers, num_kv_heads, head_dim]``, subtracted from all keys after RoPE.
+        fp32 ``[num_layers, num_kv_heads, head_dim]``, subtracted from all keys after RoPE; the rank's heads.
     frames : mapping of int to pair of torch.Tensor, optional
         By layer, the frame of keys and that of queries, fp32 ``[num_kv_heads, head_dim, head_dim]``, in place of the
         rotation.
@@ -106,13 +109,15 @@ class ReferenceModel:
         max_seq_len: int,
         k_center: torch.Tensor | None = None,
         frames: Mapping[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
+        collectives: Collectives = ALONE,
     ) -> None:
-        self.config = config
+        self.config = config.of_rank(collectives.size)
+        self._collectives = collectives
         self.dtype = TORCH_DTYPES[config.dtype]
         self._load = load
         self._k_center = k_center
         self._frames = frames or {}
-        self._shapes = expected_shapes(config)
+        self._shapes = {name: shard_shape(name, config, collectives.size) for name in expected_shapes(config)}
         tables = {config.has_local_rope(i) for i in range(config.num_hidden_layers)}
         self._rope = {local: torch.from_numpy(rotary_cos_sin(config, max_seq_len, local)) for local in tables}
         self._embedding = self._tensor("transformer.vocab_embedding.weight")
@@ -157,17 +162,29 @@ class ReferenceModel:
 
     def _decode(self, ids: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Token ids ``[...]`` to the residual stream after the last layer, fp32 ``[..., hidden_size]``."""
-        x = F.embedding(ids, self._embedding) * self.config.embedding_scale
+        x = self._embed(ids) * self.config.embedding_scale
         for i, w in enumerate(self._layers):
-            added = attend(i, w, self._norm(x, w["input_layernorm.weight"]))
+            added = self._sum(attend(i, w, self._norm(x, w["input_layernorm.weight"])))
             if self.config.inter_layernorms:
                 x = x + self._norm(added, w["post_layernorm.weight"])
-                added = self._mlp(w, self._norm(x, w["pre_feedforward_layernorm.weight"]))
+                added = self._sum(self._mlp(w, self._norm(x, w["pre_feedforward_layernorm.weight"])))
                 x = x + self._norm(added, w["post_feedforward_layernorm.weight"])
             else:
                 x = x + added
-                x = x + self._mlp(w, self._norm(x, w["post_layernorm.weight"]))
+                x = x + self._sum(self._mlp(w, self._norm(x, w["post_layernorm.weight"])))
         return x
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding, of which a rank has some: of the others it adds zeros."""
+        if self._collectives.size == 1:
+            return F.embedding(ids, self._embedding)
+        local = ids - self._collectives.rank * len(self._embedding)
+        has = (local >= 0) & (local < len(self._embedding))
+        return self._sum(F.embedding(local * has, self._embedding) * has[..., None])
+
+    def _sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks."""
+        return x if self._collectives.size == 1 else torch.from_numpy(self._collectives.all_reduce(x.numpy()))
 
     def _mlp(self, w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         activation = self._activations[self.config.hidden_act]
@@ -179,6 +196,10 @@ class ReferenceModel:
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         logits, cap = self._linear(x, self._lm_head), self.config.final_logit_softcapping
+        if self._collectives.size > 1:
+            parts = self._collectives.all_gather(logits.numpy())
+            # A vocabulary that does not divide was padded.
+            logits = torch.from_numpy(np.concatenate(parts, axis=-1)[..., : self.config.vocab_size])
         return logits if cap is None else cap * tanh(logits / cap)
 
     def _qkv(self, w: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.plan import BuildPlan
 from saw_trtllm.plan.tensorrt_options import Phases
 from saw_trtllm.plugins.library import plugin_library
+from saw_trtllm.runtime.collectives import Collectives
 from saw_trtllm.runtime.executor import Executor
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 
@@ -41,6 +42,11 @@ class TensorRTBackend:
             )
         tensorrt = TensorRT.load()
         tensorrt.check_activations(model.dtype)
+        if (options.tp_size or 1) > 1:
+            raise ConfigError(
+                f"--tp_size {options.tp_size} was given, and engines of the backend tensorrt have one rank: give "
+                "--backend reference or tensorrt_llm"
+            )
         if options.strip_plan and not tensorrt.can_strip:
             raise ConfigError(
                 f"--strip_plan was given, and TensorRT {tensorrt.version} builds no engine without its weights: leave "
@@ -54,8 +60,8 @@ class TensorRTBackend:
     def weight_dtype(self) -> None:
         """Each as the engine has it."""
 
-    def free_memory(self) -> int:
-        """The GPU's."""
+    def free_memory(self, ranks: int = 1) -> int:
+        """The GPU's, of which each rank has one."""
         return device.free_memory()
 
     def build(self, plan: BuildPlan, progress: Callable[[str], None] | None, phases: Phases | None) -> int:
@@ -64,9 +70,11 @@ class TensorRTBackend:
 
         return build_engine(plan, progress, phases)
 
-    def open_executor(self, folder: Path, config: EngineConfig, kv_cache: KvCacheConfig) -> Executor:
+    def open_executor(
+        self, folder: Path, config: EngineConfig, kv_cache: KvCacheConfig, collectives: Collectives
+    ) -> Executor:
         """Deserialize the engine and plan its memory."""
         from saw_trtllm.backends.tensorrt.executor import TensorRTExecutor
 
         options = (kv_cache.max_tokens, kv_cache.free_gpu_memory_fraction, kv_cache.host_cache_size)
-        return TensorRTExecutor(folder, config, *options)
+        return TensorRTExecutor(folder, config, *options, collectives=collectives)

@@ -11,6 +11,7 @@ from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import EngineError
 from saw_trtllm.plan.plan import BuildPlan
 from saw_trtllm.plan.tensorrt_options import Phases
+from saw_trtllm.runtime.collectives import Collectives
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 
 
@@ -23,7 +24,9 @@ class TensorRTLLMBackend(TensorRTLLMLimits):
 
         return build_engines(plan, progress)
 
-    def open_executor(self, folder: Path, config: EngineConfig, kv_cache: KvCacheConfig) -> NoReturn:
+    def open_executor(
+        self, folder: Path, config: EngineConfig, kv_cache: KvCacheConfig, collectives: Collectives
+    ) -> NoReturn:
         """Never: its engines run in TensorRT-LLM's own runtime."""
         raise EngineError(
             f"the engine in {folder} was built for the backend {self.name}, which TensorRT-LLM's own runtime runs: "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from saw_trtllm.checkpoint.layout import kv_heads_of_rank
 from saw_trtllm.errors import ConfigError, first_error
 from saw_trtllm.format import KVFormat, KvName
 from saw_trtllm.plugins.layer import OPTIONAL_CONSTANTS
@@ -116,7 +117,6 @@ class SwapOptions:
         for name in OPTIONAL_CONSTANTS:
             whole = getattr(self, name)
             if whole is not None:
-                heads = whole.shape[1]
-                first = tp_rank * heads // tp_size
-                found[name] = np.ascontiguousarray(whole[layer, first : first + max(1, heads // tp_size)], np.float32)
+                kept = kv_heads_of_rank(whole.shape[1], tp_size, tp_rank)
+                found[name] = np.ascontiguousarray(whole[layer, kept], np.float32)
         return found
