@@ -64,7 +64,6 @@ def build(plan: BuildPlan, progress: Callable[[str], None] | None = None, phases
 
 def tokens_that_fit(plan: BuildPlan, kv: str | None = None) -> int:
     """Tokens of KV cache that the free memory holds beside the weights, as the runtime will have it, about."""
-    ranks = plan.config.tp_size
-    weights = sum(plan.weights.bytes_by_kind(plan.backend.weight_dtype()).values()) // ranks
-    free = max(0, plan.backend.free_memory(ranks) - weights)
+    weights = sum(plan.weights.of_rank(0).bytes_by_kind(plan.backend.weight_dtype()).values())
+    free = max(0, plan.backend.free_memory(plan.config.tp_size) - weights)
     return int(KvCacheConfig.free_gpu_memory_fraction * free) // plan.bytes_per_token(kv)

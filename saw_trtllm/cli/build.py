@@ -121,11 +121,14 @@ def describe(plan: BuildPlan) -> dict[str, str]:
         "model": f"{family_of(model).name}: {model.num_hidden_layers} layers, {model.num_attention_heads} query and "
         f"{model.num_key_value_heads} KV heads of {model.head_size}, vocabulary {model.vocab_size}, {model.dtype}",
         "backend": f"{plan.config.saw_int4.backend} ({plan.backend_reason})",
+        **(
+            {} if plan.config.tp_size == 1 else {"ranks": f"{plan.config.tp_size}; memory and tokens below are of each"}
+        ),
         "limits": f"max_batch_size {limits.max_batch_size}, max_input_len {limits.max_input_len}, max_seq_len "
         f"{limits.max_seq_len}, max_num_tokens {limits.max_num_tokens}, tokens_per_block {limits.tokens_per_block}",
         "KV cache": f"{kv_format.kv}, rows of {kv_format.row_bytes} bytes{detail}",
         **({} if plan.calibration is None else {"calibration": plan.calibration.describe()}),
-        "weights": describe_weights(plan.weights.bytes_by_kind()),
+        "weights": describe_weights(plan.weights.of_rank(0).bytes_by_kind()),
         "KV per token": f"{ours:,} bytes"
         + (f", {fp16:,} in {model.dtype}: {fp16 / ours:.2f}x" if ours != fp16 else ""),
     }

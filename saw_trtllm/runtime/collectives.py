@@ -314,4 +314,4 @@ def _ready(peer: socket.socket) -> socket.socket:
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
