@@ -77,4 +77,4 @@ class TensorRTBackend:
         from saw_trtllm.backends.tensorrt.executor import TensorRTExecutor
 
         options = (kv_cache.max_tokens, kv_cache.free_gpu_memory_fraction, kv_cache.host_cache_size)
-        return TensorRTExecutor(folder, config, *options, collectives=collectives)
+        return TensorRTExecutor(folder, config, *options)

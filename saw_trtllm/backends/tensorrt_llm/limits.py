@@ -45,6 +45,6 @@ class TensorRTLLMLimits:
     def weight_dtype(self) -> None:
         """Each as the engine has it."""
 
-    def free_memory(self) -> int:
+    def free_memory(self, ranks: int = 1) -> int:
         """The host's: each rank's GPU is the executor's to ask."""
         return psutil.virtual_memory().available
