@@ -103,6 +103,8 @@ REQUEST_OPTIONS = (
     _optional("return_generation_logits", "BOOL", "give `generation_logits`; needs `--gather_generation_logits`"),
     _optional("return_num_input_tokens", "BOOL", "give `num_input_tokens`"),
     _optional("return_num_output_tokens", "BOOL", "give `num_output_tokens`"),
+    _optional("return_num_reused_tokens", "BOOL", "give `num_reused_tokens`"),
+    _optional("cache_salt", "STRING", "only prompts of the same salt find each other's blocks in the KV cache"),
     _optional("guided_decoding_guide_type", "STRING", "what the text must be: `json`, `json_schema` or `regex`"),
     _optional("guided_decoding_guide", "STRING", "the JSON schema or the regular expression; not for `json`"),
     _optional("beam_width", "INT32", "only 1: there is no beam search"),
@@ -136,6 +138,7 @@ RESULTS = (
     _optional("generation_logits", "FP32", "`[1, tokens, vocabulary]` of each new token", (-1, -1, -1)),
     _optional("num_input_tokens", "INT32", "tokens of the prompt"),
     _optional("num_output_tokens", "INT32", "generated tokens of this response"),
+    _optional("num_reused_tokens", "INT32", "tokens of the prompt that were found in the KV cache"),
     _optional("batch_index", "INT32", "of a request with several prompts: which one this is for"),
     _optional("sequence_index", "INT32", "with `batch_index`: 0, as a prompt has one text"),
 )

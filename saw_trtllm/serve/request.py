@@ -25,6 +25,8 @@ class Generation:
     include_input: bool
     return_num_input_tokens: bool
     return_num_output_tokens: bool
+    return_num_reused_tokens: bool = False
+    cache_salt: str = ""
     #: The prompt as the client wrote it.
     prompt_text: str | None = None
 
@@ -89,6 +91,8 @@ def _generation(row: _Row, exclude_input_in_output: bool) -> Generation:
         include_input=not streaming and not row.scalar("exclude_input_in_output", exclude_input_in_output),
         return_num_input_tokens=row.scalar("return_num_input_tokens", False),
         return_num_output_tokens=row.scalar("return_num_output_tokens", False),
+        return_num_reused_tokens=row.scalar("return_num_reused_tokens", False),
+        cache_salt=next(iter(texts(row.array("cache_salt"), "cache_salt")), ""),
         prompt_text=next(iter(texts(row.array("prompt"), "prompt")), None),
     )
 

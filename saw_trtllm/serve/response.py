@@ -43,6 +43,8 @@ def answer(
         tensors["num_input_tokens"] = np.array([[len(output.prompt_token_ids)]], np.int32)
     if generation.return_num_output_tokens:
         tensors["num_output_tokens"] = np.array([[len(piece.token_ids_diff)]], np.int32)
+    if generation.return_num_reused_tokens:
+        tensors["num_reused_tokens"] = np.array([[output.num_reused_tokens]], np.int32)
     if generation.params.logprobs:
         logprobs = piece.logprobs or []
         new = logprobs[len(logprobs) - len(piece.token_ids_diff) :]

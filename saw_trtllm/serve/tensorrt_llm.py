@@ -179,7 +179,8 @@ class TensorrtLlmModel:
         job = Job(secrets.randbits(64) or 1, request.request_id(), sender, parts, unfinished=len(generations))
         try:
             for g in generations:
-                parts.append((g, self._llm.generate_async(g.prompt, g.params, streaming=g.streaming)))
+                prompt = {"prompt_token_ids": g.prompt, "cache_salt": g.cache_salt}
+                parts.append((g, self._llm.generate_async(prompt, g.params, streaming=g.streaming)))
         except Exception:
             job.abort()
             raise

@@ -293,6 +293,17 @@ def test_a_guide_becomes_guided_decoding(kind, guide, expected):
     assert g.params.guided_decoding == GuidedDecodingParams(**expected)
 
 
+def test_prompts_of_the_same_salt_find_each_other(model, tokenizer):
+    ids = tokenizer.encode(PROMPT) + [5, 6, 7] * 200
+
+    def reused(**options):
+        [[response]] = run(model, Request(llm_inputs(ids, 2, return_num_reused_tokens=True, **options)))
+        return response.tensors["num_reused_tokens"].item()
+
+    first, theirs = strings(["a tenant's"]), strings(["another's"])
+    assert [reused(cache_salt=salt) for salt in (first, theirs, first)] == [0, 0, 512]
+
+
 def test_defaults_are_greedy_and_0_switches_top_k_and_top_p_off():
     [g] = parse(llm_inputs([3], max_tokens=4))
     assert g.params == SamplingParams(max_tokens=4)
@@ -471,7 +482,8 @@ def test_pieces_that_have_piled_up_go_out_as_one(model, llm, postprocessing, tok
 
 def test_results_that_were_asked_for(model, llm, tokenizer):
     ids = tokenizer.encode(PROMPT)
-    asked = ("log_probs", "context_logits", "generation_logits", "num_input_tokens", "num_output_tokens")
+    asked = ("log_probs", "context_logits", "generation_logits")
+    asked += ("num_input_tokens", "num_output_tokens", "num_reused_tokens")
     options = {f"return_{name}": True for name in asked}
     whole, streamed, plain = run(
         model,
@@ -492,6 +504,7 @@ def test_results_that_were_asked_for(model, llm, tokenizer):
     np.testing.assert_allclose(out["output_log_probs"], [[completion.logprobs]], rtol=1e-6)
     np.testing.assert_allclose(out["cum_log_probs"], [[sum(completion.logprobs)]], rtol=1e-6)
     assert (out["num_input_tokens"].tolist(), out["num_output_tokens"].tolist()) == ([[len(ids)]], [[6]])
+    assert out["num_reused_tokens"].tolist() == [[0]]  # a prompt whose logits are wanted is computed whole
     pieces = [r.tensors for r in streamed]
     np.testing.assert_allclose(
         np.concatenate([p["output_log_probs"][0, 0] for p in pieces]), completion.logprobs, rtol=1e-6
