@@ -88,7 +88,7 @@ def run_real(
 
 
 def _caches(head_dim: int, statistics: Statistics) -> dict[str, KVQuantizer]:
-    """What is compared, by name: the rivals, the default and what a calibration adds."""
+    """What is compared, by name: the peers, the default and what a calibration adds."""
     rows = KVFormat("saw_int4", head_dim)
     centered, plain = statistics.calibration(), statistics.calibration(centered=False)
     return {

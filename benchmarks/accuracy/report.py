@@ -92,7 +92,7 @@ def _values(results: AccuracyResults, models: list[str]) -> tuple[dict[str, Tabl
         "factors": _factor_table(data),
         "layers": _layer_table(example["suggestion"]),
         "positions": _position_table(example["levers"]),
-        "rivals": _rival_table(data, models),
+        "peers": _peer_table(data, models),
     }
     numbers = {
         "minutes": f"{minutes:.0f}",
@@ -107,7 +107,7 @@ def _values(results: AccuracyResults, models: list[str]) -> tuple[dict[str, Tabl
         "largest value": f"{max(max(heads) for m in models for heads in data[m]['outliers']['v_ratio']):.1f}",
         "layer bytes": f"{layer_bytes:.0f}",
     }
-    rows = example["orders"] | example["rivals"] | example["levers"]
+    rows = example["orders"] | example["peers"] | example["levers"]
     divergences = {f"kl {row}": f"{q['kl_mean']:.4f}" for row, q in rows.items()}
     return tables, numbers | divergences
 
@@ -209,7 +209,7 @@ def _factor_table(data: dict) -> Table:
     return [header, *rows]
 
 
-def _rival_table(data: dict, models: list[str]) -> Table:
+def _peer_table(data: dict, models: list[str]) -> Table:
     header = ["", "bytes/token", *(f"KL, {TITLES[m]}" for m in models), "pages", "fused attention", "no calibration"]
     rows = []
 
@@ -228,7 +228,7 @@ def _rival_table(data: dict, models: list[str]) -> Table:
         add(title, [data[m]["levers"][row] for m in models], ["yes", "yes", calibrated])
     for name, title in _RIVALS.items():
         for order, suffix in ((1, ""), (128, ", rotated")):
-            found = [data[m]["rivals"][f"{name} {order}"] for m in models]
+            found = [data[m]["peers"][f"{name} {order}"] for m in models]
             add(title + suffix, found, [found[0][k] for k in ("pages", "fused", "calibration_free")])
     return [header, *rows]
 

@@ -121,7 +121,7 @@ def caches(best_layer: int, *, with_factors: bool) -> dict[str, dict[str, Cache]
     return tables
 
 
-def rivals(sample: list) -> dict[str, KVQuantizer]:
+def peers(sample: list) -> dict[str, KVQuantizer]:
     found: dict[str, KVQuantizer] = {}
     for order in (1, 128):
         found[f"per channel {order}"] = PerChannelKeys(order)
@@ -144,7 +144,7 @@ def measure(name: str, windows: torch.Tensor, calibration_windows: torch.Tensor,
     tables = caches(suggestion.layers[0].layers[0], with_factors=name == "example")
     unique = {cache: cache.quantizer(model, calibration) for table in tables.values() for cache in table.values()}
     quantizers = {str(i): q for i, q in enumerate(unique.values())}
-    others = rivals(gather(model, calibration_windows))
+    others = peers(gather(model, calibration_windows))
     total = len(windows) * (1 + len(quantizers) + len(others))
     with tqdm(total=total, desc=name, unit="window", disable=not sys.stderr.isatty()) as bar:
         found = evaluate(model, windows, {"fp16": model.exact} | quantizers | others, bar.update)
@@ -160,7 +160,7 @@ def measure(name: str, windows: torch.Tensor, calibration_windows: torch.Tensor,
     found_levers = {"fp16": found["fp16"]} | {row: by_cache[c] for row, c in tables["levers"].items()}
     by_position = name == "example"
     results["levers"] = {row: _numbers(q, by_position=by_position) for row, q in found_levers.items()}
-    results["rivals"] = {row: _numbers(found[row]) | dataclasses.asdict(q.demands) for row, q in others.items()}
+    results["peers"] = {row: _numbers(found[row]) | dataclasses.asdict(q.demands) for row, q in others.items()}
     return results | {
         "errors": {row: dataclasses.asdict(e) for row, e in errors.items()},
         "outliers": dataclasses.asdict(outliers),

@@ -125,7 +125,7 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     """Check a TensorRT-LLM ``config.json`` and bring it to this project's spelling; ``path`` is for the messages."""
     fields = dict(raw)
     family = find_family(_architecture(raw), path)
-    _refuse_unsupported(raw, family, path)
+    _reject_unsupported(raw, family, path)
     for key in family.trtllm_rejects:
         if raw.get(key):
             raise CheckpointError(
@@ -184,7 +184,7 @@ def _architecture(raw: dict[str, Any]) -> str:
     return name
 
 
-def _refuse_unsupported(raw: dict[str, Any], family: Family, path: Path) -> None:
+def _reject_unsupported(raw: dict[str, Any], family: Family, path: Path) -> None:
     if _section(raw, "moe", path).get("num_experts"):
         raise CheckpointError(f"{path} is of a mixture of experts, which is not supported: use a dense model")
     for key, value in (_SUPPORTED_VALUES | {"hidden_act": family.fixed.get("hidden_act", "silu")}).items():

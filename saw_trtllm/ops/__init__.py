@@ -9,6 +9,7 @@ from saw_trtllm.ops.lookup import lookup
 from saw_trtllm.ops.paged_attention import MAX_GROUP, decode_attention, decode_workspace_bytes, prefill_attention
 from saw_trtllm.ops.rms_norm import rms_norm
 from saw_trtllm.ops.rotate_quantize_kv import pack_frame, rotate_quantize_kv
+from saw_trtllm.ops.sample import sample
 from saw_trtllm.ops.silu_mul import silu_mul
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "prefill_attention",
     "rms_norm",
     "rotate_quantize_kv",
+    "sample",
     "silu_mul",
 ]

@@ -31,7 +31,7 @@ from saw_trtllm.runtime.tokenizer import Tokenizer
 from tests.support.fakes import cuda as fake_cuda
 from tests.support.fakes import engine as fake_engine
 from tests.support.fakes.gpu import pretend_gpu
-from tests.support.rejection import refused
+from tests.support.rejection import rejected
 
 LAYER = "transformer.layers.0."
 
@@ -537,9 +537,9 @@ def test_what_was_not_measured_has_no_plot(results):
         ("", "TensorRT cannot be imported here"),
     ],
 )
-def test_bad_flags_are_refused(flags, said, capsys, monkeypatch):
+def test_bad_flags_are_rejected(flags, said, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert said in refused(capsys, command.main, "engine", *flags.split())
+    assert said in rejected(capsys, command.main, "engine", *flags.split())
 
 
 def test_it_needs_no_pytorch():

@@ -20,7 +20,7 @@ from benchmarks.kernels.record import Bandwidth, Results
 from benchmarks.kernels.report import report, suite_table
 from benchmarks.kernels.run import Contender, MissingError, run_case
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, OpError
-from tests.support.rejection import refused
+from tests.support.rejection import rejected
 
 BANDWIDTH = Bandwidth(read_gbps=4000.0, copy_gbps=3500.0)
 #: µs per byte over the bytes' floor, by contender.
@@ -358,7 +358,7 @@ def test_a_suite_that_was_not_run_has_no_plot(results):
 def test_plot_without_matplotlib(results, tmp_path, capsys, monkeypatch):
     results.save(tmp_path / "x.json")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    error = refused(capsys, command.main, "report", tmp_path / "x.json", "--output", tmp_path)
+    error = rejected(capsys, command.main, "report", tmp_path / "x.json", "--output", tmp_path)
     assert "pip install 'saw-trtllm[bench]'" in error
 
 
@@ -373,20 +373,20 @@ def test_plot_without_matplotlib(results, tmp_path, capsys, monkeypatch):
         (["--output", "/dev/null/x.json"], "/dev/null/x.json cannot be written"),
     ],
 )
-def test_kernels_refuses(argv, needed, capsys):
-    assert needed in refused(capsys, command.main, "kernels", *argv)
+def test_kernels_rejects(argv, needed, capsys):
+    assert needed in rejected(capsys, command.main, "kernels", *argv)
 
 
 def test_kernels_needs_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "sees no CUDA GPU" in refused(capsys, command.main, "kernels", "--peers", "none")
+    assert "sees no CUDA GPU" in rejected(capsys, command.main, "kernels", "--peers", "none")
 
 
 def test_kernels_needs_the_module(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "saw_trtllm._C", None)
     monkeypatch.delattr("saw_trtllm._C", raising=False)
-    assert "build_scripts/kernels" in refused(capsys, command.main, "kernels", "--peers", "none")
+    assert "build_scripts/kernels" in rejected(capsys, command.main, "kernels", "--peers", "none")
 
 
 def test_kernels_needs_pytorch():

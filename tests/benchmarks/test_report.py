@@ -11,7 +11,7 @@ from benchmarks.common.report import Report, align, environment_table, fill, mar
 from benchmarks.common.target import Limit, target_table
 from saw_trtllm.errors import ConfigError
 from tests.support import ROOT
-from tests.support.rejection import refused
+from tests.support.rejection import rejected
 
 FILES = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 DOCS = ROOT / "docs"
@@ -107,9 +107,9 @@ def test_a_file_that_is_no_record(text, needed, tmp_path, capsys):
     path = tmp_path / "x.json"
     if text is not None:
         path.write_text(text)
-    assert needed in refused(capsys, main, "report", path, "--output", tmp_path)
+    assert needed in rejected(capsys, main, "report", path, "--output", tmp_path)
 
 
 def test_the_report_wants_a_folder(tmp_path, capsys):
     shutil.copy(FILES[0], tmp_path)
-    assert "is not a folder" in refused(capsys, main, "report", tmp_path / FILES[0].name, "--output", tmp_path / "no")
+    assert "is not a folder" in rejected(capsys, main, "report", tmp_path / FILES[0].name, "--output", tmp_path / "no")

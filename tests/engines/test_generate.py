@@ -140,7 +140,7 @@ def test_context_logits_are_all_of_the_prompts(served):
 
 
 @pytest.mark.parametrize("damage", ["half", "text", "nothing"])
-def test_a_damaged_engine_is_refused_in_one_sentence(damage, work, tmp_path):
+def test_a_damaged_engine_is_rejected_in_one_sentence(damage, work, tmp_path):
     folder = shutil.copytree(SERVED_CASES["saw_int4"].engine(work), tmp_path / "engine")
     file = folder / "rank0.engine"
     whole = file.read_bytes()

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from saw_trtllm.backends.tensorrt.sample_rows import LISTED, ROW, StagedRows, TokenLists
+from saw_trtllm import ops
+from saw_trtllm.backends.tensorrt.sample_rows import StagedRows, TokenLists
+from saw_trtllm.ops.sample import LISTED, ROW
 from saw_trtllm.runtime.sampling import SamplingState, sample
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
@@ -60,17 +62,14 @@ class Launch:
         self.logprobs = torch.full((len(states) + 1,), torch.nan, dtype=torch.float64, device="cuda")
 
     def run(self):
-        code = _C.sample(
-            logits=self.logits.data_ptr(),
-            row_ends=0 if self.row_ends is None else self.row_ends.data_ptr(),
-            rows=self.rows.data_ptr(),
-            tokens=self.tokens.data_ptr(),
-            logprobs=self.logprobs.data_ptr(),
-            num_rows=self.count,
-            vocab_size=self.logits.shape[-1],
-            stream=torch.cuda.current_stream().cuda_stream,
+        ops.sample(
+            self.logits,
+            self.rows,
+            tokens=self.tokens[:-1],
+            logprobs=self.logprobs[:-1],
+            row_ends=self.row_ends,
+            stream=torch.cuda.current_stream(),
         )
-        assert code == 0, _C.error_string(code)
 
     def results(self):
         torch.cuda.synchronize()
@@ -251,7 +250,7 @@ def test_negative_ids_become_the_last_tokens(count, rng):
     assert on_gpu[-1] == -1
 
 
-def test_a_vocabulary_beyond_the_sums_is_refused():
+def test_a_vocabulary_beyond_the_sums_is_rejected():
     logits = torch.zeros(1, _C.MAX_VOCAB + 4, device="cuda")
     code = _C.sample(
         logits=logits.data_ptr(),

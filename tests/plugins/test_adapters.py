@@ -358,7 +358,7 @@ BAD_FIELDS = [
 
 
 @pytest.mark.parametrize(("name", "change", "message"), BAD_FIELDS)
-def test_a_bad_field_is_refused_with_one_sentence(name, change, message, make, built):
+def test_a_bad_field_is_rejected_with_one_sentence(name, change, message, make, built):
     assert make(name, **change) is None
     (said,) = built.driver.take_messages()
     assert said.startswith(f"{name}: ")
@@ -394,7 +394,7 @@ def test_text_may_end_with_a_zero(built, interface):
 
 
 @pytest.mark.parametrize("name", PLUGINS)
-def test_an_engine_of_another_library_is_refused(name, built, interface, make, said):
+def test_an_engine_of_another_library_is_rejected(name, built, interface, make, said):
     creator = built.creators[interface, name]
     data = make(name).serialized()
     last = 3 if name == WRITE else 1  # two of WRITE's fields may be lacking: the test below
@@ -451,7 +451,7 @@ def with_value(data, interface: str, field: str, value: int):
 
 @pytest.mark.parametrize("less", [1, None], ids=["smaller", "negative"])
 @pytest.mark.parametrize("name", NAMES)
-def test_an_engine_with_too_small_a_workspace_is_refused(name, less, built, interface, make, said):
+def test_an_engine_with_too_small_a_workspace_is_rejected(name, less, built, interface, make, said):
     """An engine of a smaller GPU, or one with a negative size, which is beyond any as an unsigned number."""
     plugin = make(name)
     needed = plugin.workspace_bytes()
@@ -462,13 +462,13 @@ def test_an_engine_with_too_small_a_workspace_is_refused(name, less, built, inte
 
 
 @pytest.mark.parametrize("version", [0, -1, 1 << 30])
-def test_an_engine_of_another_format_is_refused(version, built, interface, make, said):
+def test_an_engine_of_another_format_is_rejected(version, built, interface, make, said):
     other = with_value(make(WRITE).serialized(), interface, "format_version", version)
     assert built.creators[interface, WRITE].deserialize(other) is None
     assert f"the engine stores cache format {version} and this library writes format 1: rebuild" in said()
 
 
-def test_an_engine_whose_products_overflow_is_refused(built, interface, make, said):
+def test_an_engine_whose_products_overflow_is_rejected(built, interface, make, said):
     data = make(ATTENTION).serialized()
     for field in ("num_heads", "num_kv_heads"):
         data = with_value(data, interface, field, 1 << 30)
@@ -637,7 +637,7 @@ BAD_STEPS = [
 
 
 @pytest.mark.parametrize(("name", "change", "message"), BAD_STEPS)
-def test_shapes_that_do_not_fit_are_refused(name, change, message, built, make, said):
+def test_shapes_that_do_not_fit_are_rejected(name, change, message, built, make, said):
     plugin = make(name)
     step = StepOf([5, 3], 4)
     assert step.run(built, plugin, name, change=change) != 0
@@ -694,7 +694,7 @@ def corrupt(step: StepOf, **changes: Any) -> StepOf:
         (ATTENTION, {"windows": (1, -5)}, "host_max_attention_window_sizes is -5 for layer 1"),
     ],
 )
-def test_host_tensors_that_make_no_step_are_refused(name, changes, message, built, make, said):
+def test_host_tensors_that_make_no_step_are_rejected(name, changes, message, built, make, said):
     assert corrupt(StepOf([5, 3], 4), **changes).run(built, make(name), name) != 0
     assert message in said()
     assert not lib.recorded_calls(built.library)
@@ -707,7 +707,7 @@ def test_a_layer_that_the_host_tensors_lack(name, built, make, said):
 
 
 @pytest.mark.parametrize("name", PLUGINS)
-def test_a_refused_launch_is_an_error(name, built, make, said):
+def test_a_rejected_launch_is_an_error(name, built, make, said):
     lib.recorded_calls(built.library, next_error=98)
     assert StepOf([5], 1).run(built, make(name), name) != 0
     kernel = "rotate_quantize_kv" if name == WRITE else "prefill_attention"

@@ -93,7 +93,7 @@ def test_without_tensorrt_a_call_says_so(built):
     assert f"TensorRT {built.major}, which these plugins were built for, is not there: load libnvinfer.so" in err
 
 
-def test_a_registry_that_refuses(built):
+def test_a_registry_that_rejects(built):
     out, _ = run(built, "load_tensorrt(); tensorrt.fake_refuse(); print(init())")
     assert "False" in out
     assert any(f"logged: {lib.WRITE}: TensorRT's registry rejected version {FORMAT_VERSION}" in line for line in out)

@@ -1,7 +1,7 @@
 """How every command fails at a user's mistake."""
 
 
-def refused(capsys, main, *argv):
+def rejected(capsys, main, *argv):
     """Run a command that must fail as a user's mistake does: its sentence."""
     assert main([str(a) for a in argv]) == 2
     out, err = capsys.readouterr()

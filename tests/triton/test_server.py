@@ -604,6 +604,6 @@ def test_port_in_use(server, engine_dir, tmp_path):
     ports = free_ports(2)
     command += ["--model_repo", tmp_path / "repo", "--grpc_port", server.grpc, "--http_port", ports[0]]
     command += ["--metrics_port", ports[1]]
-    refused = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert refused.stderr.startswith(f"error: --grpc_port {server.grpc} cannot be used on 127.0.0.1")
+    rejected = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert rejected.returncode == 2
+    assert rejected.stderr.startswith(f"error: --grpc_port {server.grpc} cannot be used on 127.0.0.1")

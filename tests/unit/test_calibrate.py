@@ -34,7 +34,7 @@ from saw_trtllm.runtime.tokenizer import Tokenizer
 from tests.support.eval_text import calibration_ids
 from tests.support.example import EXAMPLE
 from tests.support.models import make_hf_model
-from tests.support.rejection import refused
+from tests.support.rejection import rejected
 from tests.support.tolerance import model_rounding
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
@@ -322,7 +322,7 @@ def test_other_dtypes_and_splits_of_a_model_are_the_same_model(dtype, folders, c
         calibrations[family].check(Checkpoint.open(tmp_path / family))
 
 
-def test_calibrations_of_other_models_are_refused(folders, calibrations, tmp_path):
+def test_calibrations_of_other_models_are_rejected(folders, calibrations, tmp_path):
     checkpoint = Checkpoint.open(folders["qwen2"])
     for family, said in (("llama", "architecture LlamaForCausalLM"), ("qwen3", "architecture Qwen3ForCausalLM")):
         with pytest.raises(ConfigError, match=said):
@@ -377,7 +377,7 @@ def test_texts_and_conversations_share_the_tokens(folders, tmp_path, capsys):
     assert read_chats(tmp_path / "chats.jsonl", folder) == ["[user] import os\n[assistant] def read(path):\n"] * 2
     (tmp_path / "bad.jsonl").write_text(json.dumps(chat) + '\n{"text": 1}\n')
     argv = ["--model_dir", folder, "--chat", tmp_path / "bad.jsonl"]
-    assert "bad.jsonl has no conversation in line 2" in refused(capsys, saw_calibrate.main, *argv)
+    assert "bad.jsonl has no conversation in line 2" in rejected(capsys, saw_calibrate.main, *argv)
     many = tmp_path / "many.jsonl"
     many.write_text((json.dumps(chat) + "\n") * 40)
     options = {"text": argparse.__file__, "chat": str(many), "output": tmp_path / "c", "max_tokens": 1200}
@@ -400,7 +400,7 @@ def test_texts_and_conversations_share_the_tokens(folders, tmp_path, capsys):
 def test_frames_belong_to_the_rotated_cache(flags, said, folders, calibrations, tmp_path, capsys):
     calibrations["llama"].save(tmp_path / "c")
     argv = ["--model_dir", folders["llama"], "--calibration", tmp_path / "c", *flags]
-    assert said in refused(capsys, saw_build.main, *argv, "--output_dir", tmp_path / "engine")
+    assert said in rejected(capsys, saw_build.main, *argv, "--output_dir", tmp_path / "engine")
 
 
 @pytest.mark.parametrize(("magnitude", "warned"), [(60.0, True), (600.0, True), (0.01, False)])
@@ -447,19 +447,19 @@ def bad_file(path, kind, tmp_path):
         *("format 1", "format 3"),
     ],
 )
-def test_bad_calibration_files_are_refused(kind, folders, calibrations, tmp_path, capsys):
+def test_bad_calibration_files_are_rejected(kind, folders, calibrations, tmp_path, capsys):
     calibrations["llama"].save(tmp_path / "c")
     bad = bad_file(tmp_path / "c", kind, tmp_path)
     out = tmp_path / "engine"
     argv = ["--model_dir", folders["llama"], "--calibration", bad, "--output_dir", out]
-    assert "saw-calibrate" in refused(capsys, saw_build.main, *argv)
+    assert "saw-calibrate" in rejected(capsys, saw_build.main, *argv)
     assert not out.exists()
 
 
-def test_another_models_calibration_is_refused_by_saw_build(folders, calibrations, tmp_path, capsys):
+def test_another_models_calibration_is_rejected_by_saw_build(folders, calibrations, tmp_path, capsys):
     calibrations["llama"].save(tmp_path / "c")
     argv = ["--model_dir", folders["mistral"], "--calibration", tmp_path / "c", "--output_dir", tmp_path / "engine"]
-    assert "the calibration is of a model with architecture" in refused(capsys, saw_build.main, *argv)
+    assert "the calibration is of a model with architecture" in rejected(capsys, saw_build.main, *argv)
     assert not (tmp_path / "engine").exists()
 
 
@@ -478,11 +478,11 @@ def test_another_models_calibration_is_refused_by_saw_build(folders, calibration
         ({"--checkpoint_dir": "x"}, "both of --checkpoint_dir and --model_dir"),
     ],
 )
-def test_bad_calibrate_flags_are_refused(change, said, tmp_path, capsys, monkeypatch):
+def test_bad_calibrate_flags_are_rejected(change, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = {"--model_dir": EXAMPLE, "--text": argparse.__file__} | change
     argv = [word for flag, value in flags.items() if value is not None for word in (flag, value)]
-    assert said in refused(capsys, saw_calibrate.main, *argv)
+    assert said in rejected(capsys, saw_calibrate.main, *argv)
     assert not list(tmp_path.iterdir())
 
 
@@ -494,7 +494,7 @@ def test_weights_that_are_not_numbers_are_named(value, tmp_path, capsys):
     save_torch(weights, model / "model.safetensors", {"format": "pt"})
     said = "tensor 'model.layers.2.self_attn.v_proj.weight' holds NaN or infinite weights"
     argv = ["--model_dir", model, "--text", argparse.__file__, "--output", tmp_path / "c"]
-    assert said in refused(capsys, saw_calibrate.main, *argv)
-    assert said in refused(capsys, saw_build.main, "--model_dir", model, "--output_dir", tmp_path / "engine")
+    assert said in rejected(capsys, saw_calibrate.main, *argv)
+    assert said in rejected(capsys, saw_build.main, "--model_dir", model, "--output_dir", tmp_path / "engine")
     assert not (tmp_path / "c").exists()
     assert not list((tmp_path / "engine").iterdir())

@@ -10,7 +10,7 @@ import pytest
 from saw_trtllm import LLM, SamplingParams
 from saw_trtllm.cli import run as saw_run
 from saw_trtllm.errors import RequestError
-from tests.support.rejection import refused
+from tests.support.rejection import rejected
 
 USER = {"role": "user", "content": "write a class"}
 PROMPT = "<|begin_of_text|># user: write a class\n# assistant:"
@@ -87,4 +87,4 @@ def test_run_gives_an_answer_the_room_that_is_left(chat_engine, capsys):
     ],
 )
 def test_run_says_which_flags_belong_together(chat_engine, argv, said, capsys):
-    assert said in refused(capsys, saw_run.main, "--engine_dir", chat_engine, *argv)
+    assert said in rejected(capsys, saw_run.main, "--engine_dir", chat_engine, *argv)

@@ -310,6 +310,6 @@ def test_orders_of_a_head_dim():
         ({"range_factor": float("nan")}, "range_factor"),
     ],
 )
-def test_bad_formats_are_refused(fields, said):
+def test_bad_formats_are_rejected(fields, said):
     with pytest.raises(ConfigError, match=said):
         KVFormat(**{"kv": "saw_int4", "head_dim": 128} | fields)

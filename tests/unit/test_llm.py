@@ -777,7 +777,7 @@ def test_stats_count(open_llm):
     handle.abort()
 
 
-# -- refused
+# -- rejected
 
 
 @pytest.mark.parametrize(
@@ -805,7 +805,7 @@ def test_stats_count(open_llm):
         ([5], {"min_tokens": 1, "stop_token_ids": range(1024)}, "every token ends the text"),
     ],
 )
-def test_requests_that_do_not_fit_are_refused_at_once(open_llm, prompt, params, said):
+def test_requests_that_do_not_fit_are_rejected_at_once(open_llm, prompt, params, said):
     llm = open_llm()
     with pytest.raises(RequestError, match=said):
         llm.generate_async(prompt, SamplingParams(**params))
@@ -869,7 +869,7 @@ def test_a_bad_request_among_others_starts_none(open_llm):
     assert llm.stats().requests_total == 0
 
 
-def test_a_request_that_the_cache_cannot_hold_is_refused(open_llm):
+def test_a_request_that_the_cache_cannot_hold_is_rejected(open_llm):
     llm = open_llm(kv_cache_config=KvCacheConfig(max_tokens=64))
     with pytest.raises(RequestError, match="65 tokens, 3 blocks, and the KV cache has 2"):
         llm.generate([5] * 60, SamplingParams(max_tokens=5))
@@ -909,7 +909,7 @@ def test_logits_need_an_engine_built_for_them(tmp_path):
     ]
     + [{"free_gpu_memory_fraction": f} for f in (0, -1, 1.1)],
 )
-def test_bad_cache_sizes_are_refused(fields):
+def test_bad_cache_sizes_are_rejected(fields):
     with pytest.raises(ConfigError, match="KV cache"):
         KvCacheConfig(**fields)
 
@@ -924,7 +924,7 @@ def test_bad_cache_sizes_are_refused(fields):
         ({"prefill_chunk": 8192}, "prefill_chunk is 8192"),
     ],
 )
-def test_bad_engine_options_are_refused(engine, options, said):
+def test_bad_engine_options_are_rejected(engine, options, said):
     with pytest.raises(EngineError, match=said):
         LLM(engine("saw_int4"), **options)
 

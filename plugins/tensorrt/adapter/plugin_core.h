@@ -1,4 +1,4 @@
-// What the two adapters do alike: an op behind checks of its tensors, and the border that no exception crosses.
+// What the two adapters do alike: an op after checks of its tensors, and the border that no exception crosses.
 #pragma once
 
 #include <exception>

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from saw_trtllm import format as fmt
-from saw_trtllm.backends.reference.invariant import linear
+from saw_trtllm.backends.reference.gemm import linear
 from saw_trtllm.format import KVFormat
 
 TORCH_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

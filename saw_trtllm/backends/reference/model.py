@@ -8,14 +8,16 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from saw_trtllm.backends.reference.cache import PagedCache, StepPlan
+from saw_trtllm.backends.reference.gemm import linear
 from saw_trtllm.backends.reference.int4 import TORCH_DTYPES
-from saw_trtllm.backends.reference.invariant import aligned, gelu, linear, silu, tanh
+from saw_trtllm.backends.reference.invariant import aligned, tanh
+from saw_trtllm.backends.reference.lookup import lookup
 from saw_trtllm.backends.reference.paged_attention import paged_attention
 from saw_trtllm.backends.reference.rms_norm import rms_norm
 from saw_trtllm.backends.reference.rotate_quantize_kv import rotate_quantize_kv
+from saw_trtllm.backends.reference.silu_mul import gelu, silu
 from saw_trtllm.checkpoint import expected_shapes, shard_shape
 from saw_trtllm.engine.config import EngineConfig, k_center_name, k_frame_name, q_frame_name
 from saw_trtllm.engine.step import StepInputs
@@ -176,11 +178,7 @@ class ReferenceModel:
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding, of which a rank has some: of the others it adds zeros."""
-        if self._collectives.size == 1:
-            return F.embedding(ids, self._embedding)
-        local = ids - self._collectives.rank * len(self._embedding)
-        has = (local >= 0) & (local < len(self._embedding))
-        return self._sum(F.embedding(local * has, self._embedding) * has[..., None])
+        return self._sum(lookup(self._embedding, ids - self._collectives.rank * len(self._embedding)))
 
     def _sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks."""

@@ -14,7 +14,8 @@ from functools import reduce
 import torch
 
 from saw_trtllm.backends.reference.cache import KEY_TILE, K, PagedPool, StepPlan, V
-from saw_trtllm.backends.reference.invariant import exp, pad_rows, products, row_sum, tanh
+from saw_trtllm.backends.reference.gemm import products, row_sum
+from saw_trtllm.backends.reference.invariant import exp, pad_rows, tanh
 
 #: Queries of a prefill that are attended at a time, so that scores do not grow with chunk x context.
 _QUERY_TILE = 512

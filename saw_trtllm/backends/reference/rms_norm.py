@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from saw_trtllm.backends.reference.invariant import row_sum
+from saw_trtllm.backends.reference.gemm import row_sum
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

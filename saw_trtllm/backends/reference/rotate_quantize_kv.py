@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 
 from saw_trtllm.backends.reference.cache import K, PagedPool, StepPlan, V
+from saw_trtllm.backends.reference.gemm import products
 from saw_trtllm.backends.reference.int4 import rotate
-from saw_trtllm.backends.reference.invariant import aligned, products
+from saw_trtllm.backends.reference.invariant import aligned
 
 
 def apply_rope(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What the sampling kernel reads, packed on the host: ``saw::SampleRow`` and ``saw::ListedToken`` of saw/ops.h."""
+"""What the sampling kernel reads of a step, packed on the host."""
 
 from __future__ import annotations
 
@@ -6,30 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from saw_trtllm.ops.sample import BANNED, BY_LIKELIHOOD, BY_TOKEN, GREEDY, LISTED, NOTHING, ROW
 from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.sampling_params import SamplingParams
-
-#: How to choose one sequence's next token.
-ROW = np.dtype(
-    [
-        ("seed", np.uint64),
-        ("index", np.uint64),
-        ("temperature", np.float64),
-        ("top_p", np.float64),
-        ("repetition_penalty", np.float64),
-        ("presence_penalty", np.float64),
-        ("frequency_penalty", np.float64),
-        ("listed", np.uint64),
-        ("num_listed", np.int32),
-        ("top_k", np.int32),
-        ("draw", np.int32),
-        ("wants_logprob", np.int32),
-    ]
-)
-#: A token whose logit changes before the choice. ``logit`` is the kernel's own.
-LISTED = np.dtype([("token", np.int32), ("count", np.int32), ("logit", np.float32)])
-BANNED = -1
-NOTHING, GREEDY, BY_TOKEN, BY_LIKELIHOOD = range(4)
 
 
 class StagedRows:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from saw_trtllm.backends.tensorrt import cuda
-from saw_trtllm.backends.tensorrt.sample_rows import LISTED, ROW, StagedRows, TokenLists
-from saw_trtllm.errors import EngineError, KernelError
-from saw_trtllm.ops.arrays import kernels
+from saw_trtllm.backends.tensorrt.sample_rows import StagedRows, TokenLists
+from saw_trtllm.errors import EngineError
+from saw_trtllm.ops.arrays import kernels, raise_for
+from saw_trtllm.ops.sample import LISTED, ROW
 from saw_trtllm.runtime.sampling import SamplingState
 
 
@@ -92,7 +93,7 @@ class GpuSampler:
             vocab_size=self._vocab_size,
             stream=stream,
         )
-        self._raise_for(code, "sample", f"{num_rows} rows of {self._vocab_size} logits")
+        raise_for(code, "sample", f"{num_rows} rows of {self._vocab_size} logits")
 
     def enqueue(self, logits_ptr: int, rows_ptr: int, num_rows: int, stream: int) -> None:
         """:meth:`upload` and :meth:`launch`."""
@@ -110,7 +111,7 @@ class GpuSampler:
         code = self._module.resolve_tokens(
             input_ids=input_ids_ptr, num_tokens=num_tokens, tokens=self.tokens_ptr, stream=stream
         )
-        self._raise_for(code, "resolve_tokens", f"{num_tokens} tokens")
+        raise_for(code, "resolve_tokens", f"{num_tokens} tokens")
 
     def close(self) -> None:
         """Free what it holds."""
@@ -118,13 +119,6 @@ class GpuSampler:
         self._rows.close()
         for rows in self._sets:
             rows.close()
-
-    def _raise_for(self, code: int, kernel: str, work: str) -> None:
-        if code:
-            raise KernelError(
-                f"{kernel} could not be launched ({self._module.error_string(code)}) for {work}: check that the "
-                f"kernels were built for this GPU"
-            )
 
 
 class _Set:

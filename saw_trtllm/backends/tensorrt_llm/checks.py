@@ -119,7 +119,7 @@ def check_attention(name: str, attention: Any) -> None:
         "Q, K and V projected apart": attention.qkv is None,
         "a q/k norm with weights for each head": attention.qk_layernorm and not attention.layernorm_share,
     }
-    _refuse(name, problems)
+    _reject(name, problems)
     check_heads(attention.num_attention_heads, attention.num_attention_kv_heads)
 
 
@@ -153,7 +153,7 @@ def check_call(name: str, call: Mapping[str, Any]) -> None:
         "Q, K and V projected apart": isinstance(call["qkv"], list),
         "no KV cache": not call["use_cache"],
     }
-    _refuse(name, problems)
+    _reject(name, problems)
     check_heads(call["num_heads"], call["num_kv_heads"])
 
 
@@ -167,7 +167,7 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
         )
 
 
-def _refuse(name: str, problems: Mapping[str, bool]) -> None:
+def _reject(name: str, problems: Mapping[str, bool]) -> None:
     found = [problem for problem, there in problems.items() if there]
     if found:
         raise ConfigError(f"{name} has {', '.join(found)}, which a SAW cache does not support: build it without SAW")

@@ -66,7 +66,7 @@ class IPluginCreatorV3One(IPluginCreator):
         try:
             return SawPlugin(self.name, _parse_fields(self.name, field_collection))
         except (KeyError, ValueError):
-            return None  # what TensorRT gives when a creator throws or refuses
+            return None  # what TensorRT gives when a creator throws or rejects
 
 
 _INT, _FLOAT, _TEXT = PluginFieldType.INT32, PluginFieldType.FLOAT32, PluginFieldType.CHAR

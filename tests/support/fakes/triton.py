@@ -88,7 +88,7 @@ class InferenceRequest:
 
 
 class Sender:
-    """A response sender that holds on to what was sent, and refuses what Triton would refuse."""
+    """A response sender that holds on to what was sent, and rejects what Triton would refuse."""
 
     def __init__(self):
         self.responses = []

@@ -713,7 +713,7 @@ def test_engine_folder(broken):
 
 @pytest.mark.parametrize("value", [None, -1, 0, 1.5, "x", [], [None], {}, {"a": 1}, True, 1e4, float("nan")], ids=str)
 @pytest.mark.parametrize("format_", ["huggingface", "tensorrt_llm"])
-def test_any_value_of_any_key_is_taken_or_refused_in_one_sentence(tmp_path, format_, value):
+def test_any_value_of_any_key_is_taken_or_rejected_in_one_sentence(tmp_path, format_, value):
     folder, _ = make_hf_model(tmp_path, "qwen2", num_hidden_layers=1, use_sliding_window=True, max_window_layers=0)
     extra = ("rope_theta", "rope_scaling", "quantization_config", "partial_rotary_factor", "layer_types", "torch_dtype")
     if format_ == "tensorrt_llm":

@@ -36,7 +36,7 @@ def command(model_dir: Path, output_dir: Path, **flags) -> int:
     return main(argv)
 
 
-def refused(capsys, model_dir: Path, output_dir: Path, **flags) -> str:
+def rejected(capsys, model_dir: Path, output_dir: Path, **flags) -> str:
     """Run a conversion that must fail, and return its one line on stderr."""
     assert command(model_dir, output_dir, **flags) == 2
     out, err = capsys.readouterr()
@@ -175,12 +175,12 @@ def pickled(folder: Path) -> str:
 @pytest.mark.parametrize("damage", [no_config, truncated, missing_shard, unknown_architecture, pickled])
 def test_bad_model(broken, tmp_path, capsys, damage):
     culprit = damage(broken)
-    assert culprit in refused(capsys, broken, tmp_path / "out")
+    assert culprit in rejected(capsys, broken, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_missing_model(tmp_path, capsys):
-    assert str(tmp_path / "nowhere") in refused(capsys, tmp_path / "nowhere", tmp_path / "out")
+    assert str(tmp_path / "nowhere") in rejected(capsys, tmp_path / "nowhere", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_missing_model(tmp_path, capsys):
     ],
 )
 def test_tp_size_that_does_not_split(llama, tmp_path, capsys, tp_size, culprit):
-    message = refused(capsys, llama, tmp_path / "out", tp_size=tp_size)
+    message = rejected(capsys, llama, tmp_path / "out", tp_size=tp_size)
     assert str(tp_size) in message
     assert culprit in message
     assert not (tmp_path / "out").exists()
@@ -209,12 +209,12 @@ def test_tp_size_that_does_not_split(llama, tmp_path, capsys, tp_size, culprit):
 )
 def test_heads_and_mlp_that_do_not_split(tmp_path, capsys, fields, tp_size, culprit):
     folder, _ = make_hf_model(tmp_path, "llama", **fields)
-    assert culprit in refused(capsys, folder, tmp_path / "out", tp_size=tp_size)
+    assert culprit in rejected(capsys, folder, tmp_path / "out", tp_size=tp_size)
 
 
 def test_output_below_a_file(llama, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert str(tmp_path / "file" / "out") in refused(capsys, llama, tmp_path / "file" / "out")
+    assert str(tmp_path / "file" / "out") in rejected(capsys, llama, tmp_path / "file" / "out")
 
 
 def test_output_that_fills_up(llama, tmp_path, capsys, monkeypatch):
@@ -222,7 +222,7 @@ def test_output_that_fills_up(llama, tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(convert.SafetensorsWriter, "write", write)
-    message = refused(capsys, llama, tmp_path / "out")
+    message = rejected(capsys, llama, tmp_path / "out")
     assert str(tmp_path / "out") in message
     assert "No space left on device" in message
     assert list((tmp_path / "out").iterdir()) == []
@@ -230,10 +230,10 @@ def test_output_that_fills_up(llama, tmp_path, capsys, monkeypatch):
 
 def test_output_is_another_model(llama, broken, tmp_path, capsys):
     before = {p.name: p.read_bytes() for p in broken.iterdir()}
-    assert str(broken) in refused(capsys, broken, broken)
-    assert str(broken) in refused(capsys, llama, broken)
+    assert str(broken) in rejected(capsys, broken, broken)
+    assert str(broken) in rejected(capsys, llama, broken)
     (tmp_path / "link").symlink_to(broken)
-    assert str(tmp_path / "link") in refused(capsys, broken, tmp_path / "link")
+    assert str(tmp_path / "link") in rejected(capsys, broken, tmp_path / "link")
     assert {p.name: p.read_bytes() for p in broken.iterdir()} == before
 
 
@@ -243,7 +243,7 @@ def test_weights_too_large_for_float16(tmp_path, capsys):
     tensors = load_file(folder / "model.safetensors")
     tensors[name][3, 4] = 70000.0
     save_file(tensors, folder / "model.safetensors")
-    message = refused(capsys, folder, tmp_path / "out", dtype="float16", tp_size=2)
+    message = rejected(capsys, folder, tmp_path / "out", dtype="float16", tp_size=2)
     assert f"{folder / 'model.safetensors'}: tensor {name!r}" in message
     assert "bfloat16" in message
     assert list((tmp_path / "out").iterdir()) == []

@@ -29,7 +29,7 @@ from saw_trtllm.errors import CheckpointError, ConfigError, SawError
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from tests.support.example import EXAMPLE
 from tests.support.models import make_hf_model
-from tests.support.rejection import refused
+from tests.support.rejection import rejected
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234\n"
 INDEX = "model.safetensors.index.json"
@@ -187,7 +187,7 @@ def test_weights_in_8_bits(model):
 def test_numbers_that_no_model_has(model, tmp_path, capsys, fields, word):
     edit(model / "config.json", **fields)
     assert word in open_error(model)
-    assert word in refused(capsys, saw_build.main, "--model_dir", model, "--output_dir", tmp_path / "out")
+    assert word in rejected(capsys, saw_build.main, "--model_dir", model, "--output_dir", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -217,14 +217,14 @@ def test_numbers_that_no_tensorrt_llm_model_has(model, tmp_path, fields, word):
 def test_flags_that_no_engine_has(model, tmp_path, capsys, flag):
     edit(model / "config.json", rope_scaling={"type": "linear", "factor": 1e8})
     out = tmp_path / "out"
-    assert flag[2:] in refused(capsys, saw_build.main, "--model_dir", model, "--output_dir", out, flag, 10**8)
+    assert flag[2:] in rejected(capsys, saw_build.main, "--model_dir", model, "--output_dir", out, flag, 10**8)
 
 
 def test_a_table_of_positions_larger_than_the_memory(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         "saw_trtllm.backends.reference.backend.ReferenceBackend.free_memory", lambda self: 256 * 64 * 4 - 1
     )
-    said = refused(capsys, saw_build.main, "--model_dir", model, "--output_dir", tmp_path / "out")
+    said = rejected(capsys, saw_build.main, "--model_dir", model, "--output_dir", tmp_path / "out")
     assert "max_seq_len 256 needs a RoPE table of 65,536 bytes" in said
 
 
@@ -242,7 +242,7 @@ def test_a_table_of_positions_larger_than_the_memory(model, tmp_path, capsys, mo
 @pytest.mark.parametrize("name", ["config.json", INDEX, "tokenizer_config.json"])
 def test_json_that_nobody_wrote_by_hand(model, tmp_path, capsys, name, text, word):
     (model / name).write_text(text)
-    said = refused(capsys, saw_build.main, "--model_dir", model, "--output_dir", tmp_path / "out")
+    said = rejected(capsys, saw_build.main, "--model_dir", model, "--output_dir", tmp_path / "out")
     assert str(model / name) in said
     assert word in said
 
@@ -307,7 +307,7 @@ def folder_for_weights(folder: Path) -> str:
 )
 def test_a_folder_of_another_kind_is_told_what_it_is(model, tmp_path, capsys, kind):
     words = kind(model)
-    assert words in refused(capsys, saw_build.main, "--model_dir", model, "--output_dir", tmp_path / "out")
+    assert words in rejected(capsys, saw_build.main, "--model_dir", model, "--output_dir", tmp_path / "out")
 
 
 # Links and pipes
@@ -330,7 +330,7 @@ def test_a_link_copies_nothing_from_outside(model, tmp_path, capsys, name):
     (model / name).symlink_to("../secret")
     for main in (saw_build.main, saw_convert.main):
         out = tmp_path / "out"
-        said = refused(capsys, main, "--model_dir", model, "--output_dir", out)
+        said = rejected(capsys, main, "--model_dir", model, "--output_dir", out)
         assert f"{model / name} is a link to {secret}, outside the model's folder" in said
         assert not out.exists() or not list(out.iterdir())
 
@@ -370,7 +370,7 @@ def test_a_pipe_is_not_waited_for(model, tmp_path, capsys, name):
     said = []
     argv = ("--model_dir", model, "--output_dir", tmp_path / "out")
     # In a thread, so that a reader that waits fails this test instead of stopping all of them.
-    thread = threading.Thread(target=lambda: said.append(refused(capsys, saw_build.main, *argv)), daemon=True)
+    thread = threading.Thread(target=lambda: said.append(rejected(capsys, saw_build.main, *argv)), daemon=True)
     thread.start()
     thread.join(60)
     assert said
@@ -414,7 +414,7 @@ def test_a_folder_that_may_not_be_read(engine, tmp_path, capsys, monkeypatch, fo
     folder = Path(shutil.copytree(engine("saw_int4"), tmp_path / "theirs"))
     main, argv = COMMANDS[command]
     forbidden.append(str(folder) + (below if "--calibration" not in command and "--output" not in command else ""))
-    said = refused(capsys, main, *(str(a).format(folder) for a in argv))
+    said = rejected(capsys, main, *(str(a).format(folder) for a in argv))
     assert "may not be looked at by this user: ask its owner" in said
 
 
@@ -436,7 +436,7 @@ def test_a_record_in_a_folder_that_may_not_be_looked_at(tmp_path, monkeypatch, f
 def test_a_file_that_may_not_be_read(model, tmp_path, capsys, monkeypatch):
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, *a, **k: Path(path).name != "tokenizer.json" and real(path, *a, **k))
-    said = refused(capsys, saw_build.main, "--model_dir", model, "--output_dir", tmp_path / "out")
+    said = rejected(capsys, saw_build.main, "--model_dir", model, "--output_dir", tmp_path / "out")
     assert f"{model / 'tokenizer.json'} may not be read by this user" in said
 
 

@@ -31,7 +31,7 @@ from tests.support.example import EXAMPLE
 from tests.support.fakes.gpu import FREE, pretend_gpu
 from tests.support.fakes.gpu import NAME as GPU_NAME
 from tests.support.models import make_hf_model
-from tests.support.rejection import refused
+from tests.support.rejection import rejected
 
 
 @pytest.fixture(autouse=True)
@@ -188,18 +188,18 @@ def test_a_failed_build_leaves_the_old_engine(model, tmp_path, capsys):
     weights["model.layers.2.mlp.down_proj.weight"][3, 4] = 1e6
     save_file(weights, model / "model.safetensors")
     capsys.readouterr()
-    err = refused(capsys, saw_build.main, *argv)
+    err = rejected(capsys, saw_build.main, *argv)
     assert "too large for float16" in err
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
-def test_folded_weights_too_large_for_the_dtype_are_refused(model, tmp_path, capsys):
+def test_folded_weights_too_large_for_the_dtype_are_rejected(model, tmp_path, capsys):
     """Eight weights of 60000 fit into fp16; what the rotation makes of them does not."""
     weights = {n: w.astype(np.float16) for n, w in load_file(model / "model.safetensors").items()}
     weights["model.layers.0.self_attn.v_proj.weight"][:16] = 60000
     save_file(weights, model / "model.safetensors")
     edit(model / "config.json", dtype="float16")
-    err = refused(capsys, saw_build.main, "--model_dir", model, "--output_dir", tmp_path / "engine")
+    err = rejected(capsys, saw_build.main, "--model_dir", model, "--output_dir", tmp_path / "engine")
     assert "too large for float16" in err
     assert no_engine(tmp_path / "engine")
 
@@ -248,7 +248,7 @@ def test_a_tokenizer_larger_than_the_model_is_a_warning(model, tmp_path, capsys)
     out = tmp_path / "out"
     assert saw_build.main(["--model_dir", str(model), "--output_dir", str(out)]) == 0
     assert "has 1024 tokens and the model 203: a prompt with a token beyond" in capsys.readouterr().err
-    assert "ids go from 0 to 202" in refused(capsys, saw_run.main, "--engine_dir", out, "--input_text", "def main():")
+    assert "ids go from 0 to 202" in rejected(capsys, saw_run.main, "--engine_dir", out, "--input_text", "def main():")
 
 
 def test_weights_that_are_not_finite_are_named_as_in_the_users_file(model, tmp_path, capsys):
@@ -257,23 +257,25 @@ def test_weights_that_are_not_finite_are_named_as_in_the_users_file(model, tmp_p
     weights[name][3, 4] = np.nan
     save_file(weights, path)
     for main, out in ((saw_build.main, tmp_path / "engine"), (saw_convert.main, tmp_path / "ckpt")):
-        said = refused(capsys, main, "--model_dir", model, "--output_dir", out)
+        said = rejected(capsys, main, "--model_dir", model, "--output_dir", out)
         assert f"{path}: tensor {name!r} holds NaN or infinite weights" in said
         assert no_engine(out)
 
 
 @pytest.mark.parametrize("damage", BAD_MODELS)
-def test_bad_models_are_refused(damage, model, tmp_path, capsys):
+def test_bad_models_are_rejected(damage, model, tmp_path, capsys):
     spoil, said = BAD_MODELS[damage]
     spoil(model)
     for dry_run in ([], ["--dry_run"]):
-        assert said in refused(capsys, saw_build.main, "--model_dir", model, "--output_dir", tmp_path / "out", *dry_run)
+        assert said in rejected(
+            capsys, saw_build.main, "--model_dir", model, "--output_dir", tmp_path / "out", *dry_run
+        )
         assert no_engine(tmp_path / "out")
 
 
 def test_a_head_dim_that_no_cache_holds(tmp_path, capsys):
     folder, _ = make_hf_model(tmp_path, "llama", head_dim=80)
-    err = refused(capsys, saw_build.main, "--model_dir", folder, "--output_dir", tmp_path / "out")
+    err = rejected(capsys, saw_build.main, "--model_dir", folder, "--output_dir", tmp_path / "out")
     assert "head_dim 80 is not supported" in err
     assert no_engine(tmp_path / "out")
 
@@ -305,9 +307,9 @@ def test_a_head_dim_that_no_cache_holds(tmp_path, capsys):
         ("--backend tensorrt_llm", "use --backend reference"),
     ],
 )
-def test_bad_flags_are_refused(flags, said, small, tmp_path, capsys):
+def test_bad_flags_are_rejected(flags, said, small, tmp_path, capsys):
     argv = ["--model_dir", small, "--output_dir", tmp_path / "out", *flags.split()]
-    err = refused(capsys, saw_build.main, *argv)
+    err = rejected(capsys, saw_build.main, *argv)
     assert said in err
     assert "Value error" not in err
     assert no_engine(tmp_path / "out")
@@ -344,24 +346,24 @@ def test_a_default_length_gives_way_to_a_prompts(tmp_path):
 
 def test_one_source_is_needed(small, tmp_path, capsys):
     out = ["--output_dir", tmp_path / "out"]
-    assert "neither of" in refused(capsys, saw_build.main, *out)
+    assert "neither of" in rejected(capsys, saw_build.main, *out)
     both = ["--model_dir", small, "--checkpoint_dir", small]
-    assert "both of" in refused(capsys, saw_build.main, *both, *out)
-    assert "is not a folder" in refused(capsys, saw_build.main, "--model_dir", tmp_path / "none", *out)
-    assert "is not a folder" in refused(capsys, saw_build.main, "--model_dir", small / "config.json", *out)
+    assert "both of" in rejected(capsys, saw_build.main, *both, *out)
+    assert "is not a folder" in rejected(capsys, saw_build.main, "--model_dir", tmp_path / "none", *out)
+    assert "is not a folder" in rejected(capsys, saw_build.main, "--model_dir", small / "config.json", *out)
     assert no_engine(tmp_path / "out")
 
 
 def test_folders_that_cannot_or_must_not_be_written(model, engine, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert "cannot be written" in refused(capsys, saw_build.main, "--model_dir", model, "--output_dir", out)
+        assert "cannot be written" in rejected(capsys, saw_build.main, "--model_dir", model, "--output_dir", out)
     before = (model / "config.json").read_bytes()
-    assert "read from" in refused(capsys, saw_build.main, "--model_dir", model, "--output_dir", model)
+    assert "read from" in rejected(capsys, saw_build.main, "--model_dir", model, "--output_dir", model)
     other = shutil.copytree(model, tmp_path / "other")
-    assert "not an engine to replace" in refused(capsys, saw_build.main, "--model_dir", model, "--output_dir", other)
+    assert "not an engine to replace" in rejected(capsys, saw_build.main, "--model_dir", model, "--output_dir", other)
     assert (model / "config.json").read_bytes() == (other / "config.json").read_bytes() == before
-    assert "holds an engine" in refused(
+    assert "holds an engine" in rejected(
         capsys, saw_build.main, "--model_dir", engine("saw_int4"), "--output_dir", tmp_path / "out"
     )
 
@@ -415,7 +417,7 @@ def test_what_tensorrt_lacks_is_said_and_the_reference_taken(lacking, why, small
 
         monkeypatch.setattr("saw_trtllm.backends.tensorrt.device.compute_capability", fail)
     argv = ["--model_dir", str(small), "--output_dir", str(tmp_path / "out")]
-    assert why in refused(capsys, saw_build.main, *argv, "--backend", "tensorrt")
+    assert why in rejected(capsys, saw_build.main, *argv, "--backend", "tensorrt")
     assert saw_build.main([*argv, "--dry_run"]) == 0
     assert "(the default; " in (said := capsys.readouterr().out)
     assert why in said
@@ -433,10 +435,10 @@ def test_what_tensorrt_lacks_is_said_and_the_reference_taken(lacking, why, small
         ("--backend reference --multiple_profiles enable", "multiple_profiles was given"),
     ],
 )
-def test_bad_flags_for_tensorrt_are_refused(flags, said, small, tmp_path, monkeypatch, capsys):
+def test_bad_flags_for_tensorrt_are_rejected(flags, said, small, tmp_path, monkeypatch, capsys):
     pretend_gpu(monkeypatch)
     argv = ["--model_dir", small, "--output_dir", tmp_path / "out", *flags.split()]
-    assert said in refused(capsys, saw_build.main, *argv)
+    assert said in rejected(capsys, saw_build.main, *argv)
     assert no_engine(tmp_path / "out")
 
 
@@ -596,29 +598,29 @@ def test_run_stops_at_words(engine, capsys):
         ("--tokenizer_dir /nowhere", "tokenizer.json"),
     ],
 )
-def test_bad_requests_are_refused(flags, said, engine, capsys):
+def test_bad_requests_are_rejected(flags, said, engine, capsys):
     argv = ["--engine_dir", engine("saw_int4"), "--input_text", "def f(", *flags.split()]
-    assert said in refused(capsys, saw_run.main, *argv)
+    assert said in rejected(capsys, saw_run.main, *argv)
 
 
-def test_bad_prompts_are_refused(engine, tmp_path, capsys):
+def test_bad_prompts_are_rejected(engine, tmp_path, capsys):
     argv = ["--engine_dir", engine("saw_int4")]
-    assert "the prompt is empty" in refused(capsys, saw_run.main, *argv, "--input_text", "")
-    assert "prompt 2: the prompt is empty" in refused(capsys, saw_run.main, *argv, "--input_text", "good", "")
+    assert "the prompt is empty" in rejected(capsys, saw_run.main, *argv, "--input_text", "")
+    assert "prompt 2: the prompt is empty" in rejected(capsys, saw_run.main, *argv, "--input_text", "good", "")
     # Bytes of a command line that are no UTF-8 come as lone surrogates.
-    assert "not valid UTF-8" in refused(capsys, saw_run.main, *argv, "--input_text", "a\udcffb")
+    assert "not valid UTF-8" in rejected(capsys, saw_run.main, *argv, "--input_text", "a\udcffb")
     long = "x = 1\n" * 3000
-    assert "the engine takes 2047" in refused(capsys, saw_run.main, *argv, "--input_text", long)
+    assert "the engine takes 2047" in rejected(capsys, saw_run.main, *argv, "--input_text", long)
     bad = tmp_path / "prompts"
-    assert "cannot be read" in refused(capsys, saw_run.main, *argv, "--input_file", bad)
+    assert "cannot be read" in rejected(capsys, saw_run.main, *argv, "--input_file", bad)
     bad.write_bytes(b"good\nb\xffd\n")
-    assert "not valid UTF-8 at byte 6" in refused(capsys, saw_run.main, *argv, "--input_file", bad)
+    assert "not valid UTF-8 at byte 6" in rejected(capsys, saw_run.main, *argv, "--input_file", bad)
     bad.write_bytes(b"")
-    assert "holds no prompt" in refused(capsys, saw_run.main, *argv, "--input_file", bad)
+    assert "holds no prompt" in rejected(capsys, saw_run.main, *argv, "--input_file", bad)
     bad.write_bytes(b"one\n\ntwo\n")
-    assert f"line 2 of {bad} is empty: write a prompt" in refused(capsys, saw_run.main, *argv, "--input_file", bad)
+    assert f"line 2 of {bad} is empty: write a prompt" in rejected(capsys, saw_run.main, *argv, "--input_file", bad)
     bad.write_text(f"one\ntwo\n{long}".replace("x = 1\n", "x = 1;"), encoding="utf-8")
-    assert "line 3: the prompt has" in refused(capsys, saw_run.main, *argv, "--input_file", bad)
+    assert "line 3: the prompt has" in rejected(capsys, saw_run.main, *argv, "--input_file", bad)
 
 
 def other_weights(path):
@@ -658,15 +660,15 @@ BAD_ENGINES = {
 
 
 @pytest.mark.parametrize("damage", BAD_ENGINES)
-def test_bad_engines_are_refused(damage, broken_engine, capsys):
+def test_bad_engines_are_rejected(damage, broken_engine, capsys):
     spoil, said = BAD_ENGINES[damage]
     spoil(broken_engine)
-    assert said in refused(capsys, saw_run.main, "--engine_dir", broken_engine, "--input_text", "x", "--no_verify")
+    assert said in rejected(capsys, saw_run.main, "--engine_dir", broken_engine, "--input_text", "x", "--no_verify")
 
 
 def test_no_engine_at_all(tmp_path, capsys):
-    assert "is not a folder" in refused(capsys, saw_run.main, "--engine_dir", tmp_path / "none", "--input_text", "x")
-    assert "config.json" in refused(capsys, saw_run.main, "--engine_dir", tmp_path, "--input_text", "x")
+    assert "is not a folder" in rejected(capsys, saw_run.main, "--engine_dir", tmp_path / "none", "--input_text", "x")
+    assert "config.json" in rejected(capsys, saw_run.main, "--engine_dir", tmp_path, "--input_text", "x")
 
 
 @pytest.mark.parametrize("flags", ["--max_output_len many", "--temperature hot", "--top_k 1.5", "--seed x", "--what"])

@@ -12,7 +12,7 @@ import pytest
 
 from saw_trtllm.cli import serve as saw_serve
 from tests.support.example import EXAMPLE
-from tests.support.rejection import refused
+from tests.support.rejection import rejected
 
 
 def test_one_command_from_a_checkpoint_to_answers_and_back(tmp_path):
@@ -49,18 +49,18 @@ def test_one_command_from_a_checkpoint_to_answers_and_back(tmp_path):
 )
 def test_what_cannot_be_served(argv, said, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert said in refused(capsys, saw_serve.main, *argv)
+    assert said in rejected(capsys, saw_serve.main, *argv)
 
 
 def test_a_port_that_is_taken(engine, capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         flags = ["--kv_cache_max_tokens", "256", "--port", str(other.getsockname()[1])]
-        said = refused(capsys, saw_serve.main, "--engine_dir", engine("saw_int4"), *flags)
+        said = rejected(capsys, saw_serve.main, "--engine_dir", engine("saw_int4"), *flags)
     assert "cannot be listened on (Address already in use" in said
 
 
 def test_a_template_of_ones_own(engine, tmp_path, capsys):
     flags = ["--engine_dir", engine("saw_int4"), "--kv_cache_max_tokens", "256", "--chat_template"]
-    assert "does not exist: give a file that holds a chat template" in refused(
+    assert "does not exist: give a file that holds a chat template" in rejected(
         capsys, saw_serve.main, *flags, tmp_path / "none"
     )

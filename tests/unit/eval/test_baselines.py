@@ -1,4 +1,4 @@
-"""The paper's rivals do what their papers say, each on data that shows it."""
+"""The paper's peers do what their papers say, each on data that shows it."""
 
 import pytest
 import torch
@@ -134,17 +134,17 @@ def test_rounding_is_plain_where_queries_have_no_direction():
 # -- on the example model
 
 
-def test_rivals_on_the_example(example):
+def test_peers_on_the_example(example):
     """All are caches that work, and cost what they say."""
     data = gather(example, torch.tensor(calibration_ids(1024)).view(2, 512))
     assert [x.k.shape for x in data] == [(1024, 2, 128)] * 4
-    rivals = {
+    peers = {
         "per channel": PerChannelKeys(),
         "codebook": Codebook(data, 16, order=128),
         "hessian": HessianRounding(data, order=128),
         "row": Row4Bit(KVFormat("saw_int4", 128, range_factor=1.0)),
     }
-    found = evaluate(example, torch.tensor(held_out_ids(512))[None], rivals)
+    found = evaluate(example, torch.tensor(held_out_ids(512))[None], peers)
     assert all(0 < q.kl_mean < 0.1 for q in found.values())
     assert found["codebook"].kl_mean < found["row"].kl_mean
     assert {n: q.bytes_per_token for n, q in found.items()} == {
@@ -153,4 +153,4 @@ def test_rivals_on_the_example(example):
         "hessian": 4 * 2 * 2 * 68,
         "row": 4 * 2 * 2 * 68,
     }
-    assert bytes_per_token(rivals["row"], 4, 2, 128) == 1088
+    assert bytes_per_token(peers["row"], 4, 2, 128) == 1088

@@ -526,11 +526,11 @@ def test_a_tensorrt_llm_checkpoint_and_a_text_from_stdin(capsys, tmp_path, monke
 def test_a_report_says_what_it_lacks(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "saw_trtllm.eval.report", raising=False)
-    assert "pip install 'saw-trtllm[eval]'" in refused(capsys, "--report", tmp_path / "report")
+    assert "pip install 'saw-trtllm[eval]'" in rejected(capsys, "--report", tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
 
-def refused(capsys, *argv):
+def rejected(capsys, *argv):
     assert evaluated(*argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -562,12 +562,12 @@ def refused(capsys, *argv):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
 def test_what_cannot_work_is_said_in_a_sentence(capsys, argv, words):
-    assert words in refused(capsys, *argv)
+    assert words in rejected(capsys, *argv)
 
 
-def test_an_empty_text_is_refused(capsys, tmp_path):
+def test_an_empty_text_is_rejected(capsys, tmp_path):
     (tmp_path / "empty.txt").touch()
-    assert "gives 1 tokens and a window is 2" in refused(capsys, "--text", tmp_path / "empty.txt")
+    assert "gives 1 tokens and a window is 2" in rejected(capsys, "--text", tmp_path / "empty.txt")
 
 
 def test_a_token_that_the_model_does_not_have_is_rejected(capsys, tmp_path):
@@ -576,7 +576,7 @@ def test_a_token_that_the_model_does_not_have_is_rejected(capsys, tmp_path):
     tokenizer.add_special_tokens(["<pad>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "text").write_text("x = 1\n" * 100 + "<pad>")
-    said = refused(capsys, "--tokenizer_dir", tmp_path, "--text", tmp_path / "text")
+    said = rejected(capsys, "--tokenizer_dir", tmp_path, "--text", tmp_path / "text")
     assert "the text holds token 1024 and the model has 0 to 1023" in said
 
 
@@ -586,15 +586,15 @@ def test_weights_that_are_not_finite_are_named(capsys, tmp_path, value):
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.3.self_attn.k_proj.weight"][5, 7] = value
     save_file(weights, folder / "model.safetensors")
-    said = refused(capsys, "--model_dir", folder, "--max_tokens", 256)
+    said = rejected(capsys, "--model_dir", folder, "--max_tokens", 256)
     assert "model.safetensors: tensor 'model.layers.3.self_attn.k_proj.weight'" in said
 
 
-def test_a_calibration_of_another_model_is_refused(capsys, tmp_path):
+def test_a_calibration_of_another_model_is_rejected(capsys, tmp_path):
     other = make_hf_model(tmp_path, "llama")[0]
     ids = torch.randint(0, 203, (2, 128))
     calibrate(Checkpoint.open(other), ids).save(tmp_path / "other.safetensors")
-    assert "saw-calibrate on this model" in refused(capsys, "--calibration", tmp_path / "other.safetensors")
+    assert "saw-calibrate on this model" in rejected(capsys, "--calibration", tmp_path / "other.safetensors")
 
 
 def test_the_texts_are_there():

@@ -142,7 +142,7 @@ def test_planted_models_can_be_saved(tmp_path):
         assert torch.equal(logits(saved), logits(planted))
 
 
-def test_what_cannot_carry_a_key_bias_is_refused(tmp_path):
+def test_what_cannot_carry_a_key_bias_is_rejected(tmp_path):
     with pytest.raises(ConfigError, match="q/k norm"):
         plant_key_bias(make(tmp_path, "qwen3"))
     scaled = Checkpoint.open(make_hf_model(tmp_path, "llama", rope_parameters=YARN_ROPE)[0])

@@ -64,7 +64,7 @@ def test_table_is_transformers(head_dim, base, scaling):
         np.testing.assert_allclose(np.concatenate([table[..., i]] * 2, axis=-1), theirs[0], atol=2e-4)
 
 
-def test_unknown_scaling_is_refused():
+def test_unknown_scaling_is_rejected():
     with pytest.raises(ValidationError, match="dynamic"):
         model_config(64, 10000.0, {"rope_type": "dynamic", "factor": 2.0})
 

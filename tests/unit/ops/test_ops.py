@@ -19,7 +19,8 @@ from saw_trtllm.ops import arrays as device_array
 from tests.support import ROOT
 from tests.support.frames import random_frames, unpack_frame
 
-TYPESTR = {"float16": "<f2", "bfloat16": "<V2", "float32": "<f4", "int32": "<i4", "int64": "<i8", "uint8": "|u1"}
+TYPESTR = {"float16": "<f2", "bfloat16": "<V2", "float32": "<f4", "float64": "<f8"}
+TYPESTR |= {"int32": "<i4", "int64": "<i8", "uint8": "|u1"}
 HEADS, KV_HEADS, TOKENS, SEQUENCES = 8, 2, 11, 3
 
 
@@ -45,6 +46,7 @@ class FakeKernels:
     DType = SimpleNamespace(float16="float16", bfloat16="bfloat16")
     CacheType = SimpleNamespace(int4="int4", unquantized="unquantized")
     PagedPool = SimpleNamespace
+    MAX_VOCAB = 1 << 18
 
     def rotate_quantize_kv(self, **kwargs: Any) -> int:
         self.calls.append(("rotate_quantize_kv", kwargs))
@@ -70,6 +72,10 @@ class FakeKernels:
         self.calls.append(("lookup", kwargs))
         return self.code
 
+    def sample(self, **kwargs: Any) -> int:
+        self.calls.append(("sample", kwargs))
+        return self.code
+
     def decode_workspace_bytes(self, max_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
         return 1000 * max_sequences
 
@@ -80,7 +86,8 @@ class FakeKernels:
 @pytest.fixture
 def fake(monkeypatch) -> FakeKernels:
     kernels = FakeKernels()
-    for module in ("arrays", "lookup", "paged_attention", "pool", "rms_norm", "rotate_quantize_kv", "silu_mul"):
+    operations = ("lookup", "paged_attention", "rms_norm", "rotate_quantize_kv", "sample", "silu_mul")
+    for module in ("arrays", "pool", *operations):
         monkeypatch.setattr(sys.modules[f"saw_trtllm.ops.{module}"], "kernels", lambda: kernels)
     return kernels
 
@@ -150,7 +157,19 @@ def lookup_arguments() -> dict[str, Any]:
     return {"table": table, "rows": Fake("int32", TOKENS), "out": out}
 
 
+def sample_arguments() -> dict[str, Any]:
+    kinds = {
+        "logits": ("float32", 40, 1001),
+        "rows": ("uint8", 80 * SEQUENCES),
+        "tokens": ("int32", SEQUENCES),
+        "logprobs": ("float64", SEQUENCES),
+        "row_ends": ("int32", SEQUENCES),
+    }
+    return {name: Fake(*kind, address=4096 * i) for i, (name, kind) in enumerate(kinds.items(), 1)}
+
+
 ARGUMENTS = {
+    ops.sample: sample_arguments,
     ops.rms_norm: norm_arguments,
     ops.silu_mul: gate_arguments,
     ops.lookup: lookup_arguments,
@@ -255,7 +274,7 @@ BAD_WRITES = {
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_WRITES.values(), ids=BAD_WRITES.keys())
-def test_rotate_quantize_kv_refuses(change, message, fake):
+def test_rotate_quantize_kv_rejects(change, message, fake):
     with pytest.raises(OpError, match=message):
         ops.rotate_quantize_kv(**write_arguments() | change)
     assert not fake.calls
@@ -280,6 +299,15 @@ def test_gates_and_lookups_launch_with_what_the_arrays_say(fake):
     assert (lookup["table"] // 4096, lookup["out"] // 4096) == (320, TOKENS)
 
 
+def test_a_choice_launches_with_what_the_arrays_say(fake):
+    ops.sample(**sample_arguments(), stream=5)
+    ops.sample(**sample_arguments() | {"row_ends": None, "logits": Fake("float32", SEQUENCES, 1001, address=8192)})
+    (_, call), (_, plain) = fake.calls
+    assert [call[name] // 4096 for name in ("logits", "rows", "tokens", "logprobs", "row_ends")] == [1, 2, 3, 4, 5]
+    assert (call["num_rows"], call["vocab_size"], call["stream"]) == (SEQUENCES, 1001, 5)
+    assert (plain["row_ends"], plain["logits"]) == (0, 8192)
+
+
 BAD_ROWS = {
     "residual without a sum": (ops.rms_norm, {"sum_out": None}, "residual is given and sum_out is not"),
     "sum without a residual": (ops.rms_norm, {"residual": None}, "sum_out is given and residual is not"),
@@ -288,6 +316,13 @@ BAD_ROWS = {
     "another sum": (ops.rms_norm, {"sum_out": Fake("float16", TOKENS, 6, 128)}, "sum_out has dtype float16"),
     "another gate": (ops.silu_mul, {"b": Fake("float16", TOKENS, 95)}, r"b has shape \[11, 95\]"),
     "long rows": (ops.lookup, {"rows": Fake("int64", TOKENS)}, "rows has dtype int64"),
+    "short rows": (ops.sample, {"rows": Fake("uint8", 95)}, r"rows has shape \[95\]: it must be \[240\]"),
+    "a large vocabulary": (ops.sample, {"logits": Fake("float32", 40, 1 << 19)}, "a vocabulary of 524288: .* 262144"),
+    "few logits": (
+        ops.sample,
+        {"logits": Fake("float32", SEQUENCES - 1, 9), "row_ends": None},
+        "logits has 2 rows and tokens has 3: give a row each, or row_ends",
+    ),
     "another out": (ops.lookup, {"out": Fake("float16", TOKENS, 95)}, r"out has shape .* \[11, 96\]"),
 }
 
@@ -317,7 +352,7 @@ BAD_DECODES = {
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_DECODES.values(), ids=BAD_DECODES.keys())
-def test_decode_refuses(change, message, fake):
+def test_decode_rejects(change, message, fake):
     with pytest.raises(OpError, match=message):
         ops.decode_attention(**decode_arguments() | change)
     assert not fake.calls
@@ -336,7 +371,7 @@ BAD_PREFILLS = {
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_PREFILLS.values(), ids=BAD_PREFILLS.keys())
-def test_prefill_refuses(change, message, fake):
+def test_prefill_rejects(change, message, fake):
     with pytest.raises(OpError, match=message):
         ops.prefill_attention(**prefill_arguments() | change)
     assert not fake.calls
@@ -350,10 +385,11 @@ def test_workspace_of_heads_that_no_kernel_takes(fake):
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
-def test_a_refused_launch_names_its_configuration(op, fake):
+def test_a_rejected_launch_names_its_configuration(op, fake):
     fake.code = 98
     arguments = ARGUMENTS[op]()
     sizes = ".*head_dim 128, kv saw_int4, hadamard_order 128" if "kv_format" in arguments else ".*11.*(bfloat|float)16"
+    sizes = ".*3 rows of 1001 logits" if op is ops.sample else sizes
     with pytest.raises(KernelError, match=rf"{op.__name__} .*cudaError98{sizes}.*: check that the kernels were built"):
         op(**arguments)
 

@@ -15,7 +15,7 @@ from saw_trtllm.errors import EngineError
 from saw_trtllm.plan import checksums
 from saw_trtllm.plan.checksums import file_checksum, record_checksums, verify_engine
 from tests.support.example import EXAMPLE
-from tests.support.rejection import refused
+from tests.support.rejection import rejected
 
 
 @pytest.fixture
@@ -46,10 +46,10 @@ def test_one_flipped_bit_is_one_sentence(name, offset, folder, tmp_path, capsys)
         flip(folder / name, len(text[:number].encode()))
     else:
         flip(folder / name, offset)
-    said = refused(capsys, saw_run.main, "--engine_dir", folder, "--input_text", "x")
+    said = rejected(capsys, saw_run.main, "--engine_dir", folder, "--input_text", "x")
     assert f"{name} is not as saw-build wrote it" in said
     repository = tmp_path / "repository"
-    assert refused(capsys, saw_triton.main, "--engine_dir", folder, "--model_repo", repository) == said
+    assert rejected(capsys, saw_triton.main, "--engine_dir", folder, "--model_repo", repository) == said
     assert not repository.exists()
     with pytest.raises(EngineError, match="is not as saw-build wrote it"):
         LLM(folder)

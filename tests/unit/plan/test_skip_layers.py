@@ -187,7 +187,7 @@ def test_the_plan_says_what_a_token_takes(engine, capsys):
     assert f"KV per token     {3 * INT4 + FP16:,} bytes, {4 * FP16:,} in float16: 2.23x" in out
 
 
-# -- what is refused
+# -- what is rejected
 
 
 def test_layers_are_named_by_number_or_last():
@@ -225,7 +225,7 @@ def test_a_cache_without_4_bits_has_nothing_to_skip():
 
 
 @pytest.mark.parametrize("layers", [[4], [-1], [0, 0], [2, 1], [0, 1, 2, 3]])
-def test_a_damaged_engine_is_refused(layers, tmp_path):
+def test_a_damaged_engine_is_rejected(layers, tmp_path):
     plan = plan_build(BuildOptions(model_dir=EXAMPLE, output_dir=tmp_path / "e", kv_skip_layers="0"))
     build(plan)
     plan.config.saw_int4.kv_skip_layers = layers

@@ -271,7 +271,7 @@ def test_broken_logits_give_some_token(params):
         ({"stop_token_sequences": ["a"]}, "stop_token_sequences"),
     ],
 )
-def test_bad_parameters_are_refused(params, said):
+def test_bad_parameters_are_rejected(params, said):
     with pytest.raises(RequestError, match=said):
         SamplingParams(**params)
 

@@ -303,7 +303,7 @@ def test_no_more_sequences_than_the_batch_holds():
     assert sum(sizes) == 7 * 4
 
 
-def test_requests_that_can_never_fit_are_refused():
+def test_requests_that_can_never_fit_are_rejected():
     runtime = Runtime(num_blocks=5, tokens_per_block=4)
     runtime.add([1] * 12, 8)
     with pytest.raises(RequestError, match="21 tokens, 6 blocks, and the KV cache has 5"):

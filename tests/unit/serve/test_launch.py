@@ -131,7 +131,7 @@ def test_ensemble_wires_every_tensor_to_one_of_the_same_type():
         outputs = {t.name: t for t in models[step.model].outputs}
         for theirs, ours in step.outputs.items():
             tensors[ours] = outputs[theirs]
-    assert {t.name for t in ensemble.inputs} <= fed  # Triton refuses an ensemble with an unused input
+    assert {t.name for t in ensemble.inputs} <= fed  # Triton rejects an ensemble with an unused input
     assert all(tensors[t.name][1:3] == t[1:3] for t in ensemble.outputs)
 
 
@@ -240,7 +240,7 @@ def test_server_on_path_is_preferred_and_keeps_its_backends(tmp_path, monkeypatc
     assert (found.executable, found.backends) == (server, None)
 
 
-def test_server_for_another_python_is_refused(tmp_path):
+def test_server_for_another_python_is_rejected(tmp_path):
     server = executable(tmp_path / "bin" / "tritonserver")
     stub = tmp_path / "backends" / "python" / installation.STUB
     stub.parent.mkdir(parents=True)

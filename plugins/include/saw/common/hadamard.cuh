@@ -55,7 +55,7 @@ __device__ inline void hadamard_middle(float (&x)[kSlots][8]) {
 }
 
 // x becomes x B, B block-diagonal with blocks H / sqrt(order), H Sylvester's. Channels meet bit by bit of their index:
-// a bit of a register's costs additions alone, a bit of the lane's one shuffle per register more, or three bits
+// a bit of a register's costs only additions, a bit of the lane's one shuffle per register more, or three bits
 // together the tensor cores and two operations per register. The latter is for many rows: shuffles have the shorter
 // way.
 template <int kOrder, int kLanes, bool kTensorCores, int kSlots>

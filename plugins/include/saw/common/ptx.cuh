@@ -59,7 +59,7 @@ __device__ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
         : "memory");
 }
 
-// Count, in order with what this thread wrote or has seen written before, and will read behind it.
+// Count, in order with what this thread wrote or has seen written before, and will read after it.
 __device__ inline int count_in_order(int* counter) {
     int before;
     asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
@@ -105,7 +105,7 @@ __device__ inline void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// Stores without a branch around them, behind which a compiler would put off reading what is stored.
+// Stores without a branch around them, after which a compiler would put off reading what is stored.
 __device__ inline void store_if(bool condition, void* global, uint4 x) {
     asm volatile(
         "{\n"

@@ -9,7 +9,7 @@
 // The product that is left out and what the parts leave of each number are at most 3 2^-22 |x| |M| of each term, and
 // the fp32 sums of the tensor cores lose 2^-23 of a partial sum in each step: next to what fp32 would lose. So it is
 // for K, whose codes are to be the reference's, and for Q of fp16, whose output has as many bits as a part. Q of bf16
-// is rounded by 2^-8 in the end; high(x) high(M) alone is off by at most 2^-10 of each term, and since that is random,
+// is rounded by 2^-8 in the end; high(x) high(M) is off by at most 2^-10 of each term, and since that is random,
 // by a sixth of that rounding on average.
 //
 // A frame in memory is fp16 [2 (high, low), head_dim / 16 (blocks of columns), head_dim / 16 (steps), 32 (lanes), 8]:
@@ -83,6 +83,12 @@ class FrameRows {
     __device__ int order() const { return Kind == kValueRows && p.rotate_v ? p.hadamard_order : 1; }  // of V's matrix
     __device__ bool stays() const { return Kind == kValueRows && !p.rotate_v; }
     __device__ void* out() const { return Kind == kQueryRows ? p.q_out : Kind == kKeyRows ? p.k_out : p.v_out; }
+
+    // Of a chunk in shared memory: eight rows of one chunk, which ldmatrix reads at once, lie in eight different groups
+    // of banks.
+    __device__ static int place(int row, int chunk) {
+        return row * kChunks + (chunk ^ (kChunks % 8 == 0 ? row % 8 : row / 2 % 4));
+    }
 
     __device__ Row row_at(int r) const {
         if (r >= end) return {0, -1};

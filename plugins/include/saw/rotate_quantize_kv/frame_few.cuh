@@ -39,11 +39,6 @@ struct FrameFewTile {
     uint32_t rows[Config::kRows * Config::kRowWords];
     float2 extremes[Config::kRows][Config::kWarps + 1];
     uint8_t* targets[2][Config::kRows];  // in the pool, or null; of this tile and the last
-
-    // Eight rows of one chunk, which ldmatrix reads at once, lie in eight different groups of banks.
-    __device__ static int place(int row, int chunk) {
-        return row * Config::kChunks + (chunk ^ (Config::kChunks % 8 == 0 ? row % 8 : row / 2 % 4));
-    }
 };
 
 template <typename Config, RowKind Kind>
@@ -102,7 +97,7 @@ __device__ void FrameFewKernel<Config, Kind>::fetch_matrix(Columns& columns) con
         for (int part = 0; part < (kSplitMatrix ? 2 : 1); ++part)
 #pragma unroll
             for (int s = 0; s < kSteps; ++s) columns.parts[part][s] = this->matrix(part, warp, s, lane);
-        __syncwarp();  // or else the compiler puts these loads behind the wait for others
+        __syncwarp();  // or else the compiler puts these loads after the wait for others
     }
 }
 
@@ -184,9 +179,9 @@ __device__ void FrameFewKernel<Config, Kind>::center(float (&x)[8], int chunk) c
 template <typename Config, RowKind Kind>
 __device__ void FrameFewKernel<Config, Kind>::split(float const (&x)[8], int chunk) const {
     uint4 const high = {high_pair(x[0], x[1]), high_pair(x[2], x[3]), high_pair(x[4], x[5]), high_pair(x[6], x[7])};
-    tile.x[0][Tile::place(row, chunk)] = high;
+    tile.x[0][Rows::place(row, chunk)] = high;
     if constexpr (kSplitX)
-        tile.x[1][Tile::place(row, chunk)] = {low_pair(x[0], x[1], high.x), low_pair(x[2], x[3], high.y),
+        tile.x[1][Rows::place(row, chunk)] = {low_pair(x[0], x[1], high.x), low_pair(x[2], x[3], high.y),
                                               low_pair(x[4], x[5], high.z), low_pair(x[6], x[7], high.w)};
 }
 
@@ -226,7 +221,7 @@ __device__ void FrameFewKernel<Config, Kind>::multiply(Columns const& columns, i
 #pragma unroll
             for (int i = 0; i < (kSplitMatrix ? 2 : 1); ++i)
                 parts[i] = Config::kInRegisters ? columns.parts[i][s] : this->matrix(i, warp, s, lane);
-            int const place = Tile::place(16 * m + lane % 16, 2 * s + lane / 16);
+            int const place = Rows::place(16 * m + lane % 16, 2 * s + lane / 16);
             uint32_t x[4];
             load_matrices(x, tile.x[0] + place);
             mma_16x8x16(sums[0], x[0], x[1], x[2], x[3], parts[0].x, parts[0].y);
@@ -290,7 +285,7 @@ template <typename Config, RowKind Kind>
 __device__ void FrameFewKernel<Config, Kind>::pack(Sums const& y) const {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-        uint4* const chunk_of_row = tile.out + Tile::place(8 * r + lane / 4, 2 * warp + lane % 4 / 2);
+        uint4* const chunk_of_row = tile.out + Rows::place(8 * r + lane / 4, 2 * warp + lane % 4 / 2);
         reinterpret_cast<uint2*>(chunk_of_row)[lane % 2] = {pack_pair<T>(y[r][0], y[r][1]),
                                                             pack_pair<T>(y[r][2], y[r][3])};
     }
@@ -302,8 +297,8 @@ __device__ void FrameFewKernel<Config, Kind>::store(Row const& of, uint8_t* targ
     if (of.head < 0) return;
     if (this->out() != nullptr && !this->stays()) {
         uint4* const chunks = this->target(of) + chunk;
-        chunks[0] = tile.out[Tile::place(row, chunk)];
-        chunks[Config::kThreadsOfRow] = tile.out[Tile::place(row, chunk + Config::kThreadsOfRow)];
+        chunks[0] = tile.out[Rows::place(row, chunk)];
+        chunks[Config::kThreadsOfRow] = tile.out[Rows::place(row, chunk + Config::kThreadsOfRow)];
     }
     if (Kind == kQueryRows || target == nullptr) return;
     auto* const words = reinterpret_cast<uint32_t*>(target);

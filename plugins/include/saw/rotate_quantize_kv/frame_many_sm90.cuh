@@ -35,11 +35,6 @@ struct FrameManyShared {
         uint4 in[Config::kRows * Config::kChunks];
         uint4 out[Config::kRows * Config::kChunks];
     } warps[Config::kWarps];
-
-    // Eight rows of one chunk, which ldmatrix reads at once, lie in eight different groups of banks.
-    __device__ static int place(int row, int chunk) {
-        return row * Config::kChunks + (chunk ^ (Config::kChunks % 8 == 0 ? row % 8 : row / 2 % 4));
-    }
 };
 
 template <typename Config, RowKind Kind>
@@ -89,7 +84,7 @@ class FrameManyKernel : FrameRows<Config::kHeadDim, typename Config::Activation,
 };
 
 // The frame into boxes of 64 columns, as wgmma takes an operand whose rows are the reduction index. Of a chunk of eight
-// columns c, the pair (4 (i / 2) + i % 2, the one two behind it) is in the i-th of four blocks of eight sums, where the
+// columns c, the pair (4 (i / 2) + i % 2, the one two after it) is in the i-th of four blocks of eight sums, where the
 // lane has them that has the chunk: number 32 (c / 4) + 8 i + 2 (c % 4).
 template <typename Config, RowKind Kind>
 __device__ void FrameManyKernel<Config, Kind>::fill_matrix() const {
@@ -122,7 +117,7 @@ __device__ void FrameManyKernel<Config, Kind>::copy_rows(Row const& row) const {
     for (int j = 0; j < kChunks / 2; ++j) {
         int const of = (32 * j + lane) / kChunks, chunk = (32 * j + lane) % kChunks;
         auto const* const chunks = reinterpret_cast<uint4 const*>(__shfl_sync(~0u, mine, of));
-        copy_async(shared_address(in + Shared::place(of, chunk)), chunks + chunk, exist >> of & 1 ? 16 : 0);
+        copy_async(shared_address(in + Rows::place(of, chunk)), chunks + chunk, exist >> of & 1 ? 16 : 0);
     }
 }
 
@@ -217,7 +212,7 @@ __device__ void FrameManyKernel<Config, Kind>::take_rows(Chunks& y) const {
     for (int h = 0; h < 2; ++h)
 #pragma unroll
         for (int s = 0; s < kHeadDim / 32; ++s)
-            unpack_chunk<T>(in[Shared::place(lane / 4 + 8 * h, 4 * s + lane % 4)], y[h][s]);
+            unpack_chunk<T>(in[Rows::place(lane / 4 + 8 * h, 4 * s + lane % 4)], y[h][s]);
 }
 
 // Where in the pool the lane's row goes, or null. Most tiles are of one sequence.
@@ -241,7 +236,7 @@ __device__ void FrameManyKernel<Config, Kind>::write(Row const& row, uint4 const
     for (int j = 0; j < kChunks / 2; ++j) {
         int const of = (32 * j + lane) / kChunks, chunk = (32 * j + lane) % kChunks;
         auto* const chunks = reinterpret_cast<uint4*>(__shfl_sync(~0u, mine, of));
-        store_if(exist >> of & 1, chunks + chunk, rows[Shared::place(of, chunk)]);
+        store_if(exist >> of & 1, chunks + chunk, rows[Rows::place(of, chunk)]);
     }
 }
 
@@ -251,7 +246,7 @@ __device__ void FrameManyKernel<Config, Kind>::pack(Chunks const& y) const {
     for (int h = 0; h < 2; ++h)
 #pragma unroll
         for (int s = 0; s < kHeadDim / 32; ++s)
-            out_rows[Shared::place(lane / 4 + 8 * h, 4 * s + lane % 4)] = pack_chunk<T>(y[h][s]);
+            out_rows[Rows::place(lane / 4 + 8 * h, 4 * s + lane % 4)] = pack_chunk<T>(y[h][s]);
 }
 
 template <typename Config, RowKind Kind>
@@ -317,7 +312,7 @@ __device__ void FrameManyKernel<Config, Kind>::run() {
 #pragma unroll
             for (int s = 0; s < kSteps; ++s) {
                 uint32_t x[4];
-                load_matrices(x, in + Shared::place(lane % 16, 2 * s + lane / 16));
+                load_matrices(x, in + Rows::place(lane % 16, 2 * s + lane / 16));
 #pragma unroll
                 for (int i = 0; i < 4; ++i) high[4 * s + i] = x[i];
             }

@@ -90,7 +90,7 @@ struct RotateQuantizeKvGrid {
     int token_step, item_step;  // warps, as tokens and items of a token
 };
 
-// The sequence that holds a token, found by the whole warp: as many end before it. It is num_sequences behind the last.
+// The sequence that holds a token, found by the whole warp: as many end before it. It is num_sequences after the last.
 __device__ inline int find_sequence(int32_t const* last_token_ids, int num_sequences, int token) {
     int passed = 0;
 #pragma unroll 4
@@ -398,7 +398,7 @@ __device__ void RotateQuantizeKvKernel<Config>::run_one(int warp) {
     uint4 packed[Config::kSlots];
 #pragma unroll
     for (int s = 0; s < Config::kSlots; ++s) packed[s] = __ldcs(chunks + chunk(s));
-    __syncwarp();  // or else the compiler puts these loads behind the wait for the position
+    __syncwarp();  // or else the compiler puts these loads after the wait for the position
     // The ways to the angles and to the slot are chains of loads: each is begun before what does not need it.
     int const item_position = position(item);
     find(item);

@@ -1,7 +1,7 @@
 // The choice of each row's next token, without sorting the vocabulary.
 //
 // A cluster of CTAs works on one row. Probabilities are summed in fixed point, so that the order of the sums, and with
-// it the size of the cluster, changes nothing: a row's choice is the same alone and in any batch. A place in the order
+// it the size of the cluster, changes nothing: a row's choice is the same in any batch. A place in the order
 // of likelihood is found by histograms of counts and masses: the first over bins of equal width in the logit, the next
 // over ever narrower ranges of the floats' bits, until one value is left. Equals fall by token.
 #pragma once

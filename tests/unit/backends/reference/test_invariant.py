@@ -10,9 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saw_trtllm import SamplingParams
-from saw_trtllm.backends.reference import invariant
+from saw_trtllm.backends.reference import gemm, invariant
 from saw_trtllm.backends.reference.executor import ReferenceExecutor
-from saw_trtllm.backends.reference.invariant import exp, linear, products, row_sum, silu, tanh
+from saw_trtllm.backends.reference.gemm import linear, products, row_sum
+from saw_trtllm.backends.reference.invariant import exp, tanh
+from saw_trtllm.backends.reference.silu_mul import silu
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.runtime.sampling import SamplingState
@@ -28,7 +30,7 @@ UNSPECIFIED = ("rsqrt", "tanh", "sigmoid", "silu", "log", "pow", "sum", "mean", 
 @pytest.fixture(autouse=True)
 def fresh_probes():
     """Each test probes for itself, since a stand-in for the BLAS may be at work."""
-    caches = (invariant._tile_rows, invariant._batches, invariant._exp_elements)
+    caches = (gemm._tile_rows, gemm._batches, invariant._exp_elements)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -169,8 +171,8 @@ def test_a_product_is_the_same_beside_any_others(transposed):
 @pytest.mark.parametrize(("kind", "sizes"), [("rows", (16,)), ("count", (4, 8, 16, 32, 64, 128, 256)), ("place", (1,))])
 def test_tiles_shrink_where_the_library_asks_for_it(kind, sizes):
     with HostileBlas(kind):
-        assert invariant._tile_rows(96, 40, True, 1) == sizes
-        assert invariant._batches(96, 40, True, 1, sizes[0]) == (1,)
+        assert gemm._tile_rows(96, 40, True, 1) == sizes
+        assert gemm._batches(96, 40, True, 1, sizes[0]) == (1,)
 
 
 def test_the_probe_tells_places_of_an_elementwise_loop_apart(monkeypatch):
@@ -197,8 +199,8 @@ def test_the_number_of_rows_never_reaches_the_library(executor):
         names = {name for name, _ in calls.seen}
         assert not names & {*UNSPECIFIED, *PRODUCTS} - {"mm", "bmm"}
         operands = {shapes[0] for name, shapes in calls.seen if name in ("mm", "bmm")}
-        assert {shape[-2] for shape in operands} <= {*invariant._BASE_ROWS, *invariant._MORE_ROWS}
-        assert {shape[0] for shape in operands if len(shape) == 3} <= {*invariant._MORE_PRODUCTS}
+        assert {shape[-2] for shape in operands} <= {*gemm._BASE_ROWS, *gemm._MORE_ROWS}
+        assert {shape[0] for shape in operands if len(shape) == 3} <= {*gemm._MORE_PRODUCTS}
         assert {s[0] for name, s in calls.seen if name == "exp"} <= {(n,) for n in elements}
 
 

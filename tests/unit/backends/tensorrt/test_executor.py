@@ -356,8 +356,8 @@ def test_too_little_memory_says_how_much_and_which_flag(folders, machine):
 
 
 @pytest.fixture
-def refused(folders, machine, tmp_path):
-    """The sentence with which an engine is refused that ``change`` has been at."""
+def rejected(folders, machine, tmp_path):
+    """The sentence with which an engine is rejected that ``change`` has been at."""
 
     def refuse(change=lambda folder: None, errors=EngineError, prepare=lambda cuda, module: None, **section):
         folder = tmp_path / "engine"
@@ -381,69 +381,71 @@ def refused(folders, machine, tmp_path):
 AGAIN = "build it anew with saw-build on this machine"
 
 
-def test_versions_must_match(refused):
-    assert refused(plugin_version="7") == (
+def test_versions_must_match(rejected):
+    assert rejected(plugin_version="7") == (
         f"the engine in FOLDER was built with version 7 of the plugins and this runtime has version 1: {AGAIN}"
     )
-    assert refused(tensorrt_version="10.14.1") == (
+    assert rejected(tensorrt_version="10.14.1") == (
         f"the engine in FOLDER was built with TensorRT 10.14.1 and TensorRT 8.6.0 is installed: {AGAIN}, or install "
         "that version"
     )
-    assert refused(compute_capability="8.9") == (
+    assert rejected(compute_capability="8.9") == (
         f"the engine in FOLDER was built for a GPU of compute capability 8.9 and this one has 9.0: {AGAIN}"
     )
 
 
-def test_an_engine_with_the_gemm_plugin_needs_cublas_lt(refused, monkeypatch):
+def test_an_engine_with_the_gemm_plugin_needs_cublas_lt(rejected, monkeypatch):
     def with_plugin(folder):
         config = EngineConfig.load(folder)
         config.build_config.plugin_config.gemm_plugin = "float16"
         config.save(folder)
 
     monkeypatch.setattr("saw_trtllm.plugins.library.load_cublas_lt", lambda: False)
-    assert refused(with_plugin, errors=BackendUnavailableError) == (
+    assert rejected(with_plugin, errors=BackendUnavailableError) == (
         "the engine in FOLDER has its GEMMs from cuBLASLt, which cannot be loaded: pip install nvidia-cublas-cu12, or "
         "add the folder of libcublasLt.so.12 or .13 to LD_LIBRARY_PATH"
     )
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 100, None])
-def test_a_damaged_engine_file_is_refused(content, refused):
+def test_a_damaged_engine_file_is_rejected(content, rejected):
     def damage(folder):
         file = folder / "rank0.engine"
         file.write_bytes(file.read_bytes()[:-500] if content is None else content)
 
-    message = refused(damage)
+    message = rejected(damage)
     assert message.startswith("FOLDER/rank0.engine cannot be read as an engine (")
     assert message.endswith(AGAIN)
 
 
-def test_a_missing_engine_file_is_refused(refused):
-    message = refused(lambda folder: (folder / "rank0.engine").unlink())
+def test_a_missing_engine_file_is_rejected(rejected):
+    message = rejected(lambda folder: (folder / "rank0.engine").unlink())
     assert message == f"FOLDER/rank0.engine does not exist: {AGAIN}"
 
 
-def test_a_file_of_another_build_is_refused(refused):
+def test_a_file_of_another_build_is_rejected(rejected):
     def prepare(cuda, module):
         section = module.config.saw_int4.model_copy(update={"kv_skip_layers": [0]})
         module.engine_config = module.config.model_copy(update={"saw_int4": section})
 
-    assert refused(prepare=prepare) == (
+    assert rejected(prepare=prepare) == (
         "FOLDER/rank0.engine is not of its config.json, which says otherwise of host_kv_cache_pool_pointers, "
         f"kv_cache_block_offsets: {AGAIN}"
     )
 
 
-def test_what_is_missing_is_said(refused, monkeypatch):
+def test_what_is_missing_is_said(rejected, monkeypatch):
     def no_gpu(cuda, module):
         cuda.failing["cudaGetDevice"] = cudaError_t.cudaErrorNoDevice
 
-    assert refused(errors=BackendUnavailableError, prepare=no_gpu).startswith("CUDA finds no GPU (cudaErrorNoDevice): ")
+    assert rejected(errors=BackendUnavailableError, prepare=no_gpu).startswith(
+        "CUDA finds no GPU (cudaErrorNoDevice): "
+    )
 
     def old_driver(cuda, module):
         cuda.failing["cudaGetDevice"] = cudaError_t.cudaErrorInsufficientDriver
 
-    assert refused(errors=BackendUnavailableError, prepare=old_driver) == (
+    assert rejected(errors=BackendUnavailableError, prepare=old_driver) == (
         "the NVIDIA driver knows CUDA 12.4 and CUDA for Python is 13.0: update the driver, or install the cuda-python "
         "and the TensorRT of its CUDA"
     )
@@ -452,7 +454,7 @@ def test_what_is_missing_is_said(refused, monkeypatch):
         module.get_plugin_registry = lambda: types.SimpleNamespace(plugin_creator_list=[])
 
     monkeypatch.setattr("saw_trtllm.__file__", "/nowhere/__init__.py")
-    message = refused(errors=BackendUnavailableError, prepare=no_plugins)
+    message = rejected(errors=BackendUnavailableError, prepare=no_plugins)
     assert (
         "libsaw_trtllm_plugins_trt8.so is missing: build it with SAW_TENSORRT_INCLUDE_DIR=DIR build_scripts/kernels"
         in message
@@ -461,14 +463,14 @@ def test_what_is_missing_is_said(refused, monkeypatch):
     def no_tensorrt(cuda, module):
         monkeypatch.setitem(sys.modules, "tensorrt", None)
 
-    message = refused(errors=BackendUnavailableError, prepare=no_tensorrt)
+    message = rejected(errors=BackendUnavailableError, prepare=no_tensorrt)
     assert message.startswith("TensorRT cannot be imported here (")
 
     def no_cuda(cuda, module):
         monkeypatch.setitem(sys.modules, "cuda", None)
         monkeypatch.setitem(sys.modules, "cuda.bindings", None)
 
-    message = refused(errors=BackendUnavailableError, prepare=no_cuda)
+    message = rejected(errors=BackendUnavailableError, prepare=no_cuda)
     assert message.startswith("CUDA for Python cannot be imported here (")
     assert message.endswith("--backend reference runs on any CPU")
 

@@ -324,7 +324,7 @@ def test_11_has_no_other_networks(tensorrt, monkeypatch):
     assert newest.create_network(newest.builder(None)).flags == 0
 
 
-def test_what_does_not_fit_is_refused(plan, tensorrt, tensorrt_86, monkeypatch):
+def test_what_does_not_fit_is_rejected(plan, tensorrt, tensorrt_86, monkeypatch):
     with pytest.raises(ConfigError, match=r"^the model is in bfloat16, which TensorRT 8\.6\.0 does not have: "):
         define(tensorrt_86, plan(dtype="bfloat16"))
     with pytest.raises(ConfigError, match=r"^the model is in float32, and the plugins compute in 16 bits: "):
@@ -340,7 +340,7 @@ def test_what_does_not_fit_is_refused(plan, tensorrt, tensorrt_86, monkeypatch):
             TensorRT(fake_tensorrt)
 
 
-def test_a_plugin_that_refuses_its_fields_is_an_error(tensorrt):
+def test_a_plugin_that_rejects_its_fields_is_an_error(tensorrt):
     network = tensorrt.create_network(tensorrt.builder(None))
     with pytest.raises(ConfigError, match=r"^SawInt4PagedAttention rejects {'head_dim': 80}: see TensorRT's log"):
         tensorrt.add_plugin(network, "SawInt4PagedAttention", {"head_dim": 80}, [])

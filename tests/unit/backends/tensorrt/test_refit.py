@@ -30,7 +30,7 @@ from tests.support.fakes import tensorrt as fake_tensorrt
 from tests.support.fakes import tensorrt_86 as fake_tensorrt_86
 from tests.support.fakes.gpu import pretend_gpu
 from tests.support.models import make_hf_model
-from tests.support.rejection import refused
+from tests.support.rejection import rejected
 
 LIMITS = {"max_batch_size": 16, "max_num_tokens": 128, "max_seq_len": 256}
 PROMPTS = [list(b"the cache of a token"), list(b"rotation spreads outliers over the row")]
@@ -161,7 +161,7 @@ def test_an_engine_gets_another_calibration_and_finds_a_checkpoint_that_moved(bu
     folder = built(calibration=calibration(model, tmp_path / "first"))
     second = calibration(model, tmp_path / "second", seed=2)
     moved = model.rename(tmp_path / "moved")
-    assert "which is not there: put the checkpoint back, or say where it is now with saw-refit" in refused(
+    assert "which is not there: put the checkpoint back, or say where it is now with saw-refit" in rejected(
         capsys, saw_run.main, "--engine_dir", folder, "--input_text", "x"
     )
     machine(folder)
@@ -198,7 +198,7 @@ def test_an_engine_of_another_tensorrt_is_one_sentence(version, built, machine, 
     section = config.saw_int4.model_copy(update={"tensorrt_version": version})
     config.model_copy(update={"saw_int4": section}).save(folder)
     machine(folder)
-    said = refused(capsys, saw_run.main, "--engine_dir", folder, "--input_text", "x")
+    said = rejected(capsys, saw_run.main, "--engine_dir", folder, "--input_text", "x")
     assert f"was built with TensorRT {version} and TensorRT 10.14.1 is installed: build it anew" in said
 
 
@@ -213,7 +213,7 @@ def test_a_checkpoint_that_changed_is_one_sentence(built, machine, model, capsys
     data[-1] ^= 1
     (model / "model.safetensors").write_bytes(data)
     machine(folder)
-    said = refused(capsys, saw_run.main, "--engine_dir", folder, "--input_text", "x")
+    said = rejected(capsys, saw_run.main, "--engine_dir", folder, "--input_text", "x")
     assert "model.safetensors is not what the engine in" in said
     assert "saw-refit" in said
     assert len(texts(folder, verify=False)) == 2
@@ -230,7 +230,7 @@ def test_a_checkpoint_of_another_shape_is_one_sentence(fields, expected, built, 
     folder = built()
     other = shutil.copytree(model, tmp_path / "other")
     change(other / "config.json", **fields)
-    said = refused(
+    said = rejected(
         capsys, saw_refit.main, "--engine_dir", folder, "--checkpoint_dir", other, "--output_dir", tmp_path / "new"
     )
     assert any(word in said for word in expected.split("|"))
@@ -241,20 +241,20 @@ def test_weights_that_do_not_go_together_are_one_sentence(built, machine, model,
     plain, whole = built("plain"), built("whole", strip_plan=False)
     file = calibration(model, tmp_path / "file")
     out = ["--checkpoint_dir", model, "--output_dir", tmp_path / "new"]
-    assert "holds its weights, and others cannot take their place" in refused(
+    assert "holds its weights, and others cannot take their place" in rejected(
         capsys, saw_refit.main, "--engine_dir", whole, *out
     )
-    assert "has no place for centers of keys" in refused(
+    assert "has no place for centers of keys" in rejected(
         capsys, saw_refit.main, "--engine_dir", plain, *out, "--calibration", file
     )
     centered = built("centered", calibration=file)
     out[1] = other_weights(model, tmp_path / "other")
-    assert "the calibration is of other weights" in refused(capsys, saw_refit.main, "--engine_dir", centered, *out)
+    assert "the calibration is of other weights" in rejected(capsys, saw_refit.main, "--engine_dir", centered, *out)
     weights = load_file(out[1] / "model.safetensors")
     name = sorted(weights)[3]
     weights[name] = np.full_like(weights[name], np.nan)
     save_file(weights, out[1] / "model.safetensors")
-    assert "holds NaN or infinite weights" in refused(capsys, saw_refit.main, "--engine_dir", plain, *out)
+    assert "holds NaN or infinite weights" in rejected(capsys, saw_refit.main, "--engine_dir", plain, *out)
     assert not (tmp_path / "new").exists()
 
 
@@ -283,9 +283,9 @@ def test_a_weight_that_cannot_be_read_is_its_own_sentence(built, machine, model)
 
 def test_what_cannot_be_stripped_is_one_sentence(monkeypatch, model, tmp_path, capsys):
     argv = ["--model_dir", model, "--output_dir", tmp_path / "engine", "--strip_plan"]
-    said = refused(capsys, saw_build.main, *argv, "--backend", "reference")
+    said = rejected(capsys, saw_build.main, *argv, "--backend", "reference")
     assert "strip_plan was given, and it is for the backend tensorrt" in said
     pretend_gpu(monkeypatch)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt_86.Module())
-    said = refused(capsys, saw_build.main, *argv, "--backend", "tensorrt")
+    said = rejected(capsys, saw_build.main, *argv, "--backend", "tensorrt")
     assert "TensorRT 8.6.0 builds no engine without its weights" in said

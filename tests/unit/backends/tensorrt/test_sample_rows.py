@@ -1,17 +1,8 @@
 import numpy as np
 import pytest
 
-from saw_trtllm.backends.tensorrt.sample_rows import (
-    BANNED,
-    BY_LIKELIHOOD,
-    BY_TOKEN,
-    GREEDY,
-    LISTED,
-    NOTHING,
-    ROW,
-    StagedRows,
-    TokenLists,
-)
+from saw_trtllm.backends.tensorrt.sample_rows import StagedRows, TokenLists
+from saw_trtllm.ops.sample import BANNED, BY_LIKELIHOOD, BY_TOKEN, GREEDY, LISTED, NOTHING, ROW
 from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.sampling_params import SamplingParams
 

@@ -223,7 +223,7 @@ def test_a_qk_norm_has_the_models_epsilon(frontend, checkpoint):
     assert [layer.eps for layer in norms] == [0.25] * 6
 
 
-def test_attention_refuses_what_it_is_not_given(frontend, checkpoint):
+def test_attention_rejects_what_it_is_not_given(frontend, checkpoint):
     from saw_trtllm.backends.tensorrt_llm.model import swap
 
     model = swap(make_model(checkpoint), SwapOptions(KVFormat("saw_int4", 64)))
@@ -234,7 +234,7 @@ def test_attention_refuses_what_it_is_not_given(frontend, checkpoint):
         attention.forward(None, use_cache=True, lora_layer_params=object())
 
 
-def test_a_plugin_that_refuses_its_fields(frontend):
+def test_a_plugin_that_rejects_its_fields(frontend):
     from saw_trtllm.backends.tensorrt_llm.attention import add_plugin
 
     with pytest.raises(ConfigError, match=r"SawRotateQuantizeKV rejects {'layer_idx': 0}: see TensorRT's log"):
@@ -329,7 +329,7 @@ def good_build():
         (0, {"mapping": types.SimpleNamespace(cp_size=2)}, "--cp_size 1"),
     ],
 )
-def test_refused_builds(part, change, flag):
+def test_rejected_builds(part, change, flag):
     given = good_build()
     check_build(*given)
     if part == 2:
@@ -342,7 +342,7 @@ def test_refused_builds(part, change, flag):
     assert "\n" not in str(e.value)
 
 
-def test_refused_attentions():
+def test_rejected_attentions():
     good = {
         "local_layer_idx": 0,
         "hidden_size": 128,
@@ -364,7 +364,7 @@ def test_refused_attentions():
             check_attention("layer", fake_tensorrt_llm.Attention(**good | change))
 
 
-def test_refused_calls():
+def test_rejected_calls():
     signature = fake_tensorrt_llm.SIGNATURES["functional", "gpt_attention"]
     good = {name: p.default if p.default is not p.empty else None for name, p in signature.parameters.items()}
     good |= {"num_heads": 8, "num_kv_heads": 2, "hidden_size_per_head": 64, "rotary_embedding_dim": 64}
@@ -383,7 +383,7 @@ def test_refused_calls():
             check_call("layer", good | change)
 
 
-def test_what_saw_build_refuses(frontend, models, tmp_path):
+def test_what_saw_build_rejects(frontend, models, tmp_path):
     options = {"model_dir": models["llama"], "backend": "tensorrt_llm", "output_dir": tmp_path / "e"}
     with pytest.raises(ConfigError, match=r"executor has rows of one size in all layers: leave it out$"):
         plan_build(BuildOptions(kv_skip_layers="0", **options))

@@ -421,7 +421,7 @@ def test_saw_build_leaves_an_engine_folder(frontend, models, checkpoint, tmp_pat
     ],
     ids=lambda x: x[0].split("=")[0][2:] if isinstance(x, list) else "",
 )
-def test_refusals(frontend, models, checkpoint, tmp_path, flags, message):
+def test_rejections(frontend, models, checkpoint, tmp_path, flags, message):
     classes = ["--model_cls_file", MODEL_CLS_FILE, "--model_cls_name", "SawLLaMAForCausalLM", "--max_seq_len=128"]
     arguments = ["--checkpoint_dir", checkpoint("llama"), "--output_dir", tmp_path / "engine", *classes, *flags]
     with pytest.raises(ConfigError, match=message):
@@ -429,7 +429,7 @@ def test_refusals(frontend, models, checkpoint, tmp_path, flags, message):
     assert list((tmp_path / "engine").iterdir()) == []
 
 
-def test_fp8_context_attention_is_refused(frontend, checkpoint):
+def test_fp8_context_attention_is_rejected(frontend, checkpoint):
     from saw_trtllm.backends.tensorrt_llm.checks import check_build
 
     model = stock_model(frontend, checkpoint("llama"))
@@ -537,7 +537,7 @@ def test_a_wrong_section(frontend, models, checkpoint, tmp_path, section, messag
         by_trtllm_build(frontend, models, checkpoint, tmp_path, "llama", section=section)
 
 
-def test_what_saw_build_refuses(frontend, models, tmp_path):
+def test_what_saw_build_rejects(frontend, models, tmp_path):
     folder = models("llama")[0]
     options = {"model_dir": folder, "backend": "tensorrt_llm", "output_dir": tmp_path / "e", **LIMITS}
     with pytest.raises(ConfigError, match="kv_skip_layers was given, and TensorRT-LLM's executor has rows of one size"):
