@@ -38,6 +38,26 @@ def run(tmp_path):
     return run_
 
 
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+@pytest.mark.parametrize(
+    ("gpus", "codes", "architectures"),
+    [
+        ("9.0\n8.6\n9.0", "", "90a;86"),
+        (None, "sm_80 sm_90a sm_100 sm_120", "80;90a-real;100-real;120-real"),
+        (None, "sm_80 sm_90a", "80;90a-real"),
+    ],
+)
+def test_kernels_are_compiled_for_this_machines_gpu_or_for_all(gpus, codes, architectures, tmp_path):
+    """nvidia-smi exits with 9 where there is no GPU."""
+    for name, text in (("nvidia-smi", "exit 9" if gpus is None else f"echo '{gpus}'"), ("nvcc", f"echo {codes}")):
+        (tmp_path / name).write_text(f"#!{shutil.which('bash')}\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    command = [shutil.which("cmake"), "-P", str(ROOT / "plugins" / "cmake" / "architectures.cmake")]
+    environment = {"PATH": str(tmp_path), "CUDACXX": str(tmp_path / "nvcc")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip().endswith(f"Compiling for the GPU architectures {architectures}")
+
+
 def python_with(change: str) -> str:
     """A Python that has something changed before it runs what it is given on stdin."""
     program = f"import sys, sysconfig; {change}; exec(sys.stdin.read())"

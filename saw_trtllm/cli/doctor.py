@@ -8,6 +8,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from saw_trtllm.cli.common import format_bytes, print_table, run
@@ -92,12 +93,7 @@ class Findings:
                 f"kernels with a toolkit of CUDA {driver.cuda[0]}"
             )
         for gpu in driver.gpus:
-            if not kernels.runs_on(gpu.capability):
-                self._lacks(
-                    f"{gpu.name} has compute capability {version_text(gpu.capability)} and the kernels have images for "
-                    f"{', '.join(kernels.images)}: build them with build_scripts/kernels "
-                    f"-DCMAKE_CUDA_ARCHITECTURES={''.join(map(str, gpu.capability))}"
-                )
+            self._try(partial(kernels.check, gpu.name, gpu.capability))
 
     def _try(self, look: Callable[[], T]) -> T | None:
         try:

@@ -53,6 +53,15 @@ class KernelsLibrary:
         """Whether an image fits a GPU's compute capability."""
         return any(_fits(image, capability) for image in self.images)
 
+    def check(self, gpu: str, capability: tuple[int, int]) -> None:
+        """Raise :class:`BackendUnavailableError` for a GPU that no image fits."""
+        if not self.runs_on(capability):
+            raise BackendUnavailableError(
+                f"{gpu} has compute capability {version_text(capability)} and the kernels have images for "
+                f"{', '.join(self.images)}: build them with build_scripts/kernels "
+                f"-DCMAKE_CUDA_ARCHITECTURES={'90a' if capability == (9, 0) else ''.join(map(str, capability))}"
+            )
+
 
 def images_of(architectures: str) -> list[str]:
     """The images that CMake compiles for a list of architectures.

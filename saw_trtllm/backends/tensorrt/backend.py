@@ -30,7 +30,7 @@ class TensorRTBackend:
         """TensorRT's version and the GPU, if the plugin library is there too."""
         tensorrt = TensorRT.load()
         plugin_library(tensorrt.trt)
-        device.compute_capability()
+        device.check_kernels()
         return f"TensorRT {tensorrt.version} on {device.gpu_name()}"
 
     def check(self, options: BuildOptions, model: ModelConfig, formats: Mapping[str, WeightFormat]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from saw_trtllm.plugins.kernels import KernelsLibrary
+
 
 def compute_capability() -> str:
     """Its compute capability, as in 9.0."""
@@ -18,6 +20,12 @@ def gpu_name() -> str:
 
     name = call(runtime.cudaGetDeviceProperties, call(runtime.cudaGetDevice)).name
     return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def check_kernels() -> None:
+    """Reject a GPU that the kernels were not built for."""
+    major, minor = map(int, compute_capability().split("."))
+    KernelsLibrary.load().check(gpu_name(), (major, minor))
 
 
 def free_memory() -> int:

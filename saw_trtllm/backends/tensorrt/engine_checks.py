@@ -6,8 +6,8 @@ import mmap
 from pathlib import Path
 from typing import Any
 
+from saw_trtllm.backends.tensorrt import device
 from saw_trtllm.backends.tensorrt.cuda import memory_info
-from saw_trtllm.backends.tensorrt.device import compute_capability
 from saw_trtllm.backends.tensorrt.profiles import step_inputs
 from saw_trtllm.backends.tensorrt.refit import refit
 from saw_trtllm.backends.tensorrt.versions import TensorRT
@@ -29,7 +29,7 @@ def check_versions(folder: Path, config: EngineConfig, tensorrt: TensorRT) -> No
     EngineError
         If one of them does not match.
     BackendUnavailableError
-        If there is no GPU, or no cuBLASLt for an engine that needs it.
+        If there is no GPU, no kernel for it, or no cuBLASLt for an engine that needs it.
     """
     section = config.saw_int4
     if section.plugin_version != library.VERSION:
@@ -42,12 +42,13 @@ def check_versions(folder: Path, config: EngineConfig, tensorrt: TensorRT) -> No
             f"the engine in {folder} was built with TensorRT {section.tensorrt_version} and TensorRT "
             f"{tensorrt.version} is installed: {_AGAIN}, or install that version"
         )
-    found = compute_capability()
+    found = device.compute_capability()
     if section.compute_capability != found:
         raise EngineError(
             f"the engine in {folder} was built for a GPU of compute capability {section.compute_capability} and this "
             f"one has {found}: {_AGAIN}"
         )
+    device.check_kernels()
     if config.build_config.plugin_config.gemm_plugin is not None and not library.load_cublas_lt():
         raise BackendUnavailableError(
             f"the engine in {folder} has its GEMMs from cuBLASLt, which cannot be loaded: {library.CUBLAS_LT}"

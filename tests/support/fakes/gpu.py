@@ -13,6 +13,7 @@ def pretend_gpu(monkeypatch) -> None:
     fake_tensorrt.install(monkeypatch)
     monkeypatch.setattr(fake_tensorrt.get_plugin_registry(), "saw", True)
     monkeypatch.setattr(backend, "plugin_library", lambda trt: Path(__file__))
-    for name, value in (("compute_capability", "9.0"), ("gpu_name", NAME), ("free_memory", FREE)):
+    values = {"compute_capability": "9.0", "gpu_name": NAME, "free_memory": FREE, "check_kernels": None}
+    for name, value in values.items():
         monkeypatch.setattr(device, name, lambda value=value: value)
     monkeypatch.setattr("saw_trtllm.backends.tensorrt.build.compute_capability", device.compute_capability)

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
+from saw_trtllm.backends.tensorrt import device
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import BackendUnavailableError, EngineError, KernelError
+from saw_trtllm.plugins.kernels import KernelsLibrary
 from saw_trtllm.runtime.sampling import SamplingState
 from tests.support.example import build_example
 from tests.support.fakes import cuda as fake_cuda
@@ -391,6 +393,17 @@ def test_versions_must_match(rejected):
     )
     assert rejected(compute_capability="8.9") == (
         f"the engine in FOLDER was built for a GPU of compute capability 8.9 and this one has 9.0: {AGAIN}"
+    )
+
+
+def test_kernels_that_were_not_built_for_the_gpu_are_said(rejected, monkeypatch):
+    def other_kernels(cuda, module):
+        library = KernelsLibrary("", 1, (13, 0), ["sm_100", "sm_80"])
+        monkeypatch.setattr(device, "check_kernels", lambda: library.check("NVIDIA H200", (9, 0)))
+
+    assert rejected(errors=BackendUnavailableError, prepare=other_kernels) == (
+        "NVIDIA H200 has compute capability 9.0 and the kernels have images for sm_100, sm_80: build them with "
+        "build_scripts/kernels -DCMAKE_CUDA_ARCHITECTURES=90a"
     )
 
 
