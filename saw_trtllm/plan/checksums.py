@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ from saw_trtllm.paths import is_file, is_folder, read_json
 _PIECE = 16 << 20
 
 
-def record_checksums(folder: Path) -> None:
-    """Add the checksums of all files of a folder, its ``config.json`` among them, to its ``config.json``."""
+def record_checksums(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Add the checksums of all files of a folder, its ``config.json`` among them, to its ``config.json``.
+
+    Those that are ``known``, by the file's name, are not computed again.
+    """
     path = folder / CONFIG_FILE
     config = json.loads(path.read_text(encoding="utf-8"))
     _section(config).pop("checksums", None)
-    checksums = {p.name: file_checksum(p) for p in sorted(folder.iterdir()) if p != path}
+    names = sorted(p.name for p in folder.iterdir() if p != path)
+    checksums = {name: (known or {}).get(name) or file_checksum(folder / name) for name in names}
     checksums[CONFIG_FILE] = _config_checksum(config)
     _section(config)["checksums"] = checksums
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -108,13 +113,19 @@ def check_not_replaced(folder: Path, checksums: dict[str, str]) -> None:
 
 def file_checksum(path: Path) -> str:
     """SHA-256 of the SHA-256 digests of a file's pieces of 16 MiB, which all cores compute."""
-    with path.open("rb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with path.open("rb") as file:
         descriptor = file.fileno()
+        return _checksum(lambda start: os.pread(descriptor, _PIECE, start), os.fstat(descriptor).st_size)
 
-        def digest(start: int) -> bytes:
-            return hashlib.sha256(os.pread(descriptor, _PIECE, start)).digest()
 
-        digests = pool.map(digest, range(0, os.fstat(descriptor).st_size, _PIECE))
+def data_checksum(data: memoryview) -> str:
+    """:func:`file_checksum` of a file with these bytes."""
+    return _checksum(lambda start: data[start : start + _PIECE], len(data))
+
+
+def _checksum(piece: Callable[[int], bytes | memoryview], size: int) -> str:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = pool.map(lambda start: hashlib.sha256(piece(start)).digest(), range(0, size, _PIECE))
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
 

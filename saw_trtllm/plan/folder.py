@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,15 +18,16 @@ ENGINE_FILES = (CONFIG_FILE, engine_file("*"), CALIBRATION_FILE, *TOKENIZER_FILE
 
 
 @contextmanager
-def replacing_engine(output_dir: Path, model: Path) -> Iterator[Path]:
+def replacing_engine(output_dir: Path, model: Path, known: Mapping[str, str] | None = None) -> Iterator[Path]:
     """Give a folder to write an engine and its config to, which becomes ``output_dir``.
 
-    It gets the tokenizer's files from the folder of the ``model``, and checksums.
+    It gets the tokenizer's files from the folder of the ``model``, and checksums: those that are ``known`` by then, and
+    the files' own.
     """
     with replacing_folder(output_dir, ENGINE_FILES) as part:
         yield part
         copy_tokenizer_files(model, part)
-        record_checksums(part)
+        record_checksums(part, known)
 
 
 def check_replaceable(folder: Path, model: Path) -> None:

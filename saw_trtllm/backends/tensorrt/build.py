@@ -21,6 +21,7 @@ from saw_trtllm.checkpoint import NUMPY_DTYPES
 from saw_trtllm.engine.config import CALIBRATION_FILE, EngineConfig, WeightsSource, engine_file
 from saw_trtllm.errors import BackendUnavailableError, EngineError
 from saw_trtllm.files import replacing_file, write_large
+from saw_trtllm.plan.checksums import data_checksum
 from saw_trtllm.plan.folder import replacing_engine
 from saw_trtllm.plan.plan import BuildPlan
 from saw_trtllm.plan.tensorrt_options import NetworkOptions, Phases
@@ -72,11 +73,15 @@ def build_engine(
             config = config.model_copy(update={"saw_int4": section})
         else:
             engine = serialize_engine(tensorrt, config, load, plan.network, phases)
-    with replacing_engine(plan.output_dir, plan.checkpoint.folder) as part:
+    data, checksums = memoryview(engine).cast("B"), dict[str, str]()
+    with ThreadPoolExecutor(1) as beside, replacing_engine(plan.output_dir, plan.checkpoint.folder, checksums) as part:
+        checksum = beside.submit(data_checksum, data)  # from memory, while the disk is waited for
         config.save(part)
         if plan.network.strip_plan and plan.calibration is not None:
             plan.calibration.save(part / CALIBRATION_FILE)
-        return write_large(part / engine_file(), memoryview(engine))
+        size = write_large(part / engine_file(), data)
+        checksums[engine_file()] = checksum.result()
+        return size
 
 
 def _serialize_stripped(
