@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks.common.record import Environment
 from benchmarks.common.report import write
-from benchmarks.engine import cases, loop, random_engine, run
+from benchmarks.engine import cases, compare, loop, random_engine, run
 from benchmarks.engine.cases import BATCHES, CONTEXTS, KVS, classify, parse_numbers
 from benchmarks.engine.plan import Plan
 from benchmarks.engine.record import Engine, EngineResults, Loop, Profile, Shape, StartUp, Step
@@ -361,6 +362,18 @@ def machine(engine, tmp_path, monkeypatch):
         monkeypatch.setattr(cases, name, value)
     monkeypatch.setattr(cases, "PROFILED", {2: (16,)})
     return cuda, Plan.of(tmp_path, ["int4"], cases.llama_config(4), batches=(1, 2), contexts=(16, 256))
+
+
+def test_engines_that_are_open_at_once_are_compared(machine, tmp_path, capsys):
+    cuda, _ = machine
+    folders = [str(tmp_path / "int4")] * 2
+    assert compare.main([*folders, "--batch", "1,2", "--context", "16"]) == 0
+    lines = dict(re.split("  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["sequences x context"] == ", ".join(folders)
+    for case in ("1x16", "2x16"):
+        assert re.fullmatch(r"\d+ µs \(1.0000x\), \d+ µs \([\d.]+x\)", lines[case])
+    assert lines.keys() >= set(cases.PARTS.values())
+    assert cuda.everything() == []
 
 
 def test_a_run_from_its_engine_to_its_record(machine, tmp_path):
