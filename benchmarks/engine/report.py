@@ -60,7 +60,8 @@ def _grid(cells: dict[tuple[int, int], str], what: str) -> Table:
 
 def part_table(results: EngineResults) -> Table:
     """Parts of a step and their shares, its layers timed one by one, and the host's part that a step alone shows."""
-    rows = [["KV cache", "sequences x context", *(f"{words} µs" for words in PARTS.values()), "host, alone µs"]]
+    columns = [*PARTS.values(), "host, not overlapped"]
+    rows = [["KV cache", "sequences x context", *(f"{words} µs" for words in columns)]]
     for e in results.engines:
         for p in e.profiles:
             total = sum(p.parts.values())
