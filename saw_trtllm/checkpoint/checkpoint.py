@@ -18,7 +18,7 @@ from saw_trtllm.checkpoint.layout import (
     unshard,
     unshard_weight,
 )
-from saw_trtllm.checkpoint.quantization import StoredWeight
+from saw_trtllm.checkpoint.quantization import StoredWeight, named_dialect
 from saw_trtllm.checkpoint.reader import NUMPY_DTYPES, StoredTensor, is_finite
 from saw_trtllm.errors import CheckpointError, ConfigError
 from saw_trtllm.model.config import ModelConfig
@@ -99,6 +99,35 @@ class Checkpoint:
         raise CheckpointError(
             f"{path} names neither architectures (Hugging Face) nor architecture (TensorRT-LLM): use a model's own"
         )
+
+    @classmethod
+    def of_config(cls, path: Path) -> Checkpoint:
+        """A model whose weights are not there, by its ``config.json``: its shapes alone are known.
+
+        Raises
+        ------
+        CheckpointError
+            If it cannot be read, is not supported, or is of quantized weights, whose layers only files tell.
+        """
+        if not is_file(path, CheckpointError):
+            raise CheckpointError(f"{path} is neither a folder nor a file: give a model's folder, or its config.json")
+        raw = read_json(path, CheckpointError)
+        if isinstance(raw.get("architecture"), str):
+            config = tensorrt_llm.read_config(raw, path)
+            quantized = config.quantization.get("quant_algo") is not None
+        else:
+            config = huggingface.read_config(raw, path)
+            quantized = named_dialect(raw, path) is not None
+        if quantized:
+            raise CheckpointError(
+                f"{path} is of quantized weights, and which layers are quantized only their files tell: give the folder"
+            )
+        return cls(path.parent, config, {}, {}, sharded="architecture" in raw)
+
+    @property
+    def is_tensorrt_llms(self) -> bool:
+        """Whether it is in TensorRT-LLM's format, not in Hugging Face's."""
+        return self._sharded
 
     @property
     def files(self) -> list[Path]:

@@ -83,6 +83,16 @@ def print_table(rows: dict[str, Any]) -> None:
         print(f"{name:<{width}}{value}")
 
 
+def print_columns(header: list[str], rows: list[list[str]]) -> None:
+    """Print a table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in [header, *rows]:
+        first, *others = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join([first, *others]).rstrip())
+
+
 def format_bytes(count: float) -> str:
     """Bytes in the largest unit that leaves a number above 1."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -7,13 +7,14 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from saw_trtllm.checkpoint import Checkpoint
-from saw_trtllm.cli.common import add_fields, add_log_level, parse_fields, run, set_log_level
+from saw_trtllm.cli.common import add_fields, add_log_level, parse_fields, print_columns, run, set_log_level
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, SawError
+from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.progress import progress
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ examples:
   saw-eval --model_dir Llama-3.2-1B --text book.txt --max_tokens 32768
   saw-eval --model_dir Llama-3.2-1B --text book.txt --kv fp16,int4,saw_int4 --hadamard_order 16,32,64 --report report
   saw-eval --model_dir Llama-3.2-1B --text book.txt --calibration none,calib.safetensors --suggest
+  saw-eval --model_dir Llama-3.2-1B-AWQ --original_dir Llama-3.2-1B --text book.txt
   saw-eval --model_dir Llama-3.2-1B --tasks gsm8k --limit 100
 """
 
@@ -41,6 +43,12 @@ class EvalOptions(BaseModel):
     model_dir: Path | None = Field(None, description="Hugging Face model folder")
     checkpoint_dir: Path | None = Field(None, description="TensorRT-LLM checkpoint folder, instead of --model_dir")
     tokenizer_dir: Path | None = Field(None, description="tokenizer's folder; by default the model's")
+    qformat: Literal["auto", "fp8", "int4_wo"] = Field(
+        "auto", description="round the weights of a 16-bit model as saw-build does, and measure what that costs too"
+    )
+    original_dir: Path | None = Field(
+        None, description="of a quantized model: the one that it was made from, to measure what its weights cost too"
+    )
     text: Path | None = Field(None, description="UTF-8 text to predict; - is stdin")
     kv: str = Field(
         "fp16,fp8,int4,saw_int4",
@@ -125,7 +133,8 @@ def _run_text(options: EvalOptions, checkpoint: Checkpoint, as_json: bool) -> No
     tokenizer = load_tokenizer(checkpoint, options.tokenizer_dir)
     ids = tokenizer.encode(read_text(cast(Path, options.text)))
     windows = make_windows(ids, checkpoint.config.max_positions, options.max_seq_len, options.max_tokens)
-    session = Session(checkpoint, windows, options.device, options.greedy_tokens)
+    original = _original(options, checkpoint)
+    session = Session(checkpoint, windows, options.device, options.greedy_tokens, options.qformat, original)
     quantizers = {v.name: v.quantizer(session.model.exact, calibrations.get(v.calibration)) for v in variants}
     total = session.num_steps(len(variants), with_suggestion=options.suggest)
     with progress(total, "saw-eval", "windows") as bar:
@@ -139,10 +148,31 @@ def _run_text(options: EvalOptions, checkpoint: Checkpoint, as_json: bool) -> No
         print(f"\nreport: {page}")
 
 
+def _original(options: EvalOptions, checkpoint: Checkpoint) -> Checkpoint | None:
+    """What the weights that are measured were quantized from, if that is to be measured against."""
+    if options.original_dir is None:
+        return None if options.qformat == "auto" else checkpoint
+    if options.qformat != "auto":
+        raise ConfigError(
+            "--original_dir and --qformat were both given, and --qformat has its original: give one of them"
+        )
+    original = Checkpoint.open(options.original_dir)
+    ours, theirs = (c.config.model_copy(update={"dtype": "float32"}) for c in (checkpoint, original))
+    fields = set(ModelConfig.model_fields) - {"quantization", "mapping", "share_embedding_table"}
+    odd = next((name for name in sorted(fields) if getattr(ours, name) != getattr(theirs, name)), None)
+    if odd is not None:
+        raise ConfigError(
+            f"{original.folder} has {odd} {getattr(theirs, odd)} and {checkpoint.folder} has {getattr(ours, odd)}: "
+            "give the model that this one was quantized from"
+        )
+    return original
+
+
 def _variants(options: EvalOptions, checkpoint: Checkpoint) -> tuple[list[Variant], dict[Path | None, Calibration]]:
     """The grid, and what its calibration files hold."""
     from saw_trtllm.checkpoint.calibration import Calibration
     from saw_trtllm.eval import variants as v
+    from saw_trtllm.plan.formats import default_rotate_v
     from saw_trtllm.plan.plan import parse_layers
 
     config = checkpoint.config
@@ -156,7 +186,7 @@ def _variants(options: EvalOptions, checkpoint: Checkpoint) -> tuple[list[Varian
         config,
         v.parse_list(options.kv),
         v.parse_orders(options.hadamard_order),
-        v.parse_switches(options.rotate_v),
+        v.parse_switches(options.rotate_v) if options.rotate_v else [default_rotate_v(checkpoint, checkpoint.formats)],
         v.parse_factors(options.range_factor),
         files,
         [() if text == "none" else tuple(parse_layers(text, config.num_hidden_layers)) for text in sets],
@@ -174,11 +204,14 @@ def _suggest_for(options: EvalOptions, variants: list[Variant]) -> str | None:
 
 
 def _print(evaluation: Evaluation) -> None:
-    from saw_trtllm.eval.tables import difference_table, layer_table, quality_table, suggestion_table
+    from saw_trtllm.eval.tables import difference_table, layer_table, quality_table, suggestion_table, weights_table
 
     a = evaluation.about
     print(f"{a['model']}: {a['num_tokens']} tokens in windows of {a['max_seq_len']}, {a['device']}, {a['seconds']} s\n")
     print_columns(*quality_table(evaluation))
+    if evaluation.with_weights is not None:
+        print("\nagainst the model that the weights were quantized from, with an exact cache\n")
+        print_columns(*weights_table(evaluation.with_weights))
     if sum(s["kv"] != "fp16" for s in evaluation.settings.values()) > 1:
         print("\ncaches against each other, with standard errors; ~ is within two of them\n")
         print_columns(*difference_table(evaluation))
@@ -205,15 +238,15 @@ def _run_tasks(options: EvalOptions, checkpoint: Checkpoint, as_json: bool) -> N
     from saw_trtllm.eval.text import load_tokenizer
     from saw_trtllm.eval.variants import parse_list
 
-    if options.report is not None or options.suggest:
-        raise ConfigError("--report and --suggest belong to --text: leave them out with --tasks")
+    if options.report is not None or options.suggest or options.original_dir is not None:
+        raise ConfigError("--report, --suggest and --original_dir belong to --text: leave them out with --tasks")
     variants, calibrations = _variants(options, checkpoint)
     tokenizer = load_tokenizer(checkpoint, options.tokenizer_dir)
     longest = checkpoint.config.max_positions
     length = min(longest, DEFAULT_TASK_LENGTH) if options.max_seq_len is None else options.max_seq_len
     if not 2 <= length <= longest:
         raise ConfigError(f"max_seq_len is {length}: it must be from 2 to the model's {longest} positions")
-    model = open_model(checkpoint, length, options.device)
+    model = open_model(checkpoint, length, options.device, options.qformat)
     scorers = {}
     for v in variants:
         quantizer = v.quantizer(model.exact, calibrations.get(v.calibration))
@@ -234,16 +267,6 @@ def _run_tasks(options: EvalOptions, checkpoint: Checkpoint, as_json: bool) -> N
     }
     rows = [[*key, *(f"{column[key]:.4f}" for column in columns.values())] for key in next(iter(columns.values()))]
     print_columns(["task", "metric", *columns], rows)
-
-
-def print_columns(header: list[str], rows: list[list[str]]) -> None:
-    """Print a table: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in [header, *rows]:
-        first, *others = (
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join([first, *others]).rstrip())
 
 
 if __name__ == "__main__":

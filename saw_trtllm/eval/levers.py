@@ -15,6 +15,7 @@ from saw_trtllm.checkpoint.calibration import Calibration
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.eval.metrics import Difference, difference, measure
 from saw_trtllm.format import KVFormat
+from saw_trtllm.plan.formats import default_rotate_v
 
 ROTATION, FRAMES, CENTERED = "rotation alone", "frames", "centers and frames"
 #: Of so many windows one is kept from the calibration, to measure it on.
@@ -106,7 +107,8 @@ def measured_calibration(
     statistics = Statistics(checkpoint, model)
     statistics.gather(text, progress)
     found = {FRAMES: statistics.calibration(centered=False), CENTERED: statistics.calibration()}
-    rows = KVFormat("saw_int4", model.config.head_size, model.config.dtype)
+    rotate_v = default_rotate_v(checkpoint, checkpoint.formats)
+    rows = KVFormat("saw_int4", model.config.head_size, model.config.dtype, rotate_v=rotate_v)
     caches = {ROTATION: Row4Bit(rows)} | {name: Row4Bit.calibrated(rows, rows, c) for name, c in found.items()}
     measured = measure(model, held_out, caches, lambda: progress(windows.shape[1]))
     without = difference(measured[FRAMES], measured[CENTERED])

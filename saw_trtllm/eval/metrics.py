@@ -103,11 +103,16 @@ def measure(
     windows: torch.Tensor,
     quantizers: Mapping[str, KVQuantizer],
     progress: Callable[[], None] | None = None,
+    original: WindowModel | None = None,
 ) -> dict[str, Sums]:
-    """Like :func:`evaluate`, token by token: for comparisons of caches with each other."""
+    """Like :func:`evaluate`, token by token: for comparisons of caches with each other.
+
+    With the ``original`` of a model whose weights are quantized, it is that one's predictions, with an exact cache,
+    that all are measured against.
+    """
     sums = {name: Sums() for name in quantizers}
     for window in windows:
-        exact = model.hidden(window[None])[0]
+        exact = (original or model).hidden(window[None])[0]
         if not exact.isfinite().all():
             raise CheckpointError(
                 f"the model computes NaN or infinite numbers in {model.config.dtype} with an exact cache: use the "
@@ -115,15 +120,17 @@ def measure(
             )
         hidden = {}
         for name, quantizer in quantizers.items():
-            hidden[name] = exact if quantizer is model.exact else model.hidden(window[None], quantizer)[0]
+            same = quantizer is model.exact and original is None
+            hidden[name] = exact if same else model.hidden(window[None], quantizer)[0]
             if progress is not None:
                 progress()
-        _compare(model, window, exact, hidden, sums)
+        _compare(model, original or model, window, exact, hidden, sums)
     return sums
 
 
 def _compare(
     model: WindowModel,
+    original: WindowModel,
     window: torch.Tensor,
     exact: torch.Tensor,
     hidden: Mapping[str, torch.Tensor],
@@ -134,7 +141,7 @@ def _compare(
     size = max(1, (_MAX_LOGITS if exact.is_cuda else _MAX_LOGITS_CPU) // model.config.vocab_size)
     for start in range(0, len(targets), size):
         tile = slice(start, min(start + size, len(targets)))
-        p = model.logits(exact[tile]).log_softmax(-1)
+        p = original.logits(exact[tile]).log_softmax(-1)
         for name, rows in hidden.items():
             q = p if rows is exact else model.logits(rows[tile]).log_softmax(-1)
             sums[name].add(p, q, targets[tile], start)

@@ -10,7 +10,7 @@ from typing import Any
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
 from saw_trtllm.eval.analysis import HISTOGRAM_RANGE
 from saw_trtllm.eval.session import Evaluation
-from saw_trtllm.eval.tables import difference_table, layer_table, quality_table, suggestion_table
+from saw_trtllm.eval.tables import difference_table, layer_table, quality_table, suggestion_table, weights_table
 from saw_trtllm.files import replacing_folder
 
 try:
@@ -80,6 +80,10 @@ def write_report(evaluation: Evaluation, folder: Path) -> Path:
         ("Caches against each other; ~ is within two standard errors", *difference_table(evaluation)),
         (_LAYER_TITLE, *layer_table(evaluation)),
     ]
+    if evaluation.with_weights is not None:
+        tables.insert(
+            1, ("Against the model that the weights were quantized from", *weights_table(evaluation.with_weights))
+        )
     if evaluation.suggestion is not None:
         tables.append(
             (f"Layers of {evaluation.suggested_for} kept in {evaluation.about['dtype']}", *suggestion_table(evaluation))

@@ -17,6 +17,8 @@ from saw_trtllm.errors import BackendUnavailableError
 from saw_trtllm.eval.analysis import LayerErrors, Outliers, analyse
 from saw_trtllm.eval.metrics import Difference, Quality, differences, greedy_agreement, measure, qualities
 from saw_trtllm.eval.suggest import Suggestion, num_measurements, suggest
+from saw_trtllm.model.quantization import Weight, quantize
+from saw_trtllm.plan.formats import engine_formats
 from saw_trtllm.version import __version__
 
 if TYPE_CHECKING:
@@ -47,6 +49,9 @@ class Evaluation:
     suggestion : Suggestion or None
     suggested_for : str or None
         The variant that the suggestion is for.
+    with_weights : dict of str to Quality or None
+        Against the model that the weights were quantized from: what weights and cache cost together, and weights alone
+        with the exact cache.
     """
 
     about: dict[str, Any]
@@ -57,6 +62,7 @@ class Evaluation:
     outliers: Outliers
     suggestion: Suggestion | None = None
     suggested_for: str | None = None
+    with_weights: dict[str, Quality] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON takes it."""
@@ -70,6 +76,9 @@ class Evaluation:
             }
             for name, q in self.qualities.items()
         ]
+        for result in results:
+            if self.with_weights is not None:
+                result["with_weights"] = dataclasses.asdict(self.with_weights[str(result["name"])])
         data = {**self.about, "results": results, "outliers": dataclasses.asdict(self.outliers)}
         if self.suggestion is not None:
             data["suggestion"] = {"for": self.suggested_for, **dataclasses.asdict(self.suggestion)}
@@ -88,6 +97,10 @@ class Session:
         "auto" takes the GPU where PyTorch has one.
     greedy_tokens : int
         Length of the greedy continuations; 0 leaves them out.
+    qformat : str
+        As ``saw-build`` has it: the weights are rounded to it.
+    original : Checkpoint, optional
+        What the weights were quantized from.
 
     Raises
     ------
@@ -98,7 +111,13 @@ class Session:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, windows: torch.Tensor, device: str = "auto", greedy_tokens: int = 128
+        self,
+        checkpoint: Checkpoint,
+        windows: torch.Tensor,
+        device: str = "auto",
+        greedy_tokens: int = 128,
+        qformat: str = "auto",
+        original: Checkpoint | None = None,
     ) -> None:
         config = checkpoint.config
         self.checkpoint = checkpoint
@@ -109,13 +128,15 @@ class Session:
         positions = windows.shape[1]
         if self.prompts is not None:
             positions = max(positions, self.prompts.shape[1] + greedy_tokens)
-        self.model = open_model(checkpoint, positions, self.device)
+        self.model = open_model(checkpoint, positions, self.device, qformat)
+        self.original = None if original is None else open_model(original, positions, self.device)
         self.model.check_ids(windows)
         self._detail = windows[: max(1, _DETAIL_TOKENS // windows.shape[1])]
 
     def num_steps(self, num_variants: int, *, with_suggestion: bool = False) -> int:
         """Times that :meth:`run` reports progress."""
-        steps = num_variants * (len(self.windows) + (self.prompts is not None)) + len(self._detail)
+        passes = len(self.windows) * (1 if self.original is None else 2)
+        steps = num_variants * (passes + (self.prompts is not None)) + len(self._detail)
         if with_suggestion:
             steps += num_measurements(self.model.config.num_hidden_layers) * len(self._detail)
         return steps
@@ -145,13 +166,20 @@ class Session:
             agreements = greedy_agreement(self.model, self.prompts, quantizers, self.greedy_tokens, progress)
             for name, (agreement, identical) in agreements.items():
                 found[name].greedy_agreement, found[name].greedy_identical = agreement, identical
+        with_weights = None
+        if self.original is not None:
+            sums = measure(self.model, self.windows, quantizers, progress, self.original)
+            with_weights = qualities(self.model, quantizers, sums)
         errors, outliers = analyse(self.model, self._detail, quantizers, progress)
         suggestion = None
         if suggest_for is not None:
             suggestion = suggest(self.model, self._detail, quantizers[suggest_for], progress)
         settings = {v.name: v.settings() for v in variants}
         about = self._about(time.monotonic() - start)
-        return Evaluation(about, settings, found, differences(measured), errors, outliers, suggestion, suggest_for)
+        apart = differences(measured)
+        return Evaluation(
+            about, settings, found, apart, errors, outliers, suggestion, suggest_for, with_weights=with_weights
+        )
 
     def _about(self, seconds: float) -> dict[str, Any]:
         c = self.model.config
@@ -177,10 +205,19 @@ class Session:
         }
 
 
-def open_model(checkpoint: Checkpoint, max_seq_len: int, device: str | torch.device = "auto") -> WindowModel:
-    """Load a checkpoint's weights onto a device; NaN or infinite ones are rejected by name."""
+def open_model(
+    checkpoint: Checkpoint, max_seq_len: int, device: str | torch.device = "auto", qformat: str = "auto"
+) -> WindowModel:
+    """Load a checkpoint's weights onto a device, rounded as ``qformat`` says; NaN or infinite ones are rejected."""
     device = choose_device(device) if isinstance(device, str) else device
-    return WindowModel(checkpoint.config, checkpoint.load_finite, max_seq_len, device)
+    formats = engine_formats(checkpoint, qformat)
+
+    def load(name: str) -> Weight:
+        weight = checkpoint.load_finite(name)
+        rounded = name in formats and name not in checkpoint.formats
+        return quantize(weight, formats[name]) if rounded else weight
+
+    return WindowModel(checkpoint.config, load, max_seq_len, device)
 
 
 def choose_device(name: str) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import cast
 
+from saw_trtllm.eval.metrics import Quality
 from saw_trtllm.eval.session import Evaluation
 from saw_trtllm.eval.suggest import Suggestion
 
@@ -24,6 +25,21 @@ def quality_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
             row.append("-" if q.greedy_agreement is None else f"{q.greedy_agreement:.0%}")
         rows.append(row)
     return header + ["greedy"] * greedy, rows
+
+
+def weights_table(with_weights: dict[str, Quality]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of weights and cache together, one cache a row: the exact one's is what weights cost alone."""
+    rows = [
+        [
+            name,
+            f"{q.perplexity:,.3f}",
+            f"{q.nats_lost:+.4f}",
+            _with_error(q.kl_mean, q.kl_error),
+            f"{q.top1_agreement:.2%}",
+        ]
+        for name, q in with_weights.items()
+    ]
+    return ["quantized weights with", "perplexity", "nats lost", "KL mean", "top-1"], rows
 
 
 def difference_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:

@@ -55,9 +55,9 @@ def _int4(inputs: int) -> WeightFormat:
 _FORMATS = {"fp8": _fp8, "int4_wo": _int4}
 
 
-def rotates_values(checkpoint: Checkpoint, formats: dict[str, WeightFormat]) -> bool:
-    """Whether V's rotation costs nothing: it does not fit into weights that come quantized."""
-    return not any(_FOLDED.search(name) for name in formats.keys() & checkpoint.formats.keys())
+def default_rotate_v(checkpoint: Checkpoint, formats: dict[str, WeightFormat]) -> bool | None:
+    """``rotate_v`` where no flag says it: off where weights that would take it in come quantized, else the cache's."""
+    return False if any(_FOLDED.search(name) for name in formats.keys() & checkpoint.formats.keys()) else None
 
 
 def without_folded(checkpoint: Checkpoint, formats: dict[str, WeightFormat]) -> dict[str, WeightFormat]:

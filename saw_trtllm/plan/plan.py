@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from saw_trtllm.model.config import Mapping, ModelConfig
 from saw_trtllm.model.rope import table_bytes
 from saw_trtllm.paths import is_file, is_folder
 from saw_trtllm.plan.backend import BackendLimits
-from saw_trtllm.plan.formats import engine_formats, rotates_values, without_folded
+from saw_trtllm.plan.formats import default_rotate_v, engine_formats, without_folded
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
 from saw_trtllm.plan.warnings import key_bias_warning, tokenizer_warning
@@ -94,15 +94,20 @@ def make_plan(options: BuildOptions, backend: BackendLimits, reason: str) -> Bui
         In one sentence, the first thing that does not fit.
     """
     checkpoint = _open_checkpoint(options)
+    plan = plan_engine(options, backend, reason, checkpoint)
+    found = (tokenizer_warning(checkpoint), key_bias_warning(checkpoint, plan.config))
+    return replace(plan, warnings=[warning for warning in found if warning is not None])
+
+
+def plan_engine(options: BuildOptions, backend: BackendLimits, reason: str, checkpoint: Checkpoint) -> BuildPlan:
+    """Like :func:`make_plan`, of a checkpoint whose weights may not be there; nothing is warned of."""
     model = checkpoint.config.model_copy(deep=True)
     if options.dtype != "auto":
         model.dtype = options.dtype
     # What the checkpoint says of its weights is in the section of this project, layer by layer.
     model.quantization = ModelConfig.model_fields["quantization"].get_default(call_default_factory=True)
     formats = engine_formats(checkpoint, options.qformat)
-    rotate_v = None if options.rotate_v is None else options.rotate_v == "enable"
-    if rotate_v is None and not rotates_values(checkpoint, formats):
-        rotate_v = False
+    rotate_v = default_rotate_v(checkpoint, formats) if options.rotate_v is None else options.rotate_v == "enable"
     kv_format = KVFormat(
         options.kv, model.head_size, model.dtype, options.hadamard_order, rotate_v, options.range_factor
     )
@@ -133,8 +138,7 @@ def make_plan(options: BuildOptions, backend: BackendLimits, reason: str) -> Bui
             }
         ),
     )
-    warnings = [w for w in (tokenizer_warning(checkpoint), key_bias_warning(checkpoint, config)) if w is not None]
-    return BuildPlan(checkpoint, options.output_dir, config, backend, reason, calibration, network, warnings)
+    return BuildPlan(checkpoint, options.output_dir, config, backend, reason, calibration, network)
 
 
 def _split(model: ModelConfig, tp_size: int | None, backend: BackendLimits) -> ModelConfig:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from saw_trtllm.checkpoint.families.family import KeyRule, Treatment
 from saw_trtllm.checkpoint.quantization.awq import AWQ
 from saw_trtllm.checkpoint.quantization.compressed_tensors import COMPRESSED_TENSORS
 from saw_trtllm.checkpoint.quantization.dialect import CACHE_SCALES, Dialect, Linear, StoredWeight
@@ -86,3 +87,21 @@ def find_dialect(folder: Path, raw: dict[str, Any]) -> tuple[Dialect, Callable[[
         settings = read_json(path, CheckpointError) if named is None else named[1]
         return _BY_NAME[name], _BY_NAME[name].open(settings, path)
     return None
+
+
+def markdown_tables() -> str:
+    """What becomes of each dialect's keys, as docs/weights.md shows it."""
+    tables: list[tuple[str, Iterable[KeyRule]]] = []
+    for dialect in (*DIALECTS, TENSORRT_LLM):
+        where = f"`{dialect.name}`" + (f", `{dialect.file}`" if dialect.file else "")
+        tables.append((f"{dialect.library} ({where})", dialect.keys))
+        tables += [(f"{dialect.library}: {place}", rules) for place, rules in dialect.sections.items()]
+    text = []
+    for title, rules in tables:
+        text += [f"### {title}", "", "| key | | |", "|---|---|---|"]
+        for rule in sorted(rules, key=lambda rule: get_args(Treatment).index(rule.treatment)):
+            unless = ", ".join(f"`{value!r}`" for value in rule.unless)
+            treatment = rule.treatment + (f" unless {unless}" if unless else "")
+            text.append(f"| {', '.join(f'`{key}`' for key in rule.keys)} | {treatment} | {rule.note} |")
+        text.append("")
+    return "\n".join(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,6 @@ from saw_trtllm.errors import CheckpointError
 from saw_trtllm.model.quantization import Activation, QuantizedWeight, WeightFormat
 
 _INT_FORMATS, _FP8_FORMATS = ("pack-quantized",), ("float-quantized", "naive-quantized")
-_LAID_OUT = ("honored", "harmless")
 
 
 class Arguments(Settings):
@@ -187,8 +186,11 @@ def _fp8(linear: Linear, group: Group, path: Path) -> StoredWeight:
     )
 
 
-def _table() -> tuple[KeyRule, ...]:
-    return (
+COMPRESSED_TENSORS = Dialect(
+    name="compressed-tensors",
+    library="llm-compressor",
+    file=None,
+    keys=(
         KeyRule("honored", "the dialect", ("quant_method",)),
         KeyRule("honored", "by the first group that names a layer", ("config_groups",)),
         KeyRule("honored", "`pack-quantized`, `float-quantized`, `naive-quantized`", ("format",)),
@@ -202,14 +204,7 @@ def _table() -> tuple[KeyRule, ...]:
             "what transformers does when it loads them",
             ("run_compressed", "dequantize", "use_optimized_inference"),
         ),
-    )
-
-
-COMPRESSED_TENSORS = Dialect(
-    name="compressed-tensors", library="llm-compressor", file=None, keys=_table(), reader=reader
+    ),
+    reader=reader,
+    sections={"a group": GROUP_KEYS, "weights and input_activations": ARGUMENT_KEYS},
 )
-
-
-def sections() -> Mapping[str, tuple[KeyRule, ...]]:
-    """The tables of keys within the dialect's own."""
-    return {"config_groups": GROUP_KEYS, "weights and input_activations": ARGUMENT_KEYS}

@@ -6,7 +6,7 @@ import logging
 import re
 import reprlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -170,6 +170,8 @@ class Dialect:
     reader : callable
         Of settings, and the path that messages name: what reads a linear layer, or says by None that it is not
         quantized.
+    sections : mapping
+        The same of keys within some of them, by what they are called.
     """
 
     name: str
@@ -177,6 +179,7 @@ class Dialect:
     file: str | None
     keys: tuple[KeyRule, ...]
     reader: Callable[[dict[str, Any], Path], Callable[[Linear], StoredWeight | None]]
+    sections: Mapping[str, tuple[KeyRule, ...]] = field(default_factory=dict)
 
     def rule(self, key: str) -> KeyRule | None:
         """What becomes of a key; None for one that the dialect does not know."""

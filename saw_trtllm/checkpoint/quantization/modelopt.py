@@ -108,7 +108,7 @@ MODELOPT = Dialect(
     file="hf_quant_config.json",
     keys=(
         KeyRule("honored", "the dialect", ("quant_method",)),
-        KeyRule("honored", "see below", ("quantization",)),
+        KeyRule("honored", "the keys that follow, in the file", ("quantization",)),
         *SECTION_KEYS,
         KeyRule("honored", "a layer is quantized if its tensors are", ("ignore",)),
         KeyRule("harmless", "`quant_algo` says the same", ("config_groups",)),
