@@ -94,6 +94,6 @@ class PlannedGpu:
     def weight_dtype(self) -> None:
         """Each as the engine has it."""
 
-    def free_memory(self) -> int:
-        """All of it."""
+    def free_memory(self, ranks: int = 1) -> int:
+        """All of it, whatever the ranks: each has a GPU."""
         return self.gpu.memory

@@ -1,5 +1,7 @@
 """A real checkpoint on the CPU: it computes what transformers does, and its 4-bit caches lose what they did."""
 
+import copy
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.eval.metrics import difference, measure
 from saw_trtllm.format import KVFormat
 from saw_trtllm.plan.options import BuildOptions
+from tests.support.quantized import CASES, Case, awq, write_quantized
 from tests.support.real import topics, windows
 from tests.support.tolerance import chain_rounding
 
@@ -23,6 +26,8 @@ PROMPTS = (
     "Write a Python function that adds two numbers.",
 )
 ROWS = KVFormat("saw_int4", 64)
+#: Groups of 64, since 128 does not divide 576.
+AWQ = CASES["awq"].config | {"group_size": 64}
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +86,21 @@ def test_caches_lose_what_they_did(smollm2, model):
         assert d.is_real
         assert d.mean > 0
     assert found["frames"] < found["rotated"] / 2.5
+
+
+@pytest.mark.parametrize("case", [Case(awq(64), AWQ), CASES["fbgemm_fp8"]], ids=["INT4", "FP8"])
+def test_quantized_weights_are_transformers_with_the_dequantized_ones(smollm2, tmp_path, case):
+    """Each token's logits to fp32's rounding, so that divergences from any other model are the same too."""
+    folder, original = smollm2
+    theirs = copy.deepcopy(original)
+    checkpoint = Checkpoint.open(write_quantized(tmp_path / "quantized", theirs, folder, case))
+    model = WindowModel(checkpoint.config, checkpoint.load_finite, 128)
+    ids = windows(folder, topics(0, 4), 1, 128)
+    with torch.inference_mode():
+        expected = theirs(ids).logits
+        assert not torch.allclose(expected, original(ids).logits, atol=0.1)
+    ours = model.logits(model.hidden(ids))
+    torch.testing.assert_close(
+        ours, expected, rtol=0, atol=chain_rounding(30 * (576 + 1536), float(expected.abs().max()))
+    )
+    assert torch.equal(ours.argmax(-1), expected.argmax(-1))

@@ -502,6 +502,28 @@ def test_the_command_compares_caches(capsys, tmp_path):
     assert "greedy" not in table
 
 
+def test_weights_and_cache_cost_apart_and_together(capsys):
+    args = ["--max_tokens", 512, "--max_seq_len", 256, "--greedy_tokens", 0, "--kv", "fp16,saw_int4", "--json"]
+    assert evaluated(*args, "--qformat", "int4_wo") == 0
+    rounded = {r["name"]: r for r in json.loads(capsys.readouterr().out)["results"]}
+    exact, cached = rounded.values()
+    assert exact["kl_mean"] == 0
+    assert exact["with_weights"]["kl_mean"] > 0
+    # Two sources of noise that know nothing of each other.
+    apart = exact["with_weights"]["kl_mean"] + cached["kl_mean"]
+    assert cached["with_weights"]["kl_mean"] == pytest.approx(apart, rel=0.3)
+    assert evaluated(*args, "--original_dir", EXAMPLE) == 0
+    same = next(iter(json.loads(capsys.readouterr().out)["results"]))
+    assert same["with_weights"]["kl_mean"] < 1e-6
+
+
+def test_an_original_is_of_the_same_model(capsys, tmp_path):
+    other, _ = make_hf_model(tmp_path, "llama")
+    argv = ["--original_dir", other]
+    assert "give the model that this one was quantized from" in refused(capsys, *argv)
+    assert "give one of them" in refused(capsys, *argv, "--qformat", "fp8")
+
+
 def test_every_step_is_reported(windows):
     """So that the progress bar ends where it says."""
     session = Session(Checkpoint.open(EXAMPLE), windows, "cpu", greedy_tokens=2)

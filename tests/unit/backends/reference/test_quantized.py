@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 
 from saw_trtllm import LLM
-from saw_trtllm.build import plan_build
+from saw_trtllm.build import build, plan_build
 from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.checkpoint.calibration import Calibration
@@ -17,8 +17,11 @@ from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.weights import check_same_model
 from tests.support.models import make_hf_model
 from tests.support.quantized import CASES, fp8_channel, write_quantized
+from tests.support.ranks import RankThreads
 from tests.support.tolerance import EPS, model_rounding
 from tests.unit.backends.reference.test_model import PROMPT, build_engine, context_logits, hf_logits
+from tests.unit.backends.reference.test_tensor_parallel import CACHE, run
+from tests.unit.backends.reference.test_tensor_parallel import PROMPT as SPLIT_PROMPT
 
 QKV = "transformer.layers.0.attention.qkv.weight"
 
@@ -154,3 +157,24 @@ def test_weights_are_not_quantized_twice(tmp_path):
     folder, _ = quantized(tmp_path, "llama", "gptq")
     with pytest.raises(ConfigError, match="are quantized already: leave it out, or give --qformat full_prec"):
         plan_build(BuildOptions(model_dir=folder, output_dir=tmp_path / "engine", qformat="fp8"))
+
+
+def test_two_ranks_compute_what_one_does(tmp_path):
+    """Each has whole groups of the columns, and rows with their own scales."""
+    folder, model = quantized(tmp_path, "llama", "awq", intermediate_size=256)
+    options = {"backend": "reference", "kv": "fp16", "dtype": "float32", "gather_all_token_logits": True}
+    options |= {"max_batch_size": 4, "max_seq_len": 128, "max_num_tokens": 96}
+    plan = plan_build(BuildOptions(model_dir=folder, output_dir=tmp_path / "engine", tp_size=2, **options))
+    build(plan)
+    config = EngineConfig.load(tmp_path / "engine")
+    ranks = RankThreads(tmp_path / "engine", config, CACHE)
+    logits = run(ranks, config.pools, 20, 19, 1)
+    ranks.shutdown()
+    want = hf_logits(model, SPLIT_PROMPT)
+    np.testing.assert_allclose(logits, want, rtol=0, atol=model_rounding(want))
+
+
+def test_groups_stay_whole(tmp_path):
+    folder, _ = quantized(tmp_path, "llama", "awq")  # 160 inner columns: 80 each
+    with pytest.raises(ConfigError, match="in groups of 32, between groups"):
+        build(plan_build(BuildOptions(model_dir=folder, output_dir=tmp_path / "engine", tp_size=2)))
