@@ -17,7 +17,7 @@ from saw_trtllm.plan.options import BuildOptions
 from tests.support.example import EXAMPLE
 from tests.support.models import make_hf_model
 from tests.support.quantized import CASES, write_quantized
-from tests.support.rejection import refused
+from tests.support.rejection import rejected
 
 
 def planned(capsys, *argv):
@@ -91,10 +91,10 @@ def test_more_than_fits_is_said(capsys):
     ],
 )
 def test_what_cannot_be_planned_is_one_sentence(capsys, argv, words):
-    assert words in refused(capsys, saw_plan.main, *argv)
+    assert words in rejected(capsys, saw_plan.main, *argv)
 
 
 def test_a_config_of_quantized_weights_alone_does_not_tell_which(capsys, tmp_path):
     config = json.loads((EXAMPLE / "config.json").read_text()) | {"quantization_config": CASES["gptq"].config}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "give the folder" in refused(capsys, saw_plan.main, tmp_path / "config.json", "--gpu", "L4")
+    assert "give the folder" in rejected(capsys, saw_plan.main, tmp_path / "config.json", "--gpu", "L4")

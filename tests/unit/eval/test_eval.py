@@ -520,8 +520,8 @@ def test_weights_and_cache_cost_apart_and_together(capsys):
 def test_an_original_is_of_the_same_model(capsys, tmp_path):
     other, _ = make_hf_model(tmp_path, "llama")
     argv = ["--original_dir", other]
-    assert "give the model that this one was quantized from" in refused(capsys, *argv)
-    assert "give one of them" in refused(capsys, *argv, "--qformat", "fp8")
+    assert "give the model that this one was quantized from" in rejected(capsys, *argv)
+    assert "give one of them" in rejected(capsys, *argv, "--qformat", "fp8")
 
 
 def test_every_step_is_reported(windows):
