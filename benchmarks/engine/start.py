@@ -22,6 +22,7 @@ from saw_trtllm.cli.common import format_bytes, print_table, run
 from saw_trtllm.engine.config import engine_file
 from saw_trtllm.errors import EngineError
 from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.quantization import TensorSpec
 
 _OPEN = """\
 import sys, time
@@ -36,7 +37,8 @@ def write_checkpoint(folder: Path, model: ModelConfig) -> None:
     """Write a checkpoint of TensorRT-LLM's format with random weights."""
     folder.mkdir(parents=True, exist_ok=True)
     weights, shapes = RandomWeights(model), expected_shapes(model)
-    with SafetensorsWriter(folder / rank_file(0), shapes, model.dtype) as writer:
+    tensors = {name: TensorSpec(shape, model.dtype) for name, shape in shapes.items()}
+    with SafetensorsWriter(folder / rank_file(0), tensors) as writer:
         for name in shapes:
             writer.write(name, weights.load(name))
     (folder / "config.json").write_text(json.dumps(write_config(model, model.dtype, 1)), encoding="utf-8")
