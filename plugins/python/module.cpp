@@ -79,6 +79,8 @@ PYBIND11_MODULE(_C, m) {
     add_rms_norm(m);
     add_silu_mul(m);
     add_lookup(m);
+    add_all_reduce(m);
+    add_all_gather(m);
 }
 
 }  // namespace saw::python

@@ -15,6 +15,8 @@ constexpr char kGemm[] = "SawGemm";
 constexpr char kLookup[] = "SawLookup";
 constexpr char kRmsNorm[] = "SawRmsNorm";
 constexpr char kSiluMul[] = "SawSiluMul";
+constexpr char kAllReduce[] = "SawAllReduce";
+constexpr char kAllGather[] = "SawAllGather";
 
 // tensors
 constexpr char kQkv[] = "qkv";
@@ -72,5 +74,6 @@ constexpr char kHiddenSize[] = "hidden_size";
 constexpr char kEpsilon[] = "epsilon";
 constexpr char kUseResidual[] = "use_residual";
 constexpr char kNumNormed[] = "num_normed";
+constexpr char kNumRanks[] = "num_ranks";
 
 }  // namespace saw::trt::names

@@ -67,6 +67,8 @@ class Op {
     virtual std::vector<Tensor> inputs() const = 0;
     virtual std::vector<Tensor> outputs() const = 0;
     virtual size_t workspace_bytes() const { return 0; }
+    // Whether TensorRT may time it while it builds an engine; what the other ranks take part in cannot run there.
+    virtual bool runs_in_build() const { return true; }
     // Before the first launch, not in a graph's capture: what is loaded once for the process. Throws a PluginError.
     virtual void prepare() const {}
     // Shapes are checked, host tensors lie on the host. Neither allocates nor waits, and can be captured in a graph.

@@ -130,6 +130,7 @@ bool PluginCore::host_tensors_are_there(Launch const& launch) {
 
 void PluginCore::enqueue(Launch const& launch) {
     check_shapes(launch.input_desc, int32_t(inputs_.size()));
+    if (phase_ == Phase::kBuild && !op_->runs_in_build()) return;
     if (host_tensors_are_there(launch)) op_->enqueue(launch);
 }
 

@@ -12,6 +12,8 @@
 #include <mutex>
 #include <vector>
 
+#include "../all_gather.h"
+#include "../all_reduce.h"
 #include "../gemm.h"
 #include "../lookup.h"
 #include "../paged_attention.h"
@@ -41,7 +43,8 @@ using AnyCreator = nvinfer1::IPluginCreator;
 #endif
 
 constexpr OpFactory kFactories[] = {
-    &RotateQuantizeKv::make, &Int4PagedAttention::make, &Gemm::make, &Lookup::make, &RmsNorm::make, &SiluMul::make};
+    &RotateQuantizeKv::make, &Int4PagedAttention::make, &Gemm::make,     &Lookup::make, &RmsNorm::make,
+    &SiluMul::make,          &AllReduce::make,          &AllGather::make};
 
 // A creator for each, and the same as TensorRT asks for them.
 template <typename Creator, typename Listed>

@@ -1,0 +1,86 @@
+// The kernel of all_reduce(): one-shot, every rank sends its numbers to all others and adds what it gets.
+//
+// A buffer is   flags    uint32 [kBlocks][kMaxRanks]      by block and sender: the number of the sum that has arrived
+//               numbers  uint32 [kBlocks]                 by block: that of this rank's last sum
+//               slots    [2][kBlocks][size][kSlotBytes]   by parity of the number, block and sender
+//
+// A block knows nothing of the others: it has its own number, flags and slots, whatever the extent of a sum. Two slots
+// are enough: before a block sends its sum n + 2 it has had the flag n + 1 of every rank, whose kernel of sum n, which
+// read the slot, had ended by then.
+#pragma once
+
+#include "saw/all_reduce/params.h"
+#include "saw/common/vec.cuh"
+
+namespace saw {
+
+constexpr int kReduceBlocks = 64;
+constexpr int kReduceThreads = 512;
+constexpr int kSlotVectors = 2 * kReduceThreads;  // of 16 bytes
+constexpr size_t kSlotBytes = size_t(kSlotVectors) * sizeof(uint4);
+constexpr size_t kReduceHeadBytes = kReduceBlocks * (kMaxRanks + 1) * sizeof(uint32_t);
+static_assert(kReduceHeadBytes % sizeof(uint4) == 0, "slots lie on multiples of 16 bytes");
+
+__device__ inline void store_release(uint32_t* flag, uint32_t value) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+__device__ inline uint32_t load_acquire(uint32_t const* flag) {
+    uint32_t value;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+    return value;
+}
+
+struct ReduceBuffer {
+    uint8_t* base;
+
+    __device__ uint32_t* flag(int block, int sender) const {
+        return reinterpret_cast<uint32_t*>(base) + block * kMaxRanks + sender;
+    }
+
+    __device__ uint32_t* number(int block) const {
+        return reinterpret_cast<uint32_t*>(base) + kReduceBlocks * kMaxRanks + block;
+    }
+
+    __device__ uint4* slot(uint32_t number, int block, int sender, int size) const {
+        size_t const index = (size_t(number & 1) * kReduceBlocks + block) * size + sender;
+        return reinterpret_cast<uint4*>(base + kReduceHeadBytes + index * kSlotBytes);
+    }
+};
+
+// Each block has `share` vectors of x, at most kSlotVectors.
+template <typename T>
+__global__ void __launch_bounds__(kReduceThreads)
+    all_reduce_kernel(Ranks ranks, uint4 const* x, uint4* y, int vectors, int share) {
+    int const block = blockIdx.x, thread = threadIdx.x, rank = ranks.rank, size = ranks.size;
+    int const first = block * share, count = min(share, vectors - first);
+    ReduceBuffer const ours{ranks.peers[rank]};
+    uint32_t const number = *ours.number(block) + 1;
+
+    for (int i = thread; i < count; i += blockDim.x) {
+        uint4 const sent = x[first + i];
+        for (int step = 1; step < size; ++step) {
+            int const peer = (rank + step) % size;
+            ReduceBuffer{ranks.peers[peer]}.slot(number, block, rank, size)[i] = sent;
+        }
+    }
+    __syncthreads();
+    if (thread < size && thread != rank) {
+        store_release(ReduceBuffer{ranks.peers[thread]}.flag(block, rank), number);
+        // Numbers wrap around after 2^32 sums.
+        while (int32_t(load_acquire(ours.flag(block, thread)) - number) < 0) {
+        }
+    }
+    if (thread == 0) *ours.number(block) = number;
+    __syncthreads();
+    for (int i = thread; i < count; i += blockDim.x) {
+        float sum[kWide] = {}, part[kWide];
+        for (int sender = 0; sender < size; ++sender) {
+            unpack_chunk<T>(sender == rank ? x[first + i] : __ldcg(ours.slot(number, block, sender, size) + i), part);
+            for (int j = 0; j < kWide; ++j) sum[j] += part[j];
+        }
+        y[first + i] = pack_chunk<T>(sum);
+    }
+}
+
+}  // namespace saw
