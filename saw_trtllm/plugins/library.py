@@ -21,7 +21,9 @@ GEMM = "SawGemm"
 LOOKUP = "SawLookup"
 RMS_NORM = "SawRmsNorm"
 SILU_MUL = "SawSiluMul"
-NAMES = (WRITE, ATTENTION, GEMM, LOOKUP, RMS_NORM, SILU_MUL)
+ALL_REDUCE = "SawAllReduce"
+ALL_GATHER = "SawAllGather"
+NAMES = (WRITE, ATTENTION, GEMM, LOOKUP, RMS_NORM, SILU_MUL, ALL_REDUCE, ALL_GATHER)
 NAMESPACE = "saw"
 #: Of the plugins: the cache format's.
 VERSION = "1"
@@ -36,6 +38,9 @@ PRELOAD_LIBRARY = "libsaw_trtllm_preload.so"
 _CUBLAS_LT = {"libcublasLt.so.13": "cu13/lib", "libcublasLt.so.12": "cublas/lib"}
 #: What to do where there is none.
 CUBLAS_LT = "pip install nvidia-cublas-cu12, or add the folder of libcublasLt.so.12 or .13 to LD_LIBRARY_PATH"
+#: What the plugins between ranks call, and where it is.
+_NCCL = {"libnccl.so.2": "nccl/lib"}
+NCCL = "pip install nvidia-nccl-cu12 or nvidia-nccl-cu13, or add the folder of libnccl.so.2 to LD_LIBRARY_PATH"
 
 
 def library_path(name: str) -> Path:
@@ -144,16 +149,25 @@ def load_cublas_lt() -> bool:
     bool
         False if there is none.
     """
+    return _load_first(_CUBLAS_LT) is not None
+
+
+def load_nccl() -> ctypes.CDLL | None:
+    """Load NCCL likewise, for SawAllReduce and SawAllGather; None if there is none."""
+    return _load_first(_NCCL)
+
+
+def _load_first(names: Mapping[str, str]) -> ctypes.CDLL | None:
+    """The first library that loads, of those in the loader's path and in NVIDIA's Python packages."""
     packages = importlib.util.find_spec("nvidia")
     folders = [Path(p) for p in (packages and packages.submodule_search_locations) or ()]
-    for name, place in _CUBLAS_LT.items():
+    for name, place in names.items():
         for path in (name, *(str(folder / place / name) for folder in folders)):
             try:
-                ctypes.CDLL(path)
+                return ctypes.CDLL(path)
             except OSError:
                 continue
-            return True
-    return False
+    return None
 
 
 def has_v3(trt: ModuleType) -> bool:

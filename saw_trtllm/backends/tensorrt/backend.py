@@ -42,11 +42,6 @@ class TensorRTBackend:
             )
         tensorrt = TensorRT.load()
         tensorrt.check_activations(model.dtype)
-        if (options.tp_size or 1) > 1:
-            raise ConfigError(
-                f"--tp_size {options.tp_size} was given, and engines of the backend tensorrt have one rank: give "
-                "--backend reference or tensorrt_llm"
-            )
         if options.strip_plan and not tensorrt.can_strip:
             raise ConfigError(
                 f"--strip_plan was given, and TensorRT {tensorrt.version} builds no engine without its weights: leave "
@@ -77,4 +72,4 @@ class TensorRTBackend:
         from saw_trtllm.backends.tensorrt.executor import TensorRTExecutor
 
         options = (kv_cache.max_tokens, kv_cache.free_gpu_memory_fraction, kv_cache.host_cache_size)
-        return TensorRTExecutor(folder, config, *options)
+        return TensorRTExecutor(folder, config, *options, collectives=collectives)

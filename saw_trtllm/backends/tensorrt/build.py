@@ -46,7 +46,7 @@ def build_engine(
     plan : BuildPlan
         Its folder is there.
     progress : callable, optional
-        Called with the name of each tensor that has been read.
+        Called with the name of each tensor that has been read, once a rank.
     phases : Phases, optional
         Told of the phases of TensorRT's build, where it has them: from 10 on.
     tensorrt : TensorRT, optional
@@ -55,7 +55,7 @@ def build_engine(
     Returns
     -------
     int
-        Bytes of the engine.
+        Bytes of the engines.
 
     Raises
     ------
@@ -66,42 +66,50 @@ def build_engine(
     """
     tensorrt = TensorRT.load() if tensorrt is None else tensorrt
     config = built_for(plan.config, tensorrt, plan.network.gemm_plugin)
-    with plan.weights.reading_ahead(plan.network.workers, progress) as load:
-        if plan.network.strip_plan:
-            engine, source = _serialize_stripped(tensorrt, config, load, plan, phases)
-            section = config.saw_int4.model_copy(update={"weights": source})
-            config = config.model_copy(update={"saw_int4": section})
-        else:
-            engine = serialize_engine(tensorrt, config, load, plan.network, phases)
-    data, checksums = memoryview(engine).cast("B"), dict[str, str]()
+    source, nbytes, checksums = None, 0, dict[str, str]()
     with ThreadPoolExecutor(1) as beside, replacing_engine(plan.output_dir, plan.checkpoint.folder, checksums) as part:
-        checksum = beside.submit(data_checksum, data)  # from memory, while the disk is waited for
-        config.save(part)
+        for rank in range(config.tp_size):
+            with plan.weights.of_rank(rank).reading_ahead(plan.network.workers, progress) as load:
+                if plan.network.strip_plan:
+                    engine, source = _serialize_stripped(tensorrt, config, load, plan, phases, rank, source)
+                else:
+                    engine = serialize_engine(tensorrt, config, load, plan.network, phases, rank)
+            data = memoryview(engine).cast("B")
+            checksum = beside.submit(data_checksum, data)  # from memory, while the disk is waited for
+            nbytes += write_large(part / engine_file(rank), data)
+            checksums[engine_file(rank)] = checksum.result()
+            del engine, data  # before the next
+        section = config.saw_int4.model_copy(update={"weights": source})
+        config.model_copy(update={"saw_int4": section}).save(part)
         if plan.network.strip_plan and plan.calibration is not None:
             plan.calibration.save(part / CALIBRATION_FILE)
-        size = write_large(part / engine_file(), data)
-        checksums[engine_file()] = checksum.result()
-        return size
+        return nbytes
 
 
 def _serialize_stripped(
-    tensorrt: TensorRT, config: EngineConfig, load: Load, plan: BuildPlan, phases: Phases | None
+    tensorrt: TensorRT,
+    config: EngineConfig,
+    load: Load,
+    plan: BuildPlan,
+    phases: Phases | None,
+    rank: int,
+    known: WeightsSource | None,
 ) -> tuple[Any, WeightsSource]:
-    """The engine without weights, and what it records of them.
+    """A rank's engine without weights, and what it records of them, if an earlier rank's has not.
 
     TensorRT leaves out what it is given, so it is given zeros. The weights are read beside it, to be checked.
     """
-    weights = plan.weights
+    weights = plan.weights.of_rank(rank)
     zeros = _zeros(weights.shapes, NUMPY_DTYPES[config.pretrained_config.dtype]) | weights.constants
 
     def read() -> WeightsSource:
         for name in weights.shapes:
             load(name)
-        return weights.source()
+        return known or weights.source()
 
     with ThreadPoolExecutor(1) as beside:
         source = beside.submit(read)
-        return serialize_engine(tensorrt, config, zeros.__getitem__, plan.network, phases), source.result()
+        return serialize_engine(tensorrt, config, zeros.__getitem__, plan.network, phases, rank), source.result()
 
 
 def _zeros(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> dict[str, np.ndarray]:
@@ -116,9 +124,14 @@ def _zeros(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> dict[str, 
 
 
 def serialize_engine(
-    tensorrt: TensorRT, config: EngineConfig, load: Load, options: NetworkOptions, phases: Phases | None = None
+    tensorrt: TensorRT,
+    config: EngineConfig,
+    load: Load,
+    options: NetworkOptions,
+    phases: Phases | None = None,
+    rank: int = 0,
 ) -> Any:
-    """Define the network and have TensorRT build it.
+    """Define a rank's network and have TensorRT build it; ``load`` gives its part of the weights.
 
     Returns
     -------
@@ -130,7 +143,7 @@ def serialize_engine(
     tensorrt.load_plugins()
     gemm_plugin = config.build_config.plugin_config.gemm_plugin
     graph = Graph(tensorrt, tensorrt.create_network(builder), gemm_plugin is not None, options.strip_plan)
-    define_decoder(graph, config, load)
+    define_decoder(graph, config, load, rank)
     builder_config = tensorrt.create_config(builder, options.optimization_level)
     if options.strip_plan:
         tensorrt.strip(builder_config)

@@ -20,8 +20,8 @@ from saw_trtllm.engine.tensors import INPUT_IDS, LAST_TOKEN_IDS, LOGITS
 from saw_trtllm.plugins.layer import K_CENTER, K_FRAME, Q_FRAME, ROTARY_COS_SIN
 
 
-def define_decoder(graph: Graph, config: EngineConfig, load: Load) -> None:
-    """Define a whole engine: its inputs, the decoder, and the output ``logits``.
+def define_decoder(graph: Graph, config: EngineConfig, load: Load, rank: int = 0) -> None:
+    """Define a rank's engine: its inputs, the decoder, and the output ``logits``, which all ranks have.
 
     Parameters
     ----------
@@ -29,7 +29,9 @@ def define_decoder(graph: Graph, config: EngineConfig, load: Load) -> None:
         An empty one.
     config : EngineConfig
     load : callable
-        Gives the tensor of a TensorRT-LLM name in the engine's dtype, a layer's center and frames in float32.
+        Gives the tensor of a TensorRT-LLM name in the engine's dtype, a layer's center and frames in float32: the
+        rank's part.
+    rank : int
 
     Raises
     ------
@@ -37,12 +39,13 @@ def define_decoder(graph: Graph, config: EngineConfig, load: Load) -> None:
         If TensorRT does not have the dtype.
     """
     graph.tensorrt.check_activations(config.pretrained_config.dtype)
-    _Decoder(graph, config, load).define()
+    _Decoder(graph, config.of_rank(), load, rank).define()
 
 
 class _Decoder:
-    def __init__(self, graph: Graph, config: EngineConfig, load: Load) -> None:
+    def __init__(self, graph: Graph, config: EngineConfig, load: Load, rank: int) -> None:
         self.graph = graph
+        self._rank, self._num_ranks = rank, config.tp_size
         self.config = config
         self.model = config.pretrained_config
         self._constants = Constants(config, load)
@@ -57,7 +60,7 @@ class _Decoder:
     def define(self) -> None:
         """``input_ids [num_tokens]`` to ``logits [num_sequences, vocab_size]``, or of all tokens where asked for."""
         graph, embedding = self.graph, self._constant(EMBEDDING)
-        x = graph.embedding(embedding, self._inputs[INPUT_IDS.name])
+        x = self._embed(embedding)
         added: Tensor | None = None
         if self.model.scale_embedding:
             x = x * graph.scalar(self.model.embedding_scale, x)
@@ -75,7 +78,15 @@ class _Decoder:
         logits = graph.linear(x, lm_head, dtype if cap is None else "float32")
         if cap is not None:
             logits = graph.cast(graph.tanh(logits * graph.scalar(1 / cap, logits)) * graph.scalar(cap, logits), dtype)
-        graph.output(logits, LOGITS.name)
+        graph.output(graph.all_gather(logits, self.model.vocab_size, self._num_ranks), LOGITS.name)
+
+    def _embed(self, weight: Tensor) -> Tensor:
+        """Rows of the embedding, of which a rank has some: for the others it adds zeros."""
+        graph, ids = self.graph, self._inputs[INPUT_IDS.name]
+        if self._num_ranks == 1:
+            return graph.embedding(weight, ids)
+        first = graph.constant(np.full(1, self._rank * weight.handle.shape[0], np.int32))
+        return graph.all_reduce(graph.embedding(weight, ids - first, partial=True), self._num_ranks)
 
     def _layer(self, prefix: str, i: int, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
         """``[num_tokens, hidden_size]``, and what is still to be added to it, to the same: a norm adds it."""
@@ -90,7 +101,7 @@ class _Decoder:
             x, h = self._norm(x, f"{prefix}{before}.weight", added)
             fc, gate, proj = (self._constant(f"{prefix}mlp.{name}.weight") for name in ("fc", "gate", "proj"))
             h = graph.gated(graph.linear(h, fc), graph.linear(h, gate), self.model.hidden_act)
-            added = graph.linear(h, proj)
+            added = graph.all_reduce(graph.linear(h, proj), self._num_ranks)
             if inter:
                 _, added = self._norm(added, prefix + "post_feedforward_layernorm.weight")
             return x, added
@@ -110,7 +121,7 @@ class _Decoder:
             constants[K_FRAME] = self._constant(k_frame_name(i))
             constants[Q_FRAME] = self._constant(q_frame_name(i))
         context = paged_attention(graph, self.config, i, qkv, constants, self._inputs)
-        return graph.linear(context, self._constant(prefix + "dense.weight"))
+        return graph.all_reduce(graph.linear(context, self._constant(prefix + "dense.weight")), self._num_ranks)
 
     def _norm(self, x: Tensor, weight: str, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The sum, and its RMSNorm with a weight."""

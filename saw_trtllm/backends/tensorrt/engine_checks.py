@@ -55,8 +55,10 @@ def check_versions(folder: Path, config: EngineConfig, tensorrt: TensorRT) -> No
         )
 
 
-def read_engine(folder: Path, config: EngineConfig, tensorrt: TensorRT, runtime: Any, logger: Any) -> Any:
-    """Read ``rank0.engine`` onto the GPU.
+def read_engine(
+    folder: Path, config: EngineConfig, tensorrt: TensorRT, runtime: Any, logger: Any, rank: int = 0
+) -> Any:
+    """Read a rank's engine onto the GPU.
 
     Parameters
     ----------
@@ -67,6 +69,7 @@ def read_engine(folder: Path, config: EngineConfig, tensorrt: TensorRT, runtime:
     runtime : tensorrt.Runtime
     logger : tensorrt.ILogger
         The runtime's.
+    rank : int
 
     Returns
     -------
@@ -77,11 +80,11 @@ def read_engine(folder: Path, config: EngineConfig, tensorrt: TensorRT, runtime:
     EngineError
         If there is no such file, it is not whole, it is of another config, or the GPU has no room for it.
     """
-    path = folder / engine_file()
+    path = folder / engine_file(rank)
     if not is_file(path, EngineError):
         raise EngineError(f"{path} does not exist: {_AGAIN}")
     stripped = config.saw_int4.weights is not None
-    weights = stripped_weights(folder, config) if stripped else None
+    weights = stripped_weights(folder, config).of_rank(rank) if stripped else None
     try:
         size = path.stat().st_size if weights is None else weights.nbytes
         # Mapped: TensorRT reads through it once, so a second copy of the weights in memory would be for nothing.

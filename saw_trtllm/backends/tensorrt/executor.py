@@ -16,6 +16,7 @@ from saw_trtllm.backends.tensorrt.engine_checks import check_versions, read_engi
 from saw_trtllm.backends.tensorrt.graphs import DecodeGraphs, buckets
 from saw_trtllm.backends.tensorrt.host_pool import CopiesUnderWay, HostPool
 from saw_trtllm.backends.tensorrt.memory import MemoryPlan, plan_blocks
+from saw_trtllm.backends.tensorrt.ranks import RankGroup, use_gpu_of_rank
 from saw_trtllm.backends.tensorrt.results import PendingResult, ResultSlot
 from saw_trtllm.backends.tensorrt.sampler import GpuSampler
 from saw_trtllm.backends.tensorrt.session import Session
@@ -25,6 +26,7 @@ from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import DECODE, RowCopy, StepInputs, StepSequence
 from saw_trtllm.engine.tensors import LAST_TOKEN_IDS, LOGITS, POOL_MAPPING, POOL_POINTERS, WINDOW_SIZES
 from saw_trtllm.errors import EngineError, KernelError
+from saw_trtllm.runtime.collectives import ALONE, Collectives
 from saw_trtllm.runtime.host_cache import BlockCopy
 from saw_trtllm.runtime.sampling import SamplingState
 
@@ -51,6 +53,8 @@ class TensorRTExecutor:
         Whether steps of decodes run as CUDA graphs.
     pool_memory : DeviceBuffer, optional
         Where the KV cache lies, for executors of which one runs at a time. By default in memory of its own.
+    collectives : Collectives
+        The engine's ranks, a process each, all of which open it at once.
 
     Attributes
     ----------
@@ -83,14 +87,19 @@ class TensorRTExecutor:
         host_cache_size: int = 0,
         graphs: bool = True,
         pool_memory: DeviceBuffer | None = None,
+        collectives: Collectives = ALONE,
     ) -> None:
-        self._config = config
+        self._config, self._collectives = config.of_rank(), collectives
         self._tensorrt = TensorRT.load()
+        if collectives.size > 1:
+            use_gpu_of_rank(collectives)
         check_versions(folder, config, self._tensorrt)
         self._tensorrt.load_plugins()
         self._device = call(runtime.cudaGetDevice)
         self._resources = ExitStack()
         try:
+            if collectives.size > 1:
+                self._hold(RankGroup(collectives))
             self._open(folder, max_tokens, memory_fraction, pool_memory)
             self._open_host_pool(host_cache_size)
             self._record(graphs)
@@ -184,7 +193,7 @@ class TensorRTExecutor:
         before, total = memory_info()
         logger = self._tensorrt.logger()
         trt_runtime = self._tensorrt.trt.Runtime(logger)
-        engine = read_engine(folder, config, self._tensorrt, trt_runtime, logger)
+        engine = read_engine(folder, config, self._tensorrt, trt_runtime, logger, self._collectives.rank)
         weights = before - memory_info()[0]
         self._stream = self._hold(Stream())
         self.stream = self._stream.handle
@@ -205,7 +214,8 @@ class TensorRTExecutor:
         self._slots = [self._hold(ResultSlot(build.max_batch_size, model.vocab_size)) for _ in range(2)]
 
         free = memory_info()[0] if pool_memory is None else pool_memory.nbytes
-        self.num_blocks = plan_blocks(config, free, max_tokens, memory_fraction)
+        fitting = plan_blocks(config, free, max_tokens, memory_fraction)
+        self.num_blocks = min(int(n) for n in self._collectives.all_gather(np.array(fitting)))
         tokens, heads = self.num_blocks * build.tokens_per_block, model.num_key_value_heads
         sizes = [tokens * pool.format.bytes_per_token(len(pool.layers), heads) for pool in pools]
         if pool_memory is None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.errors import EngineError
-from saw_trtllm.plugins.library import GEMM, LOOKUP, RMS_NORM, SILU_MUL
+from saw_trtllm.plugins.library import ALL_GATHER, ALL_REDUCE, GEMM, LOOKUP, RMS_NORM, SILU_MUL
 
 
 class Tensor:
@@ -120,9 +120,9 @@ class Graph:
         """Rows of a matrix: ``[n, width]`` and int32 ``[m]`` to ``[m, width]``."""
         return self._tensor("gather", self.network.add_gather(x.handle, rows.handle, 0), x.dtype)
 
-    def embedding(self, weight: Tensor, rows: Tensor) -> Tensor:
-        """:meth:`gather` from a weight."""
-        if not self._use_plugins:
+    def embedding(self, weight: Tensor, rows: Tensor, partial: bool = False) -> Tensor:
+        """:meth:`gather` from a weight; one that is ``partial`` gives zeros for rows that it does not have."""
+        if not (self._use_plugins or partial):
             return self.gather(weight, rows)
         size, width = weight.handle.shape
         fields = {"dtype": weight.dtype, "vocab_size": size, "hidden_size": width}
@@ -191,6 +191,20 @@ class Graph:
         if not self._use_plugins:
             return self.silu(x) * gate
         return self.plugin(SILU_MUL, {"dtype": x.dtype, "hidden_size": x.handle.shape[1]}, [x, gate], [x.dtype])[0]
+
+    def all_reduce(self, x: Tensor, num_ranks: int) -> Tensor:
+        """The sum of ``[n, width]`` over all ranks."""
+        if num_ranks == 1:
+            return x
+        fields = {"dtype": x.dtype, "hidden_size": x.handle.shape[1], "num_ranks": num_ranks}
+        return self.plugin(ALL_REDUCE, fields, [x], [x.dtype])[0]
+
+    def all_gather(self, x: Tensor, width: int, num_ranks: int) -> Tensor:
+        """The first ``width`` columns of all ranks' ``[n, columns]`` side by side, in float32."""
+        if num_ranks == 1:
+            return x
+        fields = {"in_features": x.handle.shape[1], "out_features": width, "num_ranks": num_ranks}
+        return self.plugin(ALL_GATHER, fields, [self.cast(x, "float32")], ["float32"])[0]
 
     def mean(self, x: Tensor, axis: int) -> Tensor:
         """Mean over an axis from 0, which is kept with length 1."""

@@ -42,7 +42,7 @@ def refit(path: Path, weights: EngineWeights, tensorrt: TensorRT, engine: Any, l
         progress(len(weights.shapes), "weights", "tensors") as bar,
         weights.reading_ahead(progress=lambda _: bar.update()) as load,
     ):
-        constants = Constants(weights.config, load)
+        constants = Constants(weights.config.of_rank(), load)
         for name in names:
             try:
                 arrays.append(np.ascontiguousarray(constants[name]))

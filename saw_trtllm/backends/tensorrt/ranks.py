@@ -1,0 +1,179 @@
+"""The ranks of an engine, a GPU and a process each: which GPU is whose, and what their plugins sum with."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import socket
+from typing import Any
+
+import numpy as np
+
+from saw_trtllm.backends.tensorrt.cuda import DeviceBuffer, call, runtime
+from saw_trtllm.errors import BackendUnavailableError, EngineError, KernelError
+from saw_trtllm.ops.arrays import kernels
+from saw_trtllm.plugins.library import NCCL, load_nccl
+from saw_trtllm.runtime.collectives import Collectives
+
+log = logging.getLogger(__name__)
+
+#: Sums of so many bytes or fewer go by the one-shot kernel: docs/scale.md has the times of both.
+ONE_SHOT_BYTES = 1 << 20
+#: The first NCCL with all that a captured graph needs.
+_OLDEST_NCCL = (2, 18)
+_UNIQUE_ID_BYTES = 128
+
+
+def use_gpu_of_rank(collectives: Collectives) -> None:
+    """Make the GPU of a rank the one in use: of the ranks on a machine, the first has its first, and so on.
+
+    A process that sees one GPU only takes that, as where Ray has given it one.
+
+    Raises
+    ------
+    EngineError
+        If there are not enough.
+    """
+    name = socket.gethostname().encode()[:64].ljust(64, b"\0")
+    hosts = [bytes(host) for host in collectives.all_gather(np.frombuffer(name, np.uint8))]
+    place = hosts[: collectives.rank].count(name)
+    count = call(runtime.cudaGetDeviceCount)
+    call(runtime.cudaSetDevice, place if place < count else 0)
+    properties = call(runtime.cudaGetDeviceProperties, call(runtime.cudaGetDevice))
+    uuid = np.frombuffer(bytes(properties.uuid.bytes), np.uint8)
+    gpus = [bytes(gpu) for gpu in collectives.all_gather(uuid)]
+    if len(set(gpus)) < len(gpus):
+        raise EngineError(
+            f"the engine is split over {collectives.size} ranks, a GPU each, and they have {len(set(gpus))}: run them "
+            "on machines with as many GPUs, or build the engine anew with a smaller --tp_size"
+        )
+
+
+class RankGroup:
+    """What the plugins between ranks work with, made known to them for the GPU in use: NCCL, and each other's memory.
+
+    Parameters
+    ----------
+    collectives : Collectives
+
+    Attributes
+    ----------
+    one_shot : bool
+        Whether small sums go by the one-shot kernel: where every GPU reaches the memory of every other.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If NCCL is missing, or too old.
+    EngineError
+        If the ranks have different versions of it.
+    KernelError
+        If it does not join them.
+    """
+
+    def __init__(self, collectives: Collectives) -> None:
+        self._nccl = _Nccl(collectives)
+        self._device = call(runtime.cudaGetDevice)
+        self._module = kernels()
+        self._buffer: DeviceBuffer | None = None
+        self._opened: list[int] = []
+        peers = self._exchange(collectives) if collectives.size <= self._module.MAX_RANKS else []
+        self.one_shot = bool(peers)
+        ranks = self._module.Ranks(
+            rank=collectives.rank,
+            size=collectives.size,
+            nccl=self._nccl.communicator,
+            peers=peers,
+            one_shot_bytes=ONE_SHOT_BYTES,
+        )
+        self._module.set_ranks(device=self._device, ranks=ranks)
+
+    def _exchange(self, collectives: Collectives) -> list[int]:
+        """Addresses of all ranks' buffers, or none if some GPU does not reach some other's."""
+        self._buffer = DeviceBuffer(self._module.all_reduce_buffer_bytes(collectives.size))
+        self._buffer.fill(0)
+        call(runtime.cudaDeviceSynchronize)
+        handle = call(runtime.cudaIpcGetMemHandle, self._buffer.address)
+        handles = collectives.all_gather(np.frombuffer(bytes(handle.reserved), np.uint8))
+        addresses, reached = [], True
+        for rank, theirs in enumerate(handles):
+            if rank == collectives.rank:
+                addresses.append(self._buffer.address)
+                continue
+            try:
+                addresses.append(self._open(theirs))
+            except KernelError as e:
+                log.info("rank %d does not reach the GPU memory of rank %d: %s", collectives.rank, rank, e)
+                reached = False
+                break
+        return addresses if all(int(x) for x in collectives.all_gather(np.array(int(reached)))) else []
+
+    def _open(self, handle: np.ndarray) -> int:
+        theirs = runtime.cudaIpcMemHandle_t()
+        theirs.reserved = bytes(handle)
+        address = int(call(runtime.cudaIpcOpenMemHandle, theirs, runtime.cudaIpcMemLazyEnablePeerAccess))
+        self._opened.append(address)
+        return address
+
+    def close(self) -> None:
+        """Take it away from the plugins; no step is in flight."""
+        self._module.set_ranks(device=self._device, ranks=None)
+        for address in self._opened:
+            call(runtime.cudaIpcCloseMemHandle, address)
+        if self._buffer is not None:
+            self._buffer.close()
+        self._nccl.close()
+
+
+class _UniqueId(ctypes.Structure):
+    _fields_ = (("internal", ctypes.c_byte * _UNIQUE_ID_BYTES),)
+
+
+class _Nccl:
+    """A communicator of NCCL over the ranks, on the GPU in use."""
+
+    def __init__(self, collectives: Collectives) -> None:
+        library = load_nccl()
+        if library is None:
+            raise BackendUnavailableError(f"an engine of several ranks needs NCCL, which cannot be loaded: {NCCL}")
+        self._library: Any = library
+        self._library.ncclGetErrorString.restype = ctypes.c_char_p
+        self._check_version(collectives)
+        unique = _UniqueId()
+        if collectives.rank == 0:
+            self._call("ncclGetUniqueId", ctypes.byref(unique))
+        ids = collectives.all_gather(np.frombuffer(bytes(unique), np.uint8))
+        unique = _UniqueId.from_buffer_copy(bytes(ids[0]))
+        communicator = ctypes.c_void_p()
+        size, rank = ctypes.c_int(collectives.size), ctypes.c_int(collectives.rank)
+        self._call("ncclCommInitRank", ctypes.byref(communicator), size, unique, rank)
+        self.communicator: int = communicator.value or 0
+
+    def _check_version(self, collectives: Collectives) -> None:
+        number = ctypes.c_int()
+        self._call("ncclGetVersion", ctypes.byref(number))
+        version = number.value // 10000, number.value // 100 % 100
+        if version < _OLDEST_NCCL:
+            raise BackendUnavailableError(
+                f"NCCL {_words(version)} is installed and an engine of several ranks needs {_words(_OLDEST_NCCL)} or "
+                f"newer: {NCCL}"
+            )
+        others = [int(theirs) for theirs in collectives.all_gather(np.array(number.value))]
+        if len(set(others)) > 1:
+            found = ", ".join(_words((n // 10000, n // 100 % 100, n % 100)) for n in others)
+            raise EngineError(f"the ranks have NCCL {found}: install one version on all machines")
+
+    def close(self) -> None:
+        # An abort, since the other ranks may be gone.
+        if self.communicator:
+            communicator, self.communicator = self.communicator, 0
+            self._call("ncclCommAbort", ctypes.c_void_p(communicator))
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._library, name)(*arguments)
+        if status:
+            raise KernelError(f"{name} failed: {self._library.ncclGetErrorString(status).decode()}")
+
+
+def _words(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
