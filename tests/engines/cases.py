@@ -108,6 +108,14 @@ STEP_CASES = [
     *(Case(f, d, kv, _BF16) for f, d, kv in zip(FAMILIES, (128, 64, 256, 128, 64, 256), KVS + KVS, strict=True)),
     Case("llama", 64, "saw_int4", (*_BF16, ("gemm_plugin", "disable"))),
 ]
+#: Engines of several ranks.
+RANK_CASES = [
+    Case("llama", 64, "saw_int4", (("tp_size", 2), ("framed", True))),
+    Case("qwen2", 128, "saw_int4", (("tp_size", 2),)),
+    Case("qwen3", 128, "int4", (("tp_size", 2), *_BF16)),
+    Case("gemma2", 64, "saw_int4", (("tp_size", 2), ("gemm_plugin", "disable"))),
+    Case("mistral", 64, "fp16", (("tp_size", 4),)),
+]
 _SERVED = (("max_batch_size", 64), ("max_num_tokens", 4096), ("max_seq_len", 1024), ("gather_all_token_logits", True))
 SERVED_CASES = {kv: Case("example", 128, kv, _SERVED) for kv in KVS} | {
     f"{kv}, bfloat16": Case("example", 128, kv, (*_SERVED, *_BF16)) for kv in ("saw_int4", "fp16")

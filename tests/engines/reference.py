@@ -20,6 +20,7 @@ from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_input
 from saw_trtllm.plan.plan import BuildPlan
 from tests.engines.cases import (
     NUM_BLOCKS,
+    RANK_CASES,
     SERVED_CASES,
     STEP_CASES,
     STEPS,
@@ -97,7 +98,7 @@ def rounded(dtype: torch.dtype) -> Iterator[None]:
 
 def main() -> None:
     """Compute the named cases that are not there."""
-    folder, cases = Path(sys.argv[1]), {case.name: case for case in (*STEP_CASES, *SERVED_CASES.values())}
+    folder, cases = Path(sys.argv[1]), {case.name: case for case in (*STEP_CASES, *RANK_CASES, *SERVED_CASES.values())}
     for name in sys.argv[2:]:
         path = folder / name / "reference.npz"
         if not path.is_file():
