@@ -11,6 +11,7 @@ from benchmarks.common.record import check_writable
 from benchmarks.engine import cases
 from saw_trtllm.backends.registry import choose_backend
 from saw_trtllm.errors import ConfigError, EngineError
+from saw_trtllm.plan.plan import split_over_ranks
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -35,6 +36,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         default=cases.LLAMA_VOCAB,
         metavar="N",
         help="of the engines (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--tp_size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks that each engine is split over, a GPU each; then only steps are timed (default: %(default)s)",
     )
     engine.add_argument(
         "--dtype",
@@ -83,7 +91,7 @@ def _run(args: argparse.Namespace, command: str) -> None:
         given = getattr(args, name)
         chosen = few if args.quick else all_of
         numbers[name] = chosen if given is None else cases.parse_numbers(given, all_of, f"--{name}")
-    for name in ("num_layers", "vocab_size", "build_workers"):
+    for name in ("num_layers", "vocab_size", "tp_size", "build_workers"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least 1")
     if args.output is not None:
@@ -97,7 +105,7 @@ def _run(args: argparse.Namespace, command: str) -> None:
         plan = Plan.of(
             args.engine_dir or Path(temporary),
             kvs,
-            cases.llama_config(args.num_layers, args.vocab_size, args.dtype),
+            split_over_ranks(cases.llama_config(args.num_layers, args.vocab_size, args.dtype), args.tp_size),
             batches=numbers["batch"],
             contexts=numbers["context"],
             optimization_level=args.builder_optimization_level,

@@ -7,12 +7,14 @@ import gc
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from benchmarks.engine.clock import StreamClock
 from benchmarks.engine.loop import time_loop, time_start
+from benchmarks.engine.ranks import RankedExecutor
 from benchmarks.engine.record import Engine, Loop
 from benchmarks.engine.steps import StepBench, measure
 from saw_trtllm.backends.tensorrt.cuda import DeviceBuffer, memory_info
@@ -44,20 +46,46 @@ def measure_alone(plan: Plan, kv: str, build_s: float | None) -> Engine:
         memory = dataclasses.asdict(llm.executor.memory)
     del llm
     gc.collect()  # the memory must be free for the next
+    loop = Loop(batch=batch, context=context, step_us=round(step_us, 2), gpu_us=round(gpu_us, 2))
+    return _engine(kv, config, build_s, folder, memory).model_copy(update={"start_up": start_up, "loop": loop})
+
+
+def _engine(kv: str, config: EngineConfig, build_s: float | None, folder: Path, memory: dict[str, int]) -> Engine:
+    """What is known of an engine, or of one of its ranks, before it is timed."""
     return Engine(
         kv=kv,
         bytes_per_token=config.bytes_per_token,
         build_s=build_s,
         engine_bytes=(folder / engine_file()).stat().st_size,
-        # What the pool could be: this one is as large as the requests need.
+        # What the pool could be: it may be no larger than the requests need.
         tokens=int(_FRACTION * (memory["pool"] + memory["free"])) // config.bytes_per_token,
         memory=memory,
-        start_up=start_up,
+        start_up=None,
         steps=[],
         too_large=[],
         profiles=[],
-        loop=Loop(batch=batch, context=context, step_us=round(step_us, 2), gpu_us=round(gpu_us, 2)),
+        loop=None,
     )
+
+
+def measure_ranks(plan: Plan, kv: str, build_s: float | None) -> Engine:
+    """The steps of an engine of several ranks. One is open at a time: a GPU's plugins know one group of ranks."""
+    folder = plan.folder / kv
+    config = EngineConfig.load(folder)
+    with closing(RankedExecutor(folder, config)) as executor:
+        memory = dataclasses.asdict(executor.memory)
+        engine = _engine(kv, config.of_rank(), build_s, folder, memory)
+        with closing(StreamClock(executor.stream)) as clock:
+            bench = StepBench(executor, config, clock)
+            for case in tqdm(plan.steps(), desc="steps", unit="case", disable=None):
+                if not bench.fits(*case):
+                    engine.too_large.append(case)
+                    continue
+                engine.steps += measure([bench], *case)
+                step = engine.steps[-1]
+                logger.info("%s, %dx%d: %.0f us, alone %.0f us", kv, *case, step.median_us, step.alone_us)
+            engine.profiles.extend(bench.profile(*case) for case in plan.profiled() if bench.fits(*case))
+    return engine
 
 
 def measure_together(plan: Plan, engines: list[Engine], keep: Callable[[], None]) -> None:

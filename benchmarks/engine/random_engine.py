@@ -17,7 +17,7 @@ import tokenizers
 
 from saw_trtllm.backends.tensorrt.build import built_for, serialize_engine
 from saw_trtllm.backends.tensorrt.versions import TensorRT
-from saw_trtllm.checkpoint import NUMPY_DTYPES, expected_shapes
+from saw_trtllm.checkpoint import NUMPY_DTYPES, expected_shapes, shard_shape
 from saw_trtllm.engine.config import BuildConfig, EngineConfig, SawSection, engine_file
 from saw_trtllm.errors import ConfigError, EngineError, SawError
 from saw_trtllm.files import replacing_folder
@@ -40,7 +40,7 @@ _REPORT_S = 15.0
 
 
 class RandomWeights:
-    """Weights of a model by name: normal, small enough that activations stay of order 1.
+    """A rank's part of a model's weights by name: normal, small enough that activations stay of order 1.
 
     Matrices of a width are parts of one array: TensorRT takes them from where they lie, so that a model of 16 GB takes
     1 GB of the host's memory, and no time.
@@ -48,7 +48,7 @@ class RandomWeights:
 
     def __init__(self, model: ModelConfig) -> None:
         self._dtype = NUMPY_DTYPES[model.dtype]
-        self._shapes = expected_shapes(model)
+        self._shapes = {name: shard_shape(name, model, model.mapping.tp_size) for name in expected_shapes(model)}
         self._block = np.random.default_rng(0).standard_normal(_BLOCK, np.float32)
         self._starts = {name: i * _STRIDE for i, name in enumerate(self._shapes)}
         self._numbers: dict[int, np.ndarray] = {}
@@ -89,10 +89,12 @@ def build_random(folder: Path, config: EngineConfig, options: NetworkOptions) ->
     """
     tensorrt = TensorRT.load()
     config = built_for(config, tensorrt, options.gemm_plugin)
-    engine = serialize_engine(tensorrt, config, RandomWeights(config.pretrained_config).load, options)
+    weights = RandomWeights(config.pretrained_config)
     try:
         with replacing_folder(folder, ENGINE_FILES) as part:
-            (part / engine_file()).write_bytes(engine)
+            for rank in range(config.tp_size):
+                engine = serialize_engine(tensorrt, config, weights.load, options, rank=rank)
+                (part / engine_file(rank)).write_bytes(engine)
             write_tokenizer(part, config.pretrained_config.vocab_size)
             config.save(part)
             record_checksums(part)

@@ -139,6 +139,8 @@ class EngineResults(Record):
     """TensorRT's, of the engines that were built; None is its default."""
     decode_profile: bool
     tokens_per_block: int
+    tp_size: int = 1
+    """Ranks that each engine is split over, a GPU each; memory and bytes are of each."""
     gemm_plugin: str | None = None
     """The dtype of SawGemm, or None for TensorRT's own GEMMs."""
     engines: list[Engine]

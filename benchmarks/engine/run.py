@@ -40,7 +40,7 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
     environment = describe(
         command, commit, gpu=device.gpu_name(), cuda=_cuda_version(), tensorrt=TensorRT.load().version
     )
-    from benchmarks.engine.on_gpu import measure_alone, measure_together
+    from benchmarks.engine.on_gpu import measure_alone, measure_ranks, measure_together
 
     results = EngineResults(
         environment=environment,
@@ -48,6 +48,7 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
         optimization_level=plan.optimization_level,
         decode_profile=bool(plan.decode_profile),
         tokens_per_block=plan.limits.tokens_per_block,
+        tp_size=plan.model.mapping.tp_size,
         engines=[],
     )
 
@@ -61,14 +62,16 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
     build_s = build_missing(plan)
     aborted = None
     try:
+        ranks = results.tp_size > 1
         for kv in plan.kvs:
-            engine = measure_alone(plan, kv, build_s.get(kv))
+            engine = (measure_ranks if ranks else measure_alone)(plan, kv, build_s.get(kv))
             gemm_plugin = EngineConfig.load(plan.folder / kv).build_config.plugin_config.gemm_plugin
             update = {"engines": [*results.engines, engine], "gemm_plugin": gemm_plugin}
             update["decode_profile"] = plan.network_options().has_decode_profile(gemm_plugin)
             results = results.model_copy(update=update)
             keep()
-        measure_together(plan, results.engines, keep)
+        if not ranks:
+            measure_together(plan, results.engines, keep)
     except (SawError, RuntimeError) as e:
         if not results.engines:
             raise

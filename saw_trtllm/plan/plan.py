@@ -145,10 +145,20 @@ def _split(model: ModelConfig, tp_size: int | None, backend: BackendLimits) -> M
     """The model over the engine's ranks, whatever ranks the checkpoint is split over."""
     if tp_size is None and backend.keeps_ranks:
         return model
-    tp_size = tp_size or 1
+    return split_over_ranks(model, tp_size or 1, embedding=not backend.keeps_ranks)
+
+
+def split_over_ranks(model: ModelConfig, tp_size: int, embedding: bool = True) -> ModelConfig:
+    """A model over so many ranks, its ``embedding`` too if asked for.
+
+    Raises
+    ------
+    ConfigError
+        If they do not split it.
+    """
     check_tp_size(model, tp_size)
     split: dict[str, Any] = {"mapping": Mapping(world_size=tp_size, tp_size=tp_size)}
-    if tp_size > 1 and not backend.keeps_ranks:
+    if tp_size > 1 and embedding:
         split |= {"use_parallel_embedding": True, "embedding_sharding_dim": 0}
     return model.model_copy(update=split)
 

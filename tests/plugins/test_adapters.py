@@ -10,7 +10,7 @@ import re
 import struct
 import subprocess
 import sys
-from ctypes import CDLL
+from ctypes import CDLL, c_int, c_size_t
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +22,8 @@ import pytest
 from saw_trtllm.format import FORMAT_VERSION, HEAD_DIMS, KVFormat, hadamard_orders
 from tests.support import plugin_library as lib
 from tests.support.plugin_library import (
+    ALL_GATHER,
+    ALL_REDUCE,
     ATTENTION,
     BF16,
     FLOAT,
@@ -58,6 +60,8 @@ FIELDS = {
     LOOKUP: {"dtype": "float16", "vocab_size": 300, "hidden_size": 64},
     RMS_NORM: {"dtype": "float16", "hidden_size": 64, "epsilon": 0.125},
     SILU_MUL: {"dtype": "float16", "hidden_size": 64},
+    ALL_REDUCE: {"dtype": "float16", "hidden_size": 64, "num_ranks": 2},
+    ALL_GATHER: {"in_features": 102, "out_features": 203, "num_ranks": 2},
 }
 OPTIONAL = {
     WRITE: {"rotate_v": 1, "range_factor": 0.875, "use_k_center": 1, "use_k_frame": 1, "use_q_frame": 1},
@@ -66,7 +70,11 @@ OPTIONAL = {
     LOOKUP: {},
     RMS_NORM: {"use_residual": 1, "num_heads": 1, "num_normed": 1},
     SILU_MUL: {},
+    ALL_REDUCE: {},
+    ALL_GATHER: {},
 }
+#: Those of one input.
+ONE_INPUT = (ALL_REDUCE, ALL_GATHER)
 PLUGINS = [WRITE, ATTENTION]
 
 
@@ -235,7 +243,8 @@ def test_outputs(head_dim, dtype, built, make):
 @pytest.mark.parametrize("name", NAMES)
 def test_one_combination_of_types(name, built, make):
     plugin = make(name, **OPTIONAL[name])
-    count = len(StepOf([1], 1).inputs(built, name, optional=True)) if name in PLUGINS else 2 + (name == RMS_NORM)
+    count = 2 + (name == RMS_NORM) - (name in ONE_INPUT)
+    count = len(StepOf([1], 1).inputs(built, name, optional=True)) if name in PLUGINS else count
     outputs = plugin.num_outputs()
     address = address_type(built)
     wanted = {
@@ -245,6 +254,8 @@ def test_one_combination_of_types(name, built, make):
         LOOKUP: [INT32, HALF, HALF],
         RMS_NORM: [HALF, FLOAT, HALF, HALF, HALF],
         SILU_MUL: [HALF, HALF, HALF],
+        ALL_REDUCE: [HALF, HALF],
+        ALL_GATHER: [FLOAT, FLOAT],
     }[name]
     assert len(wanted) == count + outputs
     for position, one in enumerate(wanted):
@@ -350,6 +361,9 @@ BAD_FIELDS = [
         {"hidden_size": 1 << 20, "num_heads": 1 << 11},
         f"the numbers of a row are {1 << 31}, and must be at most",
     ),
+    (ALL_REDUCE, {"num_ranks": 1}, "num_ranks is 1: it must be at least 2"),
+    (ALL_REDUCE, {"hidden_size": 0}, "hidden_size is 0: it must be at least 1"),
+    (ALL_GATHER, {"out_features": 205}, "num_ranks times in_features at least out_features"),
     (SILU_MUL, {"hidden_size": (1 << 31) - 1}, "the numbers of a row are 2147483647"),
     (LOOKUP, {"hidden_size": (1 << 30) + 1}, "give smaller hidden_size"),
     (GEMM, {"in_features": (1 << 31) - 1}, "give smaller in_features"),
@@ -847,3 +861,51 @@ def test_a_small_plugin_launches_with_what_the_tensors_say(name, fields, shapes,
     assert call == sizes | expected | {"stream": 0x55}
     assert plugin.enqueue([(1, [7, 63]), *bound[1:]], [9, 10][:count], 0, 0x55) != 0
     assert f"{name}: input " in said()
+
+
+# -- between ranks
+
+
+@pytest.fixture
+def set_ranks(built):
+    """Tells the plugins of a rank among so many, whose sums of so many bytes go by our kernel."""
+    function = CDLL(str(built.library)).saw_set_test_ranks
+    function.argtypes = [c_int, c_int, c_size_t]
+    yield function
+    function(0, 0, 0)
+
+
+def of_engine(built, interface, plugin, name):
+    """A plugin as a runtime has it, from an engine."""
+    return built.creators[interface, name].deserialize(plugin.serialized()).attach_to_context()
+
+
+def test_a_small_sum_is_the_kernels(built, interface, make, set_ranks):
+    set_ranks(1, 2, 7 * 64 * 2)
+    plugin = of_engine(built, interface, make(ALL_REDUCE), ALL_REDUCE)
+    assert plugin.output_shapes([[7, 64]]) == [[7, 64]]
+    assert plugin.enqueue([(1, [7, 64])], [9], 0, 0x55) == 0
+    (call,) = lib.recorded_calls(built.library)
+    assert call == {"op": "all_reduce", "rank": 1, "x": 1, "y": 9, "count": 448, "dtype": 0, "stream": 0x55}
+
+
+@pytest.mark.parametrize("name", [ALL_REDUCE, ALL_GATHER])
+def test_ranks_that_the_runtime_did_not_give(name, built, interface, make, set_ranks, said):
+    """And a group of another size. While an engine is built nobody asks for them."""
+    shape = [7, FIELDS[name].get("in_features", 64)]
+    made = make(name)
+    assert made.enqueue([(1, shape)], [9], 0x77, 0x55) == 0
+    plugin = of_engine(built, interface, made, name)
+    for size in (1, 4):
+        set_ranks(0, 0 if size == 1 else size, 1 << 20)
+        assert plugin.enqueue([(1, shape)], [9], 0x77, 0x55) != 0
+        assert f"{name}: the engine is split over 2 ranks and the runtime gave GPU 0 a group of {size}" in said()
+    assert lib.recorded_calls(built.library) == []
+
+
+def test_a_gather_has_room_for_a_row_at_least(built, make):
+    small, large = make(ALL_GATHER), make(ALL_GATHER, in_features=20_000_000, out_features=40_000_000)
+    row = 2 * 102 * 4
+    assert small.workspace_bytes() == (64 << 20) // row * row
+    assert large.workspace_bytes() == 2 * 20_000_000 * 4
+    assert small.output_shapes([[7, 102]]) == [[7, 203]]

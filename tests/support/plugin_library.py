@@ -29,7 +29,8 @@ DRIVER = Path(__file__).parent / "plugin_driver"
 FLAGS = ["-std=c++17", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-deprecated-declarations"]
 WRITE, ATTENTION = "SawRotateQuantizeKV", "SawInt4PagedAttention"
 GEMM, LOOKUP, RMS_NORM, SILU_MUL = "SawGemm", "SawLookup", "SawRmsNorm", "SawSiluMul"
-NAMES = (WRITE, ATTENTION, GEMM, LOOKUP, RMS_NORM, SILU_MUL)
+ALL_REDUCE, ALL_GATHER = "SawAllReduce", "SawAllGather"
+NAMES = (WRITE, ATTENTION, GEMM, LOOKUP, RMS_NORM, SILU_MUL, ALL_REDUCE, ALL_GATHER)
 #: Of each plugin the stem of its files.
 STEMS = {
     WRITE: "rotate_quantize_kv",
@@ -38,6 +39,8 @@ STEMS = {
     LOOKUP: "lookup",
     RMS_NORM: "rms_norm",
     SILU_MUL: "silu_mul",
+    ALL_REDUCE: "all_reduce",
+    ALL_GATHER: "all_gather",
 }
 #: nvinfer1::DataType and nvinfer1::PluginFieldType.
 FLOAT, HALF, INT32, BF16, INT64 = 0, 1, 3, 7, 8

@@ -65,6 +65,12 @@ class DecodeGraphs:
             self._graphs[size] = graph
             self.sizes.append(size)
 
+    def keep(self, count: int) -> None:
+        """Keep so many, the smallest: what all ranks have, since a sum is of as many rows on each."""
+        for size in self.sizes[count:]:
+            self._graphs.pop(size).close()
+        del self.sizes[count:]
+
     def size_for(self, num_sequences: int) -> int | None:
         """The least size that holds so many sequences, if there is one."""
         at = bisect_left(self.sizes, num_sequences)

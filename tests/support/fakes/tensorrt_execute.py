@@ -5,6 +5,8 @@ In such a step attention reads only the step's own K and V, which are not quanti
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from saw_trtllm.backends.reference.rotate_quantize_kv import apply_frame
@@ -25,8 +27,13 @@ _UNARY = {"SQRT": torch.sqrt, "EXP": torch.exp, "SIGMOID": torch.sigmoid, "TANH"
 _REDUCE = {"SUM": torch.sum, "AVG": torch.mean}
 
 
-def execute(network: trt.INetworkDefinition, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The network's outputs by name; floats are fp32 whatever the network says, integers int64."""
+def execute(
+    network: trt.INetworkDefinition, inputs: dict[str, torch.Tensor], plugins: dict[str, Callable] | None = None
+) -> dict[str, torch.Tensor]:
+    """The network's outputs by name; floats are fp32 whatever the network says, integers int64.
+
+    ``plugins`` take the place of those here: by name, from fields and inputs to outputs.
+    """
     values = {id(t): inputs[t.name] for t in network._inputs if t.name in inputs}
     todo = [t.producer for t in network._outputs]
     while todo:
@@ -38,20 +45,25 @@ def execute(network: trt.INetworkDefinition, inputs: dict[str, torch.Tensor]) ->
             continue
         todo.pop()
         arguments = [None if t is None else values[id(t)] for t in layer._inputs]
-        results = _run(layer, arguments)
+        results = _run(layer, arguments, plugins or {})
         for output, result in zip(layer._outputs, results, strict=True):
             values[id(output)] = result
     return {t.name: values[id(t)] for t in network._outputs}
 
 
-def _run(layer, x):
+def _run(layer, x, own):
     if isinstance(layer, trt.PluginLayer):
         plugins = {"SawRotateQuantizeKV": _write, "SawInt4PagedAttention": _attention}
-        plugins |= {"SawGemm": lambda fields, x: [_gemm(fields, *x)], "SawLookup": lambda fields, x: [x[1][x[0]]]}
+        plugins |= {"SawGemm": lambda fields, x: [_gemm(fields, *x)], "SawLookup": lambda fields, x: [_lookup(*x)]}
         plugins |= {"SawRmsNorm": lambda fields, x: _rms_norm(fields, *x)}
         plugins |= {"SawSiluMul": lambda fields, x: [torch.nn.functional.silu(x[0]) * x[1]]}
-        return plugins[layer.plugin.plugin_type](layer.plugin.fields, x)
+        return (plugins | own)[layer.plugin.plugin_type](layer.plugin.fields, x)
     return [getattr(_Layers, layer.type.name.lower())(layer, *x)]
+
+
+def _lookup(rows, table):
+    has = (rows >= 0) & (rows < len(table))
+    return table[rows * has] * has[:, None]
 
 
 class _Layers:

@@ -87,6 +87,8 @@ FIELDS = {
     "SawRmsNorm": {"dtype": (_TEXT, None), "hidden_size": (_INT, None)}
     | {"epsilon": (_FLOAT, None), "use_residual": (_INT, 0), "num_heads": (_INT, 1), "num_normed": (_INT, 1)},
     "SawSiluMul": {"dtype": (_TEXT, None), "hidden_size": (_INT, None)},
+    "SawAllReduce": {"dtype": (_TEXT, None), "hidden_size": (_INT, None), "num_ranks": (_INT, None)},
+    "SawAllGather": {name: (_INT, None) for name in ("in_features", "out_features", "num_ranks")},
 }
 PLUGIN_INPUTS = {
     "SawRotateQuantizeKV": (
@@ -100,6 +102,8 @@ PLUGIN_INPUTS = {
     "SawLookup": ((int32, 1), ("dtype", 2)),
     "SawRmsNorm": (("dtype", 2), (float32, 2)),
     "SawSiluMul": (("dtype", 2), ("dtype", 2)),
+    "SawAllReduce": (("dtype", 2),),
+    "SawAllGather": ((float32, 2),),
 }
 
 
@@ -113,6 +117,12 @@ def _parse_fields(plugin, fields):
         values[field.name] = field.data.tobytes().decode() if kind == _TEXT else field.data.reshape(-1)[0].item()
     if None in values.values():
         raise ValueError("a field is missing")
+    if values.get("num_ranks", 2) < 2:
+        raise ValueError("a field is out of range")
+    if plugin == "SawAllGather":
+        if not 1 <= values["out_features"] <= values["num_ranks"] * values["in_features"]:
+            raise ValueError("a field is out of range")
+        return values
     if "kv" not in values:
         if values["dtype"] not in ("float16", "bfloat16") or values.get("output_dtype") not in (
             *(None, "float32", values["dtype"]),
@@ -139,7 +149,7 @@ def _parse_fields(plugin, fields):
 class SawPlugin(IPluginV3):
     def __init__(self, plugin_type, fields):
         super().__init__(plugin_type, "saw", fields)
-        self.dtype = {"float16": float16, "bfloat16": bfloat16}[fields["dtype"]]
+        self.dtype = {"float16": float16, "bfloat16": bfloat16}.get(fields.get("dtype"), float32)
 
     @property
     def num_outputs(self):
@@ -165,6 +175,9 @@ class SawPlugin(IPluginV3):
                 f["in_features"],
             )
             return [([rows, f["out_features"]], float32 if f["output_dtype"] == "float32" else self.dtype)]
+        if self.plugin_type == "SawAllGather":
+            assert inputs[0].shape[1] == f["in_features"]
+            return [([rows, f["out_features"]], float32)]
         if self.plugin_type == "SawLookup":
             assert tuple(inputs[1].shape) == (f["vocab_size"], f["hidden_size"])
             return [([rows, f["hidden_size"]], self.dtype)]

@@ -2,6 +2,8 @@
 #include <sstream>
 #include <string>
 
+#include "saw/all_gather/params.h"
+#include "saw/all_reduce/params.h"
 #include "saw/lookup/params.h"
 #include "saw/paged_attention/params.h"
 #include "saw/rms_norm/params.h"
@@ -166,7 +168,43 @@ cudaError_t saw_silu_mul(void const* a, void const* b, void* y, size_t count, DT
     return cudaError_t(next_error);
 }
 
+// The ranks that a test has set, of all devices.
+Ranks ranks_of_test{};
+
+Ranks const* saw_get_ranks(int) { return ranks_of_test.size > 0 ? &ranks_of_test : nullptr; }
+
+bool saw_is_one_shot(Ranks const& ranks, size_t count) { return count * 2 <= ranks.one_shot_bytes; }
+
+cudaError_t saw_all_reduce(Ranks const& ranks, void const* x, void* y, size_t count, DType dtype, cudaStream_t stream) {
+    Call("all_reduce")
+        .add("rank", ranks.rank)
+        .add("x", x)
+        .add("y", y)
+        .add("count", double(count))
+        .add("dtype", int(dtype))
+        .add("stream", stream);
+    return cudaError_t(next_error);
+}
+
+cudaError_t saw_all_gather(float const* parts, float* out, int num_ranks, int num_rows, int width, int out_width,
+                           cudaStream_t stream) {
+    Call("all_gather")
+        .add("parts", static_cast<void const*>(parts))
+        .add("out", static_cast<void const*>(out))
+        .add("num_ranks", num_ranks)
+        .add("num_rows", num_rows)
+        .add("width", width)
+        .add("out_width", out_width)
+        .add("stream", stream);
+    return cudaError_t(next_error);
+}
+
 }  // namespace saw
+
+// Gives the plugins a group of ranks whose sums of so many bytes go by our kernel; of none it takes them away.
+extern "C" __attribute__((visibility("default"))) void saw_set_test_ranks(int rank, int size, size_t one_shot_bytes) {
+    saw::ranks_of_test = {rank, size, nullptr, one_shot_bytes, {}};
+}
 
 // What was called since the last time it was asked, and the error that later calls return.
 extern "C" __attribute__((visibility("default"))) char const* saw_recorded_calls(int error_of_next_calls) {

@@ -25,11 +25,13 @@ from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import BackendUnavailableError, CheckpointError, ConfigError, EngineError
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
+from saw_trtllm.runtime.collectives import ALONE, local_group
 from tests.support.fakes import tensorrt as fake_tensorrt
 from tests.support.fakes import tensorrt_86 as fake_tensorrt_86
 from tests.support.fakes import tensorrt_execute as fake_tensorrt_execute
 from tests.support.fakes.gpu import pretend_gpu
 from tests.support.models import make_hf_model
+from tests.support.ranks import on_ranks
 from tests.support.tolerance import model_rounding
 
 IDS = np.random.default_rng(3).integers(3, 203, (3, 90)).tolist()
@@ -73,8 +75,8 @@ def plan(tmp_path):
     return make
 
 
-def define(tensorrt, plan, use_plugins=False):
-    """The graph of a plan, which keeps its weights."""
+def define(tensorrt, plan, use_plugins=False, rank=None):
+    """The graph of a plan, or of a rank of it, which keeps its weights."""
     network = tensorrt.create_network(tensorrt.builder(tensorrt.logger()))
     graph = Graph(tensorrt, network, use_plugins)
     config = plan.config
@@ -82,7 +84,8 @@ def define(tensorrt, plan, use_plugins=False):
         plugins = config.build_config.plugin_config.model_copy(update={"gemm_plugin": "float16"})
         limits = config.build_config.model_copy(update={"plugin_config": plugins})
         config = config.model_copy(update={"build_config": limits})
-    define_decoder(graph, config, plan.weights.load)
+    weights = plan.weights if rank is None else plan.weights.of_rank(rank)
+    define_decoder(graph, config, weights.load, rank or 0)
     return graph
 
 
@@ -96,11 +99,10 @@ class Execution:
     In fp32 throughout, where the two differ in the order of their sums only; or in the network's own types.
     """
 
-    def __init__(self, graph, plan, cache, monkeypatch, own_types=False):
+    def __init__(self, graph, plan, cache, monkeypatch, own_types=False, collectives=ALONE):
         self.network, self.config, self.cache = graph.network, plan.config, cache
+        self.collectives = collectives
         self.dtype = TORCH_DTYPES[self.config.pretrained_config.dtype] if own_types else torch.float32
-        monkeypatch.setattr(fake_tensorrt_execute, "_write", self._write)
-        monkeypatch.setattr(fake_tensorrt_execute, "_attention", self._attention)
         if own_types:
             monkeypatch.setattr(fake_tensorrt_execute._Layers, "constant", staticmethod(self._constant))
             monkeypatch.setattr(fake_tensorrt_execute._Layers, "cast", staticmethod(self._cast))
@@ -114,7 +116,9 @@ class Execution:
         fed["host_kv_cache_pool_pointers"] = np.array([[1 << 40, 0]] * len(pools))
         fed["host_max_attention_window_sizes"] = np.full(layers, self.config.build_config.max_seq_len, np.int32)
         values = {t.name: torch.from_numpy(fed[t.name]).long() for t in self.network._inputs}
-        outputs = fake_tensorrt_execute.execute(self.network, values)
+        plugins = {"SawRotateQuantizeKV": self._write, "SawInt4PagedAttention": self._attention}
+        plugins |= {"SawAllReduce": self._all_reduce, "SawAllGather": self._all_gather}
+        outputs = fake_tensorrt_execute.execute(self.network, values, plugins)
         assert list(outputs) == ["logits"]
         return outputs["logits"]
 
@@ -140,6 +144,15 @@ class Execution:
         limits = {"window": window, "softcap": fields["softcap"] or None}
         rows = paged_attention(q, k, v, pool, index, self.plan, softmax_scale=fields["softmax_scale"], **limits)
         return [rows.flatten(1)]
+
+    def _all_reduce(self, fields, x):
+        assert fields["num_ranks"] == self.collectives.size
+        return [torch.from_numpy(self.collectives.all_reduce(x[0].numpy()))]
+
+    def _all_gather(self, fields, x):
+        assert fields["num_ranks"] == self.collectives.size
+        parts = self.collectives.all_gather(x[0].numpy())
+        return [torch.from_numpy(np.concatenate(parts, axis=1)[:, : fields["out_features"]])]
 
     def _pool(self, fields, mapping):
         which, index = mapping[fields["layer_idx"]].tolist()
@@ -257,6 +270,31 @@ def check_differences(graph, plan, monkeypatch):
 def test_logits_in_16_bits_are_near(family, dtype, tolerance, plan, tensorrt, monkeypatch):
     made = plan(family, dtype=dtype, kv="fp16")
     assert 0 < max(differences(define(tensorrt, made), made, monkeypatch, own_types=True)) < tolerance
+
+
+@pytest.mark.parametrize("use_plugins", [False, True])
+@pytest.mark.parametrize(("family", "tp_size"), [("llama", 2), ("qwen2", 4), ("qwen3", 2), ("gemma2", 4)])
+def test_logits_of_ranks_are_the_references_of_one(family, tp_size, use_plugins, plan, tensorrt, monkeypatch):
+    """Each rank's network on its part of the weights, with the reference's sums in the plugins' places.
+
+    An odd vocabulary, and with 4 ranks KV heads that two of them share; centers and frames by heads in one of them.
+    """
+    made = plan(family, fields={"hidden_size": 64}, kv="saw_int4", calibrated=family == "qwen3", tp_size=tp_size)
+    ranks = replace(made, config=made.config.of_rank())
+    graphs = [define(tensorrt, made, use_plugins, rank) for rank in range(tp_size)]
+    executions = [
+        Execution(graphs[ours.rank], ranks, make_cache(ranks, "float32"), monkeypatch, collectives=ours)
+        for ours in local_group(tp_size)
+    ]
+    model, cache = reference(made, "float32"), make_cache(made, "float32")
+    group = [execution.collectives for execution in executions]
+    step = pack(made, STEPS[0])
+    expected = model.forward(step, cache)
+    logits = on_ranks(group, lambda ours: executions[ours.rank].run(step))
+    assert all(torch.equal(found, logits[0]) for found in logits)
+    assert (logits[0] - expected).abs().max() <= model_rounding(expected)
+    assert len(plugin_layers(graphs[0], "SawAllReduce")) == 1 + 2 * 2
+    assert len(plugin_layers(graphs[0], "SawAllGather")) == 1
 
 
 # -- the versions of TensorRT
