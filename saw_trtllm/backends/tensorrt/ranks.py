@@ -17,11 +17,13 @@ from saw_trtllm.runtime.collectives import Collectives
 
 log = logging.getLogger(__name__)
 
-#: Sums of so many bytes or fewer go by the one-shot kernel: docs/scale.md has the times of both.
+#: Of two ranks, sums of so many bytes or fewer go by the one-shot kernel; docs/scale.md has the times of both. Of more,
+#: each rank sends at most twice as many to the others together.
 ONE_SHOT_BYTES = 1 << 20
 #: The first NCCL with all that a captured graph needs.
 _OLDEST_NCCL = (2, 18)
 _UNIQUE_ID_BYTES = 128
+_IPC_HANDLE_BYTES = 64
 
 
 def use_gpu_of_rank(collectives: Collectives) -> None:
@@ -84,7 +86,7 @@ class RankGroup:
             size=collectives.size,
             nccl=self._nccl.communicator,
             peers=peers,
-            one_shot_bytes=ONE_SHOT_BYTES,
+            one_shot_bytes=min(ONE_SHOT_BYTES, 2 * ONE_SHOT_BYTES // (collectives.size - 1)),
         )
         self._module.set_ranks(device=self._device, ranks=ranks)
 
@@ -94,7 +96,9 @@ class RankGroup:
         self._buffer.fill(0)
         call(runtime.cudaDeviceSynchronize)
         handle = call(runtime.cudaIpcGetMemHandle, self._buffer.address)
-        handles = collectives.all_gather(np.frombuffer(bytes(handle.reserved), np.uint8))
+        # By its bytes: versions of CUDA for Python differ in the names within.
+        ours = ctypes.string_at(handle.getPtr(), _IPC_HANDLE_BYTES)
+        handles = collectives.all_gather(np.frombuffer(ours, np.uint8))
         addresses, reached = [], True
         for rank, theirs in enumerate(handles):
             if rank == collectives.rank:
@@ -110,7 +114,7 @@ class RankGroup:
 
     def _open(self, handle: np.ndarray) -> int:
         theirs = runtime.cudaIpcMemHandle_t()
-        theirs.reserved = bytes(handle)
+        ctypes.memmove(theirs.getPtr(), bytes(handle), _IPC_HANDLE_BYTES)
         address = int(call(runtime.cudaIpcOpenMemHandle, theirs, runtime.cudaIpcMemLazyEnablePeerAccess))
         self._opened.append(address)
         return address
