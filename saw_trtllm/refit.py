@@ -101,7 +101,8 @@ def refit(
             config.save(part)
             if weights.calibration is not None:
                 weights.calibration.save(part / CALIBRATION_FILE)
-            shutil.copyfile(engine_dir / engine_file(), part / engine_file())
+            for rank in range(config.tp_size):
+                shutil.copyfile(engine_dir / engine_file(rank), part / engine_file(rank))
     except OSError as e:
         raise ConfigError(
             f"{output_dir} cannot be written ({e.strerror or e}): choose another --output_dir or make room"
