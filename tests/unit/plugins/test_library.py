@@ -47,10 +47,20 @@ def test_the_readme_has_no_name_of_its_own(name):
 
 
 @pytest.mark.parametrize(
-    ("folder", "name"),
-    [("cu13/lib", "libcublasLt.so.13"), ("cublas/lib", "libcublasLt.so.12"), ("", "libcublasLt.so.12"), (None, None)],
+    ("load_library", "folder", "name"),
+    [
+        (library.load_cublas_lt, "cu13/lib", "libcublasLt.so.13"),
+        (library.load_cublas_lt, "cublas/lib", "libcublasLt.so.12"),
+        (library.load_cublas_lt, "", "libcublasLt.so.12"),
+        (library.load_cublas_lt, None, None),
+        (library.load_nccl, "nccl/lib", "libnccl.so.2"),
+        (library.load_nccl, "", "libnccl.so.2"),
+        (library.load_nccl, None, None),
+    ],
 )
-def test_cublas_lt_is_found_on_the_loaders_path_and_in_packages(folder, name, tmp_path, monkeypatch):
+def test_nvidias_libraries_are_found_on_the_loaders_path_and_in_packages(
+    load_library, folder, name, tmp_path, monkeypatch
+):
     there = None if name is None else str(tmp_path / "nvidia" / folder / name) if folder else name
     opened = []
 
@@ -58,12 +68,13 @@ def test_cublas_lt_is_found_on_the_loaders_path_and_in_packages(folder, name, tm
         if path != there:
             raise OSError
         opened.append(path)
+        return path
 
     if folder:
         (tmp_path / "nvidia" / folder).mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("ctypes.CDLL", load)
-    assert library.load_cublas_lt() == (there is not None)
+    assert bool(load_library()) == (there is not None)
     assert opened == [there] * (there is not None)
 
 
