@@ -33,7 +33,8 @@ from saw_trtllm.runtime.outputs import GenerationResult, OutputQueue, RequestOut
 from saw_trtllm.runtime.prompt import Prompt, check_input_len, encode_prompt, read_prompt, split_prompts
 from saw_trtllm.runtime.request import Request
 from saw_trtllm.runtime.sampling_params import SamplingParams
-from saw_trtllm.runtime.scheduler import Scheduler, Sequence
+from saw_trtllm.runtime.scheduler import Scheduler
+from saw_trtllm.runtime.sequence import Sequence
 from saw_trtllm.runtime.stats import Stats
 from saw_trtllm.runtime.tokenizer import Tokenizer
 

@@ -22,7 +22,7 @@ from saw_trtllm.runtime.outputs import GenerationResult, OutputQueue
 from saw_trtllm.runtime.request import Request
 from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.scheduler import Scheduler
-from saw_trtllm.runtime.scheduler import Sequence as Scheduled
+from saw_trtllm.runtime.sequence import Sequence as Scheduled
 
 VOCAB, END_ID = 97, 5
 MAX_PROMPT, MAX_TOKENS = 48, 24

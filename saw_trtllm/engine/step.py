@@ -14,7 +14,8 @@ PREFILL, DECODE = 0, 1
 SECONDARY_POOL_BIT = 1 << 31
 
 
-class StepSequence(NamedTuple):
+@dataclass(eq=False, slots=True)
+class StepSequence:
     """What one sequence computes in a step.
 
     Attributes

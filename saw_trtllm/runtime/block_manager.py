@@ -16,7 +16,7 @@ import numpy as np
 MAX_CANDIDATES = 16
 
 
-@dataclass
+@dataclass(slots=True)
 class Block:
     """A block's owners and, once its content is known, what finds it.
 
@@ -54,7 +54,7 @@ class Content(NamedTuple):
     tokens: Sequence[int] | np.ndarray
 
 
-@dataclass
+@dataclass(slots=True)
 class BlockTable:
     """The blocks of one sequence, in order.
 
@@ -248,15 +248,24 @@ class BlockManager:
             self._by_key[content.key] = index
             self._continue(index, content.parent, content.tokens)
 
-    def register(self, table: BlockTable, tokens: Sequence[int]) -> None:
-        """Let others find the full blocks of ``tokens``, the sequence's first, which have been computed."""
+    def register(self, table: BlockTable, tokens: Sequence[int], start: int = 0) -> None:
+        """Let others find the full blocks of ``tokens``, which have been computed.
+
+        Parameters
+        ----------
+        table : BlockTable
+        tokens : sequence of int
+            The sequence's, from ``start`` on.
+        start : int
+            The end of blocks that others find already, or 0.
+        """
         if table.digest is None:
             return
-        self._extend(table, tokens)
-        size = self.tokens_per_block
-        for i in range(table.num_registered, len(tokens) // size):
+        computed, size = np.asarray(tokens, dtype=np.int32), self.tokens_per_block
+        self._extend(table, computed, start)
+        for i in range(table.num_registered, (start + len(computed)) // size):
             # A twin computed in the same step may have come first; its block serves, ours stays unnamed.
-            own = np.asarray(tokens[i * size : (i + 1) * size], dtype=np.int32)
+            own = computed[i * size - start : (i + 1) * size - start]
             self.publish(table.blocks[i], Content(table.keys[i], self._parent(table, i), own))
             table.num_registered = i + 1
 
@@ -315,12 +324,13 @@ class BlockManager:
         if sum(map(len, self._continuations.values())) != sum(b.parent is not None for b in self._blocks):
             raise RuntimeError("the index holds continuations that no block is")
 
-    def _extend(self, table: BlockTable, tokens: Sequence[int]) -> None:
+    def _extend(self, table: BlockTable, tokens: Sequence[int] | np.ndarray, start: int = 0) -> None:
         """Keys of all full blocks, each a digest over the salt and all tokens up to its end."""
         size = self.tokens_per_block
-        known, full = len(table.keys), len(tokens) // size
+        known, full = len(table.keys), (start + len(tokens)) // size
         if known < full:
-            for block in np.asarray(tokens[known * size : full * size], dtype=np.int32).reshape(-1, size):
+            new = tokens[known * size - start : full * size - start]
+            for block in np.asarray(new, dtype=np.int32).reshape(-1, size):
                 table.digest.update(block.tobytes())
                 table.keys.append(table.digest.digest())
 

@@ -20,7 +20,8 @@ from saw_trtllm.runtime.executor import Executor, PendingStep, StepOutput
 from saw_trtllm.runtime.outputs import require_process
 from saw_trtllm.runtime.request import Request
 from saw_trtllm.runtime.sampling import SamplingState
-from saw_trtllm.runtime.scheduler import Scheduled, Scheduler
+from saw_trtllm.runtime.scheduler import Scheduler
+from saw_trtllm.runtime.sequence import Scheduled
 from saw_trtllm.runtime.stats import Stats
 
 logger = logging.getLogger(__name__)
@@ -241,7 +242,7 @@ class EngineCore:
         sampling = [self._sampling(s) if s.samples else None for s in parts]
         context = [self._wants_context(s) for s in parts]
         try:
-            step = self._packer.pack([s.inputs for s in parts], self._scheduler.copies)
+            step = self._packer.pack(parts, self._scheduler.copies)
             pending = self._executor.launch(step, sampling, context)
         except Exception as e:
             self._fail(parts, e)
@@ -259,7 +260,7 @@ class EngineCore:
 
     def _wants_context(self, s: Scheduled) -> bool:
         wants = s.sequence.params.return_context_logits
-        return wants and not s.sequence.generated and s.inputs.kind == PREFILL
+        return wants and not s.sequence.generated and s.kind == PREFILL
 
     def _finish(self, steps_left: int) -> None:
         """Wait for the steps in flight but for so many, and hand out what they gave."""
@@ -288,14 +289,14 @@ class EngineCore:
         if request is None:  # it ended while this was in flight
             self._scheduler.done(s)
             return
-        first_chunk = s.inputs.start == s.sequence.num_reused
+        first_chunk = s.start == s.sequence.num_reused
         self._scheduler.advance(s)
         if first_chunk and not s.sequence.generated:
             request.num_reused_tokens = s.sequence.num_reused
             self._stats.reused_tokens_total += s.sequence.num_reused
         logits = output.logits[i]
         if logits is not None:
-            request.keep_logits(logits, s.inputs.start, s.samples)
+            request.keep_logits(logits, s.start, s.samples)
         if not s.samples:
             return
         if not s.sequence.generated:

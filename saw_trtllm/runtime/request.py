@@ -13,7 +13,7 @@ from saw_trtllm.runtime.detokenizer import Detokenizer, Piece
 from saw_trtllm.runtime.guided_decoding import Guide
 from saw_trtllm.runtime.outputs import CompletionOutput, FinishReason, OutputQueue, RequestOutput
 from saw_trtllm.runtime.sampling import top_logprobs
-from saw_trtllm.runtime.scheduler import Sequence as ScheduledSequence
+from saw_trtllm.runtime.sequence import Sequence as ScheduledSequence
 from saw_trtllm.runtime.stop_matcher import StopMatcher
 
 

@@ -21,102 +21,18 @@ meanwhile holds is freed when its part is done.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from itertools import chain, islice
 
-from saw_trtllm.engine.step import DECODE, PREFILL, RowCopy, StepSequence
+from saw_trtllm.engine.step import DECODE, PREFILL, RowCopy
 from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.block_manager import BlockManager, BlockTable
 from saw_trtllm.runtime.host_cache import HostCache
-from saw_trtllm.runtime.sampling_params import SamplingParams
+from saw_trtllm.runtime.sequence import Scheduled, Sequence
 
 #: Waiting requests whose blocks are fetched from the host: enough that the copies of the next ones go on while a step
 #: runs, few enough that what comes back is not evicted before it is used.
 NUM_FETCHED_AHEAD = 8
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A request on its way through the scheduler.
-
-    Attributes
-    ----------
-    request_id : int
-        Its name. It says nothing of its place in the queue.
-    prompt, generated : list of int
-    params : SamplingParams
-    table : BlockTable
-        Empty while waiting.
-    num_computed : int
-        Leading tokens whose rows are in the cache.
-    num_reused : int
-        Leading tokens that were found in the cache when the sequence was last admitted.
-    cache_salt : str
-        Only sequences of the same salt find each other's blocks.
-    in_flight : Scheduled or None
-        Its part of the step in flight.
-    removed : bool
-        Whether its blocks are to be freed once that is done.
-    leader : Sequence or None
-        One of the same prompt, queued before, whose blocks it waits for.
-    """
-
-    request_id: int
-    prompt: list[int]
-    params: SamplingParams
-    generated: list[int] = field(default_factory=list)
-    table: BlockTable = field(default_factory=BlockTable)
-    num_computed: int = 0
-    num_reused: int = 0
-    cache_salt: str = ""
-    in_flight: Scheduled | None = None
-    removed: bool = False
-    leader: Sequence | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens known so far."""
-        return len(self.prompt) + len(self.generated)
-
-    @property
-    def draws_its_last(self) -> bool:
-        """Whether the step in flight draws the last token that it may have."""
-        last = self.in_flight
-        return last is not None and last.samples and last.num_drawn + 1 == self.params.max_tokens
-
-    def tokens(self, start: int, end: int) -> list[int]:
-        """Known tokens ``start .. end - 1``."""
-        n = len(self.prompt)
-        return (
-            self.prompt[start:end] if end <= n else [*self.prompt[start:], *self.generated[max(start - n, 0) : end - n]]
-        )
-
-
-@dataclass(eq=False)
-class Scheduled:
-    """A sequence's part of a step.
-
-    Attributes
-    ----------
-    sequence : Sequence
-    inputs : StepSequence
-        Its block table is the sequence's own, and grows with it.
-    end : int
-        Tokens of the sequence that are computed by then.
-    samples : bool
-        Whether its last token's logits choose the next token: whether these are all tokens so far.
-    num_drawn : int
-        Tokens of the text so far, known or not.
-    index : int
-        Its place in the step.
-    """
-
-    sequence: Sequence
-    inputs: StepSequence
-    end: int
-    samples: bool
-    num_drawn: int
-    index: int = 0
 
 
 class Scheduler:
@@ -205,34 +121,70 @@ class Scheduler:
     def _schedule(self) -> list[Scheduled]:
         budget = self._max_num_tokens
         preemptions = self.num_preemptions
-        parts = [self._next(s) for s in self.running if not s.draws_its_last]
-        begun = {kind: [p for p in parts if p.inputs.kind == kind] for kind in (DECODE, PREFILL)}
         step: dict[int, list[Scheduled]] = {PREFILL: [], DECODE: []}
-        for part in chain.from_iterable(begun.values()):
-            sequence, inputs = part.sequence, part.inputs
-            if not sequence.table.blocks:  # preempted for an earlier one
+        begun = self._begun()
+        if begun is None:
+            return []
+        decodes, prefills, growing = begun
+        rest: Iterable[Scheduled] = chain(decodes, prefills)
+        if len(decodes) <= budget and all(self.blocks.grow(part.sequence.table, part.end) for part in growing):
+            step[DECODE], budget, rest = decodes, budget - len(decodes), prefills  # as it mostly is
+        for part in rest:
+            if not part.sequence.table.blocks:  # preempted for an earlier one
                 continue
-            if sequence.in_flight is not None and sequence.params.needs_last_token:
-                return []  # its next choice depends on a token that nobody knows yet
-            if len(inputs.token_ids) > budget:
+            if len(part.token_ids) > budget:
                 continue
-            if not self._grow(sequence.table, part.end):
+            if not self._grow(part.sequence.table, part.end):
                 if self._is_under_way():
                     return []
                 if not self._make_room(part):
                     continue
-            budget -= len(inputs.token_ids)
-            step[inputs.kind].append(part)
+            budget -= len(part.token_ids)
+            step[part.kind].append(part)
         while self.waiting and len(self.running) < self._max_batch_size and preemptions == self.num_preemptions:
             admitted = self._admit(self.waiting[0], budget)
             if admitted is None:
                 break
             self.waiting.popleft()
-            budget -= len(admitted.inputs.token_ids)
-            step[admitted.inputs.kind].append(admitted)
+            budget -= len(admitted.token_ids)
+            step[admitted.kind].append(admitted)
         chosen = step[PREFILL] + step[DECODE]
-        _check_whole(chosen)
+        if preemptions != self.num_preemptions:
+            _check_whole(chosen)
         return chosen
+
+    def _begun(self) -> tuple[list[Scheduled], list[Scheduled], list[Scheduled]] | None:
+        """What those that run compute next: decodes, prefills, and the decodes that need another block.
+
+        None if one's next choice depends on a token that nobody knows yet. It is in each step's way, for every
+        sequence: hence no function is called for a decode that follows another.
+        """
+        decodes: list[Scheduled] = []
+        prefills: list[Scheduled] = []
+        growing: list[Scheduled] = []
+        size = self.blocks.tokens_per_block
+        for s in self.running:
+            last, blocks = s.in_flight, s.table.blocks
+            if last is None:
+                part = self._next(s)
+            elif last.samples and last.num_drawn + 1 == s.params.max_tokens:  # its last token
+                continue
+            elif s.needs_last_token:
+                return None
+            elif last.samples:
+                start = last.end
+                part = Scheduled(
+                    [-1 - last.index], start, last.prompt_len, DECODE, blocks, s, start + 1, True, last.num_drawn + 1
+                )
+            else:
+                part = self._next(s)
+            if part.kind != DECODE:
+                prefills.append(part)
+                continue
+            decodes.append(part)
+            if part.end > len(blocks) * size:
+                growing.append(part)
+        return decodes, prefills, growing
 
     def launched(self, step: list[Scheduled]) -> None:
         """Note that a step is in flight: the next one may be scheduled now."""
@@ -242,12 +194,14 @@ class Scheduler:
 
     def advance(self, scheduled: Scheduled) -> None:
         """Note that a sequence's part of a step has been computed."""
-        sequence = scheduled.sequence
+        sequence, table, size = scheduled.sequence, scheduled.sequence.table, self.blocks.tokens_per_block
         sequence.num_computed = scheduled.end
-        findable, table = self._findable(sequence), sequence.table
-        if table.digest is not None and findable // self.blocks.tokens_per_block > table.num_registered:
-            self.blocks.register(table, sequence.tokens(0, findable))
-        self.done(scheduled)
+        end = scheduled.end if self._interchangeable_rows else self._findable(sequence)
+        if end >= (table.num_registered + 1) * size and table.digest is not None:
+            start = table.num_registered * size
+            self.blocks.register(table, sequence.tokens(start, end), start)
+        if sequence.in_flight is scheduled:
+            self.done(scheduled)
 
     def done(self, scheduled: Scheduled) -> None:
         """Note that a sequence's part of a step is over, whatever became of it."""
@@ -285,21 +239,16 @@ class Scheduler:
         return self._num_leaving > 0 or any(s.in_flight is not None for s in self.running)
 
     def _next(self, s: Sequence) -> Scheduled:
-        """What the sequence computes next."""
+        """What a sequence computes next, whose last token is known or not drawn yet."""
         prompt, last = len(s.prompt), s.in_flight
-        start, total, unknown = s.num_computed, prompt + len(s.generated), []
-        if last is not None:
-            start = last.end
-            if last.samples:
-                total, unknown = total + 1, [-1 - last.index]
+        start, total = s.num_computed if last is None else last.end, prompt + len(s.generated)
         if start >= prompt and (total - start == 1 or not self._interchangeable_rows):
             kind, end = DECODE, start + 1
         else:
             kind, chunk_end = PREFILL, (start // self._prefill_chunk + 1) * self._prefill_chunk
             end = min(total if self._interchangeable_rows else prompt, chunk_end)
-        samples = end == total
-        tokens = unknown if unknown and start + 1 == total else s.tokens(start, end)
-        return Scheduled(s, StepSequence(tokens, start, prompt, kind, s.table.blocks), end, samples, total - prompt)
+        tokens = s.tokens(start, end)
+        return Scheduled(tokens, start, prompt, kind, s.table.blocks, s, end, end == total, total - prompt)
 
     def _make_room(self, part: Scheduled) -> bool:
         """Blocks for the sequence's next tokens, from those that were queued last if need be."""
@@ -388,7 +337,7 @@ class Scheduler:
                 # Of what is held for this one, whole chunks are open now; the rest may be what it lacks.
                 self.host.let_go(table)
                 table.fetched = []
-        if fetching or len(part.inputs.token_ids) > budget or missing + headroom > self.blocks.num_free:
+        if fetching or len(part.token_ids) > budget or missing + headroom > self.blocks.num_free:
             self.blocks.close(table)
             return None
         full = len(table.blocks)
@@ -405,5 +354,5 @@ class Scheduler:
 def _check_whole(step: list[Scheduled]) -> None:
     """Raise RuntimeError if a sequence was preempted for another one of its step: two would write to one block."""
     for part in step:
-        if part.inputs.block_table is not part.sequence.table.blocks:
+        if part.block_table is not part.sequence.table.blocks:
             raise RuntimeError(f"request {part.sequence.request_id} was preempted by the step that it is part of")

@@ -16,7 +16,7 @@ from saw_trtllm.errors import ConfigError, EngineError, QueueFullError, RequestE
 from saw_trtllm.runtime.detokenizer import Detokenizer
 from saw_trtllm.runtime.outputs import GenerationResult, OutputQueue
 from saw_trtllm.runtime.request import Request
-from saw_trtllm.runtime.scheduler import Sequence
+from saw_trtllm.runtime.sequence import Sequence
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from tests.support.example import EXAMPLE, build_example
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepPacker, StepSequence
@@ -53,7 +55,7 @@ def test_steps_of_tables_that_grow_change_rows_come_and_go():
             sequences.append(StepSequence(ids, start, start + int(rng.integers(1, 50)), kind, tables[i]))
         inputs = packer.pack(sequences)
         assert_packed(inputs, sequences, num_layers)
-        frozen = [s._replace(block_table=list(s.block_table)) for s in sequences]
+        frozen = [replace(s, block_table=list(s.block_table)) for s in sequences]
         handed_out = [*handed_out[-2:], (inputs, frozen)]
         for earlier, those in handed_out:
             assert_packed(earlier, those, num_layers)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -18,7 +19,8 @@ from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.block_manager import BlockManager
 from saw_trtllm.runtime.host_cache import HostCache
 from saw_trtllm.runtime.sampling_params import SamplingParams
-from saw_trtllm.runtime.scheduler import Scheduler, Sequence
+from saw_trtllm.runtime.scheduler import Scheduler
+from saw_trtllm.runtime.sequence import Sequence
 from tests.support import ROOT
 
 VOCAB = 5  # few, so that prompts share beginnings
@@ -184,7 +186,7 @@ class Runtime:
             assert all(s in running for s in self.scheduler.running), "a step that lacks blocks lets others in"
         self.model.copy(self.scheduler.copies)
         for scheduled in step:
-            token = self.model.compute(scheduled.inputs)
+            token = self.model.compute(scheduled)
             sequence = scheduled.sequence
             samples = scheduled.samples
             self.scheduler.advance(scheduled)
@@ -201,14 +203,14 @@ class Runtime:
         assert step, "nothing is computed though there is work"
         sequences = [s.sequence for s in step]
         assert len({s.request_id for s in sequences}) == len(sequences) <= max_batch_size
-        assert sum(len(s.inputs.token_ids) for s in step) <= max_num_tokens
-        kinds = [s.inputs.kind for s in step]
+        assert sum(len(s.token_ids) for s in step) <= max_num_tokens
+        kinds = [s.kind for s in step]
         assert kinds == sorted(kinds)
         oldest = next(s for s in self.queued if s in unfinished)
         fetching = self.host is not None and self.host.is_fetching(oldest.table)
         assert oldest in sequences or fetching, "the oldest request does not come on"
         for s in step:
-            inputs, sequence = s.inputs, s.sequence
+            inputs, sequence = s, s.sequence
             end = inputs.start + len(inputs.token_ids)
             known = [*sequence.prompt, *sequence.generated]
             assert list(inputs.token_ids) == known[inputs.start : end]
@@ -276,10 +278,10 @@ def test_decodes_first_then_begun_prefills_then_arrivals():
     runtime.step()
     b, c, d = runtime.add([2] * 20, 3), runtime.add([3] * 20, 3), runtime.add([4] * 5, 3)
     # One token of a, eight of b; c's eight would make 17, and d must not overtake it.
-    assert [(s.sequence, len(s.inputs.token_ids)) for s in runtime.step()] == [(b, 8), (a, 1)]
+    assert [(s.sequence, len(s.token_ids)) for s in runtime.step()] == [(b, 8), (a, 1)]
     assert [s.sequence for s in runtime.step()] == [b, a]
     # b's last four, and room for c now; d waits behind it.
-    assert [(s.sequence, len(s.inputs.token_ids)) for s in runtime.step()] == [(b, 4), (c, 8), (a, 1)]
+    assert [(s.sequence, len(s.token_ids)) for s in runtime.step()] == [(b, 4), (c, 8), (a, 1)]
     assert d in runtime.scheduler.waiting
     runtime.run()
 
@@ -288,7 +290,7 @@ def test_a_chunk_that_does_not_fit_waits_whole():
     runtime = Runtime(max_num_tokens=15, max_batch_size=7, prefill_chunk=8)
     runtime.add([1] * 24, 1)
     runtime.add([2] * 24, 1)
-    counts = [[len(s.inputs.token_ids) for s in runtime.step()] for _ in range(6)]
+    counts = [[len(s.token_ids) for s in runtime.step()] for _ in range(6)]
     assert counts == [[8]] * 6
 
 
@@ -368,7 +370,7 @@ def test_a_preempted_sequence_replays_as_it_was_computed(exact):
     assert generated > 2
     parts = []
     while second.num_computed < 6 + generated:
-        parts += [s.inputs for s in runtime.step() if s.sequence is second]
+        parts += [s for s in runtime.step() if s.sequence is second]
     if exact:  # chunk by chunk, the generated tokens with the prompt
         ends = [p.start + len(p.token_ids) for p in parts]
         assert all(p.kind == PREFILL or len(p.token_ids) == 1 for p in parts)
@@ -388,7 +390,7 @@ def test_prefixes_are_reused_in_whole_chunks_of_an_inexact_cache():
         second = runtime.add(prompt, 2)
         first_step = runtime.step()
         assert second.num_reused == expected
-        assert first_step[0].inputs.start == expected
+        assert first_step[0].start == expected
         assert runtime.run()[1] == alone(prompt, 2, exact=exact)
 
 
@@ -598,18 +600,18 @@ class AheadRuntime(Runtime):
         for scheduled in step:
             for part, blocks in written:
                 other = part.sequence is not scheduled.sequence
-                assert not (other and blocks & set(scheduled.inputs.block_table)), "a block is given away too early"
+                assert not (other and blocks & set(scheduled.block_table)), "a block is given away too early"
         self.scheduler.launched(step)
         self.model.copy(self.scheduler.copies)
         tokens = []
         for scheduled in step:
-            known = [last_tokens[-1 - t] if t < 0 else t for t in scheduled.inputs.token_ids]
-            tokens.append(self.model.compute(scheduled.inputs._replace(token_ids=known)))
+            known = [last_tokens[-1 - t] if t < 0 else t for t in scheduled.token_ids]
+            tokens.append(self.model.compute(replace(scheduled, token_ids=known)))
         self.under_way.append((step, tokens))
 
     def written(self, part):
         size = self.blocks.tokens_per_block
-        return set(part.inputs.block_table[part.inputs.start // size : (part.end - 1) // size + 1])
+        return set(part.block_table[part.start // size : (part.end - 1) // size + 1])
 
     def finish(self, step, tokens):
         for scheduled, token in zip(step, tokens, strict=True):

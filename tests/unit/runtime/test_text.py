@@ -18,7 +18,7 @@ from saw_trtllm.runtime.detokenizer import Detokenizer
 from saw_trtllm.runtime.outputs import GenerationResult, OutputQueue
 from saw_trtllm.runtime.request import Request
 from saw_trtllm.runtime.sampling_params import MAX_STOP_SIZE, MAX_STOPS
-from saw_trtllm.runtime.scheduler import Sequence
+from saw_trtllm.runtime.sequence import Sequence
 from saw_trtllm.runtime.token_decoder import REPLACEMENT
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve.parameters import Parameters
