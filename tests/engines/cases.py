@@ -125,7 +125,7 @@ IDS = np.random.default_rng(3).integers(3, VOCAB, (3, 190)).tolist()
 #: What a step takes: sequence, first token, count, kind.
 STEPS = {
     "prefill": [(0, 0, 70, PREFILL)],
-    "chunk behind history": [(0, 70, 40, PREFILL), (1, 0, 5, PREFILL)],
+    "chunk after history": [(0, 70, 40, PREFILL), (1, 0, 5, PREFILL)],
     "decode": [(0, 110, 1, DECODE), (1, 5, 1, DECODE)],
     "mixed": [(2, 0, 80, PREFILL), (1, 6, 60, PREFILL), (0, 111, 1, DECODE)],
     "decodes": [(0, 112, 1, DECODE), (1, 66, 1, DECODE), (2, 80, 1, DECODE)],

@@ -38,7 +38,7 @@ TOP = 16
 
 
 def steps(case: Case, folder: Path) -> dict[str, np.ndarray]:
-    """Logits of each step, and the pools behind it."""
+    """Logits of each step, and the pools after it."""
     plan = case.plan(folder, "reference")
     config = plan.config
     levers = calibrated_inputs(config, plan.weights.load)
@@ -70,7 +70,7 @@ def texts(case: Case, folder: Path) -> dict[str, np.ndarray]:
 
 
 def greedy(plan: BuildPlan, forced: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens ``[n, TEXT_TOKENS]`` behind the prompts, and the logits of each; ``forced`` ones are not chosen."""
+    """Tokens ``[n, TEXT_TOKENS]`` after the prompts, and the logits of each; ``forced`` ones are not chosen."""
     config = plan.config
     model = ReferenceModel(config.pretrained_config, plan.weights.load, config.build_config.max_seq_len)
     blocks = TEXT_BLOCKS * TEXTS

@@ -77,7 +77,7 @@ class Engine:
         call(runtime.cudaMemcpy2DAsync, target, pitch, source, pitch, width, regions, kind, self.stream.handle)
 
     def step(self, step: recorded_run.RecordedStep) -> np.ndarray:
-        """Logits of a step. From the second on, decodes alone run as the graph that was captured behind the first."""
+        """Logits of a step. From the second on, decodes alone run as the graph that was captured after the first."""
         from saw_trtllm.backends.tensorrt.cuda import call, runtime
 
         for copy in step.copies:

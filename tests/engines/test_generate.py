@@ -1,4 +1,4 @@
-"""The example model's engines behind the runtime: texts against the reference's, and against each other."""
+"""The example model's engines under the runtime: texts against the reference's, and against each other."""
 
 from __future__ import annotations
 

@@ -71,11 +71,11 @@ def test_a_step_is_the_references(name, run):
         assert (error[: len(error) - decodes] <= rounding).all()
         assert (error[len(error) - decodes :] <= own_4bit).all()
         for i, (pool, found) in enumerate(zip(config.pools, pools, strict=True)):
-            # A layer behind one whose attention has read a code that was moved writes what comes of it.
+            # A layer after one whose attention has read a code that was moved writes what comes of it.
             tolerance = np.full(found.shape[:-1], rounding)
-            behind = [place for place, layer in enumerate(pool.layers) if layer > 0]
+            after = [place for place, layer in enumerate(pool.layers) if layer > 0]
             for block, row in decoded_rows(name):
-                tolerance[block, behind, ..., row] = own_4bit
+                tolerance[block, after, ..., row] = own_4bit
             check = assert_codes if pool.format.quantized else assert_rows
             check(found, expected[f"{name}.pool{i}"], tolerance[..., None], dtype)
 

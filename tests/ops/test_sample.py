@@ -43,7 +43,7 @@ def device(array: np.ndarray) -> torch.Tensor:
 
 
 class Launch:
-    """A launch's arrays on the GPU, with canaries behind the outputs."""
+    """A launch's arrays on the GPU, with canaries after the outputs."""
 
     def __init__(self, logits, states, row_ends=None):
         self.logits, self.count = logits, len(states)

@@ -1,7 +1,7 @@
 """Layers of plugins under TensorRT-LLM's executor, as :mod:`executor_contract` plays it, against the CPU reference.
 
-Many steps of one run: prefills, chunks behind history, decodes and all of them at once; blocks that are shared, reused
-in part, sent to the host and brought back, left behind by a window, and taken from a sequence that comes again later.
+Many steps of one run: prefills, chunks after history, decodes and all of them at once; blocks that are shared, reused
+in part, sent to the host and brought back, left by a window, and taken from a sequence that comes again later.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CASES = [
 
 
 class Memory:
-    """The pools of an executor on the GPU, the host pools behind them, and the reference's.
+    """The pools of an executor on the GPU, their host pools, and the reference's.
 
     What was never written decodes to NaN.
     """

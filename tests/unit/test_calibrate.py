@@ -63,7 +63,7 @@ def make_engine(model_dir, output_dir, **options):
 
 
 def all_logits(engine, chunk=16, prompt=PROMPT, generated=8):
-    """Of the prompt, computed in chunks, and of the text behind it, decoded: and that text."""
+    """Of the prompt, computed in chunks, and of the text after it, decoded: and that text."""
     with LLM(engine, prefill_chunk=chunk) as llm:
         params = SamplingParams(
             max_tokens=generated, ignore_eos=True, return_context_logits=True, return_generation_logits=True

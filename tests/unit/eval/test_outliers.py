@@ -43,7 +43,7 @@ def logits(checkpoint, ids=PROMPT):
 
 
 def keys(checkpoint, ids=PROMPT):
-    """Keys behind RoPE by layer: ``[tokens, num_kv_heads, head_dim]``."""
+    """Keys after RoPE by layer: ``[tokens, num_kv_heads, head_dim]``."""
     seen = {}
     model = WindowModel(fp32(checkpoint.config), checkpoint.load, ids.shape[1])
     model.hidden(ids[:1], observe=lambda layer, a: seen.update({layer: a.k}))

@@ -70,7 +70,7 @@ def test_a_prefix_is_shared_while_both_live():
     manager.check()
 
 
-def test_a_prefix_is_found_behind_its_owners_end():
+def test_a_prefix_is_found_after_its_owners_end():
     manager = manager_of_whole_blocks(8, 4)
     a, _ = fill(manager, list(range(12)))
     blocks = list(a.blocks)
@@ -89,7 +89,7 @@ def test_the_last_token_is_always_left_to_compute():
 
 
 def test_a_key_names_all_tokens_before_it():
-    """The same second block behind another first one is another block."""
+    """The same second block after another first one is another block."""
     manager = manager_of_whole_blocks(8, 4)
     fill(manager, [0, 0, 0, 0, 1, 1, 1, 1, 2])
     assert fill(manager, [9, 0, 0, 0, 1, 1, 1, 1, 2])[1] == 0

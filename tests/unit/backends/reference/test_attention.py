@@ -90,7 +90,7 @@ class World:
     # -- the oracle
 
     def roped(self, s, which):
-        """Q or K of a sequence behind RoPE and rotation; V as it is or rotated: ``[n, heads, head_dim]``."""
+        """Q or K of a sequence after RoPE and rotation; V as it is or rotated: ``[n, heads, head_dim]``."""
         x = self.qkv[s][which].double().numpy()
         if which == 2:
             return x @ self.basis if self.rotate_v else x
@@ -140,7 +140,7 @@ class World:
 
 
 def with_garbage(inputs, used):
-    """Mark blocks with bit 31, and put huge entries behind each sequence's own."""
+    """Mark blocks with bit 31, and put huge entries after each sequence's own."""
     offsets = inputs.kv_cache_block_offsets
     wide = np.full((*offsets.shape[:3], offsets.shape[3] + 5), np.iinfo(np.int32).max, dtype=np.int32)
     for i, n in enumerate(used):
@@ -175,7 +175,7 @@ def test_decode_attends_to_the_pool(kv, head_dim):
 
 @pytest.mark.parametrize("tokens_per_block", [16, 32, 64, 128])
 @pytest.mark.parametrize("kv", ["fp16", "saw_int4"])
-def test_prefill_behind_history(kv, tokens_per_block):
+def test_prefill_after_history(kv, tokens_per_block):
     lengths = [n + 20 for n in LENGTHS]
     world = World(kv, tokens_per_block=tokens_per_block, lengths=lengths)
     history = [n - 20 for n in lengths]
@@ -270,7 +270,7 @@ def test_centring_leaves_the_output():
     np.testing.assert_allclose(stored, np.broadcast_to(center, stored.shape), atol=1e-5)
 
 
-def test_centred_keys_are_rotated_behind_it():
+def test_centred_keys_are_rotated_after_it():
     world = World(lengths=(17,))
     mu = torch.randn(2, 64, generator=torch.Generator().manual_seed(3))
     world.run([(0, 0, 17, PREFILL)], k_center=mu)

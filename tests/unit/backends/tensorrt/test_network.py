@@ -35,7 +35,7 @@ from tests.support.ranks import on_ranks
 from tests.support.tolerance import model_rounding
 
 IDS = np.random.default_rng(3).integers(3, 203, (3, 90)).tolist()
-#: What a step takes: sequence, first token, count, kind. A prefill, a chunk behind history, decodes, and all of them.
+#: What a step takes: sequence, first token, count, kind. A prefill, a chunk after history, decodes, and all of them.
 STEPS = [
     [(0, 0, 37, PREFILL)],
     [(0, 37, 20, PREFILL), (1, 0, 5, PREFILL)],
@@ -627,7 +627,7 @@ def test_a_build_that_fails_says_why_and_leaves_the_folder(plan, tensorrt, machi
 
     def fail(builder, network, config):
         logger.log(1, "Could not find any implementation for node gather")
-        logger.log(2, "a warning behind it")
+        logger.log(2, "a warning after it")
 
     monkeypatch.setattr(fake_tensorrt.Builder, "build_serialized_network", fail)
     with pytest.raises(EngineError, match=r"did not build the engine: Could not find any implementation for node gath"):

@@ -187,7 +187,7 @@ def test_swap_of_a_model_that_is_there(frontend, checkpoint, rewrite):
         np.testing.assert_allclose(unpack_frame(packed), frame[1], rtol=2**-22, atol=2**-36)
     wanted = {"window": 7, "softcap": 30.0, "softmax_scale": pytest.approx(1 / 16)}
     assert wanted.items() <= attend.plugin.fields.items()
-    # V's rotation is not in these weights, so it is undone behind the attention.
+    # V's rotation is not in these weights, so it is undone after the attention.
     rotated = [layer for layer in fake_tensorrt.live_layers(network()) if attend.get_output(0) in layer._inputs]
     assert [layer.type.name for layer in rotated] == ["SHUFFLE"]
     names = {t.name for t in network()._inputs}
