@@ -82,7 +82,8 @@ def read(
                 "the config.json that belongs to these weights"
             )
         used |= {part.name for found in quantized.values() for weight in found for part in weight.tensors}
-        used |= {t.name for t in tensors if CACHE_SCALES.search(t.name) or _is_zero_bias(t, quantized)}
+        layers = {weight.name for found in quantized.values() for weight in found}
+        used |= {t.name for t in tensors if CACHE_SCALES.search(t.name) or _is_zero_bias(t, layers)}
         reject_quantized(tensors, used)
     reject_unknown(tensors, used, _HARMLESS, f"{config.architecture} of {config.num_hidden_layers} layers")
     if config.share_embedding_table and LM_HEAD in parts:
@@ -170,9 +171,8 @@ def _quantized_parts(
     return weights
 
 
-def _is_zero_bias(tensor: StoredTensor, quantized: dict[str, list[StoredWeight]]) -> bool:
+def _is_zero_bias(tensor: StoredTensor, layers: set[str]) -> bool:
     """Whether a tensor is the bias that AutoGPTQ gives every layer, and that is nothing where the model has none."""
-    layers = {weight.name for found in quantized.values() for weight in found}
     name = tensor.name.removesuffix(".bias")
     return name != tensor.name and name in layers and tensor.dtype in NUMPY_DTYPES and not tensor.load().any()
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from saw_trtllm.checkpoint.families.family import OFF, KeyRule
 from saw_trtllm.checkpoint.quantization.dialect import (
     FLOATS,
+    Block,
     Dialect,
     Linear,
     Settings,
@@ -36,7 +37,7 @@ class Arguments(Settings):
     symmetric: bool = True
     group_size: int | None = None
     strategy: Literal["tensor", "channel", "group", "block", "token"] | None = None
-    block_structure: list[int] | None = None
+    block_structure: Block | None = None
     dynamic: bool = False
     actorder: Literal["group", "dynamic", "weight", "static"] | bool | None = None
 
@@ -173,7 +174,7 @@ def _fp8(linear: Linear, group: Group, path: Path) -> StoredWeight:
             "supported: use such a model"
         )
     block = weights.block_structure if weights.strategy == "block" else None
-    if weights.strategy == "block" and (block is None or len(block) != 2):
+    if weights.strategy == "block" and block is None:
         raise CheckpointError(f"{path} has weights in blocks without a block_structure: use the model's own config")
     static = inputs is not None and not inputs.dynamic
     activation: Activation | None = None if inputs is None else "tensor" if static else "block" if block else "token"

@@ -8,10 +8,10 @@ import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saw_trtllm.checkpoint.families.family import KeyRule
 from saw_trtllm.checkpoint.reader import StoredTensor
@@ -25,6 +25,10 @@ CACHE_SCALES = re.compile(
     r"self_attn\.(\w+\.)?(q|k|v|kv)_(scale|zero_point)$|[kv]_proj\.output_(scale|zero_point)$"
     r"|attention\.(k_|v_|kv_)cache_(rcp_)?scaling_factor$"
 )
+
+
+#: Rows and columns that share a scale, as JSON has them.
+Block = Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=2, max_length=2)]
 
 
 class Settings(BaseModel):

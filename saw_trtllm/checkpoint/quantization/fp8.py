@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saw_trtllm.checkpoint.families.family import KeyRule
-from saw_trtllm.checkpoint.quantization.dialect import Dialect, Linear, Settings, StoredWeight, parse
+from saw_trtllm.checkpoint.quantization.dialect import Block, Dialect, Linear, Settings, StoredWeight, parse
 from saw_trtllm.checkpoint.quantization.scaled import stored_fp8
 
 
@@ -15,7 +15,7 @@ class Fp8Settings(Settings):
     """What is read of them."""
 
     activation_scheme: Literal["dynamic", "static"] = "dynamic"
-    weight_block_size: list[int] | None = None
+    weight_block_size: Block | None = None
     fmt: Literal["e4m3", "float8_e4m3fn"] = "e4m3"
 
 

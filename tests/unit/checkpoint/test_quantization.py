@@ -225,6 +225,35 @@ def test_bad_input_is_one_sentence(name, tmp_path):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize(
+    "name", ["awq", "gptq desc_act", "fp8 blocks", "modelopt AWQ", "W4A16 with zero points", "FP8 by block"]
+)
+def test_any_value_of_any_setting_is_taken_or_rejected_in_one_sentence(name, tmp_path):
+    case = case_of(name)
+    folder, _ = quantized_model(tmp_path, case)
+    original = json.loads((folder / case.file).read_text())
+    settings = original if case.file != "config.json" else original["quantization_config"]
+    for place in places(settings):
+        for key, value in list(place.items()):
+            for odd in (None, -1, 0, 1.5, "x", [], [0, 128], {}, {"a": 1}, {"a": []}, True):
+                place[key] = odd
+                (folder / case.file).write_text(json.dumps(original))
+                try:
+                    message = str(Checkpoint.open(folder).formats)
+                except CheckpointError as e:
+                    message = str(e)
+                assert "\n" not in message
+            place[key] = value
+
+
+def places(settings):
+    """A JSON object and those in it."""
+    yield settings
+    for value in list(settings.values()):
+        if isinstance(value, dict):
+            yield from places(value)
+
+
 def test_queries_keys_and_values_are_quantized_alike(tmp_path):
     folder, _ = quantized_model(tmp_path, CASES["gptq"], ignore=("k_proj",))
     with pytest.raises(CheckpointError, match=r"self_attn\.q_proj' quantized and .*self_attn\.k_proj' not"):
