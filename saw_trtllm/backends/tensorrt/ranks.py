@@ -36,9 +36,8 @@ def use_gpu_of_rank(collectives: Collectives) -> None:
     EngineError
         If there are not enough.
     """
-    name = socket.gethostname().encode()[:64].ljust(64, b"\0")
-    hosts = [bytes(host) for host in collectives.all_gather(np.frombuffer(name, np.uint8))]
-    place = hosts[: collectives.rank].count(name)
+    hosts = _hosts(collectives)
+    place = hosts[: collectives.rank].count(hosts[collectives.rank])
     count = call(runtime.cudaGetDeviceCount)
     call(runtime.cudaSetDevice, place if place < count else 0)
     properties = call(runtime.cudaGetDeviceProperties, call(runtime.cudaGetDevice))
@@ -49,6 +48,12 @@ def use_gpu_of_rank(collectives: Collectives) -> None:
             f"the engine is split over {collectives.size} ranks, a GPU each, and they have {len(set(gpus))}: run them "
             "on machines with as many GPUs, or build the engine anew with a smaller --tp_size"
         )
+
+
+def _hosts(collectives: Collectives) -> list[bytes]:
+    """What tells the machines of the ranks apart."""
+    name = socket.gethostname().encode()[:64].ljust(64, b"\0")
+    return [bytes(host) for host in collectives.all_gather(np.frombuffer(name, np.uint8))]
 
 
 class RankGroup:
@@ -77,9 +82,9 @@ class RankGroup:
         self._nccl = _Nccl(collectives)
         self._device = call(runtime.cudaGetDevice)
         self._module = kernels()
-        self._buffer: DeviceBuffer | None = None
         self._opened: list[int] = []
-        peers = self._exchange(collectives) if collectives.size <= self._module.MAX_RANKS else []
+        near = len(set(_hosts(collectives))) == 1 and collectives.size <= self._module.MAX_RANKS
+        peers = self._exchange(collectives) if near else []
         self.one_shot = bool(peers)
         ranks = self._module.Ranks(
             rank=collectives.rank,
@@ -92,17 +97,17 @@ class RankGroup:
 
     def _exchange(self, collectives: Collectives) -> list[int]:
         """Addresses of all ranks' buffers, or none if some GPU does not reach some other's."""
-        self._buffer = DeviceBuffer(self._module.all_reduce_buffer_bytes(collectives.size))
-        self._buffer.fill(0)
+        buffer = DeviceBuffer(self._module.all_reduce_buffer_bytes(collectives.size))
+        buffer.fill(0)
         call(runtime.cudaDeviceSynchronize)
-        handle = call(runtime.cudaIpcGetMemHandle, self._buffer.address)
+        handle = call(runtime.cudaIpcGetMemHandle, buffer.address)
         # By its bytes: versions of CUDA for Python differ in the names within.
         ours = ctypes.string_at(handle.getPtr(), _IPC_HANDLE_BYTES)
         handles = collectives.all_gather(np.frombuffer(ours, np.uint8))
         addresses, reached = [], True
         for rank, theirs in enumerate(handles):
             if rank == collectives.rank:
-                addresses.append(self._buffer.address)
+                addresses.append(buffer.address)
                 continue
             try:
                 addresses.append(self._open(theirs))
@@ -120,12 +125,13 @@ class RankGroup:
         return address
 
     def close(self) -> None:
-        """Take it away from the plugins; no step is in flight."""
+        """Take it away from the plugins; no step is in flight.
+
+        The buffer stays until the process ends: another rank may have it open yet.
+        """
         self._module.set_ranks(device=self._device, ranks=None)
         for address in self._opened:
             call(runtime.cudaIpcCloseMemHandle, address)
-        if self._buffer is not None:
-            self._buffer.close()
         self._nccl.close()
 
 
