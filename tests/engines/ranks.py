@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from multiprocessing.queues import Queue
 from pathlib import Path
 from unittest import mock
@@ -18,7 +19,7 @@ from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.runtime.collectives import Collectives, Rendezvous, join
 from tests.engines.cases import NUM_BLOCKS, STEPS, TOKENS_PER_BLOCK, Case, pack
 
-_SECONDS = 250
+_SECONDS = 120
 #: How a step is run: with sums by NCCL and without graphs, or by our kernel where it can and with them.
 WAYS = {"nccl": {"graphs": False}, "one-shot": {"graphs": True}}
 
@@ -30,11 +31,14 @@ def run_ranks(work: Path, case: Case, size: int) -> list[dict[str, np.ndarray]]:
     """
     context = multiprocessing.get_context("spawn")
     addresses = context.Queue()
-    processes = [context.Process(target=_run, args=(work, case, rank, size, addresses)) for rank in range(size)]
+    processes = [
+        context.Process(target=_run, args=(work, case, rank, size, addresses), daemon=True) for rank in range(size)
+    ]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + _SECONDS
     for process in processes:
-        process.join(_SECONDS)
+        process.join(max(0.0, deadline - time.monotonic()))
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
