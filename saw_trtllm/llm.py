@@ -374,14 +374,15 @@ class LLM:
         return self._guides.make(params.guided_decoding)
 
     def _bad_runs(self, params: SamplingParams) -> list[list[int]]:
-        """The tokens of the bad words, at the beginning of a text and within."""
+        """The bad runs of tokens, and those of the bad words at the beginning of a text and within."""
         if params.bad and self.tokenizer is None:
             raise RequestError("bad words need a tokenizer, and this engine has none: give bad_token_ids")
         texts = [form for word in params.bad_words for form in (word, f" {word}")]
         encode = self.tokenizer.encode if self.tokenizer else None
         runs = [encode(text, add_special_tokens=False) for text in texts] if encode else []
+        runs += map(list, params.bad_token_sequences or ())
         vocab = self.config.pretrained_config.vocab_size
-        return [run for run in runs if run and run[-1] < vocab]
+        return [run for run in runs if run and 0 <= run[-1] < vocab]
 
     def _submit(self, requests: list[Request], wait: bool = False) -> GenerationResult:
         ids = [request.sequence.request_id for request in requests]

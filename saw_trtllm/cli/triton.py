@@ -193,7 +193,9 @@ def _parameters(args: argparse.Namespace) -> Parameters:
     tokenizer = getattr(args, "tokenizer_dir", args.engine_dir)
     if tokenizer == args.engine_dir and not is_file(tokenizer / "tokenizer.json"):
         raise ConfigError(f"{tokenizer} has no tokenizer.json: give the folder of the model's with --tokenizer_dir")
-    if not args.no_verify:
+    # Reading all of it takes long: it is done once, here where it ends before anything starts, else when a server does.
+    verified_here = args.launch or args.backend != "saw"
+    if verified_here and not args.no_verify:
         verify_engine(args.engine_dir, tokenizer=tokenizer == args.engine_dir)
     Tokenizer.load(tokenizer)
     return Parameters.of(
@@ -210,7 +212,7 @@ def _parameters(args: argparse.Namespace) -> Parameters:
         deterministic=tiers.deterministic,
         decoupled_mode=args.decoupled_mode == "true",
         exclude_input_in_output=args.exclude_input_in_output == "enable",
-        verify_engine=not args.no_verify,
+        verify_engine=not (verified_here or args.no_verify),
     )
 
 

@@ -94,7 +94,8 @@ def encode_prompt(
     """Token ids of a prompt.
 
     A token stands for at most :attr:`Tokenizer.longest_token` bytes, so a text of more than ``max_input_len`` times as
-    many is too long whatever its tokens are, and is not tokenized: that would take minutes for some megabytes.
+    many is too long as a rule. It is tokenized no further than it takes to be sure: all of it would take minutes for
+    some megabytes.
 
     Parameters
     ----------
@@ -114,7 +115,11 @@ def encode_prompt(
         size = len(text.encode("utf-8"))
     except UnicodeEncodeError:
         raise RequestError("the prompt is not valid UTF-8: give text without broken bytes or lone surrogates") from None
-    if max_input_len is not None and size > max_input_len * tokenizer.longest_token:
+    if (
+        max_input_len is not None
+        and size > max_input_len * tokenizer.longest_token
+        and _is_too_long(tokenizer, text, max_input_len)
+    ):
         raise ContextLengthError(
             f"the prompt has {size} bytes, too many for the {max_input_len} tokens that the engine takes: {_REMEDY}"
         )
@@ -124,6 +129,20 @@ def encode_prompt(
     if max_input_len is not None:
         check_input_len(len(ids), max_input_len)
     return ids
+
+
+def _is_too_long(tokenizer: Tokenizer, text: str, max_input_len: int) -> bool:
+    """Whether a text has far more tokens than ``max_input_len``, by its first characters that do.
+
+    Bytes alone do not say so: normalizers shorten texts, some added tokens take the spaces beside them, and models drop
+    or join what they do not know. A cut changes the last tokens before it alone.
+    """
+    end = max_input_len * tokenizer.longest_token
+    while end < len(text):
+        if len(tokenizer.encode(text[:end], False)) > 2 * max_input_len:
+            return True
+        end *= 2
+    return False
 
 
 def check_input_len(count: int, max_input_len: int) -> None:

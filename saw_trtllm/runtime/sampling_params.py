@@ -91,7 +91,7 @@ class SamplingParams:
         the next one.
     guided_decoding : GuidedDecodingParams, optional
         What the text must be: JSON of a schema, or what a regular expression or a grammar allows. It excludes what
-        would take tokens away: ``min_tokens``, ``bad``, ``bad_token_ids`` and ``ignore_eos``.
+        would take tokens away: ``min_tokens``, ``ignore_eos`` and whatever begins with ``bad``.
     n : int
         Texts for the prompt, 1 to 128. Whole chunks of the prompt are computed once.
     stop : str or list of str, optional
@@ -111,6 +111,8 @@ class SamplingParams:
         Words that the text must not hold, at its beginning or within; a word of several tokens loses its last one.
     bad_token_ids : list of int, optional
         Tokens that the text must not hold.
+    bad_token_sequences : list of list of int, optional
+        Runs of tokens that the text must not hold (TensorRT-LLM's ``bad_words_list``); each loses its last one.
     end_id : int, optional
         The end token; by default the tokenizer's. -1 is none.
     ignore_eos : bool
@@ -146,6 +148,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     bad: str | Sequence[str] | None = None
     bad_token_ids: Sequence[int] | None = None
+    bad_token_sequences: Sequence[Sequence[int]] | None = None
     end_id: int | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
@@ -180,7 +183,8 @@ class SamplingParams:
         self._need(isinstance(guided, GuidedDecodingParams | None), "guided_decoding", "GuidedDecodingParams(...)")
         if guided and (self.bans or self.ignore_eos):
             raise RequestError(
-                "guided_decoding says which tokens may come: leave out min_tokens, bad, bad_token_ids and ignore_eos"
+                "guided_decoding says which tokens may come: leave out min_tokens, bad, bad_token_ids, "
+                "bad_token_sequences and ignore_eos"
             )
         self._check_stops()
 
@@ -188,8 +192,10 @@ class SamplingParams:
         strings = _as_tuple(self.stop)
         self._need(_are(strings, _is_string), "stop", "a string or strings of whole characters, none of them empty")
         self._need(_are(self.stop_token_ids or (), _is_token), "stop_token_ids", "token ids")
-        runs = self.stop_token_sequences or ()
-        self._need(_are(runs, _is_run), "stop_token_sequences", "lists of token ids, none of them empty")
+        for name in ("stop_token_sequences", "bad_token_sequences"):
+            runs = getattr(self, name) or ()
+            self._need(_are(runs, _is_run), name, "lists of token ids, none of them empty")
+            _check_size(name, list(map(len, runs)), "tokens")
         self._need(_are(_as_tuple(self.bad), _is_string), "bad", "a word or words, none of them empty")
         self._need(_are(self.bad_token_ids or (), _is_token), "bad_token_ids", "token ids")
         bias = self.logit_bias or {}
@@ -201,7 +207,6 @@ class SamplingParams:
         _check_size("bad_token_ids", [1 for _ in self.bad_token_ids or ()], "tokens")
         _check_size("stop", [len(s.encode()) for s in strings], "bytes")
         _check_size("stop_token_ids", [1 for _ in self.stop_token_ids or ()], "tokens")
-        _check_size("stop_token_sequences", list(map(len, runs)), "tokens")
 
     def _need(self, valid: bool, name: str, needed: str) -> None:
         if not valid:
@@ -231,7 +236,7 @@ class SamplingParams:
     @property
     def bans(self) -> bool:
         """Whether some tokens may not come."""
-        return bool(self.min_tokens or self.bad or self.bad_token_ids)
+        return bool(self.min_tokens or self.bad or self.bad_token_ids or self.bad_token_sequences)
 
     @property
     def draws_on_host(self) -> bool:
@@ -241,7 +246,7 @@ class SamplingParams:
     @property
     def needs_last_token(self) -> bool:
         """Whether the host must know the token before the one to be chosen."""
-        return self.penalizes or self.draws_on_host or bool(self.bad)
+        return self.penalizes or self.draws_on_host or bool(self.bad or self.bad_token_sequences)
 
     @property
     def needs_logits(self) -> bool:

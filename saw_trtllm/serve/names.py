@@ -90,6 +90,7 @@ REQUEST_OPTIONS = (
     _optional(
         "stop_words", "STRING", "strings that end the text, and are not part of it; empty ones count as none", (-1,)
     ),
+    _optional("bad_words", "STRING", "strings that the text must not hold; empty ones count as none", (-1,)),
     _optional("min_tokens", "INT32", "tokens before which nothing ends the text"),
     _optional("min_length", "INT32", "older name of `min_tokens`"),
     _optional("repetition_penalty", "FP32", "0.001 to 1000; above 1: tokens of prompt and text become less likely"),
@@ -105,10 +106,11 @@ REQUEST_OPTIONS = (
     _optional("return_num_output_tokens", "BOOL", "give `num_output_tokens`"),
     _optional("return_num_reused_tokens", "BOOL", "give `num_reused_tokens`"),
     _optional("cache_salt", "STRING", "only prompts of the same salt find each other's blocks in the KV cache"),
+    _optional("return_perf_metrics", "BOOL", "only false: the metrics have times and reused tokens"),
     _optional("guided_decoding_guide_type", "STRING", "what the text must be: `json`, `json_schema` or `regex`"),
     _optional("guided_decoding_guide", "STRING", "the JSON schema or the regular expression; not for `json`"),
     _optional("beam_width", "INT32", "only 1: there is no beam search"),
-    _optional("num_return_sequences", "INT32", "only 1"),
+    _optional("num_return_sequences", "INT32", "texts for a prompt, 1 to 128; above 1: `--decoupled_mode true`"),
     _optional("length_penalty", "FP32", "only 0 or 1: it is for beam search"),
 )
 
@@ -139,14 +141,14 @@ RESULTS = (
     _optional("num_input_tokens", "INT32", "tokens of the prompt"),
     _optional("num_output_tokens", "INT32", "generated tokens of this response"),
     _optional("num_reused_tokens", "INT32", "tokens of the prompt that were found in the KV cache"),
-    _optional("batch_index", "INT32", "of a request with several prompts: which one this is for"),
-    _optional("sequence_index", "INT32", "with `batch_index`: 0, as a prompt has one text"),
+    _optional("batch_index", "INT32", "of a request with several texts: which prompt this one is for"),
+    _optional("sequence_index", "INT32", "with `batch_index`: which of the prompt's texts this is"),
 )
 
 STEPS = (
     Step(
         PREPROCESSING,
-        inputs={"QUERY": "text_input", "REQUEST_OUTPUT_LEN": "max_tokens", "BAD_WORDS_DICT": "bad_words"},
+        inputs={"QUERY": "text_input", "REQUEST_OUTPUT_LEN": "max_tokens"},
         outputs={
             "INPUT_ID": "_INPUT_ID",
             "REQUEST_INPUT_LEN": "_REQUEST_INPUT_LEN",
@@ -188,7 +190,6 @@ ENSEMBLE_MODEL = Model(
         Tensor("text_input", "STRING", (1,), "the prompt, UTF-8"),
         Tensor("max_tokens", "INT32", (1,), "tokens to generate at most"),
         *REQUEST_OPTIONS,
-        _optional("bad_words", "STRING", "not supported: anything but empty strings is rejected", (-1,)),
     ),
     outputs=(Tensor("text_output", "STRING", (-1,), "the text, or this piece of it"), *RESULTS),
     steps=STEPS,
@@ -204,7 +205,7 @@ PREPROCESSING_MODEL = Model(
         Tensor("QUERY", "STRING", (1,), "the prompt, UTF-8"),
         Tensor("REQUEST_OUTPUT_LEN", "INT32", (1,), "handed on"),
         _optional("STOP_WORDS_DICT", "STRING", "strings that end the text", (-1,)),
-        _optional("BAD_WORDS_DICT", "STRING", "not supported: anything but empty strings is rejected", (-1,)),
+        _optional("BAD_WORDS_DICT", "STRING", "strings that the text must not hold", (-1,)),
         _optional("END_ID", "INT32", "the end token; the tokenizer's by default"),
         _optional("PAD_ID", "INT32", "fills up the shorter of several prompts; the end token by default"),
     ),
@@ -213,7 +214,7 @@ PREPROCESSING_MODEL = Model(
         Tensor("REQUEST_INPUT_LEN", "INT32", (1,), "how many of them are the prompt's"),
         Tensor("REQUEST_OUTPUT_LEN", "INT32", (1,), "handed on"),
         Tensor("STOP_WORDS_IDS", "INT32", (2, -1), "token ids of `STOP_WORDS_DICT`, and where each ends"),
-        Tensor("BAD_WORDS_IDS", "INT32", (2, -1), "empty"),
+        Tensor("BAD_WORDS_IDS", "INT32", (2, -1), "token ids of `BAD_WORDS_DICT`, and where each ends"),
         Tensor("EMBEDDING_BIAS", "FP32", (-1,), "empty"),
         Tensor("DECODER_INPUT_ID", "INT32", (-1,), "the padding: there is no encoder"),
         Tensor("REQUEST_DECODER_INPUT_LEN", "INT32", (1,), "1"),
@@ -234,7 +235,7 @@ TENSORRT_LLM_MODEL = Model(
         _optional(
             "stop_words_list", "INT32", "runs of tokens that end the text: ids, and where each run ends", (2, -1)
         ),
-        _optional("bad_words_list", "INT32", "not supported: anything but an empty list is rejected", (2, -1)),
+        _optional("bad_words_list", "INT32", "runs of tokens that the text must not hold, in the same form", (2, -1)),
         _optional("embedding_bias", "FP32", "not supported: anything but an empty one is rejected", (-1,)),
         _optional("decoder_input_ids", "INT32", "accepted and not needed: there is no encoder", (-1,)),
         _optional("decoder_input_lengths", "INT32", "accepted and not needed"),

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from saw_trtllm.engine.config import EngineConfig
-from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.prompt import encode_prompt
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve import names
@@ -52,26 +51,22 @@ class PreprocessingModel(AnsweringModel):
         dict
             The model's outputs. Shorter prompts are filled up with the padding token.
         """
-        if texts(tensors.get("BAD_WORDS_DICT"), "bad_words"):
-            raise RequestError("bad_words is not supported: leave it out")
         # A prompt that is too long is rejected before the next: so a batch's array is never larger than so many of the
         # longest that the engine takes.
         prompts = [self._encode(text(raw, "the prompt")) for raw in tensors["QUERY"].reshape(-1)]
         count = len(prompts)
-        no_words = np.empty((count, 2, 0), np.int32)
         end_id = self._tokenizer.eos_ids[0] if self._tokenizer.eos_ids else NO_END_ID
         end_ids = _given(tensors, "END_ID", np.full((count, 1), end_id, np.int32))
         pad_ids = _given(tensors, "PAD_ID", np.maximum(end_ids, 0))
         ids = np.empty((count, max(map(len, prompts))), np.int32)
         for row, prompt, pad_id in zip(ids, prompts, pad_ids, strict=True):
             row[: len(prompt)], row[len(prompt) :] = prompt, pad_id
-        stop_words = tensors.get("STOP_WORDS_DICT")
         return {
             "INPUT_ID": ids,
             "REQUEST_INPUT_LEN": np.array([[len(p)] for p in prompts], np.int32),
             "REQUEST_OUTPUT_LEN": tensors["REQUEST_OUTPUT_LEN"].astype(np.int32),
-            "STOP_WORDS_IDS": no_words if stop_words is None else self._word_lists(stop_words),
-            "BAD_WORDS_IDS": no_words,
+            "STOP_WORDS_IDS": self._word_lists(tensors.get("STOP_WORDS_DICT"), "stop_words", count),
+            "BAD_WORDS_IDS": self._word_lists(tensors.get("BAD_WORDS_DICT"), "bad_words", count),
             "EMBEDDING_BIAS": np.empty((count, 0), np.float32),
             "DECODER_INPUT_ID": pad_ids,
             "REQUEST_DECODER_INPUT_LEN": np.ones((count, 1), np.int32),
@@ -82,12 +77,11 @@ class PreprocessingModel(AnsweringModel):
     def _encode(self, prompt: str) -> list[int]:
         return encode_prompt(self._tokenizer, prompt, self._max_input_len, self._add_special_tokens)
 
-    def _word_lists(self, words: np.ndarray) -> np.ndarray:
+    def _word_lists(self, words: np.ndarray | None, name: str, count: int) -> np.ndarray:
         """Word lists, int32 ``[prompts, 2, n]``: the ids one after the other, and below where each word ends."""
-        lists = [
-            [self._tokenizer.encode(word, add_special_tokens=False) for word in texts(row, "stop_words")]
-            for row in words
-        ]
+        if words is None:
+            return np.empty((count, 2, 0), np.int32)
+        lists = [[self._tokenizer.encode(word, add_special_tokens=False) for word in texts(row, name)] for row in words]
         out = np.full((len(lists), 2, max(sum(map(len, words)) for words in lists)), NO_END_ID, np.int32)
         for row, ids in zip(out, lists, strict=True):
             flat = [i for word in ids for i in word]

@@ -73,10 +73,8 @@ class _Row:
 
 def _generation(row: _Row, exclude_input_in_output: bool) -> Generation:
     _reject(row, "beam_width", {1}, "there is no beam search")
-    _reject(row, "num_return_sequences", {1}, "send the request several times, with a seed each")
     _reject(row, "len_penalty", {0.0, 1.0}, "it is for beam search, which is not supported")
-    if _word_list(row.array("bad_words_list"), "bad_words_list"):
-        raise RequestError("bad_words_list is not supported: leave it out")
+    _reject(row, "return_perf_metrics", {False}, "the server's metrics have times and tokens found in the cache")
     bias = row.array("embedding_bias")
     if bias is not None and bias.any():
         raise RequestError("embedding_bias is not supported: leave it out")
@@ -111,9 +109,12 @@ def _sampling_params(row: _Row) -> SamplingParams:
         "seed": row.either("seed", "random_seed"),
         "top_k": row.scalar("runtime_top_k") or None,  # 0 is off, for both
         "top_p": row.scalar("runtime_top_p") or None,
+        "n": row.scalar("num_return_sequences"),
         "logprobs": row.scalar("return_log_probs"),
         "stop": texts(row.array("stop_words"), "stop_words") or None,
         "stop_token_sequences": _word_list(row.array("stop_words_list"), "stop_words_list") or None,
+        "bad": texts(row.array("bad_words"), "bad_words") or None,
+        "bad_token_sequences": _word_list(row.array("bad_words_list"), "bad_words_list") or None,
     }
     if guide := _guide(row):
         given["guided_decoding"] = guide

@@ -8,7 +8,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,16 @@ _RESPONSES_PER_S = 1000
 #: Seconds between a piece and an error that follows it. Triton 2.51 never finishes an ensemble that fails while a step,
 #: here postprocessing, works.
 _ERROR_DELAY = 0.2
+
+
+def _reject_several_responses(generations: Sequence[Generation]) -> None:
+    for g in generations:
+        asked = "stream is true" if g.streaming else f"num_return_sequences is {g.params.n}" if g.params.n > 1 else None
+        if asked:
+            raise RequestError(
+                f"{asked}, and this server gives one response to a request: leave it out, or start saw-triton with "
+                "--decoupled_mode true"
+            )
 
 
 class RequestCancelledError(SawError):
@@ -170,11 +180,8 @@ class TensorrtLlmModel:
             self._send(sender, self._pb_utils.InferenceResponse([]), final=True)
             return
         generations = parse(tensors, self._parameters.exclude_input_in_output)
-        if not self._parameters.decoupled_mode and any(g.streaming for g in generations):
-            raise RequestError(
-                "stream is true, and this server gives one response to a request: leave it out, or start saw-triton "
-                "with --decoupled_mode true"
-            )
+        if not self._parameters.decoupled_mode:
+            _reject_several_responses(generations)
         parts: list[tuple[Generation, GenerationResult]] = []
         job = Job(secrets.randbits(64) or 1, request.request_id(), sender, parts, unfinished=len(generations))
         try:
@@ -247,9 +254,9 @@ class TensorrtLlmModel:
         if ask:
             job.checked = now
         tensors = answer(generation, output, self._llm.tokenizer, job.key if ask else 0)
-        if len(job.parts) > 1:
+        if len(job.parts) > 1 or generation.params.n > 1:
             tensors["batch_index"] = np.array([[index]], np.int32)
-            tensors["sequence_index"] = np.zeros((1, 1), np.int32)
+            tensors["sequence_index"] = np.array([[output.outputs[0].index]], np.int32)
         return tensors
 
     def _close(self, job: Job, response: Any) -> None:

@@ -300,6 +300,17 @@ def test_stop_words(server, llm):
         assert "".join(generate(server, PROMPT, 32, stream=stream, stop_words=["never", stop])) == expected
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_word_may_be_or_hold_a_special_token(server, llm, stream):
+    prompt, end = '        self.assertTrue(x)\n\n\nif __name__ == "__main__":\n    ', "<|end_of_text|>"
+    options = {"temperature": 1.0, "top_k": 5, "seed": 1, "end_id": -1}
+    ids = llm.generate(prompt, SamplingParams(max_tokens=32, **options)).outputs[0].token_ids
+    text = llm.tokenizer.decode(ids[: ids.index(llm.tokenizer.token_id(end))])
+    assert len(text) > 1
+    for stop, expected in ((end, text), (text[-1] + end, text[:-1])):
+        assert "".join(generate(server, prompt, 32, stream=stream, stop_words=["never", stop], **options)) == expected
+
+
 def test_results_that_were_asked_for(server, llm):
     asked = ("return_log_probs", "return_context_logits", "return_num_input_tokens", "return_num_output_tokens")
     with Client(server) as client:
@@ -449,7 +460,7 @@ BAD = [
     ({"temperature": -1.0}, "temperature is -1"),
     ({"top_p": 2.0}, "top_p is 2"),
     ({"top_k": -3}, "top_k is -3"),
-    ({"bad_words": ["x"]}, "bad_words is not supported"),
+    ({"bad_words": ["x" * 20_000]}, "bad holds 1 stops of 20000 bytes"),
     ({"beam_width": 4}, "beam_width is 4"),
     ({"return_generation_logits": True}, "--gather_generation_logits"),
     ({"min_tokens": 17}, "min_tokens is 17"),

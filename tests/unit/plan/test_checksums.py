@@ -15,6 +15,7 @@ from saw_trtllm.errors import EngineError
 from saw_trtllm.plan import checksums
 from saw_trtllm.plan.checksums import data_checksum, file_checksum, record_checksums, verify_engine
 from tests.support.example import EXAMPLE
+from tests.support.ports import free_ports
 from tests.support.rejection import rejected
 
 
@@ -51,7 +52,10 @@ def test_one_flipped_bit_is_one_sentence(name, offset, folder, tmp_path, capsys)
     said = rejected(capsys, saw_run.main, "--engine_dir", folder, "--input_text", "x")
     assert f"{name} is not as saw-build wrote it" in said
     repository = tmp_path / "repository"
-    assert rejected(capsys, saw_triton.main, "--engine_dir", folder, "--model_repo", repository) == said
+    argv = ["--engine_dir", folder, "--model_repo", repository, "--launch"]
+    for name, port in zip(("http", "grpc", "metrics"), free_ports(3), strict=True):
+        argv += [f"--{name}_port", port]
+    assert rejected(capsys, saw_triton.main, *argv) == said
     assert not repository.exists()
     with pytest.raises(EngineError, match="is not as saw-build wrote it"):
         LLM(folder)
@@ -67,6 +71,16 @@ def test_the_check_can_be_left_out(folder, tmp_path, capsys):
     text = (tmp_path / "repository" / "tensorrt_llm" / "config.pbtxt").read_text()
     assert text[text.index('"verify_engine"') :].split("string_value")[1].split('"')[1] == "false"
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("launch", [False, True])
+def test_a_server_has_its_engine_checked_once(launch, folder, tmp_path, monkeypatch):
+    """By the command before it starts the server, or by the model when somebody starts one later."""
+    checked = []
+    monkeypatch.setattr(saw_triton, "verify_engine", lambda *_, **__: checked.append("command"))
+    argv = ["--engine_dir", str(folder), "--model_repo", str(tmp_path / "repository"), *["--launch"] * launch]
+    parameters = saw_triton._parameters(saw_triton.make_parser().parse_args(argv))
+    assert (checked, parameters.verify_engine) == ((["command"], False) if launch else ([], True))
 
 
 def test_files_that_are_missing_or_another_engines(folder):

@@ -128,7 +128,7 @@ def test_an_expression_that_explodes_is_stopped(guides):
 
 def test_what_takes_tokens_away_is_excluded_and_the_library_is_asked_for(open_llm, monkeypatch):
     guided = GuidedDecodingParams(regex="a")
-    for other in ({"min_tokens": 1}, {"bad": "a"}, {"ignore_eos": True}):
+    for other in ({"min_tokens": 1}, {"bad": "a"}, {"bad_token_sequences": [[1]]}, {"ignore_eos": True}):
         with pytest.raises(RequestError, match="guided_decoding says which tokens may come"):
             SamplingParams(guided_decoding=guided, **other)
     with pytest.raises(RequestError, match="guided_decoding is 'a'"):

@@ -266,6 +266,7 @@ def test_broken_logits_give_some_token(params):
         ({"stop": 1}, "stop"),
         ({"stop_token_ids": ["a"]}, "stop_token_ids"),
         ({"stop_token_ids": 1}, "stop_token_ids"),
+        ({"bad_token_sequences": [[]]}, "bad_token_sequences"),
         ({"stop_token_sequences": [[]]}, "stop_token_sequences"),
         ({"stop_token_sequences": [1]}, "stop_token_sequences"),
         ({"stop_token_sequences": ["a"]}, "stop_token_sequences"),

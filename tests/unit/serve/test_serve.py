@@ -91,7 +91,7 @@ def test_preprocessing_tokenizes_and_fills_up(preprocessing, tokenizer):
     [
         ({"QUERY": strings([""])}, "the prompt is empty"),
         ({"QUERY": strings([b"ok \xff\xfe"])}, "the prompt is not valid UTF-8 at byte 3"),
-        ({"QUERY": strings(["x"]), "BAD_WORDS_DICT": strings(["bad"])}, "bad_words is not supported"),
+        ({"QUERY": strings(["x"]), "BAD_WORDS_DICT": strings([b"\xff"])}, "bad_words is not valid UTF-8"),
         ({"QUERY": strings(["x"]), "STOP_WORDS_DICT": strings([b"\xff"])}, "stop_words is not valid UTF-8"),
     ],
 )
@@ -144,9 +144,15 @@ def test_preprocessing_gives_all_that_tensorrt_llms_does(preprocessing, model):
     assert [code_of(r) for r in responses] == [None, None]
 
 
-def test_a_prompt_that_is_too_long_is_not_tokenized(engine_dir, monkeypatch):
+def test_a_prompt_that_is_too_long_is_not_tokenized_to_its_end(engine_dir, monkeypatch):
     model = PreprocessingModel(pb_utils, Parameters(gpt_model_path=engine_dir))
-    monkeypatch.setattr(model._tokenizer, "encode", lambda *a: [1] * 10)
+    encode = model._tokenizer.encode
+
+    def encode_some(text, *args):
+        assert len(text) < 10**6
+        return encode(text, *args)
+
+    monkeypatch.setattr(model._tokenizer, "encode", encode_some)
     prompts = strings(["x"], ["word " * 10**6])
     [response] = model.execute([Request({"QUERY": prompts, "REQUEST_OUTPUT_LEN": i32([1], [1])})])
     assert code_of(response) == "INVALID_ARG"
@@ -161,14 +167,15 @@ def test_a_batch_is_never_filled_up_beyond_the_longest_prompt_that_fits(engine_d
     assert "tokens and the engine takes 2047" in response.error.message
 
 
-def test_stop_words_survive_the_way_through_word_lists(preprocessing, tokenizer):
+@pytest.mark.parametrize("kind", ["stop", "bad"])
+def test_words_survive_the_way_through_word_lists(preprocessing, tokenizer, kind):
     words = ["\n\n", "", UNICODE, "end"]
     request = {"QUERY": strings(["x"], ["y"]), "REQUEST_OUTPUT_LEN": i32([1], [1])}
-    lists = preprocessing.tokenize(request | {"STOP_WORDS_DICT": strings(words, ["", "", "", "stop"])})
+    lists = preprocessing.tokenize(request | {f"{kind.upper()}_WORDS_DICT": strings(words, ["", "", "", "stop"])})
     inputs = {"input_ids": i32([1], [1]), "input_lengths": i32([1], [1]), "request_output_len": i32([1], [1])}
-    parsed = parse(inputs | {"stop_words_list": lists["STOP_WORDS_IDS"]})
+    parsed = parse(inputs | {f"{kind}_words_list": lists[f"{kind.upper()}_WORDS_IDS"]})
     expected = [[tokenizer.encode(w, False) for w in words if w], [tokenizer.encode("stop", False)]]
-    assert [g.params.stop_token_sequences for g in parsed] == expected
+    assert [getattr(g.params, f"{kind}_token_sequences") for g in parsed] == expected
 
 
 # postprocessing
@@ -251,11 +258,14 @@ def test_options_become_sampling_params():
         "pad_id": 0,
         "stop_words": strings(["", "end", UNICODE]),
         "stop_words_list": np.array([[[7, 8, 9, 0], [1, 3, -1, -1]]]),
+        "bad_words": strings(["", "never"]),
+        "bad_words_list": np.array([[[4, 5], [2, -1]]]),
         "return_log_probs": True,
+        "return_perf_metrics": False,
         "streaming": True,
         "beam_width": 1,
         "len_penalty": np.float32(0),
-        "num_return_sequences": 1,
+        "num_return_sequences": 3,
         "return_num_output_tokens": True,
     }
     [g] = parse(llm_inputs([3, 4, 5], **options))
@@ -272,6 +282,9 @@ def test_options_become_sampling_params():
         end_id=-1,
         stop=["end", UNICODE],
         stop_token_sequences=[[7], [8, 9]],
+        bad=["never"],
+        bad_token_sequences=[[4, 5]],
+        n=3,
         logprobs=True,
     )
     assert (g.prompt, g.streaming, g.include_input) == ([3, 4, 5], True, False)
@@ -366,9 +379,10 @@ BAD_INPUTS = [
     ({"guided_decoding_guide_type": strings(["regex"])}, "type is 'regex' and guided_decoding_guide is not"),
     ({"guided_decoding_guide_type": strings(["ebnf_grammar"])}, "give json alone, or json_schema or regex with one"),
     ({"beam_width": 4}, "beam_width is 4, which is not supported"),
-    ({"num_return_sequences": 2}, "num_return_sequences is 2"),
+    ({"num_return_sequences": 0}, "n is 0"),
+    ({"return_perf_metrics": True}, "return_perf_metrics is True, which is not supported: the server's metrics have"),
     ({"len_penalty": np.float32(0.5)}, "len_penalty is 0.5"),
-    ({"bad_words_list": np.array([[[5], [1]]])}, "bad_words_list is not supported"),
+    ({"bad_words_list": np.array([[[5], [2]]])}, "bad_words_list ends its words at"),
     ({"stop_words_list": np.array([[[5, 6], [2, 1]]])}, "stop_words_list ends its words at"),
     ({"stop_words_list": np.array([[[5, 6], [1, 3]]])}, "stop_words_list ends its words at"),
     ({"stop_words": strings([b"\xff"])}, "stop_words is not valid UTF-8"),
@@ -540,6 +554,39 @@ def test_several_prompts_in_one_request(model, llm, preprocessing, postprocessin
         assert text_of(postprocessing, mine) == expected
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_several_texts_for_each_of_several_prompts(model, llm, postprocessing, tokenizer, streaming):
+    ids = tokenizer.encode(PROMPT)
+    options = {**SAMPLED, "num_return_sequences": 2, "exclude_input_in_output": True}
+    two = {k: np.repeat(v, 2, axis=0) for k, v in llm_inputs(ids, 8, streaming=streaming, **options).items()}
+    two["input_lengths"][1] -= 1
+    [responses] = run(model, Request(two))
+    assert streaming or len(responses) == 4
+    for i, prompt in enumerate((ids, ids[:-1])):
+        params = parse(llm_inputs(prompt, 8, **options))[0].params
+        for n, expected in enumerate(llm.generate(prompt, params).outputs):
+            place = {"batch_index": [[i]], "sequence_index": [[n]]}
+            mine = [r for r in responses if {k: r.tensors[k].tolist() for k in place} == place]
+            assert text_of(postprocessing, mine) == expected.text
+
+
+def test_bad_words_do_not_come(model, llm, postprocessing, tokenizer):
+    ids = tokenizer.encode(PROMPT)
+    free = llm.generate(ids, SamplingParams(max_tokens=24)).outputs[0]
+    run_of_two, word = free.token_ids[3:5], free.text.split()[0]
+    lists = np.array([[run_of_two, [2, -1]]], np.int32)
+    [by_word], [by_run] = run(
+        model,
+        Request(llm_inputs(ids, 24, bad_words=strings(["", word]), exclude_input_in_output=True)),
+        Request(llm_inputs(ids, 24, bad_words_list=lists, exclude_input_in_output=True)),
+    )
+    assert word in free.text
+    assert word not in text_of(postprocessing, [by_word]).split()
+    tokens = by_run.tensors["output_ids"][0, 0].tolist()
+    assert tokens[:4] == free.token_ids[:4]
+    assert run_of_two not in [tokens[i : i + 2] for i in range(len(tokens))]
+
+
 def test_one_bad_prompt_spoils_its_request_only(model, llm, postprocessing, tokenizer):
     ids = tokenizer.encode(PROMPT)
     two = {k: np.repeat(v, 2, axis=0) for k, v in llm_inputs(ids, 8, streaming=True).items()}
@@ -671,6 +718,13 @@ def unary(engine_dir):
     model = TensorrtLlmModel(pb_utils, Parameters(gpt_model_path=engine_dir, decoupled_mode=False, deterministic=True))
     yield model
     model.finalize()
+
+
+@pytest.mark.parametrize("options", [{"streaming": True}, {"num_return_sequences": 2}])
+def test_what_has_several_responses_is_one_sentence(unary, options):
+    [[response]] = run(unary, Request(llm_inputs([70], **options)))
+    assert code_of(response) == "INVALID_ARG"
+    assert "this server gives one response to a request: leave it out, or start saw-triton" in response.error.message
 
 
 def test_one_response_holds_all_prompts(unary, llm, preprocessing, postprocessing):
