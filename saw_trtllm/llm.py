@@ -431,10 +431,10 @@ class LLM:
             raise RequestError(
                 f"bad_token_ids or logit_bias names token {shown(unknown)}: ids go from 0 to {vocab - 1}"
             )
-        wanted = [("context", params.return_context_logits), ("generation", params.return_generation_logits)]
-        for name, asked in wanted:
-            if asked and not getattr(build, f"gather_{name}_logits"):
-                raise RequestError(f"return_{name}_logits needs an engine built with --gather_{name}_logits")
+        wanted = {"return_context_logits": "context", "return_generation_logits": "generation"}
+        for option, name in {**wanted, "prompt_logprobs": "context"}.items():
+            if getattr(params, option) and not getattr(build, f"gather_{name}_logits"):
+                raise RequestError(f"{option} needs an engine built with --gather_{name}_logits")
 
 
 def _load_tokenizer(folder: Path, tokenizer: Path | str | Tokenizer | None) -> Tokenizer | None:

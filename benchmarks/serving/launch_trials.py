@@ -53,7 +53,7 @@ class Launch:
 
     def __init__(self, engine_dir: Path, folder: Path, restart: int = 0) -> None:
         ports = _free_ports()
-        self.url = f"http://127.0.0.1:{ports[0]}"
+        self.url, self.grpc = f"http://127.0.0.1:{ports[0]}", f"127.0.0.1:{ports[1]}"
         self._seen: set[psutil.Process] = set()
         self._mark = secrets.token_hex(8)
         self._max_tokens = EngineConfig.load(engine_dir).build_config.max_seq_len - 16

@@ -5,7 +5,7 @@
 
 Requests go through the engine's loop, scheduler and block manager over an executor that fails now and then, with
 clients that abort, drop and cancel; each text is compared with the one that it must be. Files are those of engines,
-checkpoints, models and calibrations. Malformed HTTP requests go to a tritonserver that is started for them.
+checkpoints, models and calibrations. Malformed HTTP and gRPC requests go to a tritonserver that is started for them.
 
 It ends with the counts of each section, in capitals what must not happen, and with code 1 if any of that did.
 """

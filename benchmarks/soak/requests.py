@@ -75,6 +75,8 @@ class FaultyExecutor:
             raise RuntimeError("injected at the launch")
         wrong = int(fault < 1)
         ids, size = step.input_ids.tolist(), self._tokens_per_block
+        for source, target, rows in step.copies:
+            self._rows[target * size : target * size + rows] = self._rows[source * size : source * size + rows]
         drawn, first = [], 0
         for i, end in enumerate(step.last_token_ids.tolist()):
             table = (step.kv_cache_block_offsets[0, i, 0] // 2).tolist()
@@ -195,7 +197,7 @@ def _one_engine(ids: range, number: int, seed: int, failures: float) -> Counter[
     # Little more than what one sequence may need, so that sequences are preempted.
     num_blocks = -(-(MAX_PROMPT + MAX_TOKENS) // size) + rng.randrange(2, 30)
     executor = FaultyExecutor(num_blocks, size, asynchronous, failures, rng)
-    blocks = BlockManager(num_blocks, size, reuse, rng.random() < 0.5, 1 if exact else chunk)
+    blocks = BlockManager(num_blocks, size, reuse, number % 3 != 1, 1 if exact else chunk)
     scheduler = Scheduler(blocks, 16, 16 + 2 * chunk, chunk, exact)
     core = EngineCore(executor, scheduler, [1], max_queue_size=32)
     clients = [_Client(core, scheduler, ids[i::_CLIENTS], Random(rng.random())) for i in range(_CLIENTS)]

@@ -11,7 +11,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import grpc
+
 from benchmarks.serving.launch_trials import Launch
+from benchmarks.soak import grpc_requests
 from benchmarks.soak.mutations import HOSTILE, mutate_text
 
 #: Seconds for an answer.
@@ -27,9 +30,10 @@ _GOOD = {"text_input": "def main():", "max_tokens": 4}
 
 
 def soak_server(count: int, seed: int, engine_dir: Path) -> Counter[str]:
-    """Send ``count`` requests to ``saw-triton --launch``; keys of the result in capitals are losses.
+    """Send ``count`` requests to ``saw-triton --launch``, over HTTP and gRPC in turn.
 
-    Two things that let tritonserver itself crash are left out: its ``classification`` extension, and chunked bodies.
+    Keys of the result in capitals are losses. What lets tritonserver itself crash is left out: its ``classification``
+    extension, chunked bodies, and requests for several models on one gRPC stream.
     """
     rng, counts = Random(seed), Counter()
     with tempfile.TemporaryDirectory() as temporary:
@@ -37,8 +41,16 @@ def soak_server(count: int, seed: int, engine_dir: Path) -> Counter[str]:
         try:
             launch.wait_ready()
             address = launch.url.removeprefix("http://")
-            for _ in range(count):
-                counts[_send(address, *_request(rng))] += 1
+            with grpc.insecure_channel(launch.grpc) as channel:
+                for i in range(count):
+                    if i % 2:
+                        method, body = grpc_requests.make_request(rng)
+                        outcome = grpc_requests.send(channel, method, body, LIMIT)
+                        if outcome.isupper():
+                            print(f"{outcome} on {method} {body!r}")
+                    else:
+                        outcome = _send(address, *_request(rng))
+                    counts[f"{outcome} over gRPC" if i % 2 and not outcome.isupper() else outcome] += 1
             counts["requests"] = count
             counts["DEAD SERVER"] = int(_send(address, *_infer(dict(_GOOD))) != "answered")
             launch.end(signal.SIGTERM, 0)

@@ -144,9 +144,10 @@ def _serve(args: argparse.Namespace) -> None:
             models.append(ServedModel(name, llm, folder))
         app = make_app(models, keys, args.cors_origins)
         socket, url = listen(options)
+        server = make_server(app, options, _UVICORN_LEVELS.get(args.log_level, args.log_level))
         served = ", ".join(model.name for model in models)
         print(f"ready: {url} serves {served}; OpenAI's API is at {url}/v1, a page to look at at {url}/", flush=True)
-        make_server(app, options, _UVICORN_LEVELS.get(args.log_level, args.log_level)).run([socket])
+        server.run([socket])
 
 
 @contextlib.contextmanager
@@ -195,8 +196,13 @@ def _local(model: str) -> Path:
         If it is neither.
     """
     folder = Path(model)
-    if is_folder(folder) or len(folder.parts) != 2 or folder.is_absolute():
+    if is_folder(folder):
         return folder
+    if len(folder.parts) != 2 or folder.is_absolute():
+        raise ConfigError(
+            f"{folder} is not a folder: give a Hugging Face folder, the --output_dir of saw-build, or a name on "
+            "the hub, as in ORGANIZATION/MODEL"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError:

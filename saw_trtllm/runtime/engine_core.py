@@ -259,7 +259,7 @@ class EngineCore:
         return SamplingState(sequence.params, sequence.prompt, sequence.generated, banned, s.num_drawn, mask)
 
     def _wants_context(self, s: Scheduled) -> bool:
-        wants = s.sequence.params.return_context_logits
+        wants = s.sequence.params.needs_context_logits
         return wants and not s.sequence.generated and s.kind == PREFILL
 
     def _finish(self, steps_left: int) -> None:

@@ -76,6 +76,9 @@ class RequestOutput:
         fp32 ``[len(prompt_token_ids), vocab_size]``, with the last piece.
     num_reused_tokens : int
         Leading tokens of the prompt that were found in the cache.
+    prompt_logprobs : list of (float or None), optional
+        With ``prompt_logprobs=True``, with the last piece: the log-probability of each token of the prompt after those
+        before it; None of the first.
     """
 
     request_id: int
@@ -85,6 +88,7 @@ class RequestOutput:
     finished: bool = False
     context_logits: np.ndarray | None = None
     num_reused_tokens: int = 0
+    prompt_logprobs: list[float | None] | None = None
 
 
 class OutputQueue:

@@ -12,7 +12,7 @@ import numpy as np
 from saw_trtllm.runtime.detokenizer import Detokenizer, Piece
 from saw_trtllm.runtime.guided_decoding import Guide
 from saw_trtllm.runtime.outputs import CompletionOutput, FinishReason, OutputQueue, RequestOutput
-from saw_trtllm.runtime.sampling import top_logprobs
+from saw_trtllm.runtime.sampling import token_logprobs, top_logprobs
 from saw_trtllm.runtime.sequence import Sequence as ScheduledSequence
 from saw_trtllm.runtime.stop_matcher import StopMatcher
 
@@ -71,6 +71,7 @@ class Request:
         self._top_logprobs: list[list[tuple[int, float]]] = []
         self._context_logits: list[np.ndarray] = []
         self._generation_logits: list[np.ndarray] = []
+        self._prompt_logprobs: list[float] = []
         self._shown = 0
 
     def banned(self, num_drawn: int) -> tuple[int, ...]:
@@ -87,10 +88,15 @@ class Request:
     def keep_logits(self, logits: np.ndarray, start: int, samples: bool) -> None:
         """Collect what the request asked for from a step's logits ``[n, vocab_size]``, the first of token ``start``."""
         params = self.sequence.params
-        if params.return_context_logits and not self.sequence.generated:
+        if params.needs_context_logits and not self.sequence.generated:
             if start == 0:  # anew after a preemption
                 self._context_logits.clear()
-            self._context_logits.append(logits)
+                self._prompt_logprobs.clear()
+            if params.return_context_logits:
+                self._context_logits.append(logits)
+            if params.prompt_logprobs:
+                following = self.sequence.prompt[start + 1 : start + 1 + len(logits)]
+                self._prompt_logprobs += token_logprobs(logits[: len(following)], following)
         if params.top_logprobs and samples:
             self._top_logprobs.append(top_logprobs(logits[-1], params.top_logprobs))
         if params.return_generation_logits and samples:
@@ -165,6 +171,7 @@ class Request:
         if logits := self._generation_logits:
             output = replace(output, generation_logits=np.concatenate(logits[new] or [logits[0][:0]]))
         context = np.concatenate(self._context_logits) if reason and self._context_logits else None
+        prompt_logprobs = [None, *self._prompt_logprobs] if reason and params.prompt_logprobs else None
         return RequestOutput(
             sequence.request_id,
             self._prompt,
@@ -173,4 +180,5 @@ class Request:
             reason is not None,
             context,
             self.num_reused_tokens,
+            prompt_logprobs,
         )

@@ -62,6 +62,11 @@ def sample(logits: np.ndarray, state: SamplingState) -> tuple[int, float]:
     return token, _logprob(logits.astype(np.float64), token) if params.logprobs else 0.0
 
 
+def token_logprobs(logits: np.ndarray, tokens: Sequence[int]) -> list[float]:
+    """Log-probabilities under the model of tokens, one for each row of fp32 logits ``[len(tokens), vocab_size]``."""
+    return [_logprob(row.astype(np.float64), token) for row, token in zip(logits, tokens, strict=True)]
+
+
 def top_logprobs(logits: np.ndarray, count: int) -> list[tuple[int, float]]:
     """The likeliest tokens and their log-probabilities under the model, the likeliest first.
 

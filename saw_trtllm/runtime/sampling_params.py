@@ -50,6 +50,7 @@ _SWITCHES = (
     "return_context_logits",
     "return_generation_logits",
     "logprobs",
+    "prompt_logprobs",
 )
 #: Of each kind of stops: how many a request may have, and their bytes or tokens in all. What finds them is built for
 #: the request, in a few milliseconds.
@@ -60,7 +61,6 @@ _ADVICE = {
     "best_of": "ask for n texts with logprobs, and take the best",
     **dict.fromkeys(("use_beam_search", "beam_width", "length_penalty", "early_stopping"), _NO_BEAMS),
     "max_new_tokens": "write max_tokens",
-    "prompt_logprobs": "ask for return_context_logits",
     "skip_special_tokens": "leave it out; texts never hold special tokens",
 }
 
@@ -123,6 +123,9 @@ class SamplingParams:
         Give the prompt's logits, and those of each generated token.
     logprobs : bool
         Give the log-probability of each generated token.
+    prompt_logprobs : bool
+        Give the log-probability of each token of the prompt; as the prompt's logits do, it needs an engine built with
+        ``--gather_context_logits``.
     top_logprobs : int
         Give those of so many of the likeliest tokens in each place too; 0 to 100.
 
@@ -155,6 +158,7 @@ class SamplingParams:
     return_context_logits: bool = False
     return_generation_logits: bool = False
     logprobs: bool = False
+    prompt_logprobs: bool = False
     top_logprobs: int = 0
     guided_decoding: GuidedDecodingParams | None = None
     n: int = 1
@@ -247,6 +251,11 @@ class SamplingParams:
     def needs_last_token(self) -> bool:
         """Whether the host must know the token before the one to be chosen."""
         return self.penalizes or self.draws_on_host or bool(self.bad or self.bad_token_sequences)
+
+    @property
+    def needs_context_logits(self) -> bool:
+        """Whether the host needs the logits of each token of the prompt, so that none may be found in the cache."""
+        return self.return_context_logits or self.prompt_logprobs
 
     @property
     def needs_logits(self) -> bool:

@@ -312,7 +312,7 @@ class Scheduler:
     def _open(self, sequence: Sequence) -> int:
         """Hold what the pool has of a sequence; how many tokens that is."""
         known = sequence.tokens(0, sequence.num_tokens if self._interchangeable_rows else len(sequence.prompt))
-        reuse = not sequence.params.return_context_logits
+        reuse = not sequence.params.needs_context_logits
         return self.blocks.open(sequence.table, known, reuse, sequence.cache_salt)
 
     def _admit(self, sequence: Sequence, budget: int) -> Scheduled | None:

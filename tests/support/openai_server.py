@@ -11,9 +11,9 @@ from saw_trtllm.serve.openai.server import ServerOptions, listen, make_server
 
 
 @contextlib.contextmanager
-def serving(app):
+def serving(app, **options):
     """Serve an application, and give its address."""
-    options = ServerOptions(port=0, timeout_graceful_shutdown=1)
+    options = ServerOptions(port=0, timeout_graceful_shutdown=1, **options)
     socket, url = listen(options)
     server = make_server(app, options)
     thread = threading.Thread(target=server.run, args=([socket],))

@@ -10,6 +10,8 @@ EPS = float(np.finfo(np.float32).eps)
 #: Products that are summed on the way to a logit of a model of hf_models, 3 layers of at most about 1,100 each: QKV,
 #: scores, values, the output projection, both of the MLP's.
 _MODEL_TERMS = 3300
+#: The same of the example's 4 layers, with scores and values of up to 512 tokens.
+_EXAMPLE_TERMS = 4 * (160 + 128 + 512 + 512 + 160 + 432)
 
 
 def sum_rounding(terms: int, largest: float) -> float:
@@ -33,3 +35,8 @@ def chain_rounding(terms: int, largest: float) -> float:
 def model_rounding(logits: Any) -> float:
     """Of logits, an array or a tensor, of a random model of hf_models."""
     return chain_rounding(_MODEL_TERMS, float(abs(logits).max()))
+
+
+def example_rounding(logits: Any) -> float:
+    """Of logits, or log-probabilities, of the example model."""
+    return chain_rounding(_EXAMPLE_TERMS, float(abs(logits).max()))

@@ -234,6 +234,19 @@ def test_ends_that_the_model_cannot_say_are_no_ends(open_llm):
     assert llm.generate(STEM, params).outputs[0].token_ids == llm.generate(STEM, plain).outputs[0].token_ids
 
 
+@pytest.mark.parametrize("chunk", [32, 512])
+def test_prompt_logprobs_are_those_of_the_prompts_logits(open_llm, chunk):
+    """In chunks of the prompt and with its blocks in the cache already."""
+    llm, prompt = open_llm(prefill_chunk=chunk), (EXAMPLE / "train.py").read_text()[:300]
+    first = llm.generate(prompt, SamplingParams(max_tokens=2, return_context_logits=True))
+    output = llm.generate(prompt, SamplingParams(max_tokens=2, prompt_logprobs=True))
+    ids, logits = output.prompt_token_ids, first.context_logits.astype(np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert output.prompt_logprobs[0] is None
+    np.testing.assert_allclose(output.prompt_logprobs[1:], logprobs[np.arange(len(ids) - 1), ids[1:]], atol=1e-9)
+    assert output.context_logits is None
+
+
 def test_logprobs_and_logits_agree(open_llm):
     llm = open_llm()
     params = SamplingParams(
@@ -253,6 +266,7 @@ def test_logprobs_and_logits_agree(open_llm):
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(answer.logprobs, logprobs[np.arange(12), answer.token_ids], atol=1e-9)
     assert answer.cumulative_logprob == pytest.approx(sum(answer.logprobs))
+    assert output.prompt_logprobs is None
 
     neither = llm.generate(STEM, SamplingParams(max_tokens=3))
     assert neither.context_logits is neither.outputs[0].generation_logits is neither.outputs[0].logprobs is None

@@ -51,8 +51,23 @@ def listen(options: ServerOptions) -> tuple[socket.socket, str]:
 
 
 def make_server(app: ASGIApp, options: ServerOptions, log_level: str = "warning") -> uvicorn.Server:
-    """A server, to be run."""
+    """A server, to be run.
+
+    Raises
+    ------
+    ConfigError
+        If the key and the certificate cannot be used.
+    """
     settings: dict[str, Any] = options.model_dump()
-    return uvicorn.Server(
-        uvicorn.Config(app, log_level=log_level, access_log=log_level == "debug", server_header=False, **settings)
-    )
+    if options.ssl_keyfile and not options.ssl_certfile:
+        raise ConfigError("--ssl_keyfile is given and --ssl_certfile is not: TLS needs both")
+    config = uvicorn.Config(app, log_level=log_level, access_log=log_level == "debug", server_header=False, **settings)
+    try:
+        config.load()
+    except OSError as e:  # ssl.SSLError is one
+        raise ConfigError(
+            f"--ssl_certfile {options.ssl_certfile} with --ssl_keyfile {options.ssl_keyfile} and --ssl_ca_certs "
+            f"{options.ssl_ca_certs} cannot be used ({e.strerror or e}): give a certificate, its key and the "
+            "authorities' certificates as PEM files"
+        ) from e
+    return uvicorn.Server(config)

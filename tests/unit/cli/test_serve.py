@@ -42,6 +42,10 @@ def test_one_command_from_a_checkpoint_to_answers_and_back(tmp_path):
     [
         ([], "there is nothing to serve: give a model, or --engine_dir"),
         (["--engine_dir", "/nowhere"], "/nowhere is not a folder: give the --output_dir of saw-build"),
+        (
+            ["/nowhere"],
+            "/nowhere is not a folder: give a Hugging Face folder, the --output_dir of saw-build, or a name",
+        ),
         (["no/model"], "is no folder, and "),
         (["--engine_dir", "a/x", "--engine_dir", "b/x"], "two engines are called x: give each a --served_model_name"),
         (["--engine_dir", "x", "--served_model_name", "a", "--served_model_name", "b"], "2 names came for 1 engines"),

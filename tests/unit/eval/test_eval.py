@@ -42,7 +42,7 @@ from saw_trtllm.runtime.tokenizer import Tokenizer
 from tests.support.eval_text import HELD_OUT, calibration_ids, held_out_ids
 from tests.support.example import EXAMPLE, build_example
 from tests.support.models import make_hf_model
-from tests.support.tolerance import model_rounding
+from tests.support.tolerance import example_rounding, model_rounding
 
 TEXT = Path(html.parser.__file__)
 IDS = torch.randint(3, 203, (40,), generator=torch.Generator().manual_seed(5))
@@ -134,8 +134,8 @@ def test_a_window_is_what_an_engine_decodes(family, options, tmp_path):
     error = (logits - decoded(plan)).abs()
     # Folded weights are rounded otherwise, so that a component now and then falls on the other side of a code's edge.
     loss = (logits - exact).square().mean().sqrt()
-    assert error.quantile(0.1) < 1e-5
-    assert error.square().mean().sqrt() <= max(0.25 * loss, 1e-5)
+    assert error.quantile(0.1) < model_rounding(exact)
+    assert error.square().mean().sqrt() <= max(0.25 * loss, model_rounding(exact))
     assert (loss > 0.02) == (options["kv"] != "fp16")
     shape = (model.config.num_hidden_layers, model.config.num_key_value_heads, model.config.head_size)
     assert bytes_per_token(quantizer, *shape) == plan.config.bytes_per_token
@@ -158,7 +158,7 @@ def test_tiles_of_queries_change_nothing(family, rival, tmp_path, monkeypatch):
     model = window_model(make_hf_model(tmp_path, family)[0])
     whole = model.hidden(IDS[None], rival)
     monkeypatch.setattr(forward, "QUERY_TILE", 7)
-    torch.testing.assert_close(model.hidden(IDS[None], rival), whole, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.hidden(IDS[None], rival), whole, atol=model_rounding(whole), rtol=0)
 
 
 def test_greedy_continuations_are_the_runtimes(example, windows, open_llm):
@@ -181,18 +181,20 @@ def test_measures_are_plain_arithmetic(example, windows):
         for q in (None, quantizer)
     )
     kl = F.kl_div(ours.log_softmax(-1), exact.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-    q = found["int4"]
-    assert q.nats == pytest.approx(F.cross_entropy(ours, targets).item(), abs=1e-4)
+    q, one = found["int4"], example_rounding(exact)
+    all_of_them = one / len(targets) ** 0.5  # a mean of roundings with signs of their own
+    assert q.nats == pytest.approx(F.cross_entropy(ours, targets).item(), abs=all_of_them)
     assert q.perplexity == pytest.approx(math.exp(q.nats))
-    assert q.nats_lost == pytest.approx(q.nats - F.cross_entropy(exact, targets).item(), abs=1e-4)
-    assert q.kl_mean == pytest.approx(kl.mean().item(), abs=1e-5)
-    assert q.kl_p99 == pytest.approx(np.quantile(kl.numpy(), 0.99, method="inverted_cdf"), abs=1e-5)
-    assert q.kl_max == pytest.approx(kl.max().item(), abs=1e-4)
-    assert q.top1_agreement == pytest.approx((exact.argmax(-1) == ours.argmax(-1)).double().mean().item(), abs=1e-3)
+    assert q.nats_lost == pytest.approx(q.nats - F.cross_entropy(exact, targets).item(), abs=all_of_them)
+    assert q.kl_mean == pytest.approx(kl.mean().item(), abs=all_of_them)
+    assert q.kl_p99 == pytest.approx(np.quantile(kl.numpy(), 0.99, method="inverted_cdf"), abs=one)
+    assert q.kl_max == pytest.approx(kl.max().item(), abs=one)
+    agreement = (exact.argmax(-1) == ours.argmax(-1)).double().mean().item()
+    assert q.top1_agreement == pytest.approx(agreement, abs=1.5 / len(targets))  # a near tie may fall either way
     assert q.bytes_per_token == 4 * 2 * 2 * 68
     assert list(q.kl_by_position) == [64, 128, 255]
     by_position = kl.view(4, 255)
-    assert q.kl_by_position[128] == pytest.approx(by_position[:, 64:128].mean().item(), abs=1e-5)
+    assert q.kl_by_position[128] == pytest.approx(by_position[:, 64:128].mean().item(), abs=one / 256**0.5)
     same = found["fp16"]
     assert (same.nats_lost, same.kl_max, same.top1_agreement, same.bytes_per_token) == (0, 0, 1, 4 * 2 * 2 * 256)
 
@@ -217,8 +219,8 @@ def test_a_constant_on_all_keys_is_no_error(example, windows):
             return k + 3.0, v
 
     errors, _ = analyse(example, windows[:1], {"shifted": Shifted(), "int4": Row4Bit(KVFormat("int4", 128))})
-    assert np.max(errors["shifted"].scores) < 1e-3
-    assert np.max(errors["shifted"].outputs) < 1e-3
+    for name in ("scores", "outputs"):
+        assert np.max(getattr(errors["shifted"], name)) < 0.1 * np.min(getattr(errors["int4"], name))
     assert np.min(errors["int4"].scores) > 0.01
 
 
@@ -226,7 +228,7 @@ def test_errors_are_of_their_layer(example, windows):
     errors, _ = analyse(example, windows[:1], {"damaged": Damaged(1e-6, 0.5, 1e-6, 1e-6)})
     outputs = np.array(errors["damaged"].outputs)
     assert outputs[1].min() > 0.01
-    assert outputs[[0, 2, 3]].max() < 1e-4
+    assert outputs[[0, 2, 3]].max() < 0.01 * outputs[1].min()
 
 
 def test_outliers_are_found(tmp_path):
@@ -350,9 +352,9 @@ def log_probs(scorer, ids):
 
 def test_a_score_is_the_sum_of_log_probabilities(scorer):
     ids = held_out_ids(30)
-    expected = log_probs(scorer, ids[:-1])[9:].gather(1, torch.tensor(ids[10:])[:, None]).sum().item()
+    expected = log_probs(scorer, ids[:-1])[9:].gather(1, torch.tensor(ids[10:])[:, None])
     score, greedy = scorer.score(ids[:10], ids[10:])
-    assert score == pytest.approx(expected, abs=1e-3)
+    assert score == pytest.approx(expected.sum().item(), abs=example_rounding(expected) * len(expected) ** 0.5)
     assert not greedy
     likeliest = int(log_probs(scorer, ids[:10])[-1].argmax())
     assert scorer.score(ids[:10], [likeliest])[1]

@@ -7,6 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.rope import rotary_cos_sin, table_bytes
+from tests.support.tolerance import EPS
 
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512}
 LLAMA3 = {
@@ -53,15 +54,16 @@ def model_config(head_dim, base, scaling):
 def test_table_is_transformers(head_dim, base, scaling):
     parameters = {"rope_type": "default", "rope_theta": base} | (scaling or {})
     config = LlamaConfig(head_dim=head_dim, max_position_embeddings=4096, rope_parameters=parameters)
-    num_positions = 1000  # its angles are fp32: positions x 6e-8 off at most
+    num_positions = 1000
     embedding = LlamaRotaryEmbedding(config)
     cos, sin = embedding(torch.zeros(1), torch.arange(num_positions)[None])
     table = rotary_cos_sin(model_config(head_dim, base, scaling), num_positions)
     assert table.dtype == np.float32
     assert table.shape == (num_positions, head_dim // 2, 2)
     for i, theirs in enumerate((cos, sin)):
-        # Both halves of a head turn by the same angles.
-        np.testing.assert_allclose(np.concatenate([table[..., i]] * 2, axis=-1), theirs[0], atol=2e-4)
+        # Both halves of a head turn by the same angles. Theirs are products in fp32.
+        halves = np.concatenate([table[..., i]] * 2, axis=-1)
+        np.testing.assert_allclose(halves, theirs[0], rtol=0, atol=2 * num_positions * EPS)
 
 
 def test_unknown_scaling_is_rejected():

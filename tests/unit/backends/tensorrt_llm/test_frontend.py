@@ -26,6 +26,7 @@ from tests.support.fakes import tensorrt_frontend as fake_tensorrt_frontend
 from tests.support.fakes import tensorrt_llm as fake_tensorrt_llm
 from tests.support.fakes.tensorrt_execute import execute
 from tests.support.models import LINEAR_ROPE, LLAMA3_ROPE, YARN_ROPE, make_hf_model
+from tests.support.tolerance import EPS
 
 pytestmark = [
     pytest.mark.skipif(fake_tensorrt_frontend.missing() is not None, reason=str(fake_tensorrt_frontend.missing())),
@@ -245,7 +246,7 @@ def test_rope_tables_are_ours(frontend, models, checkpoint, tmp_path, rope):
     build(plan_build(BuildOptions(model_dir=folder, output_dir=tmp_path / "engine", backend="tensorrt_llm", **LIMITS)))
     table = plugins(WRITE)[0]._inputs[7].producer.weights.numpy()
     ours = rotary_cos_sin(Checkpoint.open(folder).config, 256)
-    np.testing.assert_allclose(table.reshape(ours.shape), ours, atol=2e-5)
+    np.testing.assert_allclose(table.reshape(ours.shape), ours, rtol=0, atol=2 * 256 * EPS)
     assert_same_model(model)
 
 
