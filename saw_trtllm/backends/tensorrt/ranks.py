@@ -67,6 +67,10 @@ class RankGroup:
     ----------
     one_shot : bool
         Whether small sums go by the one-shot kernel: where every GPU reaches the memory of every other.
+    communicator : int
+        NCCL's.
+    ranks : saw_trtllm._C.Ranks
+        What the kernel is given.
 
     Raises
     ------
@@ -85,15 +89,15 @@ class RankGroup:
         self._opened: list[int] = []
         near = len(set(_hosts(collectives))) == 1 and collectives.size <= self._module.MAX_RANKS
         peers = self._exchange(collectives) if near else []
-        self.one_shot = bool(peers)
-        ranks = self._module.Ranks(
+        self.one_shot, self.communicator = bool(peers), self._nccl.communicator
+        self.ranks = self._module.Ranks(
             rank=collectives.rank,
             size=collectives.size,
-            nccl=self._nccl.communicator,
+            nccl=self.communicator,
             peers=peers,
             one_shot_bytes=min(ONE_SHOT_BYTES, 2 * ONE_SHOT_BYTES // (collectives.size - 1)),
         )
-        self._module.set_ranks(device=self._device, ranks=ranks)
+        self._module.set_ranks(device=self._device, ranks=self.ranks)
 
     def _exchange(self, collectives: Collectives) -> list[int]:
         """Addresses of all ranks' buffers, or none if some GPU does not reach some other's."""
