@@ -24,7 +24,10 @@ A writer may choose a row's ends instead, which a reader does not see either: of
 slower than b, the first with the least ``Σ (ŷ - y)²`` for ``lo = fp16(min y + a r)``, ``scale = fp16(max((1 - a - b) r,
 EPS) / 15)`` and ``r = max y - min y``.
 
-The format ``int4`` is the same without the rotation (order 1); ``fp16`` stores rows of the engine's dtype.
+The format ``int4`` is the same without the rotation (order 1); ``fp16`` stores rows of the engine's dtype. In
+``saw_k8v4`` K's rows hold 8-bit codes, 0 to 255 and a byte each, between ``min y`` and ``max y``, and scale and lo;
+V's are ``saw_int4``'s. A layer of a block is then ``num_kv_heads · tokens_per_block`` rows of K and as many of V:
+``uint8 [num_blocks, num_layers, bytes]``.
 """
 
 from __future__ import annotations
@@ -38,15 +41,21 @@ from saw_trtllm.errors import ConfigError
 
 FORMAT_VERSION = 1
 
-KvName = Literal["fp16", "int4", "saw_int4"]
+KvName = Literal["fp16", "int4", "saw_int4", "saw_k8v4"]
 KV_NAMES: tuple[str, ...] = get_args(KvName)
+#: Caches whose rows are rotated, and may have a calibration's frames.
+ROTATED = ("saw_int4", "saw_k8v4")
 HEAD_DIMS = (64, 96, 128, 256)
 MIN_HADAMARD_ORDER = 16
 TOKENS_PER_BLOCK = (16, 32, 64, 128)
 
 CODE_MAX = 15
-#: Smallest range of a row. It makes the scale of a constant row fp16's smallest number instead of 0.
-EPS = CODE_MAX * 2.0**-24
+#: Of a key's 8-bit row.
+CODE_MAX_8 = 255
+#: Smallest scale before it is rounded: that of a constant row is fp16's smallest number instead of 0.
+MIN_SCALE = 2.0**-24
+#: The range that it stands for in a 4-bit row.
+EPS = CODE_MAX * MIN_SCALE
 #: The writer's range factor by head_dim. A row's extremes are the rarer the longer it is. Of Gaussian rows these have a
 #: mean square error within 1 % of the least, 4 to 13 % below min-max; on the example model the errors of keys, values
 #: and scores agree, for every order and without rotation, so one factor serves
@@ -69,17 +78,17 @@ class KVFormat:
 
     Parameters
     ----------
-    kv : {"fp16", "int4", "saw_int4"}
+    kv : {"fp16", "int4", "saw_int4", "saw_k8v4"}
         ``fp16`` stores rows of ``dtype``, the engine's own type, whatever its name.
     head_dim : int
         One of 64, 96, 128, 256.
     dtype : str
         The engine's dtype: the row type of ``fp16``.
     hadamard_order : int, optional
-        Order h of the rotation's blocks: a power of two from 16 that divides ``head_dim``. Default for ``saw_int4``:
+        Order h of the rotation's blocks: a power of two from 16 that divides ``head_dim``. Default for a rotated cache:
         the largest. 1, no rotation, for ``int4`` and ``fp16``.
     rotate_v : bool, optional
-        Whether V is rotated too. Default: true for ``saw_int4``.
+        Whether V is rotated too. Default: true for a rotated cache.
     range_factor : float, optional
         γ of the writer, in (0, 1]; 1 is the paper's min-max. A reader never sees it. Default for a 4-bit cache:
         :data:`RANGE_FACTORS`; it has no meaning for ``fp16``.
@@ -119,7 +128,7 @@ class KVFormat:
             range_factor = 1.0 if kv == "fp16" else RANGE_FACTORS[head_dim]
         if not 0.0 < range_factor <= 1.0:
             raise ConfigError(f"range_factor is {range_factor}: it must be above 0 and at most 1")
-        if kv == "saw_int4":
+        if kv in ROTATED:
             order = default_hadamard_order(head_dim) if hadamard_order is None else hadamard_order
             if order < MIN_HADAMARD_ORDER or order & (order - 1) or head_dim % order:
                 valid = ", ".join(map(str, hadamard_orders(head_dim)))
@@ -127,29 +136,52 @@ class KVFormat:
         elif hadamard_order in (None, 1) and not rotate_v:
             order, rotate_v = 1, False
         else:
-            raise ConfigError(f"kv {kv} has no rotation: hadamard_order and rotate_v belong to --kv saw_int4")
+            raise ConfigError(
+                f"kv {kv} has no rotation: hadamard_order and rotate_v belong to --kv saw_int4 and saw_k8v4"
+            )
         values = (kv, head_dim, dtype, order, True if rotate_v is None else rotate_v, range_factor)
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)  # it is frozen
 
     @property
     def quantized(self) -> bool:
-        """Whether rows are 4-bit codes with a scale and a lo."""
+        """Whether rows are codes with a scale and a lo."""
         return self.kv != "fp16"
 
     @property
+    def rotated(self) -> bool:
+        """Whether rows are rotated before they are quantized, by a Hadamard matrix or by a frame."""
+        return self.kv in ROTATED
+
+    def with_8bit_keys(self) -> KVFormat:
+        """The rotated cache with keys in 8 bits, as some layers of this one may have it."""
+        return KVFormat("saw_k8v4", self.head_dim, self.dtype, self.hadamard_order, self.rotate_v, self.range_factor)
+
+    @property
     def row_bytes(self) -> int:
-        """Bytes of one row: one token, one KV head, K or V."""
+        """Bytes of one row: one token, one KV head, V, and K too unless its codes have 8 bits."""
         if self.quantized:
             return self.head_dim // 2 + ROW_TAIL_BYTES
         return self.head_dim * DTYPE_BYTES[self.dtype]
 
+    @property
+    def k_row_bytes(self) -> int:
+        """Bytes of a row of K."""
+        return self.head_dim + ROW_TAIL_BYTES if self.kv == "saw_k8v4" else self.row_bytes
+
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes of both rows of a token and KV head."""
+        return self.k_row_bytes + self.row_bytes
+
     def bytes_per_token(self, num_layers: int, num_kv_heads: int) -> int:
         """Bytes that one token takes in a pool of all layers."""
-        return num_layers * 2 * num_kv_heads * self.row_bytes
+        return num_layers * num_kv_heads * self.pair_bytes
 
     def pool_shape(self, num_blocks: int, num_layers: int, num_kv_heads: int, tokens_per_block: int) -> tuple[int, ...]:
         """Shape of the ``uint8`` pool."""
+        if self.k_row_bytes != self.row_bytes:
+            return (num_blocks, num_layers, num_kv_heads * tokens_per_block * self.pair_bytes)
         return (num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, self.row_bytes)
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from benchmarks.accuracy.record import AccuracyResults
 from benchmarks.accuracy.run import rounded
 from benchmarks.common.environment import cpu_name, describe
-from saw_trtllm.backends.reference.quantizers import Fp8, KVQuantizer, Row4Bit
+from saw_trtllm.backends.reference.quantizers import Fp8, KVQuantizer, QuantizedRows
 from saw_trtllm.calibrate import Statistics
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.eval.metrics import differences, measure, qualities
@@ -93,15 +93,15 @@ def _caches(head_dim: int, statistics: Statistics) -> dict[str, KVQuantizer]:
     centered, plain = statistics.calibration(), statistics.calibration(centered=False)
     return {
         "fp8 e4m3, no scales": Fp8(),
-        "plain int4, min-max": Row4Bit(KVFormat("int4", head_dim, range_factor=1.0)),
-        "the paper's recipe": Row4Bit(KVFormat("saw_int4", head_dim, range_factor=1.0)),
-        "saw_int4": Row4Bit(rows),
-        "saw_int4, centers": Row4Bit(rows, k_center=torch.from_numpy(centered.k_center)),
-        "saw_int4, frames": Row4Bit.calibrated(rows, rows, plain),
-        "saw_int4, frames of K, centers": Row4Bit(
+        "plain int4, min-max": QuantizedRows(KVFormat("int4", head_dim, range_factor=1.0)),
+        "the paper's recipe": QuantizedRows(KVFormat("saw_int4", head_dim, range_factor=1.0)),
+        "saw_int4": QuantizedRows(rows),
+        "saw_int4, centers": QuantizedRows(rows, k_center=torch.from_numpy(centered.k_center)),
+        "saw_int4, frames": QuantizedRows.calibrated(rows, rows, plain),
+        "saw_int4, frames of K, centers": QuantizedRows(
             rows, rows, *map(torch.from_numpy, (centered.k_center, centered.k_frame))
         ),
-        "saw_int4, calibrated": Row4Bit.calibrated(rows, rows, centered),
-        "saw_int4, ends chosen": Row4Bit(rows, end_cuts=END_CUTS),
-        "saw_int4, calibrated, ends chosen": Row4Bit.calibrated(rows, rows, centered, END_CUTS),
+        "saw_int4, calibrated": QuantizedRows.calibrated(rows, rows, centered),
+        "saw_int4, ends chosen": QuantizedRows(rows, end_cuts=END_CUTS),
+        "saw_int4, calibrated, ends chosen": QuantizedRows.calibrated(rows, rows, centered, END_CUTS),
     }

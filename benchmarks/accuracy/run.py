@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.accuracy.record import AccuracyResults
 from benchmarks.common.environment import cpu_name, describe
-from saw_trtllm.backends.reference.quantizers import KVQuantizer, Row4Bit, SkipLayers
+from saw_trtllm.backends.reference.quantizers import KVQuantizer, QuantizedRows, SkipLayers
 from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint
@@ -67,7 +67,7 @@ class Cache:
         kv = "int4" if self.order == 1 else "saw_int4"
         k, v = (KVFormat(kv, dim, dtype, *rotation, range_factor=factor) for factor in (self.k_factor, self.v_factor))
         center, *frames = map(torch.from_numpy, (calibration.k_center, calibration.k_frame, calibration.v_frame))
-        quantizer = Row4Bit(k, v, center if self.centred else None, *(frames if self.framed else ()))
+        quantizer = QuantizedRows(k, v, center if self.centred else None, *(frames if self.framed else ()))
         return SkipLayers(quantizer, self.skip, model.exact) if self.skip else quantizer
 
 

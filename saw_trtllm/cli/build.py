@@ -107,15 +107,16 @@ class PhaseBars:
 def describe(plan: BuildPlan) -> dict[str, str]:
     """What a build gives, line by line."""
     model, limits, kv_format = plan.config.pretrained_config, plan.config.build_config, plan.config.kv_format
-    if kv_format.kv == "saw_int4":
+    if kv_format.rotated:
         rotated = "K and V" if kv_format.rotate_v else "K"
         detail = f", {rotated} rotated by Hadamard blocks of {kv_format.hadamard_order}"
     else:
         detail = ""
-    skipped = plan.config.saw_int4.kv_skip_layers
-    if skipped:
-        layers = "layer" if len(skipped) == 1 else "layers"
-        detail += f", {layers} {', '.join(map(str, skipped))} in {model.dtype}"
+    saw = plan.config.saw_int4
+    for layers, kept in ((saw.k8_layers, "with keys in 8 bits"), (saw.kv_skip_layers, f"in {model.dtype}")):
+        if layers:
+            detail += f", {'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))} {kept}"
+    sizes = sorted({kv_format.k_row_bytes, kv_format.row_bytes}, reverse=True)
     fp16, ours = plan.bytes_per_token("fp16"), plan.bytes_per_token()
     rows = {
         "model": f"{family_of(model).name}: {model.num_hidden_layers} layers, {model.num_attention_heads} query and "
@@ -126,7 +127,7 @@ def describe(plan: BuildPlan) -> dict[str, str]:
         ),
         "limits": f"max_batch_size {limits.max_batch_size}, max_input_len {limits.max_input_len}, max_seq_len "
         f"{limits.max_seq_len}, max_num_tokens {limits.max_num_tokens}, tokens_per_block {limits.tokens_per_block}",
-        "KV cache": f"{kv_format.kv}, rows of {kv_format.row_bytes} bytes{detail}",
+        "KV cache": f"{kv_format.kv}, rows of {' and '.join(map(str, sizes))} bytes{detail}",
         **({} if plan.calibration is None else {"calibration": plan.calibration.describe()}),
         "weights": describe_weights(plan.weights.of_rank(0).bytes_by_kind()),
         "KV per token": f"{ours:,} bytes"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -52,7 +53,8 @@ class EvalOptions(BaseModel):
     text: Path | None = Field(None, description="UTF-8 text to predict; - is stdin")
     kv: str = Field(
         "fp16,fp8,int4,saw_int4",
-        description="caches to compare, with commas; fp8 (e4m3 without scales) is there to compare with",
+        description="caches to compare, with commas; saw_k8v4 is another one, and fp8 (e4m3 without scales) is there "
+        "to compare with",
     )
     hadamard_order: str | None = Field(
         None, description="orders of the rotation, with commas; by default the largest that divides head_dim"
@@ -69,6 +71,9 @@ class EvalOptions(BaseModel):
     kv_skip_layers: str | None = Field(
         None,
         description="layers whose cache stays in the model's dtype, like 0,1,last; several sets with ; between them",
+    )
+    kv_bits: str | None = Field(
+        None, description="layers of saw_int4 with 8-bit keys, like 8/4:0,1,last; several sets with ; between them"
     )
     max_tokens: int | None = Field(None, description="tokens of the text to use; by default all of its whole windows")
     max_seq_len: int | None = Field(
@@ -172,8 +177,9 @@ def _variants(options: EvalOptions, checkpoint: Checkpoint) -> tuple[list[Varian
     """The grid, and what its calibration files hold."""
     from saw_trtllm.checkpoint.calibration import Calibration
     from saw_trtllm.eval import variants as v
+    from saw_trtllm.format import KVFormat
     from saw_trtllm.plan.formats import default_rotate_v
-    from saw_trtllm.plan.plan import parse_layers
+    from saw_trtllm.plan.plan import layers_apart
 
     config = checkpoint.config
     files = v.parse_calibrations(options.calibration)
@@ -181,7 +187,12 @@ def _variants(options: EvalOptions, checkpoint: Checkpoint) -> tuple[list[Varian
     for path in filter(None, files):
         calibrations[path] = Calibration.load(path)
         calibrations[path].check(checkpoint)
-    sets = (options.kv_skip_layers or "none").split(";")
+    # Each set is held against a cache that has such layers; others go without.
+    rows = KVFormat("saw_int4", config.head_size, config.dtype)
+    skipped, bits = (
+        [None if given == "none" else given for given in (text or "none").split(";")]
+        for text in (options.kv_skip_layers, options.kv_bits)
+    )
     grid = v.grid(
         config,
         v.parse_list(options.kv),
@@ -189,7 +200,7 @@ def _variants(options: EvalOptions, checkpoint: Checkpoint) -> tuple[list[Varian
         v.parse_switches(options.rotate_v) if options.rotate_v else [default_rotate_v(checkpoint, checkpoint.formats)],
         v.parse_factors(options.range_factor),
         files,
-        [() if text == "none" else tuple(parse_layers(text, config.num_hidden_layers)) for text in sets],
+        [layers_apart(*pair, rows, config.num_hidden_layers) for pair in itertools.product(skipped, bits)],
     )
     return grid, calibrations
 

@@ -50,6 +50,7 @@ _BUILD = (
     "range_factor",
     "calibration",
     "kv_skip_layers",
+    "kv_bits",
     "dtype",
     "max_batch_size",
     "max_input_len",

@@ -162,6 +162,8 @@ class SawSection(BaseModel):
     row_bytes: int
     #: Layers whose cache has rows of the engine's dtype, in a pool of their own, ascending.
     kv_skip_layers: list[int] = Field(default_factory=list)
+    #: Layers of a cache of 4 bits whose keys have 8, in a pool of their own, ascending.
+    k8_layers: list[int] = Field(default_factory=list)
     #: Whether the engine file holds a center of the keys of each layer, ``[num_kv_heads, head_dim]`` in fp32.
     k_center: bool = False
     #: Whether it holds frames of keys and queries, ``[num_kv_heads, head_dim, head_dim]`` in fp32, in place of their
@@ -252,10 +254,14 @@ class EngineConfig(BaseModel):
                 f"{folder / CONFIG_FILE} is damaged: it names rows of {stored.row_bytes} bytes for heads of "
                 f"{stored.head_dim}, where its format has {fmt.row_bytes} and its model heads of {model.head_size}"
             )
-        skipped, layers = stored.kv_skip_layers, range(model.num_hidden_layers)
-        if skipped != sorted(set(skipped) & set(layers)) or len(skipped) == len(layers):
+        skipped, wide, layers = stored.kv_skip_layers, stored.k8_layers, range(model.num_hidden_layers)
+        apart = [*skipped, *wide]
+        if any(x != sorted(set(x) & set(layers)) for x in (skipped, wide)) or not len(set(apart)) == len(apart) < len(
+            layers
+        ):
             raise EngineError(
-                f"{folder / CONFIG_FILE} is damaged: it skips the layers {skipped} of a model that has {len(layers)}"
+                f"{folder / CONFIG_FILE} is damaged: it skips the layers {skipped} of a model that has {len(layers)}, "
+                f"and keeps 8-bit keys of {wide}"
             )
         return config
 
@@ -275,20 +281,22 @@ class EngineConfig(BaseModel):
 
     @property
     def kv_format(self) -> KVFormat:
-        """How the engine's cache is stored, save for the skipped layers."""
+        """How the engine's cache is stored, save for the layers that are named apart."""
         return self.saw_int4.kv_format(self.pretrained_config.dtype)
 
     @property
     def pools(self) -> list[Pool]:
-        """The pools of the cache: the first has :attr:`kv_format`, a second the skipped layers where there are any.
+        """The pools of the cache: the first has :attr:`kv_format`, further ones the layers that are named apart.
 
         A block has the same index in every pool.
         """
-        model, skipped = self.pretrained_config, self.saw_int4.kv_skip_layers
-        kept = [i for i in range(model.num_hidden_layers) if i not in skipped]
+        model, saw = self.pretrained_config, self.saw_int4
+        kept = [i for i in range(model.num_hidden_layers) if i not in (*saw.kv_skip_layers, *saw.k8_layers)]
         pools = [Pool(self.kv_format, kept)]
-        if skipped:
-            pools.append(Pool(KVFormat("fp16", model.head_size, model.dtype), skipped))
+        if saw.k8_layers:
+            pools.append(Pool(self.kv_format.with_8bit_keys(), saw.k8_layers))
+        if saw.kv_skip_layers:
+            pools.append(Pool(KVFormat("fp16", model.head_size, model.dtype), saw.kv_skip_layers))
         return pools
 
     def layer_format(self, layer: int) -> KVFormat:
@@ -297,8 +305,10 @@ class EngineConfig(BaseModel):
 
     @property
     def framed_layers(self) -> list[int]:
-        """Layers of whose keys and queries the engine file holds frames: those with 4-bit rows, where it has any."""
-        return self.pools[0].layers if self.saw_int4.k_frame else []
+        """Layers of whose keys and queries the engine file holds frames: those with rotated rows, where it has any."""
+        if not self.saw_int4.k_frame:
+            return []
+        return sorted(i for pool in self.pools if pool.format.rotated for i in pool.layers)
 
     @property
     def bytes_per_token(self) -> int:

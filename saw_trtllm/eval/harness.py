@@ -133,16 +133,16 @@ class CacheScorer:
                 f"range_factor {k.range_factor:g}/{v.range_factor:g} was given, and an engine has one for K and V: "
                 "give one number for tasks that generate text"
             )
-        rotated = k.kv == "saw_int4"
         return BuildOptions(
             model_dir=self._checkpoint.folder,
             output_dir=folder,
             kv=k.kv,
-            hadamard_order=k.hadamard_order if rotated and self._variant.calibration is None else None,
-            rotate_v=("enable" if k.rotate_v else "disable") if rotated else None,
+            hadamard_order=k.hadamard_order if k.rotated and self._variant.calibration is None else None,
+            rotate_v=("enable" if k.rotate_v else "disable") if k.rotated else None,
             range_factor=k.range_factor if k.quantized else None,
             calibration=self._variant.calibration,
             kv_skip_layers=",".join(map(str, self._variant.skip_layers)) or None,
+            kv_bits=f"8/4:{','.join(map(str, self._variant.k8_layers))}" if self._variant.k8_layers else None,
             max_batch_size=64,
             max_seq_len=self.max_length,
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from saw_trtllm.backends.reference.quantizers import Row4Bit
+from saw_trtllm.backends.reference.quantizers import QuantizedRows
 from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.calibrate import Statistics, check_length
 from saw_trtllm.checkpoint import Checkpoint
@@ -109,7 +109,9 @@ def measured_calibration(
     found = {FRAMES: statistics.calibration(centered=False), CENTERED: statistics.calibration()}
     rotate_v = default_rotate_v(checkpoint, checkpoint.formats)
     rows = KVFormat("saw_int4", model.config.head_size, model.config.dtype, rotate_v=rotate_v)
-    caches = {ROTATION: Row4Bit(rows)} | {name: Row4Bit.calibrated(rows, rows, c) for name, c in found.items()}
+    caches = {ROTATION: QuantizedRows(rows)} | {
+        name: QuantizedRows.calibrated(rows, rows, c) for name, c in found.items()
+    }
     measured = measure(model, held_out, caches, lambda: progress(windows.shape[1]))
     without = difference(measured[FRAMES], measured[CENTERED])
     best = FRAMES if without.is_real and without.mean < 0 else CENTERED

@@ -12,6 +12,7 @@ from saw_trtllm.eval.analysis import HISTOGRAM_RANGE
 from saw_trtllm.eval.session import Evaluation
 from saw_trtllm.eval.tables import difference_table, layer_table, quality_table, suggestion_table, weights_table
 from saw_trtllm.files import replacing_folder
+from saw_trtllm.format import ROTATED
 
 try:
     import matplotlib.figure
@@ -153,7 +154,7 @@ def _order_plot(evaluation: Evaluation) -> tuple[str, str] | None:
     lines: dict[str, dict[int, float]] = {}
     for name, q in evaluation.qualities.items():
         order = evaluation.settings[name]["hadamard_order"]
-        if evaluation.settings[name]["kv"] == "saw_int4":
+        if evaluation.settings[name]["kv"] in ROTATED:
             lines.setdefault(name.replace(f" h{order}", ""), {})[order] = q.perplexity
     if not any(len(line) > 1 for line in lines.values()):
         return None

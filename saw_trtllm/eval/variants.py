@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saw_trtllm.backends.reference.quantizers import Exact, Fp8, KVQuantizer, Row4Bit, SkipLayers
+from saw_trtllm.backends.reference.quantizers import Exact, Fp8, KVQuantizer, QuantizedRows, SkipLayers
 from saw_trtllm.errors import ConfigError
-from saw_trtllm.format import KVFormat
+from saw_trtllm.format import ROTATED, KVFormat
 from saw_trtllm.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -29,19 +29,22 @@ class Variant:
         Where centers and frames come from.
     skip_layers : tuple of int
         Layers kept in the model's dtype.
+    k8_layers : tuple of int
+        Layers with keys in 8 bits.
     """
 
     k_format: KVFormat
     v_format: KVFormat
     calibration: Path | None = None
     skip_layers: tuple[int, ...] = ()
+    k8_layers: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
         """What tells it from the others: ``saw_int4 h128 KV γ0.93 calib.safetensors skip 0,1``."""
         k, v = self.k_format, self.v_format
         parts = [k.kv]
-        if k.kv == "saw_int4":
+        if k.rotated:
             # A calibration's frames are rotations without an order.
             parts += [f"h{k.hadamard_order}"] if self.calibration is None else []
             parts.append("KV" if k.rotate_v else "K")
@@ -50,6 +53,8 @@ class Variant:
             parts.append(f"γ{k.range_factor:g}" + ("" if same else f"/{v.range_factor:g}"))
         if self.calibration is not None:
             parts.append(str(self.calibration))
+        if self.k8_layers:
+            parts.append(f"8/4 {','.join(map(str, self.k8_layers))}")
         if self.skip_layers:
             parts.append(f"skip {','.join(map(str, self.skip_layers))}")
         return " ".join(parts)
@@ -64,15 +69,21 @@ class Variant:
             "range_factor": [k.range_factor, self.v_format.range_factor],
             "calibration": None if self.calibration is None else str(self.calibration),
             "kv_skip_layers": list(self.skip_layers),
+            "k8_layers": list(self.k8_layers),
         }
 
     def quantizer(self, exact: Exact, calibration: Calibration | None = None) -> KVQuantizer:
         """Make it; ``exact`` is the model's own cache, ``calibration`` what :attr:`calibration` holds."""
         if not self.k_format.quantized:
             return exact
-        formats = (self.k_format, self.v_format)
-        quantizer = Row4Bit(*formats) if calibration is None else Row4Bit.calibrated(*formats, calibration)
+        quantizer: KVQuantizer = self._rows(self.k_format, calibration)
+        if self.k8_layers:
+            quantizer = SkipLayers(quantizer, self.k8_layers, self._rows(self.k_format.with_8bit_keys(), calibration))
         return SkipLayers(quantizer, self.skip_layers, exact) if self.skip_layers else quantizer
+
+    def _rows(self, k_format: KVFormat, calibration: Calibration | None) -> QuantizedRows:
+        formats = (k_format, self.v_format)
+        return QuantizedRows(*formats) if calibration is None else QuantizedRows.calibrated(*formats, calibration)
 
 
 @dataclass(frozen=True)
@@ -100,9 +111,11 @@ def grid(
     rotate_v: Sequence[bool | None] = (None,),
     range_factors: Sequence[tuple[float | None, float | None]] = ((None, None),),
     calibrations: Sequence[Path | None] = (None,),
-    skip_layers: Sequence[tuple[int, ...]] = ((),),
+    layers: Sequence[tuple[Sequence[int], Sequence[int]]] = (((), ()),),
 ) -> list[Variant]:
     """Every combination that means something, in order and once; None is the format's default.
+
+    ``layers`` are those skipped and those with 8-bit keys, together.
 
     Raises
     ------
@@ -110,12 +123,12 @@ def grid(
         If a format does not take a value.
     """
     variants: dict[Variant, None] = {}
-    for name, order, rotated, factors, calibration, skipped in itertools.product(
-        kv, hadamard_orders, rotate_v, range_factors, calibrations, skip_layers
+    for name, order, rotated, factors, calibration, (skipped, wide) in itertools.product(
+        kv, hadamard_orders, rotate_v, range_factors, calibrations, layers
     ):
         # A calibration's frames stand in the rotation's place, whatever its order, and only there.
-        calibration = calibration if name == "saw_int4" else None
-        rotation = (order if calibration is None else None, rotated) if name == "saw_int4" else (None, None)
+        calibration = calibration if name in ROTATED else None
+        rotation = (order if calibration is None else None, rotated) if name in ROTATED else (None, None)
         if name == "fp8":
             rows = KVFormat("fp16", config.head_size, config.dtype)
             variants[Fp8Variant(rows, rows)] = None
@@ -125,7 +138,8 @@ def grid(
             KVFormat(name, config.head_size, config.dtype, *rotation, factor if quantized else None)
             for factor in factors
         )
-        variant = Variant(k, v, calibration, skipped) if quantized else Variant(k, v)
+        wide = wide if name == "saw_int4" else ()
+        variant = Variant(k, v, calibration, tuple(skipped), tuple(wide)) if quantized else Variant(k, v)
         variants[variant] = None
     return list(variants)
 

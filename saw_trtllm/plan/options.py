@@ -27,7 +27,8 @@ class BuildOptions(BaseModel):
     )
     kv: KvName = Field(
         "saw_int4",
-        description="KV cache: saw_int4 (4 bits, rotated), int4 (4 bits, not rotated), fp16 (the engine's own dtype)",
+        description="KV cache: saw_int4 (4 bits, rotated), saw_k8v4 (keys in 8 bits, values in 4), int4 (4 bits, not "
+        "rotated), fp16 (the engine's own dtype)",
     )
     checkpoint_dir: Path | None = Field(None, description="TensorRT-LLM checkpoint folder")
     model_dir: Path | None = Field(None, description="Hugging Face model folder, instead of --checkpoint_dir")
@@ -41,7 +42,7 @@ class BuildOptions(BaseModel):
         "by default the largest",
     )
     rotate_v: Switch | None = Field(
-        None, description="rotate V too, folded into the weights; by default enable for saw_int4"
+        None, description="rotate V too, folded into the weights; by default enable for a rotated cache"
     )
     range_factor: float | None = Field(
         None,
@@ -61,6 +62,9 @@ class BuildOptions(BaseModel):
         ge=1,
         description="tensor parallel ranks to split the engine over, a GPU each; by default 1, or for the backend "
         "tensorrt_llm those of the checkpoint",
+    )
+    kv_bits: str | None = Field(
+        None, description="layers of a saw_int4 cache with other bits of K and V, which are 8/4: as in 8/4:0,1,last"
     )
     dtype: Literal["auto"] | DTypeName = Field(
         "auto", description="dtype of weights and activations; auto keeps the model's"

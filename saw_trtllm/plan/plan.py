@@ -21,7 +21,7 @@ from saw_trtllm.engine.config import (
     StepLimits,
 )
 from saw_trtllm.errors import ConfigError, first_error
-from saw_trtllm.format import KVFormat
+from saw_trtllm.format import ROTATED, KVFormat
 from saw_trtllm.model.config import Mapping, ModelConfig
 from saw_trtllm.model.rope import table_bytes
 from saw_trtllm.paths import is_file, is_folder
@@ -113,8 +113,7 @@ def plan_engine(options: BuildOptions, backend: BackendLimits, reason: str, chec
     )
     if kv_format.rotate_v:
         formats = without_folded(checkpoint, formats)
-    if options.kv_skip_layers is not None and not kv_format.quantized:
-        raise ConfigError("kv_skip_layers was given with --kv fp16, which has no layer to skip: leave it out")
+    skipped, wide = layers_apart(options.kv_skip_layers, options.kv_bits, kv_format, model.num_hidden_layers)
     calibration = None
     if options.calibration is not None:
         _check_calibrated(options)
@@ -131,7 +130,8 @@ def plan_engine(options: BuildOptions, backend: BackendLimits, reason: str, chec
         build_config=_build_config(options, model, backend),
         saw_int4=SawSection.of(kv_format, backend.name, __version__).model_copy(
             update={
-                "kv_skip_layers": parse_layers(options.kv_skip_layers, model.num_hidden_layers),
+                "kv_skip_layers": skipped,
+                "k8_layers": wide,
                 "k_center": calibration is not None,
                 "k_frame": calibration is not None,
                 "quantized": formats,
@@ -163,8 +163,38 @@ def split_over_ranks(model: ModelConfig, tp_size: int, embedding: bool = True) -
     return model.model_copy(update=split)
 
 
-def parse_layers(text: str | None, num_layers: int) -> list[int]:
-    """The layers that ``kv_skip_layers`` names, ascending.
+def layers_apart(
+    skipped: str | None, bits: str | None, kv_format: KVFormat, num_layers: int
+) -> tuple[list[int], list[int]]:
+    """The layers that ``kv_skip_layers`` and ``kv_bits`` name for a cache of ``kv_format``.
+
+    Raises
+    ------
+    ConfigError
+        If the cache has no such layers, or none is left that is as the others.
+    """
+    if skipped is not None and not kv_format.quantized:
+        raise ConfigError("kv_skip_layers was given with --kv fp16, which has no layer to skip: leave it out")
+    if bits is None:
+        return parse_layers(skipped, num_layers), []
+    if kv_format.kv != "saw_int4":
+        raise ConfigError(f"kv_bits was given with --kv {kv_format.kv}, and it is for layers of saw_int4: leave it out")
+    width, _, names = bits.partition(":")
+    if width.strip() != "8/4" or not names:
+        raise ConfigError(f"kv_bits {bits!r} is unknown: give 8/4, a colon and layers, as in 8/4:0,1,last")
+    exact, wide = parse_layers(skipped, num_layers), parse_layers(names, num_layers, "kv_bits", "saw_k8v4")
+    both = sorted(set(exact) & set(wide))
+    if both:
+        raise ConfigError(f"kv_bits and kv_skip_layers both name layer {both[0]}: name it in one of them")
+    if len(exact) + len(wide) == num_layers:
+        raise ConfigError(
+            f"kv_bits and kv_skip_layers name all {num_layers} layers: give --kv saw_k8v4 in place of kv_bits"
+        )
+    return exact, wide
+
+
+def parse_layers(text: str | None, num_layers: int, flag: str = "kv_skip_layers", whole: str = "fp16") -> list[int]:
+    """The layers that ``kv_skip_layers``, or another flag, names, ascending; ``whole`` is a cache of only such layers.
 
     Raises
     ------
@@ -178,12 +208,12 @@ def parse_layers(text: str | None, num_layers: int) -> list[int]:
         layer = num_layers - 1 if word.strip() == "last" else int(word) if word.strip().isdecimal() else -1
         if not 0 <= layer < num_layers:
             raise ConfigError(
-                f"kv_skip_layers names {word.strip()!r} and the model has the layers 0 to {num_layers - 1}: give such "
+                f"{flag} names {word.strip()!r} and the model has the layers 0 to {num_layers - 1}: give such "
                 "numbers or last, separated by commas"
             )
         layers.add(layer)
     if len(layers) == num_layers:
-        raise ConfigError(f"kv_skip_layers names all {num_layers} layers: give --kv fp16 instead")
+        raise ConfigError(f"{flag} names all {num_layers} layers: give --kv {whole} instead")
     return sorted(layers)
 
 
@@ -267,10 +297,10 @@ def _network_options(options: BuildOptions, backend: BackendName, dtype: str) ->
 
 def _check_calibrated(options: BuildOptions) -> None:
     """A calibration's frames are rotations of their own."""
-    if options.kv != "saw_int4":
+    if options.kv not in ROTATED:
         raise ConfigError(
             f"--calibration was given with --kv {options.kv}, and its frames belong to the rotated cache: give --kv "
-            "saw_int4"
+            "saw_int4 or saw_k8v4"
         )
     if options.hadamard_order is not None:
         raise ConfigError(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saw_trtllm import LLM, SamplingParams
-from saw_trtllm.backends.reference.quantizers import Fp8, Row4Bit
+from saw_trtllm.backends.reference.quantizers import Fp8, QuantizedRows
 from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.build import build, plan_build
 from saw_trtllm.calibrate import calibrate
@@ -74,9 +74,9 @@ def test_caches_lose_what_they_did(smollm2, model):
     calibration = calibrate(Checkpoint.open(smollm2[0]), windows(smollm2[0], topics(40, 79), 4, 512))
     caches = {
         "fp8": Fp8(),
-        "int4": Row4Bit(KVFormat("int4", 64, range_factor=1.0)),
-        "rotated": Row4Bit(ROWS),
-        "frames": Row4Bit.calibrated(ROWS, ROWS, calibration),
+        "int4": QuantizedRows(KVFormat("int4", 64, range_factor=1.0)),
+        "rotated": QuantizedRows(ROWS),
+        "frames": QuantizedRows.calibrated(ROWS, ROWS, calibration),
     }
     measured = measure(model, windows(smollm2[0], topics(0, 40), 2, 512), caches)
     found = {name: sums.quality(0.0).kl_mean for name, sums in measured.items()}

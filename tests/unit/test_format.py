@@ -99,6 +99,17 @@ def test_bytes_of_a_row():
     assert torch.equal(int4.decode_rows(row, KVFormat("int4", 64)), y)
 
 
+def test_bytes_of_a_row_of_8_bits():
+    """Codes 0 to 255 in steps of 17, scale 0.5, lo -3."""
+    kv_format = KVFormat("saw_k8v4", 64)
+    codes = torch.arange(64).remainder(16) * 17
+    row = int4.encode_rows(codes * 0.5 - 3, kv_format, wide=True)
+    assert row.tolist() == [*codes.tolist(), 0x00, 0x38, 0x00, 0xC2]
+    assert torch.equal(int4.decode_rows(row, kv_format, wide=True), codes * 0.5 - 3)
+    assert (kv_format.k_row_bytes, kv_format.row_bytes, kv_format.pair_bytes) == (68, 36, 104)
+    assert kv_format.bytes_per_token(30, 3) == 30 * 3 * 104
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_fp16_rows_are_the_engines_dtype(dtype, rng):
     y = torch.from_numpy(rng.standard_normal((3, 2, 64))).float()

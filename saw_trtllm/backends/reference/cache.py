@@ -19,6 +19,8 @@ KEY_TILE = 64
 class PagedPool:
     """``uint8 [num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, row_bytes]`` and its format.
 
+    Where K's rows are longer than V's, the last four axes are one.
+
     Parameters
     ----------
     kv_format : KVFormat
@@ -33,9 +35,23 @@ class PagedPool:
         self.format = kv_format
         self.tokens_per_block = tokens_per_block
         self.num_layers = num_layers
+        self._num_kv_heads = num_kv_heads
         # Not zeroed: a large pool costs memory only where it is written, and nobody may read what was not.
         shape = kv_format.pool_shape(num_blocks, num_layers, num_kv_heads, tokens_per_block)
         self.data = torch.empty(shape, dtype=torch.uint8)
+
+    def rows(self, which: int) -> torch.Tensor:
+        """A view of all rows of K (0) or V (1): ``[num_blocks, num_layers, num_kv_heads, tokens_per_block, bytes]``."""
+        count = self._num_kv_heads * self.tokens_per_block
+        sizes = [count * self.format.k_row_bytes, count * self.format.row_bytes]
+        return (
+            self.data.flatten(2)
+            .split(sizes, -1)[which]
+            .unflatten(-1, (-1, self.tokens_per_block, sizes[which] // count))
+        )
+
+    def _wide(self, which: int) -> bool:
+        return which == K and self.format.k_row_bytes != self.format.row_bytes
 
     def write(self, layer: int, which: int, blocks: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor) -> None:
         """Encode and store rotated rows.
@@ -49,7 +65,7 @@ class PagedPool:
         rows : torch.Tensor
             float ``[n, num_kv_heads, head_dim]``.
         """
-        self.data[blocks, layer, which, :, offsets] = encode_rows(rows, self.format)
+        self.rows(which)[blocks, layer, :, offsets] = encode_rows(rows, self.format, wide=self._wide(which))
 
     def read(self, layer: int, which: int, blocks: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """Dequantize whole blocks.
@@ -69,12 +85,12 @@ class PagedPool:
             fp32 ``[..., num_kv_heads, n · tokens_per_block, head_dim]``.
         """
         # index_select and a product of bytes take a tenth of the time of an advanced index and a masked fill.
-        rows = self.data[:, layer, which].index_select(0, blocks.flatten()).unflatten(0, blocks.shape)
+        rows = self.rows(which)[:, layer].index_select(0, blocks.flatten()).unflatten(0, blocks.shape)
         rows = rows.transpose(-4, -3).flatten(-3, -2)
         if lengths is not None:
             used = torch.arange(rows.shape[-2]) < lengths[..., None]
             rows *= used[..., None, :, None]
-        return decode_rows(rows, self.format)
+        return decode_rows(rows, self.format, wide=self._wide(which))
 
 
 class PagedCache:
@@ -106,7 +122,8 @@ class PagedCache:
         """Copy rows from block to block, in this order."""
         for pool in self.pools:
             for source, target, rows in copies:
-                pool.data[target, ..., :rows, :] = pool.data[source, ..., :rows, :]
+                for kind in (pool.rows(K), pool.rows(V)):
+                    kind[target, ..., :rows, :] = kind[source, ..., :rows, :]
 
     def place(self, layer: int) -> tuple[PagedPool, int]:
         """The pool that holds a layer, and the layer's index in it."""

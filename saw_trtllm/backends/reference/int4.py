@@ -30,9 +30,9 @@ def rotate(x: torch.Tensor, order: int) -> torch.Tensor:
 
 
 def quantize(
-    y: torch.Tensor, range_factor: float = 1.0, end_cuts: Sequence[float] = ()
+    y: torch.Tensor, range_factor: float = 1.0, end_cuts: Sequence[float] = (), code_max: int = fmt.CODE_MAX
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Asymmetric 4-bit over the last axis.
+    """Asymmetric codes over the last axis.
 
     Parameters
     ----------
@@ -42,23 +42,25 @@ def quantize(
         γ: the share of each row's range that the codes span.
     end_cuts : sequence of float
         Shares of the range that may be cut off either end: those of least squared error are, in place of γ.
+    code_max : int
+        The largest code.
 
     Returns
     -------
     tuple of torch.Tensor
-        Codes, uint8 ``[..., head_dim]`` in 0..15; scale and lo, fp16 ``[...]``.
+        Codes, uint8 ``[..., head_dim]`` from 0; scale and lo, fp16 ``[...]``.
     """
     y = y.float()
     lowest, highest = y.amin(-1), y.amax(-1)
     if not end_cuts:
         mid = (lowest + highest) / 2
         half = range_factor * (highest - lowest) / 2
-        return _encode(y, mid - half, 2 * half)
+        return _encode(y, mid - half, 2 * half, code_max)
     width = highest - lowest
-    best = _encode(y, lowest + end_cuts[0] * width, (1 - 2 * end_cuts[0]) * width)
+    best = _encode(y, lowest + end_cuts[0] * width, (1 - 2 * end_cuts[0]) * width, code_max)
     least = torch.full_like(width, torch.inf)
     for low, high in itertools.product(end_cuts, repeat=2):
-        found = _encode(y, lowest + low * width, (1 - low - high) * width)
+        found = _encode(y, lowest + low * width, (1 - low - high) * width, code_max)
         error = (dequantize(*found) - y).square().sum(-1)
         better = error < least
         least = torch.where(better, error, least)
@@ -68,12 +70,12 @@ def quantize(
 
 
 def _encode(
-    y: torch.Tensor, lowest: torch.Tensor, width: torch.Tensor
+    y: torch.Tensor, lowest: torch.Tensor, width: torch.Tensor, code_max: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, scale and lo of rows ``y`` between ``lowest`` and ``lowest + width``."""
     lo = lowest.clamp(-_FP16_MAX, _FP16_MAX).half()
-    scale = (width.clamp_min(fmt.EPS) / fmt.CODE_MAX).clamp_max(_FP16_MAX).half()
-    codes = ((y - lo.float()[..., None]) / scale.float()[..., None]).round().clamp(0, fmt.CODE_MAX)
+    scale = (width.clamp_min(code_max * fmt.MIN_SCALE) / code_max).clamp_max(_FP16_MAX).half()
+    codes = ((y - lo.float()[..., None]) / scale.float()[..., None]).round().clamp(0, code_max)
     return codes.to(torch.uint8), scale, lo
 
 
@@ -94,19 +96,25 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     return ((wide | wide << 4) & 0x0F0F).view(torch.uint8)
 
 
-def encode_rows(y: torch.Tensor, kv_format: KVFormat) -> torch.Tensor:
-    """Rotated rows ``[..., head_dim]`` to the pool's bytes, uint8 ``[..., row_bytes]``."""
+def quantize_8bit(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The 8-bit codes of rows of keys, from their least number to their largest."""
+    return quantize(y, code_max=fmt.CODE_MAX_8)
+
+
+def encode_rows(y: torch.Tensor, kv_format: KVFormat, *, wide: bool = False) -> torch.Tensor:
+    """Rotated rows ``[..., head_dim]`` to the pool's bytes, uint8 ``[..., row_bytes]``; ``wide`` ones have 8 bits."""
     if not kv_format.quantized:
         return y.to(TORCH_DTYPES[kv_format.dtype]).contiguous().view(torch.uint8)
-    codes, scale, lo = quantize(y, kv_format.range_factor)
+    codes, scale, lo = quantize_8bit(y) if wide else quantize(y, kv_format.range_factor)
     tail = torch.stack([scale, lo], dim=-1).view(torch.uint8)
-    return torch.cat([pack(codes), tail], dim=-1)
+    return torch.cat([codes if wide else pack(codes), tail], dim=-1)
 
 
-def decode_rows(rows: torch.Tensor, kv_format: KVFormat) -> torch.Tensor:
+def decode_rows(rows: torch.Tensor, kv_format: KVFormat, *, wide: bool = False) -> torch.Tensor:
     """The pool's bytes, uint8 ``[..., row_bytes]``, to rotated rows in fp32, ``[..., head_dim]``."""
     if not kv_format.quantized:
         return rows.contiguous().view(TORCH_DTYPES[kv_format.dtype]).float()
-    codes = unpack(rows[..., : -fmt.ROW_TAIL_BYTES])
+    codes = rows[..., : -fmt.ROW_TAIL_BYTES]
+    codes = codes if wide else unpack(codes)
     tail = rows[..., -fmt.ROW_TAIL_BYTES :].contiguous().view(torch.float16)
     return dequantize(codes, tail[..., 0], tail[..., 1])

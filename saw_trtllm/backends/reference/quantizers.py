@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from saw_trtllm.backends.reference.int4 import TORCH_DTYPES, dequantize, quantize
+from saw_trtllm.backends.reference.int4 import TORCH_DTYPES, dequantize, quantize, quantize_8bit
 from saw_trtllm.format import KVFormat, hadamard
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ class Exact(TokenwiseQuantizer):
         return 2 * num_kv_heads * head_dim * self.dtype.itemsize
 
 
-class Row4Bit(TokenwiseQuantizer):
-    """The rows of :mod:`saw_trtllm.format`, with the levers that leave the exact model as it is.
+class QuantizedRows(TokenwiseQuantizer):
+    """The rows of codes of :mod:`saw_trtllm.format`, with the levers that leave the exact model as it is.
 
     Parameters
     ----------
@@ -120,7 +120,7 @@ class Row4Bit(TokenwiseQuantizer):
     @classmethod
     def calibrated(
         cls, k_format: KVFormat, v_format: KVFormat, calibration: Calibration, end_cuts: Sequence[float] = ()
-    ) -> Row4Bit:
+    ) -> QuantizedRows:
         """With all levers of a calibration."""
         c = calibration
         levers = {"k_center": c.k_center, "k_frame": c.k_frame, "v_frame": c.v_frame}
@@ -131,9 +131,9 @@ class Row4Bit(TokenwiseQuantizer):
         """Center, rotate or frame, quantize; and all the way back."""
         if self.k_center is not None:
             center = self.k_center[layer].to(k.device)
-            k = self._round(k - center, layer, self._k_frame, self.k_format) + center
+            k = self._round(k - center, layer, self._k_frame, self.k_format, is_key=True) + center
         else:
-            k = self._round(k, layer, self._k_frame, self.k_format)
+            k = self._round(k, layer, self._k_frame, self.k_format, is_key=True)
         return k, self._round(v, layer, self._v_frame, self.v_format, rotated=self.v_format.rotate_v)
 
     def _round(
@@ -143,16 +143,21 @@ class Row4Bit(TokenwiseQuantizer):
         frame: tuple[torch.Tensor, torch.Tensor] | None,
         kv_format: KVFormat,
         rotated: bool = True,
+        is_key: bool = False,
     ) -> torch.Tensor:
+        def rounded(y: torch.Tensor) -> torch.Tensor:
+            if is_key and kv_format.kv == "saw_k8v4":
+                return dequantize(*quantize_8bit(y))
+            return dequantize(*quantize(y, kv_format.range_factor, self.end_cuts))
+
         if frame is None or not rotated:
-            return round_rows(x, kv_format.hadamard_order if rotated else 1, kv_format.range_factor, self.end_cuts)
+            return in_rotation(x, kv_format.hadamard_order if rotated else 1, rounded)
         there, back = (f[layer].to(x.device) for f in frame)
-        rows = dequantize(*quantize(x.transpose(0, 1) @ there, kv_format.range_factor, self.end_cuts))
-        return (rows @ back).transpose(0, 1)
+        return (rounded(x.transpose(0, 1) @ there) @ back).transpose(0, 1)
 
     def layer_bytes(self, layer: int, num_kv_heads: int, head_dim: int) -> float:
         """Both rows."""
-        return num_kv_heads * (self.k_format.row_bytes + self.v_format.row_bytes)
+        return num_kv_heads * (self.k_format.k_row_bytes + self.v_format.row_bytes)
 
 
 class Fp8(TokenwiseQuantizer):
@@ -173,25 +178,25 @@ def _fp8(x: torch.Tensor) -> torch.Tensor:
 
 
 class SkipLayers:
-    """Another quantizer with some layers kept in the model's dtype.
+    """Another quantizer with some layers left to a second one.
 
     Parameters
     ----------
     inner : KVQuantizer
     layers : collection of int
-        The layers that are kept.
-    exact : Exact
-        What keeps them.
+        The layers that are left.
+    exact : KVQuantizer
+        What takes them, such as :class:`Exact`.
     """
 
-    def __init__(self, inner: KVQuantizer, layers: Collection[int], exact: Exact) -> None:
+    def __init__(self, inner: KVQuantizer, layers: Collection[int], exact: KVQuantizer) -> None:
         self.inner = inner
         self.layers = frozenset(layers)
         self.exact = exact
         self.tokenwise = inner.tokenwise
 
     def quantize(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The inner quantizer's, or rounding to the dtype."""
+        """The inner quantizer's, or the other's."""
         return (self.exact if layer in self.layers else self.inner).quantize(layer, k, v)
 
     def first_exact(self, lengths: torch.Tensor) -> torch.Tensor | None:
@@ -203,14 +208,19 @@ class SkipLayers:
         return (self.exact if layer in self.layers else self.inner).layer_bytes(layer, num_kv_heads, head_dim)
 
 
-def round_rows(x: torch.Tensor, order: int, range_factor: float = 1.0, end_cuts: Sequence[float] = ()) -> torch.Tensor:
+def round_rows(x: torch.Tensor, order: int, range_factor: float = 1.0) -> torch.Tensor:
     """Rotate the rows ``[..., head_dim]``, quantize them to 4 bits, and take both back, in fp32."""
+    return in_rotation(x, order, lambda y: dequantize(*quantize(y, range_factor)))
+
+
+def in_rotation(x: torch.Tensor, order: int, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Rotate the rows ``[..., head_dim]``, change them, and rotate them back, in fp32."""
     matrix = torch.from_numpy(hadamard(order)).to(x.device)
 
     def rotated(y: torch.Tensor) -> torch.Tensor:
         return (y.unflatten(-1, (-1, order)) @ matrix).flatten(-2) if order > 1 else y
 
-    return rotated(dequantize(*quantize(rotated(x), range_factor, end_cuts)))
+    return rotated(change(rotated(x)))
 
 
 def bytes_per_token(quantizer: KVQuantizer, num_layers: int, num_kv_heads: int, head_dim: int) -> float:

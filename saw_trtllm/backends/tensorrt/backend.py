@@ -11,6 +11,7 @@ from saw_trtllm.engine.config import BackendName, EngineConfig
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.quantization import WeightFormat
+from saw_trtllm.plan.backend import check_4bit_keys
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.plan import BuildPlan
 from saw_trtllm.plan.tensorrt_options import Phases
@@ -40,6 +41,7 @@ class TensorRTBackend:
                 "the weights are quantized, and the backend tensorrt has no layers for that: give --qformat full_prec "
                 "to have them in 16 bits, or --backend reference"
             )
+        check_4bit_keys(options, self.name)
         tensorrt = TensorRT.load()
         tensorrt.check_activations(model.dtype)
         if options.strip_plan and not tensorrt.can_strip:

@@ -11,6 +11,7 @@ from saw_trtllm.engine.config import BackendName
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.quantization import WeightFormat
+from saw_trtllm.plan.backend import check_4bit_keys
 from saw_trtllm.plan.options import BuildOptions
 
 
@@ -33,6 +34,7 @@ class TensorRTLLMLimits:
             )
         if model.dtype == "float32":
             raise ConfigError("the model is in float32, and the plugins compute in 16 bits: give --dtype float16")
+        check_4bit_keys(options, self.name)
         if options.kv_skip_layers is not None:
             raise ConfigError(
                 "kv_skip_layers was given, and TensorRT-LLM's executor has rows of one size in all layers: leave it out"

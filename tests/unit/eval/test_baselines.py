@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saw_trtllm.backends.reference.quantizers import Row4Bit, bytes_per_token, round_rows
+from saw_trtllm.backends.reference.quantizers import QuantizedRows, bytes_per_token, round_rows
 from saw_trtllm.backends.reference.window import Attended, History, WindowModel
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.eval.baselines import Codebook, HessianRounding, PerChannelKeys, gather
@@ -97,7 +97,7 @@ def test_one_centroid_is_centring():
     k = noise(N, HEADS, D) + 8 * noise(HEADS, D, seed=4)
     read = Codebook(sample(k=k), 1, order=64).quantize(0, k, k)[0]
     center = k.mean(0)
-    ours = Row4Bit(KVFormat("saw_int4", D, range_factor=1.0), k_center=center[None])
+    ours = QuantizedRows(KVFormat("saw_int4", D, range_factor=1.0), k_center=center[None])
     torch.testing.assert_close(read, ours.quantize(0, k, k)[0])
     assert relative(read, k) < 0.5 * relative(round_rows(k, 64), k)
 
@@ -142,7 +142,7 @@ def test_peers_on_the_example(example):
         "per channel": PerChannelKeys(),
         "codebook": Codebook(data, 16, order=128),
         "hessian": HessianRounding(data, order=128),
-        "row": Row4Bit(KVFormat("saw_int4", 128, range_factor=1.0)),
+        "row": QuantizedRows(KVFormat("saw_int4", 128, range_factor=1.0)),
     }
     found = evaluate(example, torch.tensor(held_out_ids(512))[None], peers)
     assert all(0 < q.kl_mean < 0.1 for q in found.values())

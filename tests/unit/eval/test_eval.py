@@ -20,7 +20,13 @@ from saw_trtllm import LLM, SamplingParams
 from saw_trtllm.backends.reference import window as forward
 from saw_trtllm.backends.reference.cache import PagedCache
 from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs
-from saw_trtllm.backends.reference.quantizers import Exact, Row4Bit, SkipLayers, TokenwiseQuantizer, bytes_per_token
+from saw_trtllm.backends.reference.quantizers import (
+    Exact,
+    QuantizedRows,
+    SkipLayers,
+    TokenwiseQuantizer,
+    bytes_per_token,
+)
 from saw_trtllm.backends.reference.window import History, WindowModel
 from saw_trtllm.build import plan_build
 from saw_trtllm.calibrate import calibrate
@@ -142,7 +148,7 @@ def test_a_window_is_what_an_engine_decodes(family, options, tmp_path):
 
 
 def test_decoding_with_a_history_is_the_window(example, windows):
-    quantizer = Row4Bit(KVFormat("saw_int4", 128))
+    quantizer = QuantizedRows(KVFormat("saw_int4", 128))
     ids = windows[:2, :24]
     history = History(quantizer, example.config.num_hidden_layers)
     pieces = [example.hidden(piece, history=history) for piece in ids.split([16, 1, 1, 6], dim=1)]
@@ -173,7 +179,7 @@ def test_greedy_continuations_are_the_runtimes(example, windows, open_llm):
 
 
 def test_measures_are_plain_arithmetic(example, windows):
-    quantizer = Row4Bit(KVFormat("int4", 128))
+    quantizer = QuantizedRows(KVFormat("int4", 128))
     found = evaluate(example, windows, {"fp16": example.exact, "int4": quantizer})
     targets = windows[:, 1:].flatten()
     exact, ours = (
@@ -218,7 +224,7 @@ def test_a_constant_on_all_keys_is_no_error(example, windows):
         def quantize(self, layer, k, v):
             return k + 3.0, v
 
-    errors, _ = analyse(example, windows[:1], {"shifted": Shifted(), "int4": Row4Bit(KVFormat("int4", 128))})
+    errors, _ = analyse(example, windows[:1], {"shifted": Shifted(), "int4": QuantizedRows(KVFormat("int4", 128))})
     for name in ("scores", "outputs"):
         assert np.max(getattr(errors["shifted"], name)) < 0.1 * np.min(getattr(errors["int4"], name))
     assert np.min(errors["int4"].scores) > 0.01
@@ -302,7 +308,7 @@ def test_a_gains_error_is_that_of_paired_pieces(example, windows):
 def test_skipped_layers_are_exact(example, windows):
     quantizers = {
         "none": SkipLayers(Damaged(9, 9, 9, 9), range(4), example.exact),
-        "int4": SkipLayers(Row4Bit(KVFormat("int4", 128)), [1], example.exact),
+        "int4": SkipLayers(QuantizedRows(KVFormat("int4", 128)), [1], example.exact),
     }
     found = evaluate(example, windows[:1], quantizers)
     assert found["none"].kl_max < 1e-6
@@ -342,7 +348,7 @@ def scorer(example):
     kv_format = KVFormat("saw_int4", 128)
     variant = Variant(kv_format, kv_format)
     tokenizer = Tokenizer.load(EXAMPLE)
-    return CacheScorer(example, tokenizer, Checkpoint.open(EXAMPLE), variant, Row4Bit(kv_format), 128)
+    return CacheScorer(example, tokenizer, Checkpoint.open(EXAMPLE), variant, QuantizedRows(kv_format), 128)
 
 
 def log_probs(scorer, ids):

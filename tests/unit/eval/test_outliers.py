@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from saw_trtllm.backends.reference.quantizers import Fp8, Row4Bit
+from saw_trtllm.backends.reference.quantizers import Fp8, QuantizedRows
 from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
@@ -161,10 +161,10 @@ def losses(checkpoint):
     k_center, k_frame, v_frame = map(torch.from_numpy, (calibration.k_center, calibration.k_frame, calibration.v_frame))
     rows = KVFormat("saw_int4", 128)
     caches = {
-        "int4": Row4Bit(KVFormat("int4", 128, range_factor=1.0)),
-        "recipe": Row4Bit(KVFormat("saw_int4", 128, range_factor=1.0)),
-        "levers": Row4Bit(rows, None, k_center, k_frame, v_frame),
-        "levers, no center": Row4Bit(rows, None, None, k_frame, v_frame),
+        "int4": QuantizedRows(KVFormat("int4", 128, range_factor=1.0)),
+        "recipe": QuantizedRows(KVFormat("saw_int4", 128, range_factor=1.0)),
+        "levers": QuantizedRows(rows, None, k_center, k_frame, v_frame),
+        "levers, no center": QuantizedRows(rows, None, None, k_frame, v_frame),
     }
     windows = torch.tensor(held_out_ids(2048)).view(2, 1024)
     return evaluate(WindowModel(checkpoint.config, checkpoint.load, 1024), windows, caches)
@@ -207,7 +207,11 @@ def test_a_calibration_bears_any_key_bias(magnitude):
     planted.config.dtype = "float32"
     calibration = calibrate(planted, torch.tensor(calibration_ids(2048)).view(2, 1024))
     rows = KVFormat("saw_int4", 128)
-    caches = {"calibrated": Row4Bit.calibrated(rows, rows, calibration), "fp8": ScaledFp8(), "plain": Row4Bit(rows)}
+    caches = {
+        "calibrated": QuantizedRows.calibrated(rows, rows, calibration),
+        "fp8": ScaledFp8(),
+        "plain": QuantizedRows(rows),
+    }
     by = evaluate(WindowModel(planted.config, planted.load, 512), torch.tensor(held_out_ids(1024)).view(2, 512), caches)
     assert by["calibrated"].kl_mean < 0.1
     assert by["calibrated"].kl_mean < by["fp8"].kl_mean

@@ -10,7 +10,7 @@ import torch
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
 from saw_trtllm.backends.reference.cache import PagedCache
 from saw_trtllm.backends.reference.model import ReferenceModel
-from saw_trtllm.backends.reference.quantizers import Row4Bit, SkipLayers
+from saw_trtllm.backends.reference.quantizers import QuantizedRows, SkipLayers
 from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.build import build, plan_build
 from saw_trtllm.checkpoint import Checkpoint
@@ -100,7 +100,7 @@ def test_each_layer_is_stored_in_its_own_format(kv, tmp_path):
     assert all((pool.data[[2, 4, 7]] == 0xFF).all() for pool in cache.pools)
 
     model = WindowModel(checkpoint.config, checkpoint.load, 40)
-    every, some = Row4Bit(quantized), SkipLayers(Row4Bit(quantized), [1], model.exact)
+    every, some = QuantizedRows(quantized), SkipLayers(QuantizedRows(quantized), [1], model.exact)
     ids = torch.tensor([prompt])
     expected = model.logits(model.hidden(ids, some))[0]
     torch.testing.assert_close(logits, expected, atol=model_rounding(expected), rtol=0)
