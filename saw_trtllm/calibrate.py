@@ -1,15 +1,23 @@
-"""The door from text to a calibration: moments of a model's keys, queries and values as it reads, and frames of them.
+"""The door from text to a calibration: what an error in a model's keys and values does as it reads, and frames of it.
 
-For a KV head let C be the covariance of its keys after RoPE and M the second moment of its group's queries, with
-``N = C^½``, ``G = M^½`` and the singular values ``G N = U S Vᵀ``. In the frame ``T = N⁻¹ V S^½`` keys ``k T`` and
-queries ``q T⁻ᵀ`` have the same covariance S, while every score is what it was. A Hadamard matrix H spreads S evenly
-over the channels, and a uniform quantizer of ``k T H`` makes the least noise in scores that any linear map gives:
-``tr(S)²`` in place of ``tr(C) tr(M)``. Values have a frame by the same formula, M being what W_o makes of an error.
+A key's error δ moves what a head puts out for query i by ``p_ij (q_i · δ) (v_j - o_i)``, with p_ij the attention to key
+j and o_i the sum of values, and W_o takes it to the model's stream. So keys and queries weigh as
+``s_ij = p_ij² |W_o (v_j - o_i)|²``, and a cache whose rows are ``k T`` of uniform noise moves it by
+
+    Σ_ij s_ij (k_jᵀ A k_j) (q_iᵀ A⁻¹ q_i),   A = T Tᵀ
+
+Where that is least, ``C = Σ s_ij (q_iᵀ A⁻¹ q_i) k_j k_jᵀ`` and ``M = Σ s_ij (k_jᵀ A k_j) q_i q_iᵀ`` are balanced: in
+the frame both are the same. Each pass over a text takes the weights from the frames of the one before, the first from
+the plain rotation. With ``N = C^½``, ``G = M^½`` and the singular values ``G N = U S Vᵀ`` the frame is
+``T = N⁻¹ V S^½``. A Hadamard matrix spreads S evenly over the channels, but for the largest: that one moves all
+channels alike, which the row's lo takes up, so it is scaled up and costs next to nothing. Values have a frame by the
+same formula, C being their moment with the weights ``Σ_i p_ij²`` and M what W_o makes of an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -23,28 +31,49 @@ from saw_trtllm.format import hadamard
 
 #: Tokens of calibration text that are needed, for each channel of a head.
 MIN_TOKENS_PER_CHANNEL = 4
+#: Passes over a text. A third changes KL by less than its error.
+NUM_PASSES = 2
 #: Of the mean eigenvalue, added to all: what a text shows nothing of is not taken to be nothing.
 _RIDGE = 1e-3
+#: Factor on the channel that a row's lo takes up: its noise falls by the square, and lo's own rounding stays small.
+_FREE_CHANNEL = 4.0
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a layer's errors are weighed in.
+
+    Attributes
+    ----------
+    k_center : torch.Tensor
+        fp32 ``[num_kv_heads, head_dim]``.
+    k_frame : torch.Tensor
+        fp32 ``[num_kv_heads, head_dim, head_dim]``.
+    output : torch.Tensor
+        W_oᵀ W_o of each head, fp32 ``[num_kv_heads, group, head_dim, head_dim]``.
+    """
+
+    k_center: torch.Tensor
+    k_frame: torch.Tensor
+    output: torch.Tensor
 
 
 class Moments:
-    """Sums over tokens of one layer's keys, queries and values and of their products, in float64.
-
-    A key counts by the root of the attention that it receives, so that the first token, which all queries look at and
-    which lies far from the others, is not lost among them.
-    """
+    """Sums over tokens of one layer's keys, queries and values by their weights, and of their products, in float64."""
 
     def __init__(self) -> None:
         self._sums: list[torch.Tensor] = []
 
-    def add(self, x: Attended) -> None:
+    def add(self, x: Attended, basis: Basis) -> None:
         """Take in some tokens of a sequence, Q and K after RoPE."""
-        weight = attention_received(x).sqrt().double()[..., None]
+        weights = sensitivities(x, basis)
         k, v = (t.transpose(0, 1).double() for t in (x.k, x.v))
         q = x.q.unflatten(1, (len(k), -1)).permute(1, 2, 0, 3).flatten(1, 2).double()
-        weighted = weight * k
-        new = [torch.full((), len(x.k)), k.sum(1), weight.sum(1), weighted.sum(1), weighted.mT @ k, q.mT @ q, v.mT @ v]
-        new = [t.double().cpu() for t in new]
+        new = []
+        for rows, weight in zip((k, q, v), weights, strict=True):
+            weighted = weight.double()[..., None] * rows
+            new += [weight.double().sum(-1), weighted.sum(1), weighted.mT @ rows]
+        new = [t.cpu() for t in new]
         self._sums = [a + b for a, b in zip(self._sums, new, strict=True)] if self._sums else new
 
     def __add__(self, other: Moments) -> Moments:
@@ -52,31 +81,34 @@ class Moments:
         total._sums = [a + b for a, b in zip(self._sums, other._sums, strict=True)]
         return total
 
+    def _mean(self, kind: int, power: int) -> np.ndarray:
+        weight, x = self._sums[3 * kind], self._sums[3 * kind + power]
+        return (x / weight.clamp_min(torch.finfo(torch.float64).tiny).view(-1, *[1] * power)).numpy()
+
     @property
     def k_mean(self) -> np.ndarray:
         """float64 ``[num_kv_heads, head_dim]``."""
-        return (self._sums[1] / self._sums[0]).numpy()
+        return self._mean(0, 1)
 
     def k_covariance(self, center: np.ndarray) -> np.ndarray:
         """Of the keys about a center ``[num_kv_heads, head_dim]``: float64 ``[num_kv_heads, head_dim, head_dim]``."""
-        _, _, weight, k, kk, _, _ = (t.numpy() for t in self._sums)
         c = center.astype(np.float64)
-        cross = k[:, :, None] * c[:, None]
-        return (kk - cross - cross.swapaxes(1, 2)) / weight[..., None] + c[:, :, None] * c[:, None]
+        cross = self.k_mean[:, :, None] * c[:, None]
+        return self._mean(0, 2) - cross - cross.swapaxes(1, 2) + c[:, :, None] * c[:, None]
 
     @property
     def q_moment(self) -> np.ndarray:
         """Second moment of the queries of each KV head's group, float64 ``[num_kv_heads, head_dim, head_dim]``."""
-        return (self._sums[5] / self._sums[0]).numpy()
+        return self._mean(1, 2)
 
     @property
     def v_moment(self) -> np.ndarray:
         """Second moment of the values, which no center is subtracted from."""
-        return (self._sums[6] / self._sums[0]).numpy()
+        return self._mean(2, 2)
 
 
-def _add(moments: list[Moments], layer: int, x: Attended) -> None:
-    moments[layer].add(x)
+def _add(moments: list[Moments], bases: list[Basis], layer: int, x: Attended) -> None:
+    moments[layer].add(x, bases[layer])
 
 
 class Statistics:
@@ -90,19 +122,32 @@ class Statistics:
     """
 
     def __init__(self, checkpoint: Checkpoint, model: WindowModel) -> None:
+        c = model.config
         self.checkpoint = checkpoint
         self._model = model
-        self._halves = [[Moments() for _ in range(model.config.num_hidden_layers)] for _ in range(2)]
+        self._outputs = [self._output_moments(i) for i in range(c.num_hidden_layers)]
+        self._halves: list[list[Moments]] = []
         self.num_tokens = 0
 
     def gather(self, windows: torch.Tensor, progress: Callable[[int], None] | None = None) -> None:
-        """Run sequences int64 ``[n, T]`` through the exact model, in turn for the one half and the other."""
-        for i, window in enumerate(windows):
-            half = self._halves[i % 2]
-            self._model.hidden(window[None], observe=partial(_add, half))
-            self.num_tokens += len(window)
-            if progress is not None:
-                progress(len(window))
+        """Run sequences int64 ``[n, T]`` through the exact model, :data:`NUM_PASSES` times.
+
+        In turn they are for the one half and the other. What an earlier call gathered is forgotten.
+        """
+        self.num_tokens = windows.numel()
+        c = self._model.config
+        k_center = np.zeros((c.num_hidden_layers, c.num_key_value_heads, c.head_size))
+        k_frame = np.broadcast_to(orthogonal_mixing(c.head_size), (*k_center.shape, c.head_size))
+        for number in range(NUM_PASSES):
+            if number:
+                k_center, k_frame = self._key_levers(centered=True)
+            on_device = [torch.tensor(x, dtype=torch.float32, device=self._model.device) for x in (k_center, k_frame)]
+            bases = [Basis(*x) for x in zip(*on_device, self._outputs, strict=True)]
+            self._halves = [[Moments() for _ in range(c.num_hidden_layers)] for _ in range(2)]
+            for i, window in enumerate(windows):
+                self._model.hidden(window[None], observe=partial(_add, self._halves[i % 2], bases))
+                if progress is not None:
+                    progress(len(window))
 
     def calibration(self, *, centered: bool = True) -> Calibration:
         """Frames of the whole text, of keys about their mean or, without centers, about zero.
@@ -112,18 +157,10 @@ class Statistics:
         ConfigError
             If keys, queries or values are not finite.
         """
-        # A center shifts all scores of a query alike, which a softmax ignores and a cap does not.
-        centered = centered and self._model.config.attn_logit_softcapping is None
-        layers = [a + b for a, b in zip(*self._halves, strict=True)]
-        centers = [m.k_mean if centered else np.zeros_like(m.k_mean) for m in layers]
-        k_frames = [balanced_frames(m.k_covariance(c), m.q_moment) for m, c in zip(layers, centers, strict=True)]
-        v_frames = [balanced_frames(m.v_moment, self._output_moment(i)) for i, m in enumerate(layers)]
-        k_center, k_frame, v_frame = (np.stack(x).astype(np.float32) for x in (centers, k_frames, v_frames))
-        if not all(np.isfinite(x).all() for x in (k_center, k_frame, v_frame)):
-            raise ConfigError(
-                f"{self.checkpoint.folder} computes keys, queries or values on this text that are not finite: use the "
-                "dtype that the model was trained in"
-            )
+        outputs = [x.sum(1).double().cpu().numpy() for x in self._outputs]
+        v_frames = [balanced_frames(m.v_moment, x) for m, x in zip(self._layers(), outputs, strict=True)]
+        levers = (*self._key_levers(centered), np.stack(v_frames))
+        k_center, k_frame, v_frame = (x.astype(np.float32) for x in levers)
         shape, probe = model_shape(self.checkpoint), probe_weights(self.checkpoint)
         return Calibration(k_center, k_frame, v_frame, shape, probe, self.num_tokens)
 
@@ -140,12 +177,30 @@ class Statistics:
                 ratios.append(score_noise(known, c, m) / score_noise(balanced_frames(c, m), c, m))
         return float(np.mean(ratios)) - 1
 
-    def _output_moment(self, layer: int) -> np.ndarray:
-        """Sum over a group's heads of W_oᵀ W_o, ``[num_kv_heads, head_dim, head_dim]``."""
+    def _layers(self) -> list[Moments]:
+        return [a + b for a, b in zip(*self._halves, strict=True)]
+
+    def _key_levers(self, centered: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Centers and frames of the keys of all layers."""
+        # A center shifts all scores of a query alike, which a softmax ignores and a cap does not.
+        centered = centered and self._model.config.attn_logit_softcapping is None
+        layers = self._layers()
+        centers = [m.k_mean if centered else np.zeros_like(m.k_mean) for m in layers]
+        frames = [balanced_frames(m.k_covariance(c), m.q_moment) for m, c in zip(layers, centers, strict=True)]
+        if not all(np.isfinite(x).all() for x in (*centers, *frames, *(m.v_moment for m in layers))):
+            raise ConfigError(
+                f"{self.checkpoint.folder} computes keys, queries or values on this text that are not finite: use the "
+                "dtype that the model was trained in"
+            )
+        return np.stack(centers), np.stack(frames)
+
+    def _output_moments(self, layer: int) -> torch.Tensor:
+        """W_oᵀ W_o of each head, as :class:`Basis` has it."""
         c = self._model.config
-        dense = self.checkpoint.load(f"transformer.layers.{layer}.attention.dense.weight").astype(np.float64)
-        heads = dense.reshape(len(dense), c.num_key_value_heads, -1, c.head_size)
-        return np.einsum("okgd,okge->kde", heads, heads, optimize=True)
+        name = f"transformer.layers.{layer}.attention.dense.weight"
+        dense = torch.from_numpy(self.checkpoint.load(name).astype(np.float32)).to(self._model.device)
+        heads = dense.unflatten(1, (c.num_key_value_heads, -1, c.head_size)).movedim(0, -2)
+        return heads.mT @ heads
 
 
 def calibrate(
@@ -192,18 +247,38 @@ def check_length(windows: torch.Tensor, head_dim: int) -> None:
         )
 
 
-def attention_received(x: Attended) -> torch.Tensor:
-    """What all queries of its group give to each key: fp32 ``[num_kv_heads, num_tokens]``."""
-    total, k = len(x.q), x.k.transpose(0, 1)
+def sensitivities(x: Attended, basis: Basis) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How much errors of a layer's keys and values move what attention puts out, by the module's s_ij.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Weights of the keys, of the queries of a KV head's whole group, and of the values: fp32
+        ``[num_kv_heads, num_tokens]``, ``[num_kv_heads, group · num_tokens]`` and ``[num_kv_heads, num_tokens]``.
+    """
+    total, k, v = len(x.q), x.k.transpose(0, 1), x.v.transpose(0, 1)
     q = x.q.unflatten(1, (len(k), -1)).permute(1, 2, 0, 3)
-    received = k.new_zeros(k.shape[:2])
+    rows = (k - basis.k_center[:, None]) @ basis.k_frame
+    k_noise = (rows.amax(-1) - rows.amin(-1)).square()
+    q_noise = (q @ torch.linalg.inv(basis.k_frame).mT[:, None]).square().sum(-1)
+    values = v[:, None]
+    v_moved = ((values @ basis.output) * values).sum(-1)[:, :, None]
+    of_k, of_q, of_v = torch.zeros_like(k_noise), torch.empty_like(q_noise), torch.zeros_like(k_noise)
     for start in range(0, total, QUERY_TILE):
         tile = torch.arange(start, min(start + QUERY_TILE, total), device=k.device)
         seen = slice(first_visible(start, x.window), int(tile[-1]) + 1)
         scores = x.scores(q[:, :, tile] @ k[:, None, seen].mT)
-        scores.masked_fill_(~causal_mask(tile, seen, x.window), -torch.inf)
-        received[:, seen] += scores.softmax(-1).sum((1, 2))
-    return received
+        slope = 1.0 if x.softcap is None else (1 - (scores / x.softcap).square()).square()
+        squares = scores.masked_fill_(~causal_mask(tile, seen, x.window), -torch.inf).softmax(-1)
+        out = squares @ values[:, :, seen]
+        there = out @ basis.output
+        squares = squares.square_()
+        of_v[:, seen] += (squares.sum(2) * basis.output.diagonal(dim1=-1, dim2=-2).sum(-1)[..., None]).sum(1)
+        moved = v_moved[..., seen] - 2 * there @ values[:, :, seen].mT + (there * out).sum(-1, keepdim=True)
+        moved = moved.clamp_min_(0).mul_(squares) * slope
+        of_q[:, :, tile] = (moved * k_noise[:, None, None, seen]).sum(-1)
+        of_k[:, seen] += (moved * q_noise[:, :, tile, None]).sum((1, 2))
+    return of_k, of_q.flatten(1), of_v
 
 
 def balanced_frames(c: np.ndarray, m: np.ndarray) -> np.ndarray:
@@ -217,7 +292,8 @@ def balanced_frames(c: np.ndarray, m: np.ndarray) -> np.ndarray:
     Returns
     -------
     numpy.ndarray
-        float64 ``[heads, n, n]``: the module's ``T H``. A head with nothing in it has the plain rotation.
+        float64 ``[heads, n, n]``: the module's ``T H``, with the channel that lo takes up scaled up. A head with
+        nothing in it has the plain rotation.
     """
     mixing = orthogonal_mixing(c.shape[-1])
     frames = []
@@ -228,7 +304,9 @@ def balanced_frames(c: np.ndarray, m: np.ndarray) -> np.ndarray:
             continue
         root, inverse_root = _roots(c_head)
         _, s, vt = np.linalg.svd(_roots(m_head)[0] @ root)
-        frames.append(inverse_root @ vt.T * np.sqrt(s) @ mixing)
+        scales = np.sqrt(s)
+        scales[0] *= _FREE_CHANNEL
+        frames.append(inverse_root @ vt.T * scales @ mixing)
     return np.stack(frames)
 
 
@@ -240,8 +318,12 @@ def _roots(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score_noise(frames: np.ndarray, c: np.ndarray, m: np.ndarray) -> np.ndarray:
-    """Variance of scores' errors by uniform quantization in frames, up to a factor: float64 ``[heads]``."""
-    rows = np.einsum("hij,hik,hkj->h", frames, c, frames, optimize=True)
+    """Variance of scores' errors by uniform quantization in frames, up to a factor: float64 ``[heads]``.
+
+    What all channels of a row have in common is left to its lo.
+    """
+    apart = frames - frames.mean(-1, keepdims=True)
+    rows = np.einsum("hij,hik,hkj->h", apart, c, apart, optimize=True)
     inverse = np.linalg.inv(frames)
     return rows * np.einsum("hji,hik,hjk->h", inverse, m, inverse, optimize=True)
 

@@ -17,7 +17,7 @@ from saw_trtllm.backends.reference.cache import PagedCache
 from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs
 from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.build import build, plan_build
-from saw_trtllm.calibrate import Moments, Statistics, balanced_frames, calibrate, orthogonal_mixing, score_noise
+from saw_trtllm.calibrate import Basis, Moments, Statistics, balanced_frames, calibrate, orthogonal_mixing, score_noise
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.checkpoint.calibration import Calibration, is_invertible
 from saw_trtllm.cli import build as saw_build
@@ -172,36 +172,65 @@ def test_a_calibrated_cache_withstands_a_key_bias(folders, tmp_path):
 # -- what is measured
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen3"])
-def test_moments_are_those_of_the_text(family, folders):
-    """Against NumPy on all keys, queries, values and attention at once; Mistral's layers have windows."""
+def sensitivity_of(a, head, query, output):
+    """``[keys]``: squares of what the output gains, after W_o, for each score, by automatic derivatives."""
+    kv, scale = head // (a.q.shape[1] // a.k.shape[1]), a.scale or 1 / 8
+    seen = slice(max(0, query + 1 - (a.window or len(a.q))), query + 1)
+
+    def attended(products):
+        scores = products * scale
+        scores = scores if a.softcap is None else a.softcap * torch.tanh(scores / a.softcap)
+        return scores.softmax(-1) @ a.v[seen, kv].double()
+
+    moved = torch.func.jacrev(attended)(a.k[seen, kv].double() @ a.q[query, head].double()) / scale
+    found = torch.zeros(len(a.q), dtype=torch.float64)
+    found[seen] = torch.einsum("ds,de,es->s", moved, output.double(), moved)
+    return found.numpy()
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma2"])
+def test_errors_weigh_as_they_move_the_output(family, folders):
+    """Windows of Mistral's layers, Gemma's cap on scores, and every head of a group."""
     checkpoint = Checkpoint.open(folders[family])
-    model, seen = WindowModel(checkpoint.config, checkpoint.load, 120), []
-    statistics = Statistics(checkpoint, model)
-    statistics.gather(WINDOWS)
-    found = [a + b for a, b in zip(*statistics._halves, strict=True)][1]
-    for window in WINDOWS:
-        model.hidden(window[None], observe=lambda layer, a: seen.append(a) if layer == 1 else None)
+    model, seen = WindowModel(checkpoint.config, checkpoint.load, 24), []
+    model.hidden(WINDOWS[:1, :24], observe=lambda layer, a: seen.append(a) if layer == 0 else None)
+    a = dataclasses.replace(seen[0], window=9 if seen[0].window else None)
     group = checkpoint.config.num_queries_per_kv
-    q, k, v = (np.concatenate([getattr(a, x).numpy() for a in seen]).astype(np.float64) for x in "qkv")
-    np.testing.assert_allclose(found.k_mean, k.mean(0), atol=EPS * np.abs(k).max())
-    for head in range(2):
-        received = np.concatenate([_received(a, head, group) for a in seen])
-        keys, w = k[:, head] - found.k_mean[head], np.sqrt(received)[:, None]
-        expected = (w * keys).T @ keys / w.sum()
-        np.testing.assert_allclose(found.k_covariance(found.k_mean)[head], expected, atol=8 * EPS * np.trace(expected))
-        queries = q[:, head * group : (head + 1) * group].reshape(-1, 64)
-        np.testing.assert_allclose(found.q_moment[head], queries.T @ queries / len(q), rtol=1e-9, atol=1e-9)
-        np.testing.assert_allclose(found.v_moment[head], v[:, head].T @ v[:, head] / len(q), rtol=1e-9, atol=1e-9)
+    rng = np.random.default_rng(4)
+    center, frame = rng.normal(size=(2, 64)), rng.normal(size=(2, 64, 64)) / 8 + np.eye(64)
+    half = rng.normal(size=(2, group, 64, 64)) / 8
+    center, frame, output = (torch.from_numpy(x).float() for x in (center, frame, half @ half.swapaxes(2, 3)))
+    moments = Moments()
+    moments.add(a, Basis(center, frame, output))
+    q, k = (getattr(a, x).double().numpy() for x in "qk")
+    for kv in range(2):
+        s = np.stack([[sensitivity_of(a, kv * group + g, i, output[kv, g]) for i in range(24)] for g in range(group)])
+        rows = (k[:, kv] - center[kv].numpy()) @ frame[kv].double().numpy()
+        queries = q[:, kv * group : (kv + 1) * group].swapaxes(0, 1)
+        q_noise = np.square(queries @ np.linalg.inv(frame[kv].double().numpy()).T).sum(-1)
+        of_k, of_q = np.einsum("gij,gi->j", s, q_noise), np.einsum("gij,j->gi", s, np.square(np.ptp(rows, axis=-1)))
+        mean = of_k @ k[:, kv] / of_k.sum()
+        np.testing.assert_allclose(moments.k_mean[kv], mean, rtol=0, atol=1e-4 * np.abs(mean).max())
+        expected = (of_k[:, None] * (k[:, kv] - mean)).T @ (k[:, kv] - mean) / of_k.sum()
+        found = moments.k_covariance(moments.k_mean)[kv]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.trace(expected))
+        expected = np.einsum("gi,gid,gie->de", of_q, queries, queries) / of_q.sum()
+        np.testing.assert_allclose(moments.q_moment[kv], expected, rtol=0, atol=1e-4 * np.trace(expected))
 
 
-def _received(a, head, group):
-    n = len(a.q)
-    distance = np.arange(n)[:, None] - np.arange(n)
-    visible = (distance >= 0) & (distance < (a.window or n))
-    scores = np.einsum("tgd,sd->gts", a.q.numpy()[:, head * group : (head + 1) * group], a.k.numpy()[:, head]) / 8
-    weights = np.where(visible, np.exp(scores.astype(np.float64)), 0)
-    return (weights / weights.sum(-1, keepdims=True)).sum((0, 1))
+def test_values_weigh_by_the_squares_of_their_attention(folders):
+    """Of queries that are 0 every visible token has the same share."""
+    checkpoint = Checkpoint.open(folders["llama"])
+    model, seen = WindowModel(checkpoint.config, checkpoint.load, 24), []
+    model.hidden(WINDOWS[:1, :24], observe=lambda layer, a: seen.append(a) if layer == 0 else None)
+    a = dataclasses.replace(seen[0], q=torch.zeros_like(seen[0].q))
+    group, eye = checkpoint.config.num_queries_per_kv, torch.eye(64).expand(2, 64, 64)
+    moments = Moments()
+    moments.add(a, Basis(torch.zeros(2, 64), eye, eye[:, None].expand(2, group, 64, 64)))
+    weight = np.array([sum(1 / n**2 for n in range(j, 25)) for j in range(1, 25)])
+    v = a.v[:, 0].double().numpy()
+    expected = (weight[:, None] * v).T @ v / weight.sum()
+    np.testing.assert_allclose(moments.v_moment[0], expected, rtol=0, atol=1e-5 * np.trace(expected))
 
 
 def random_moments(n, heads=3, seed=0):
@@ -213,16 +242,22 @@ def random_moments(n, heads=3, seed=0):
 
 @pytest.mark.parametrize("n", [64, 96, 128, 256])
 def test_frames_balance_keys_and_queries(n):
-    """Both have the same covariance, spread evenly over the channels, and no other map tried makes less noise."""
+    """Both have the same covariance, spread evenly over the channels, and no other map tried makes less noise.
+
+    But for the channel that all others share, which a row's lo takes up: there keys are 4 times as large.
+    """
     c, m = random_moments(n)
     ridge = 1e-3 * np.trace(c, axis1=1, axis2=2).mean() / n * np.eye(n)  # about the same for all heads here
     frames = balanced_frames(c, m)
     inverse = np.linalg.inv(frames)
     keys, queries = frames.swapaxes(1, 2) @ c @ frames, inverse @ m @ inverse.swapaxes(1, 2)
+    np.testing.assert_allclose(np.sqrt(keys.sum((1, 2)) / queries.sum((1, 2))), 16, rtol=0.01)
+    apart = np.eye(n) - 1 / n
+    keys, queries = apart @ keys @ apart, apart @ queries @ apart
     tolerance = 0.1 * np.trace(keys, axis1=1, axis2=2).max() / n  # the ridge moves the smallest eigenvalues
     np.testing.assert_allclose(keys, queries, atol=tolerance)
     channels = np.diagonal(keys, axis1=1, axis2=2)
-    assert (channels.max(-1) < (1.01 if n != 96 else 2.5) * channels.mean(-1)).all()
+    assert (channels.max(-1) < (1.1 if n != 96 else 2.5) * channels.mean(-1)).all()
     rotation = np.broadcast_to(orthogonal_mixing(n), c.shape)
     smoothing = np.sqrt(np.sqrt(np.diagonal(m, axis1=1, axis2=2) / np.diagonal(c, axis1=1, axis2=2)))
     best = score_noise(frames, c + ridge, m + ridge)
@@ -263,7 +298,7 @@ def test_each_lever_is_measured_on_text_that_was_kept(biased):
     """A bias of all keys: frames about zero spend their channels on it, and centers take it away."""
     windows, steps = torch.from_numpy(np.random.default_rng(2).integers(3, 203, (8, 120))), []
     found = measured_calibration(biased, windows, steps.append)
-    assert sum(steps) == num_steps(windows) == 6 * 120 + 3 * 240
+    assert sum(steps) == num_steps(windows) == 2 * 6 * 120 + 3 * 240
     assert (found.num_held_out, found.calibration.num_tokens) == (240, 720)
     assert found.centered
     assert found.helps
