@@ -37,6 +37,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     real.add_argument("--model_dir", type=Path, help="Hugging Face folder")
     real.add_argument("--text", type=Path, help="UTF-8 text to measure on")
     real.add_argument("--calibration_text", type=Path, help="UTF-8 text that shares nothing with it")
+    real.add_argument(
+        "--max_seq_len", type=int, default=2048, metavar="N", help="tokens of a window (default: %(default)s)"
+    )
     finish(accuracy, _run)
 
 
@@ -56,8 +59,10 @@ def _run(args: argparse.Namespace, command: str) -> None:
     if args.model_dir is not None:
         if args.text is None or args.calibration_text is None:
             raise ConfigError("--model_dir needs two texts: give --text and --calibration_text")
-        texts = (args.text, args.calibration_text)
-        results = run_real(args.model_dir, *texts, args.max_tokens, args.device, command, args.commit)
+        lengths = (args.max_tokens, args.max_seq_len)
+        results = run_real(
+            args.model_dir, args.text, args.calibration_text, *lengths, args.device, command, args.commit
+        )
         if args.output is not None:
             results.save(args.output)
         print(report(results).plain())

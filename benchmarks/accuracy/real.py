@@ -17,17 +17,27 @@ from benchmarks.common.environment import cpu_name, describe
 from saw_trtllm.backends.reference.quantizers import Fp8, KVQuantizer, QuantizedRows
 from saw_trtllm.calibrate import Statistics
 from saw_trtllm.checkpoint import Checkpoint
+from saw_trtllm.eval.analysis import analyse
 from saw_trtllm.eval.metrics import differences, measure, qualities
 from saw_trtllm.eval.session import choose_device, open_model
+from saw_trtllm.eval.tables import rms
 from saw_trtllm.eval.text import load_tokenizer, make_windows, read_text
 from saw_trtllm.format import END_CUTS, RANGE_FACTORS, KVFormat
 
-WINDOW = 2048
 CALIBRATION_TOKENS = 16384
+#: Windows whose layers are looked at, one by one.
+_LAYER_WINDOWS = 2
 
 
 def run_real(
-    model_dir: Path, text: Path, calibration_text: Path, max_tokens: int, device: str, command: str, commit: str | None
+    model_dir: Path,
+    text: Path,
+    calibration_text: Path,
+    max_tokens: int,
+    max_seq_len: int,
+    device: str,
+    command: str,
+    commit: str | None,
 ) -> AccuracyResults:
     """Measure every cache on one model.
 
@@ -38,7 +48,9 @@ def run_real(
     text, calibration_text : Path
         Two texts in UTF-8 that share nothing.
     max_tokens : int
-        Tokens of ``text``, in windows of 2048.
+        Tokens of ``text``.
+    max_seq_len : int
+        Tokens of a window, of both texts.
     device : str
         As ``saw-eval --device``.
     command : str
@@ -49,22 +61,24 @@ def run_real(
     start = time.monotonic()
     checkpoint = Checkpoint.open(model_dir)
     tokenizer, longest = load_tokenizer(checkpoint), checkpoint.config.max_positions
-    windows = make_windows(tokenizer.encode(read_text(text)), longest, WINDOW, max_tokens)
+    windows = make_windows(tokenizer.encode(read_text(text)), longest, max_seq_len, max_tokens)
     calibration_ids = tokenizer.encode(read_text(calibration_text, "--calibration_text"))
-    calibration_windows = make_windows(calibration_ids, longest, WINDOW, CALIBRATION_TOKENS)
-    model = open_model(checkpoint, WINDOW, choose_device(device))
+    calibration_windows = make_windows(calibration_ids, longest, max_seq_len, CALIBRATION_TOKENS)
+    model = open_model(checkpoint, max_seq_len, choose_device(device))
     statistics = Statistics(checkpoint, model)
     statistics.gather(calibration_windows)
     caches = _caches(checkpoint.config.head_size, statistics)
     with tqdm(total=len(windows) * (1 + len(caches)), unit="window", disable=not sys.stderr.isatty()) as bar:
         measured = measure(model, windows, {"fp16": model.exact} | caches, bar.update)
     found = qualities(model, {"fp16": model.exact} | caches, measured)
+    errors, _ = analyse(model, windows[:_LAYER_WINDOWS], caches)
     entry = {
         "caches": {name: dataclasses.asdict(q) for name, q in found.items()},
         "differences": {
             one: {other: dataclasses.asdict(d) for other, d in others.items()}
             for one, others in differences(measured).items()
         },
+        "layers": {name: [rms(heads) for heads in e.outputs] for name, e in errors.items()},
         "split_half_excess": statistics.split_half_excess(),
         "seconds": time.monotonic() - start,
     }
@@ -80,7 +94,7 @@ def run_real(
             torch=torch.__version__,
         ),
         num_tokens=windows.numel(),
-        window=WINDOW,
+        window=max_seq_len,
         calibration_tokens=calibration_windows.numel(),
         range_factor=RANGE_FACTORS[checkpoint.config.head_size],
         models={checkpoint.folder.name: rounded(entry)},
@@ -89,7 +103,7 @@ def run_real(
 
 def _caches(head_dim: int, statistics: Statistics) -> dict[str, KVQuantizer]:
     """What is compared, by name: the peers, the default and what a calibration adds."""
-    rows = KVFormat("saw_int4", head_dim)
+    rows, wide = KVFormat("saw_int4", head_dim), KVFormat("saw_k8v4", head_dim)
     centered, plain = statistics.calibration(), statistics.calibration(centered=False)
     return {
         "fp8 e4m3, no scales": Fp8(),
@@ -102,6 +116,7 @@ def _caches(head_dim: int, statistics: Statistics) -> dict[str, KVQuantizer]:
             rows, rows, *map(torch.from_numpy, (centered.k_center, centered.k_frame))
         ),
         "saw_int4, calibrated": QuantizedRows.calibrated(rows, rows, centered),
-        "saw_int4, ends chosen": QuantizedRows(rows, end_cuts=END_CUTS),
         "saw_int4, calibrated, ends chosen": QuantizedRows.calibrated(rows, rows, centered, END_CUTS),
+        "saw_k8v4": QuantizedRows(wide),
+        "saw_k8v4, calibrated": QuantizedRows.calibrated(wide, wide, centered),
     }

@@ -56,15 +56,39 @@ def _real_report(results: AccuracyResults, found: dict) -> Report:
     }
     numbers |= {f"kl {name}": f"{q['kl_mean']:.4f}" for name, q in caches.items()}
     numbers |= {f"top-1 {name}": f"{100 * q['top1_agreement']:.1f} %" for name, q in caches.items()}
+    chosen = {name: caches[name] for name in _CHOSEN if name in caches}
     tables = {"environment": environment_table(results.environment), "caches": table}
-    tables["positions"] = _real_position_table(caches)
-    return Report(tables, numbers, {"bytes": partial(_bytes_plot, caches)})
+    tables["positions"] = _real_position_table(chosen)
+    plots = {"bytes": partial(_bytes_plot, caches), "positions": partial(_real_position_plot, chosen)}
+    if "layers" in found:
+        plots["layers"] = partial(_real_layer_plot, {name: found["layers"][name] for name in chosen})
+    return Report(tables, numbers, plots)
+
+
+#: Caches that are told apart by context and by layer.
+_CHOSEN = ("fp8 e4m3, no scales", "the paper's recipe", "saw_int4", "saw_int4, calibrated", "saw_k8v4, calibrated")
 
 
 def _real_position_table(caches: dict) -> Table:
     positions = list(next(iter(caches.values()))["kl_by_position"])
     rows = [[str(p), *(f"{q['kl_by_position'][p]:.4f}" for q in caches.values())] for p in positions]
     return [["tokens of context, up to", *caches], *rows]
+
+
+def _real_position_plot(caches: dict, figure: Figure) -> None:
+    axes = figure.subplots()
+    for name, q in caches.items():
+        axes.plot([int(p) for p in q["kl_by_position"]], list(q["kl_by_position"].values()), "o-", label=name)
+    axes.set(xlabel="tokens of context, up to", ylabel="KL from fp16", xscale="log", yscale="log")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def _real_layer_plot(layers: dict[str, list[float]], figure: Figure) -> None:
+    axes = figure.subplots()
+    for name, errors in layers.items():
+        axes.plot(errors, ".-", label=name)
+    axes.set(xlabel="layer", ylabel="error of attention's output, relative", yscale="log", ylim=(None, 1))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
 def _bytes_plot(caches: dict, figure: Figure) -> None:

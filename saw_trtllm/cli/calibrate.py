@@ -24,13 +24,18 @@ if TYPE_CHECKING:
     import torch
 
     from saw_trtllm.eval.levers import Measured
+    from saw_trtllm.runtime.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+#: Tokens of a text that a model makes up.
+_GENERATED_LENGTH = 1024
 
 _EXAMPLES = """\
 examples:
   saw-calibrate --model_dir Qwen2.5-7B --text sample.txt --output calib.safetensors
   saw-calibrate --model_dir Qwen2.5-7B --text book.txt,code.py --chat chats.jsonl --output calib.safetensors
+  saw-calibrate --model_dir Qwen2.5-7B --generate --output calib.safetensors
   saw-build --model_dir Qwen2.5-7B --calibration calib.safetensors --output_dir engine
 """
 
@@ -51,6 +56,9 @@ class CalibrateOptions(BaseModel):
         description="conversations beside or instead of it, for the model's chat template: files with a JSON list of "
         "messages a line, with commas",
     )
+    generate: bool = Field(
+        False, description="calibrate on texts that the model itself makes up, where there is no text of its use"
+    )
     output: Path = Field(Path("calib.safetensors"), description="file to write")
     max_tokens: int = Field(16384, gt=0, description="tokens of the texts to use at most, of each the same share")
     max_seq_len: int | None = Field(
@@ -58,6 +66,7 @@ class CalibrateOptions(BaseModel):
         description="tokens of a sequence; centers and frames hold for contexts of about that length; by default 2048, "
         "or what the model or the text has",
     )
+    device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -83,11 +92,13 @@ def main(argv: list[str] | None = None) -> int:
 def _calibrate(options: CalibrateOptions) -> None:
     choose_backend("reference")  # says so if PyTorch is missing
     from saw_trtllm.eval.levers import CENTERED, FRAMES, ROTATION, measured_calibration, num_steps
+    from saw_trtllm.eval.session import choose_device
 
     start = time.monotonic()
+    device = choose_device(options.device)
     checkpoint, windows = _open(options)
     with progress(num_steps(windows), "saw-calibrate", "tokens") as bar:
-        found = measured_calibration(checkpoint, windows, bar.update)
+        found = measured_calibration(checkpoint, windows, bar.update, device)
     found.calibration.save(options.output)
     source = ["--model_dir", options.model_dir] if options.model_dir else ["--checkpoint_dir", options.checkpoint_dir]
     build = ["saw-build", *source, "--calibration", options.output, "--output_dir", "engine"]
@@ -129,8 +140,13 @@ def _warnings(found: Measured) -> list[str]:
 
 def _open(options: CalibrateOptions) -> tuple[Checkpoint, torch.Tensor]:
     """The model and the texts' windows."""
-    if options.text is None and options.chat is None:
-        raise ConfigError("no text was given: give UTF-8 files with --text, or conversations with --chat")
+    texts_given = options.text is not None or options.chat is not None
+    if texts_given == options.generate:
+        raise ConfigError(
+            "--generate was given beside a text: leave one of them out"
+            if options.generate
+            else "no text was given: give UTF-8 files with --text, conversations with --chat, or --generate"
+        )
     if not is_folder(options.output.parent):
         raise ConfigError(f"{options.output.parent} is not a folder: choose another --output")
     checkpoint = Checkpoint.open_given(options.checkpoint_dir, options.model_dir)
@@ -138,6 +154,9 @@ def _open(options: CalibrateOptions) -> tuple[Checkpoint, torch.Tensor]:
     from saw_trtllm.eval.text import load_tokenizer, make_windows, read_chats, read_text
 
     tokenizer = load_tokenizer(checkpoint, options.tokenizer_dir)
+    longest = checkpoint.config.max_positions
+    if options.generate:
+        return checkpoint, _generated(checkpoint, tokenizer, options)
     texts = [tokenizer.encode(read_text(Path(name))) for name in _names(options.text)]
     for name in _names(options.chat):
         chats = read_chats(Path(name), options.tokenizer_dir or checkpoint.folder)
@@ -150,10 +169,21 @@ def _open(options: CalibrateOptions) -> tuple[Checkpoint, torch.Tensor]:
             f"the text gives {len(ids)} tokens, and heads of {checkpoint.config.head_size} need {due} at least, a "
             "quarter of them to measure on: give a longer text"
         )
-    longest = checkpoint.config.max_positions
     # A short text is cut into shorter sequences: a few are needed, to calibrate and to measure.
     length = min(longest, 2048, len(ids) // 4) if options.max_seq_len is None else options.max_seq_len
     return checkpoint, make_windows(ids, longest, length)
+
+
+def _generated(checkpoint: Checkpoint, tokenizer: Tokenizer, options: CalibrateOptions) -> torch.Tensor:
+    """Windows of the model's own."""
+    from saw_trtllm.eval.session import open_model
+    from saw_trtllm.eval.text import generated_windows
+
+    length = min(checkpoint.config.max_positions, options.max_seq_len or _GENERATED_LENGTH)
+    count = max(4, options.max_tokens // length)
+    first = tokenizer.bos_id if tokenizer.bos_id is not None else next(iter(tokenizer.eos_ids), 0)
+    with progress(count * (length - 1), "saw-calibrate: texts", "tokens") as bar:
+        return generated_windows(open_model(checkpoint, length, options.device), first, count, length, bar.update)
 
 
 def _names(text: str | None) -> list[str]:

@@ -80,7 +80,12 @@ class EvalOptions(BaseModel):
         None, description="tokens of a window; by default as many as the model and the text allow"
     )
     greedy_tokens: int = Field(128, description="length of the greedy continuations that are compared; 0 for none")
-    suggest: bool = Field(False, description="try the layers of the last cache one by one and name those to keep exact")
+    suggest: bool = Field(
+        False, description="give more bits to the layers of the last cache, one by one, and name those that pay"
+    )
+    budget: float | None = Field(
+        None, gt=0, description="bytes of a token over all layers that --suggest chooses layers' bits for"
+    )
     tasks: str | None = Field(None, description="tasks of lm-evaluation-harness, with commas, instead of a text")
     include_path: Path | None = Field(None, description="folder with further tasks")
     num_fewshot: int | None = Field(None, description="examples in each prompt of a task; by default the task's own")
@@ -141,9 +146,11 @@ def _run_text(options: EvalOptions, checkpoint: Checkpoint, as_json: bool) -> No
     original = _original(options, checkpoint)
     session = Session(checkpoint, windows, options.device, options.greedy_tokens, options.qformat, original)
     quantizers = {v.name: v.quantizer(session.model.exact, calibrations.get(v.calibration)) for v in variants}
-    total = session.num_steps(len(variants), with_suggestion=options.suggest)
-    with progress(total, "saw-eval", "windows") as bar:
-        evaluation = session.run(variants, quantizers, suggest_for=suggest_for, progress=bar.update)
+    wide = None if suggest_for is None else suggest_for.widened(calibrations.get(suggest_for.calibration))
+    with progress(session.num_steps(len(variants), suggest_for, options.budget), "saw-eval", "windows") as bar:
+        evaluation = session.run(
+            variants, quantizers, suggest_for=suggest_for, wide=wide, budget=options.budget, progress=bar.update
+        )
     page = None if options.report is None else write_report(evaluation, options.report)
     if as_json:
         print(json.dumps(evaluation.as_dict()))
@@ -205,13 +212,15 @@ def _variants(options: EvalOptions, checkpoint: Checkpoint) -> tuple[list[Varian
     return grid, calibrations
 
 
-def _suggest_for(options: EvalOptions, variants: list[Variant]) -> str | None:
+def _suggest_for(options: EvalOptions, variants: list[Variant]) -> Variant | None:
     if not options.suggest:
+        if options.budget is not None:
+            raise ConfigError("--budget was given without --suggest, which chooses for it: add --suggest")
         return None
-    names = [v.name for v in variants if v.k_format.quantized and not v.skip_layers]
-    if not names:
+    found = [v for v in variants if v.k_format.quantized and not (v.skip_layers or v.k8_layers)]
+    if not found:
         raise ConfigError("--suggest needs a 4-bit cache without skipped layers: add saw_int4 to --kv")
-    return names[-1]
+    return found[-1]
 
 
 def _print(evaluation: Evaluation) -> None:
@@ -233,14 +242,15 @@ def _print(evaluation: Evaluation) -> None:
     print_columns(*layer_table(evaluation))
     if evaluation.suggestion is None:
         return
-    print(f"\nlayers of {evaluation.suggested_for} kept in {a['dtype']}, on {a['detail_tokens']} tokens\n")
+    print(f"\nmore bits for layers of {evaluation.suggested_for}, on {a['detail_tokens']} tokens\n")
     print_columns(*suggestion_table(evaluation))
-    worth = ",".join(map(str, evaluation.suggestion.worth))
-    print(
-        f"\nthese pay: --kv_skip_layers {worth}"
-        if worth
-        else "\nno layer pays clearly more than its share of the memory, by more than three standard errors"
-    )
+    flags, budget = evaluation.suggestion.worth.flags, evaluation.suggestion.budget
+    if flags:
+        print(f"\nthese pay: {flags}")
+    elif budget is None:
+        print("\nno layer gains clearly more than a layer does on average, by more than three standard errors")
+    else:
+        print(f"\nwithin {budget:,.0f} bytes no layer's gain is more than three standard errors")
 
 
 def _run_tasks(options: EvalOptions, checkpoint: Checkpoint, as_json: bool) -> None:

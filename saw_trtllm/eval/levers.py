@@ -75,7 +75,10 @@ def num_steps(windows: torch.Tensor) -> int:
 
 
 def measured_calibration(
-    checkpoint: Checkpoint, windows: torch.Tensor, progress: Callable[[int], None] = lambda _: None
+    checkpoint: Checkpoint,
+    windows: torch.Tensor,
+    progress: Callable[[int], None] = lambda _: None,
+    device: str | torch.device = "cpu",
 ) -> Measured:
     """Calibrate on three quarters of some windows, measure each lever on the others, and leave out what harms.
 
@@ -86,6 +89,8 @@ def measured_calibration(
         int64 ``[n, T]``, each from position 0.
     progress : callable, optional
         Called with tokens that are done.
+    device : str or torch.device
+        Where PyTorch computes.
 
     Raises
     ------
@@ -102,7 +107,7 @@ def measured_calibration(
     kept = _held_out(windows)
     text, held_out = windows[~kept], windows[kept]
     check_length(text, checkpoint.config.head_size)
-    model = WindowModel(checkpoint.config, checkpoint.load_finite, windows.shape[1])
+    model = WindowModel(checkpoint.config, checkpoint.load_finite, windows.shape[1], device)
     model.check_ids(windows)
     statistics = Statistics(checkpoint, model)
     statistics.gather(text, progress)

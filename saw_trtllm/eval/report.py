@@ -86,9 +86,7 @@ def write_report(evaluation: Evaluation, folder: Path) -> Path:
             1, ("Against the model that the weights were quantized from", *weights_table(evaluation.with_weights))
         )
     if evaluation.suggestion is not None:
-        tables.append(
-            (f"Layers of {evaluation.suggested_for} kept in {evaluation.about['dtype']}", *suggestion_table(evaluation))
-        )
+        tables.append((f"More bits for layers of {evaluation.suggested_for}", *suggestion_table(evaluation)))
     environment = Environment(autoescape=True)
     page = environment.from_string(_PAGE).render(about=evaluation.about, tables=tables, plots=_plots(evaluation))
     try:

@@ -133,12 +133,13 @@ class Session:
         self.model.check_ids(windows)
         self._detail = windows[: max(1, _DETAIL_TOKENS // windows.shape[1])]
 
-    def num_steps(self, num_variants: int, *, with_suggestion: bool = False) -> int:
-        """Times that :meth:`run` reports progress."""
+    def num_steps(self, num_variants: int, suggest_for: Variant | None = None, budget: float | None = None) -> int:
+        """Times that :meth:`run` reports progress, at most."""
         passes = len(self.windows) * (1 if self.original is None else 2)
         steps = num_variants * (passes + (self.prompts is not None)) + len(self._detail)
-        if with_suggestion:
-            steps += num_measurements(self.model.config.num_hidden_layers) * len(self._detail)
+        if suggest_for is not None:
+            tried = num_measurements(self.model.config.num_hidden_layers, wide=suggest_for.may_widen, budget=budget)
+            steps += tried * len(self._detail)
         return steps
 
     def run(
@@ -146,7 +147,9 @@ class Session:
         variants: list[Variant],
         quantizers: dict[str, KVQuantizer],
         *,
-        suggest_for: str | None = None,
+        suggest_for: Variant | None = None,
+        wide: KVQuantizer | None = None,
+        budget: float | None = None,
         progress: Callable[[], None] | None = None,
     ) -> Evaluation:
         """Measure ``quantizers``, by the names of ``variants``.
@@ -155,8 +158,10 @@ class Session:
         ----------
         variants : list of Variant
         quantizers : dict of str to KVQuantizer
-        suggest_for : str, optional
-            The variant whose layers are to be tried one by one.
+        suggest_for : Variant, optional
+            The one whose layers are to be tried one by one.
+        wide, budget : optional
+            As :func:`~saw_trtllm.eval.suggest.suggest` has them.
         progress : callable, optional
         """
         start = time.monotonic()
@@ -173,13 +178,13 @@ class Session:
         errors, outliers = analyse(self.model, self._detail, quantizers, progress)
         suggestion = None
         if suggest_for is not None:
-            suggestion = suggest(self.model, self._detail, quantizers[suggest_for], progress)
+            cache = quantizers[suggest_for.name]
+            suggestion = suggest(self.model, self._detail, cache, progress, wide=wide, budget=budget)
         settings = {v.name: v.settings() for v in variants}
         about = self._about(time.monotonic() - start)
+        tried = None if suggest_for is None else suggest_for.name
         apart = differences(measured)
-        return Evaluation(
-            about, settings, found, apart, errors, outliers, suggestion, suggest_for, with_weights=with_weights
-        )
+        return Evaluation(about, settings, found, apart, errors, outliers, suggestion, tried, with_weights=with_weights)
 
     def _about(self, seconds: float) -> dict[str, Any]:
         c = self.model.config

@@ -64,12 +64,13 @@ def difference_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]
 
 
 def suggestion_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of what keeping layers exact pays: each by itself, then the best together."""
+    """Header and rows of what more bits for layers pay: each by itself, then the best together."""
     s = cast(Suggestion, evaluation.suggestion)
-    header = ["layers kept", "KL mean", "KL gone", "bytes/token", "nats gone per KiB"]
+    header = ["layers", "KL mean", "KL gone", "bytes/token", "nats gone per KiB"]
     rows = [["none", f"{s.kl_mean:.4f}", "", f"{s.bytes_per_token:,.0f}", ""]]
     for kept in s.layers + s.together[1:]:
-        layers = ",".join(map(str, kept.layers))
+        parts = (("16: ", kept.layers), ("8/4: ", kept.k8_layers))
+        layers = " ".join(bits + ",".join(map(str, found)) for bits, found in parts if found)
         rows.append(
             [
                 layers,
@@ -101,7 +102,7 @@ def layer_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
         ]
         for name in caches:
             errors = evaluation.errors[name]
-            row.append(f"{_rms(errors.scores[i]):.4f} {_rms(errors.outputs[i]):.4f}")
+            row.append(f"{rms(errors.scores[i]):.4f} {rms(errors.outputs[i]):.4f}")
         rows.append(row)
     return header, rows
 
@@ -110,5 +111,6 @@ def _with_error(mean: float, error: float) -> str:
     return f"{mean:.4f} ± {error:.4f}" if math.isfinite(error) else f"{mean:.4f}"
 
 
-def _rms(values: list[float]) -> float:
+def rms(values: list[float]) -> float:
+    """Root of the mean square."""
     return math.sqrt(sum(x * x for x in values) / len(values))

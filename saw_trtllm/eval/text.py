@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from saw_trtllm.backends.reference.window import History, WindowModel
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.errors import ConfigError, RequestError
 from saw_trtllm.runtime.chat_template import ChatTemplate
@@ -55,6 +57,42 @@ def read_chats(path: Path, tokenizer_dir: Path) -> list[str]:
 def load_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> Tokenizer:
     """The checkpoint's tokenizer, or the one in ``folder``."""
     return Tokenizer.load(folder or checkpoint.folder)
+
+
+def generated_windows(
+    model: WindowModel,
+    first: int,
+    count: int,
+    length: int,
+    progress: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """Texts of a model's own, drawn from all it predicts.
+
+    Parameters
+    ----------
+    model : WindowModel
+        Its RoPE table covers ``length`` positions.
+    first : int
+        Token that each begins with.
+    count, length : int
+        Of the texts, which are drawn side by side.
+    progress : callable, optional
+        Called with tokens that are done.
+
+    Returns
+    -------
+    torch.Tensor
+        int64 ``[count, length]``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    history = History(model.exact, model.config.num_hidden_layers)
+    tokens = [torch.full((count, 1), first)]
+    while len(tokens) < length:
+        chances = model.logits(model.hidden(tokens[-1], history=history)[:, -1]).softmax(-1).cpu()
+        tokens.append(torch.multinomial(chances, 1, generator=generator))
+        if progress is not None:
+            progress(count)
+    return torch.cat(tokens, dim=1)
 
 
 def make_windows(

@@ -81,6 +81,15 @@ class Variant:
             quantizer = SkipLayers(quantizer, self.k8_layers, self._rows(self.k_format.with_8bit_keys(), calibration))
         return SkipLayers(quantizer, self.skip_layers, exact) if self.skip_layers else quantizer
 
+    @property
+    def may_widen(self) -> bool:
+        """Whether its layers may have keys of 8 bits."""
+        return self.k_format.kv == "saw_int4"
+
+    def widened(self, calibration: Calibration | None = None) -> KVQuantizer | None:
+        """The cache with keys of 8 bits in all layers, or None where it has none."""
+        return self._rows(self.k_format.with_8bit_keys(), calibration) if self.may_widen else None
+
     def _rows(self, k_format: KVFormat, calibration: Calibration | None) -> QuantizedRows:
         formats = (k_format, self.v_format)
         return QuantizedRows(*formats) if calibration is None else QuantizedRows.calibrated(*formats, calibration)

@@ -27,7 +27,7 @@ from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.eval.levers import measured_calibration, num_steps
 from saw_trtllm.eval.outliers import PlantedCheckpoint, plant_key_bias, scale_key_pairs
-from saw_trtllm.eval.text import read_chats
+from saw_trtllm.eval.text import generated_windows, read_chats
 from saw_trtllm.format import KVFormat, rotate
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.runtime.tokenizer import Tokenizer
@@ -521,6 +521,36 @@ def test_bad_calibrate_flags_are_rejected(change, said, tmp_path, capsys, monkey
     argv = [word for flag, value in flags.items() if value is not None for word in (flag, value)]
     assert said in rejected(capsys, saw_calibrate.main, *argv)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_calibration_beside_a_text_of_its_own_is_rejected(capsys):
+    argv = ["--model_dir", EXAMPLE, "--text", argparse.__file__, "--generate"]
+    assert "--generate was given beside a text: leave one of them out" in rejected(capsys, saw_calibrate.main, *argv)
+
+
+def test_texts_are_drawn_from_what_the_model_predicts():
+    """Their tokens' surprise is what the predictions expect of it, within five standard errors."""
+    checkpoint = Checkpoint.open(EXAMPLE)
+    model = WindowModel(checkpoint.config, checkpoint.load, 64)
+    drawn, steps = [], []
+    for _ in range(2):
+        drawn.append(generated_windows(model, 5, 8, 64, steps.append))
+    assert torch.equal(*drawn)
+    assert drawn[0].shape == (8, 64)
+    assert set(drawn[0][:, 0].tolist()) == {5}
+    assert sum(steps) == 2 * 8 * 63
+    p = model.logits(model.hidden(drawn[0])[:, :-1]).log_softmax(-1)
+    surprise = -p.gather(2, drawn[0][:, 1:, None])[..., 0]
+    entropy = -(p.exp() * p).sum(-1)
+    assert float(entropy.mean()) > 0.1
+    assert float((surprise - entropy).mean().abs()) < 5 * float((surprise - entropy).std()) / (8 * 63) ** 0.5
+
+
+def test_a_calibration_on_the_models_own_texts(tmp_path, capsys):
+    argv = ["--model_dir", EXAMPLE, "--generate", "--output", tmp_path / "c"]
+    assert saw_calibrate.main([str(a) for a in (*argv, "--max_tokens", 1024, "--max_seq_len", 128)]) == 0
+    assert "8 sequences of 128 tokens, 256 of them to test" in capsys.readouterr().out
+    assert Calibration.load(tmp_path / "c").num_tokens == 768
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

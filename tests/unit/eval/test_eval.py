@@ -39,7 +39,7 @@ from saw_trtllm.eval.baselines import PerChannelKeys
 from saw_trtllm.eval.harness import CacheScorer, run_tasks
 from saw_trtllm.eval.metrics import continuations, evaluate, greedy_agreement
 from saw_trtllm.eval.session import Session
-from saw_trtllm.eval.suggest import num_measurements, suggest
+from saw_trtllm.eval.suggest import Bits, Kept, Suggestion, num_measurements, suggest
 from saw_trtllm.eval.text import make_windows
 from saw_trtllm.eval.variants import Variant, grid, parse_factors
 from saw_trtllm.format import KVFormat
@@ -264,7 +264,7 @@ def test_the_damaged_layer_is_suggested(example, windows):
     assert len(steps) == num_measurements(4) == 1 + 4 + 2
     assert found.layers[0].layers == [2]
     assert found.layers[0].gain > 0.9
-    assert found.worth == [2]
+    assert found.worth == Bits((2,))
     assert [len(kept.layers) for kept in found.together] == [1, 2, 3]
     assert found.together[2].kl_mean < found.layers[0].kl_mean < found.kl_mean
     assert found.layers[0].bytes_per_token == 2 * 2 * 256
@@ -276,7 +276,7 @@ def test_a_layer_within_the_noise_is_not_suggested(example, windows, monkeypatch
 
     even = suggest(example, windows, Damaged(0.05, 0.05, 1.5, 0.05))
     one = suggest(example, windows[:1, :65], Damaged(0.05, 0.05, 1.5, 0.05))
-    assert (even.worth, one.worth) == ([2], [])
+    assert (even.worth, one.worth) == (Bits((2,)), Bits())
     assert one.layers[0].gain_error == float("inf")
     real = Sums.kl_pieces
 
@@ -287,7 +287,7 @@ def test_a_layer_within_the_noise_is_not_suggested(example, windows, monkeypatch
     monkeypatch.setattr(Sums, "kl_pieces", noisy)
     noise = suggest(example, windows, Damaged(0.05, 0.05, 1.5, 0.05))
     assert noise.layers[0].gain == even.layers[0].gain
-    assert noise.worth == []
+    assert noise.worth == Bits()
 
 
 def test_a_gains_error_is_that_of_paired_pieces(example, windows):
@@ -303,6 +303,33 @@ def test_a_gains_error_is_that_of_paired_pieces(example, windows):
     differences = np.subtract(pieces[()], pieces[2,])
     error = differences.std(ddof=1) / len(differences) ** 0.5 / np.mean(pieces[()])
     assert found.layers[0].gain_error == pytest.approx(error, rel=1e-3)
+
+
+def test_bits_are_chosen_for_a_budget(example, windows):
+    """A layer whose keys are damaged in 4 bits and not in 8 is given 8, which cost less than 16; then the next."""
+    narrow, wide = Damaged(0.8, 0.05, 1.5, 0.05), Damaged(1e-6, 1e-6, 1e-6, 1e-6)
+    wide.layer_bytes = lambda layer, heads, dim: 100
+    found = suggest(example, windows, narrow, wide=wide, budget=150)
+    assert num_measurements(4, wide=True, budget=150) == 1 + 8 + 1
+    assert found.worth == Bits((), (2,))
+    assert found.worth.flags == "--kv_bits 8/4:2"
+    more = suggest(example, windows, narrow, wide=wide, budget=200)
+    assert more.worth.wide == (0, 2)
+    assert more.together[-1].k8_layers == [0, 2]
+    assert more.together[-1].bytes_per_token == 200
+    assert more.together[-1].kl_mean < found.layers[0].kl_mean
+
+
+def test_what_is_within_the_noise_is_not_chosen():
+    def kept(layer, gain, error, wide=False):
+        found = Kept([], 0.1, gain, error, 100 if wide else 500, gain)
+        (found.k8_layers if wide else found.layers).append(layer)
+        return found
+
+    layers = [kept(1, 0.4, 0.01, wide=True), kept(1, 0.39, 0.01), kept(3, 0.2, 0.07, wide=True), kept(0, 0.1, 0.03)]
+    assert Suggestion(0.1, 0, layers, [], 10000).worth == Bits((0,), (1,))
+    assert Suggestion(0.1, 0, layers, [], 99).worth == Bits()
+    assert Bits((3, 0), (1,)).flags == "--kv_skip_layers 0,3 --kv_bits 8/4:1"
 
 
 def test_skipped_layers_are_exact(example, windows):
@@ -538,8 +565,8 @@ def test_every_step_is_reported(windows):
     variants = grid(session.model.config, ["fp16", "int4"])
     quantizers = {v.name: v.quantizer(session.model.exact) for v in variants}
     steps = []
-    session.run(variants, quantizers, suggest_for=variants[1].name, progress=lambda: steps.append(1))
-    assert len(steps) == session.num_steps(2, with_suggestion=True)
+    session.run(variants, quantizers, suggest_for=variants[1], progress=lambda: steps.append(1))
+    assert len(steps) == session.num_steps(2, variants[1])
 
 
 def test_a_tensorrt_llm_checkpoint_and_a_text_from_stdin(capsys, tmp_path, monkeypatch):
@@ -583,6 +610,7 @@ def rejected(capsys, *argv):
         (["--range_factor", "2"], "range_factor is 2.0"),
         (["--kv_skip_layers", "0,4"], "the layers 0 to 3"),
         (["--kv", "fp16", "--suggest"], "--suggest needs a 4-bit cache"),
+        (["--budget", "5000"], "--budget was given without --suggest"),
         (["--calibration", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--device", "abacus"], "device abacus is not available"),
         (["--text", "nowhere.txt"], "nowhere.txt cannot be read"),

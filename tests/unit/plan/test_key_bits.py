@@ -117,4 +117,4 @@ def test_no_kernel_reads_8_bits():
     model = Checkpoint.open(EXAMPLE).config
     for options, said in (({"kv": "saw_k8v4"}, "--kv saw_k8v4"), ({"kv_bits": "8/4:0"}, "--kv_bits")):
         with pytest.raises(ConfigError, match=f"{said} was given, and no kernel of the backend tensorrt reads"):
-            TensorRTBackend().check(BuildOptions(model_dir=EXAMPLE, **options), model)
+            TensorRTBackend().check(BuildOptions(model_dir=EXAMPLE, **options), model, {})
