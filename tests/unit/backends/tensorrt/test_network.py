@@ -475,6 +475,26 @@ def test_the_folder_holds_an_engine(plan, tensorrt, tensorrt_86, machine, tmp_pa
     assert EngineConfig.load(made.output_dir).saw_int4.tensorrt_version == "8.6.0"
 
 
+def test_each_rank_has_an_engine_of_its_part(plan, tensorrt, machine):
+    """Beside one config, which has the checksums of both; without weights too, which are the checkpoint's then."""
+    made, read = plan("qwen3", calibrated=True, backend="tensorrt", tp_size=2), []
+    made.output_dir.mkdir()
+    size = build_engine(made, read.append, None, tensorrt)
+    assert files(made) == ["config.json", "generation_config.json", "rank0.engine", "rank1.engine"]
+    assert size == sum((made.output_dir / name).stat().st_size for name in ("rank0.engine", "rank1.engine"))
+    assert len(read) == made.num_steps == 2 * len(made.weights.shapes)
+    section = EngineConfig.load(made.output_dir).saw_int4
+    assert section.checksums.keys() >= {"rank0.engine", "rank1.engine"}
+    firsts = []
+    for network in list(fake_tensorrt.Builder.networks)[-2:]:
+        constants = [x.weights.numpy() for x in network._layers if x.type.name == "CONSTANT"]
+        (embedding,) = [x for x in constants if x.size == 102 * 96 and x.dtype == np.float16]
+        firsts.append(embedding.reshape(102, 96))
+    whole = made.weights.load("transformer.vocab_embedding.weight")
+    assert np.array_equal(np.concatenate(firsts)[:203], whole)
+    assert not firsts[1][-1].any()
+
+
 def test_the_engine_has_the_checkpoints_dtype_without_a_flag(monkeypatch, tmp_path):
     pretend_gpu(monkeypatch)
     monkeypatch.setattr("saw_trtllm.backends.tensorrt.build.load_cublas_lt", lambda: True)
