@@ -19,6 +19,10 @@ class CacheType:
     int4: ClassVar[CacheType]
     unquantized: ClassVar[CacheType]
 
+class WeightType:
+    int4: ClassVar[WeightType]
+    fp8: ClassVar[WeightType]
+
 class PagedPool:
     def __init__(
         self,
@@ -118,6 +122,36 @@ def sample(
 ) -> int: ...
 def resolve_tokens(*, input_ids: int, num_tokens: int, tokens: int, stream: int) -> int: ...
 def decode_workspace_bytes(max_sequences: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int: ...
+def quantized_gemm(
+    *,
+    x: int,
+    values: int,
+    scales: int,
+    type: WeightType,
+    in_features: int,
+    out_features: int,
+    group: int,
+    y: int,
+    num_rows: int,
+    dtype: DType,
+    device: int,
+    stream: int,
+) -> int: ...
+def dequantize(
+    *,
+    values: int,
+    scales: int,
+    type: WeightType,
+    in_features: int,
+    out_features: int,
+    group: int,
+    first_row: int,
+    num_rows: int,
+    y: int,
+    dtype: DType,
+    device: int,
+    stream: int,
+) -> int: ...
 def rms_norm(
     *,
     x: int,

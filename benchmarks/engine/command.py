@@ -75,6 +75,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     engine.add_argument(
         "--gemm_plugin", choices=("auto", "float16", "bfloat16", "disable"), default="auto", help="as saw-build's"
     )
+    engine.add_argument(
+        "--qformat",
+        choices=("full_prec", "fp8", "int4_wo"),
+        default="full_prec",
+        help="as saw-build's, for all engines",
+    )
     finish(engine, _run)
 
 
@@ -111,6 +117,7 @@ def _run(args: argparse.Namespace, command: str) -> None:
             optimization_level=args.builder_optimization_level,
             decode_profile=None if args.multiple_profiles is None else args.multiple_profiles == "enable",
             gemm_plugin=args.gemm_plugin,
+            qformat=args.qformat,
             build_timeout_s=args.build_timeout,
             build_workers=args.build_workers,
         )

@@ -37,6 +37,8 @@ class Plan:
     decode_profile : bool or None
     gemm_plugin : str
         As of :class:`~saw_trtllm.plan.tensorrt_options.NetworkOptions`, for engines that are built.
+    qformat : str
+        How the linear layers' weights are quantized, as saw-build's.
     build_timeout_s : float or None
         Seconds that each build may take.
     build_workers : int
@@ -52,6 +54,7 @@ class Plan:
     optimization_level: int | None = None
     decode_profile: bool | None = None
     gemm_plugin: str = "auto"
+    qformat: str = "full_prec"
     build_timeout_s: float | None = None
     build_workers: int = 1
 
@@ -59,7 +62,11 @@ class Plan:
         for kv in self.kvs:
             if (found := self.existing(kv)) is None:
                 continue
-            if (found.saw_int4.kv, found.pretrained_config, found.build_config) != (kv, self.model, self.limits):
+            wanted = engine_config(kv, self.model, self.limits, self.qformat)
+            if (found.saw_int4.kv, found.pretrained_config, found.build_config, found.saw_int4.quantized) != (
+                *(kv, self.model, self.limits),
+                wanted.saw_int4.quantized,
+            ):
                 raise ConfigError(
                     f"{self.folder / kv} holds another engine than this run measures: give another --engine_dir"
                 )
@@ -118,7 +125,7 @@ def build_missing(plan: Plan) -> dict[str, float]:
     missing = [kv for kv in plan.kvs if plan.existing(kv) is None]
 
     def build(kv: str) -> float:
-        config = engine_config(kv, plan.model, plan.limits)
+        config = engine_config(kv, plan.model, plan.limits, plan.qformat)
         return round(build_in_child(plan.folder / kv, config, plan.network_options(), plan.build_timeout_s), 1)
 
     with ThreadPoolExecutor(plan.build_workers) as pool:

@@ -9,13 +9,16 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import tokenizers
 
 from saw_trtllm.backends.tensorrt.build import built_for, serialize_engine
+from saw_trtllm.backends.tensorrt.constants import SCALES, packed_tensors
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.checkpoint import NUMPY_DTYPES, expected_shapes, shard_shape
 from saw_trtllm.engine.config import BuildConfig, EngineConfig, SawSection, engine_file
@@ -23,8 +26,10 @@ from saw_trtllm.errors import ConfigError, EngineError, SawError
 from saw_trtllm.files import replacing_folder
 from saw_trtllm.format import KVFormat
 from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.quantization import WeightFormat
 from saw_trtllm.plan.checksums import record_checksums
 from saw_trtllm.plan.folder import ENGINE_FILES
+from saw_trtllm.plan.formats import own_formats
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
 from saw_trtllm.version import __version__
 
@@ -46,7 +51,8 @@ class RandomWeights:
     1 GB of the host's memory, and no time.
     """
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, quantized: Mapping[str, WeightFormat] | None = None) -> None:
+        self._quantized = quantized or {}
         self._dtype = NUMPY_DTYPES[model.dtype]
         self._shapes = {name: shard_shape(name, model, model.mapping.tp_size) for name in expected_shapes(model)}
         self._block = np.random.default_rng(0).standard_normal(_BLOCK, np.float32)
@@ -54,7 +60,9 @@ class RandomWeights:
         self._numbers: dict[int, np.ndarray] = {}
 
     def load(self, name: str) -> np.ndarray:
-        """A tensor in the model's dtype, which is not to be written to."""
+        """A tensor in the model's dtype, or an array of a quantized weight; it is not to be written to."""
+        if name not in self._shapes:
+            return self._packed(name)
         shape = self._shapes[name]
         if len(shape) == 1:
             return np.ones(shape, self._dtype)
@@ -69,11 +77,30 @@ class RandomWeights:
             self._numbers[width] = np.resize(block, largest + len(self._shapes) * _STRIDE)
         return self._numbers[width]
 
+    def _packed(self, name: str) -> np.ndarray:
+        weight, _, part = name.rpartition(".")
+        format = self._quantized[weight]
+        shape, int4 = packed_tensors(weight, format, self._shapes[weight])[name].shape, format.kind == "int4"
+        if f".{part}" == SCALES:
+            # So that weights are as those in 16 bits: integers from 0 to 15 lie some 4.6 from 8, their zero point.
+            scale = np.full(shape, self._shapes[weight][1] ** -0.5 / (4.6 if int4 else 1.0), np.float32)
+            return ((scale.view(np.uint32) & ~np.uint32(31)) | 8).view(np.float32) if int4 else scale
+        width = 0  # that no matrix has
+        if width not in self._numbers:
+            few = self._block.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+            few = np.random.default_rng(1).integers(0, 256, _BLOCK, np.uint8) if int4 else few
+            largest = max(math.prod(shape) for shape in self._shapes.values())
+            self._numbers[width] = np.resize(few, 4 * (largest + len(self._shapes) * _STRIDE)).view(np.int32)
+        start = self._starts[weight]
+        return self._numbers[width][start : start + math.prod(shape)].reshape(shape)
 
-def engine_config(kv: str, model: ModelConfig, limits: BuildConfig) -> EngineConfig:
-    """The config of an engine with a cache of a format."""
+
+def engine_config(kv: str, model: ModelConfig, limits: BuildConfig, qformat: str = "full_prec") -> EngineConfig:
+    """The config of an engine with a cache of a format, and weights of one of ``--qformat``'s."""
     fmt = KVFormat(kv, model.head_size, model.dtype)
     section = SawSection.of(fmt, "tensorrt", __version__)
+    if qformat != "full_prec":
+        section = section.model_copy(update={"quantized": own_formats(model, qformat)})
     return EngineConfig(version=__version__, pretrained_config=model, build_config=limits, saw_int4=section)
 
 
@@ -89,7 +116,7 @@ def build_random(folder: Path, config: EngineConfig, options: NetworkOptions) ->
     """
     tensorrt = TensorRT.load()
     config = built_for(config, tensorrt, options.gemm_plugin)
-    weights = RandomWeights(config.pretrained_config)
+    weights = RandomWeights(config.pretrained_config, config.saw_int4.quantized)
     try:
         with replacing_folder(folder, ENGINE_FILES) as part:
             for rank in range(config.tp_size):

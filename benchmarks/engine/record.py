@@ -23,9 +23,10 @@ class Shape(RecordPart):
     head_dim: int
     vocab_size: int
     dtype: str = "float16"
+    qformat: str = "full_prec"
 
     @classmethod
-    def of(cls, model: ModelConfig) -> Shape:
+    def of(cls, model: ModelConfig, qformat: str = "full_prec") -> Shape:
         """That of a model."""
         return cls(
             num_layers=model.num_hidden_layers,
@@ -36,6 +37,7 @@ class Shape(RecordPart):
             head_dim=model.head_size,
             vocab_size=model.vocab_size,
             dtype=model.dtype,
+            qformat=qformat,
         )
 
     @property

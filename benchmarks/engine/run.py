@@ -44,7 +44,7 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
 
     results = EngineResults(
         environment=environment,
-        shape=Shape.of(plan.model),
+        shape=Shape.of(plan.model, plan.qformat),
         optimization_level=plan.optimization_level,
         decode_profile=bool(plan.decode_profile),
         tokens_per_block=plan.limits.tokens_per_block,

@@ -43,6 +43,7 @@ void add_lookup(py::module_& m);
 void add_rms_norm(py::module_& m);
 void add_rotate_quantize_kv(py::module_& m);
 void add_paged_attention(py::module_& m);
+void add_quantized_gemm(py::module_& m);
 void add_sample(py::module_& m);
 void add_silu_mul(py::module_& m);
 

@@ -75,6 +75,7 @@ PYBIND11_MODULE(_C, m) {
 
     add_rotate_quantize_kv(m);
     add_paged_attention(m);
+    add_quantized_gemm(m);
     add_sample(m);
     add_rms_norm(m);
     add_silu_mul(m);

@@ -3,6 +3,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <tuple>
 
 #include <dlfcn.h>
 
@@ -67,6 +68,107 @@ Handle handle() {
 
 void check(Status status, char const* what) {
     if (status != 0) throw PluginError(std::string("SawGemm: ") + what + " gave " + library().status_name(status));
+}
+
+namespace {
+
+struct OwnDesc {
+    Status (*destroy)(Desc);
+    Desc desc = nullptr;
+
+    explicit OwnDesc(Status (*destroy)(Desc)) : destroy(destroy) {}
+    OwnDesc(OwnDesc const&) = delete;
+    ~OwnDesc() {
+        if (desc != nullptr) destroy(desc);
+    }
+};
+
+// In cuBLASLt's columns: y and x transposed are theirs, so that it is weight, transposed, times x.
+class Product {
+  public:
+    Product(Handle handle, Linear const& linear) : handle_(handle), linear_(linear) {
+        auto const [rows, in, out, y_stride, type, output_type] = linear;
+        check(lib_.product_create(&product_.desc, kComputeF32, CUDA_R_32F), "cublasLtMatmulDescCreate");
+        check(lib_.product_set(product_.desc, kTransA, &kTranspose, sizeof(kTranspose)),
+              "cublasLtMatmulDescSetAttribute");
+        check(lib_.matrix_create(&weight_.desc, type, in, out, in), "cublasLtMatrixLayoutCreate");
+        check(lib_.matrix_create(&x_.desc, type, in, rows, in), "cublasLtMatrixLayoutCreate");
+        check(lib_.matrix_create(&y_.desc, output_type, out, rows, y_stride), "cublasLtMatrixLayoutCreate");
+    }
+
+    Algo best() const {
+        OwnDesc preference(lib_.preference_destroy);
+        check(lib_.preference_create(&preference.desc), "cublasLtMatmulPreferenceCreate");
+        auto const set = [&](int attribute, auto const& value) {
+            check(lib_.preference_set(preference.desc, attribute, &value, sizeof(value)),
+                  "cublasLtMatmulPreferenceSetAttribute");
+        };
+        set(kMaxWorkspaceBytes, kWorkspaceBytes);
+        // Parts of a sum over in_features are added in fp32, not in y's type.
+        set(kReductionSchemes, kReduceInComputeType);
+        for (int attribute : kMinAlignment) set(attribute, kAlignment);
+
+        Heuristic best{};
+        int found = 0;
+        auto const status = lib_.heuristic(handle_, product_.desc, weight_.desc, x_.desc, y_.desc, y_.desc,
+                                           preference.desc, 1, &best, &found);
+        if (status != 0 || found == 0) {
+            auto const out = std::to_string(linear_.out), in = std::to_string(linear_.in);
+            throw PluginError("SawGemm: cuBLASLt has no algorithm for " + std::to_string(linear_.rows) + " rows of " +
+                              in + " by a weight of [" + out + ", " + in + "] (" + lib_.status_name(status) +
+                              "): build with --gemm_plugin disable");
+        }
+        return best.algo;
+    }
+
+    Status launch(Algo const& algo, void const* x, void const* weight, void* y, void* workspace,
+                  cudaStream_t stream) const {
+        float const one = 1.0f, zero = 0.0f;
+        return lib_.matmul(handle_, product_.desc, &one, weight, weight_.desc, x, x_.desc, &zero, y, y_.desc, y,
+                           y_.desc, &algo, workspace, kWorkspaceBytes, stream);
+    }
+
+  private:
+    Library const& lib_ = library();
+    Handle handle_;
+    Linear linear_;
+    OwnDesc product_{lib_.product_destroy};
+    OwnDesc weight_{lib_.matrix_destroy}, x_{lib_.matrix_destroy}, y_{lib_.matrix_destroy};
+};
+
+// One algorithm serves so many rows: the heuristic takes half a millisecond, and a prompt's length is seldom seen
+// again. Exact below 32, then 16 to an octave, which the sizes of decodes' graphs are among.
+int64_t rounded_up(int64_t rows) {
+    int64_t step = 1;
+    while (step * 32 <= rows) step *= 2;
+    return (rows + step - 1) / step * step;
+}
+
+// Of all layers of a shape, in all contexts of a device.
+Algo known_best(Handle handle, Linear const& linear) {
+    using Key = std::tuple<Handle, int64_t, int64_t, int64_t, int64_t, cudaDataType, cudaDataType>;
+    static std::mutex mutex;
+    static auto* const known = new std::map<Key, Algo>;
+    auto const [rows, in, out, y_stride, type, output_type] = linear;
+    Key const key{handle, rows, in, out, y_stride, type, output_type};
+    std::lock_guard<std::mutex> const lock(mutex);
+    auto at = known->find(key);
+    if (at == known->end()) at = known->emplace(key, Product(handle, linear).best()).first;
+    return at->second;
+}
+
+}  // namespace
+
+void multiply(Linear const& linear, void const* x, void const* weight, void* y, void* workspace, cudaStream_t stream) {
+    Handle const on_device = handle();
+    Product const product(on_device, linear);
+    Linear rounded = linear;
+    rounded.rows = rounded_up(linear.rows);
+    auto status = product.launch(known_best(on_device, rounded), x, weight, y, workspace, stream);
+    // In case that a few more rows have one that these do not.
+    if (status != 0 && rounded.rows != linear.rows)
+        status = product.launch(product.best(), x, weight, y, workspace, stream);
+    check(status, "cublasLtMatmul");
 }
 
 }  // namespace saw::trt::cublaslt

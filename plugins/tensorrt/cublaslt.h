@@ -1,5 +1,6 @@
-// The few entry points of cuBLASLt that SawGemm calls. Found when the first plugin of it starts: neither a build of
-// this library nor an engine without SawGemm needs cuBLASLt. Types and numbers are those of cuBLASLt 12 and 13.
+// The few entry points of cuBLASLt that SawGemm and SawQuantizedGemm call. Found when the first plugin of them starts:
+// neither a build of this library nor an engine without them needs cuBLASLt. Types and numbers are those of cuBLASLt 12
+// and 13.
 #pragma once
 
 #include <cstddef>
@@ -56,5 +57,17 @@ Library const& library();
 Handle handle();
 // A PluginError if a call was not successful.
 void check(Status status, char const* what);
+
+// y = x · weightᵀ, all of rows: x [rows, in], weight [out, in], y [rows, out] whose rows begin y_stride apart.
+struct Linear {
+    int64_t rows, in, out, y_stride;
+    cudaDataType type, output_type;  // of x and weight; of y
+};
+// What NVIDIA recommends for Hopper.
+constexpr size_t kWorkspaceBytes = size_t(32) << 20;
+// What TensorRT's tensors have, and the fastest kernels need.
+constexpr uint32_t kAlignment = 16;
+// By the algorithm that cuBLASLt's heuristic finds the best. A PluginError if there is none.
+void multiply(Linear const& linear, void const* x, void const* weight, void* y, void* workspace, cudaStream_t stream);
 
 }  // namespace saw::trt::cublaslt

@@ -35,9 +35,14 @@ class TensorSpec(NamedTuple):
     dtype: str
 
     @property
+    def numpy_dtype(self) -> np.dtype:
+        """The dtype itself."""
+        return _dtype(self.dtype)
+
+    @property
     def nbytes(self) -> int:
         """Its bytes."""
-        return math.prod(self.shape) * _dtype(self.dtype).itemsize
+        return math.prod(self.shape) * self.numpy_dtype.itemsize
 
 
 class WeightFormat(BaseModel):

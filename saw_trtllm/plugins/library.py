@@ -18,12 +18,13 @@ from saw_trtllm.errors import BackendUnavailableError, ConfigError
 WRITE = "SawRotateQuantizeKV"
 ATTENTION = "SawInt4PagedAttention"
 GEMM = "SawGemm"
+QUANTIZED_GEMM = "SawQuantizedGemm"
 LOOKUP = "SawLookup"
 RMS_NORM = "SawRmsNorm"
 SILU_MUL = "SawSiluMul"
 ALL_REDUCE = "SawAllReduce"
 ALL_GATHER = "SawAllGather"
-NAMES = (WRITE, ATTENTION, GEMM, LOOKUP, RMS_NORM, SILU_MUL, ALL_REDUCE, ALL_GATHER)
+NAMES = (WRITE, ATTENTION, GEMM, QUANTIZED_GEMM, LOOKUP, RMS_NORM, SILU_MUL, ALL_REDUCE, ALL_GATHER)
 NAMESPACE = "saw"
 #: Of the plugins: the cache format's.
 VERSION = "1"

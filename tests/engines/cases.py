@@ -107,6 +107,8 @@ STEP_CASES = [
     Case("llama", 128, "saw_int4", (("gemm_plugin", "disable"),)),
     *(Case(f, d, kv, _BF16) for f, d, kv in zip(FAMILIES, (128, 64, 256, 128, 64, 256), KVS + KVS, strict=True)),
     Case("llama", 64, "saw_int4", (*_BF16, ("gemm_plugin", "disable"))),
+    Case("llama", 128, "saw_int4", (("qformat", "int4_wo"),)),
+    Case("qwen3", 128, "saw_int4", (("qformat", "fp8"), *_BF16)),
 ]
 #: Engines of several ranks.
 RANK_CASES = [

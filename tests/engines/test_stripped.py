@@ -24,6 +24,8 @@ CASES = [
     # The kernels of TensorRT's own GEMMs are chosen by their times in each build, so their last bits may differ.
     ("qwen3", "saw_int4", "float16", "disable"),
 ]
+#: The same, and how weights are quantized.
+QUANTIZED = [("llama", "saw_int4", "float16", "auto", "int4_wo"), ("qwen3", "saw_int4", "bfloat16", "auto", "fp8")]
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +49,12 @@ def answers(folder):
     return [o.outputs[0].token_ids for o in outputs], np.concatenate([x for pair in logits for x in pair])
 
 
-@pytest.mark.parametrize(("family", "kv", "dtype", "gemm_plugin"), CASES)
-def test_it_computes_what_the_whole_engine_does(family, kv, dtype, gemm_plugin, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "kv", "dtype", "gemm_plugin", "qformat"), [*((*case, "auto") for case in CASES), *QUANTIZED]
+)
+def test_it_computes_what_the_whole_engine_does(family, kv, dtype, gemm_plugin, qformat, tmp_path):
     model = make_model(tmp_path / "model", family, 64)
-    options = {"kv": kv, "dtype": dtype, "gemm_plugin": gemm_plugin}
+    options = {"kv": kv, "dtype": dtype, "gemm_plugin": gemm_plugin, "qformat": qformat}
     options["builder_optimization_level"] = 0
     whole, size = make(model, tmp_path / "whole", **options)
     stripped, rest = make(model, tmp_path / "stripped", strip_plan=True, **options)

@@ -34,6 +34,7 @@ from tests.support.plugin_library import (
     LINEAR,
     LOOKUP,
     NAMES,
+    QUANTIZED_GEMM,
     RMS_NORM,
     SILU_MUL,
     WRITE,
@@ -57,6 +58,13 @@ FIELDS = {
     WRITE: COMMON | {"hadamard_order": 128},
     ATTENTION: COMMON,
     GEMM: {"dtype": "float16", "in_features": 64, "out_features": 24, "output_dtype": "float32"},
+    QUANTIZED_GEMM: {
+        "dtype": "float16",
+        "in_features": 144,
+        "out_features": 24,
+        "weight_type": "int4",
+        "group_size": 64,
+    },
     LOOKUP: {"dtype": "float16", "vocab_size": 300, "hidden_size": 64},
     RMS_NORM: {"dtype": "float16", "hidden_size": 64, "epsilon": 0.125},
     SILU_MUL: {"dtype": "float16", "hidden_size": 64},
@@ -67,6 +75,7 @@ OPTIONAL = {
     WRITE: {"rotate_v": 1, "range_factor": 0.875, "use_k_center": 1, "use_k_frame": 1, "use_q_frame": 1},
     ATTENTION: {"softmax_scale": 0.125, "softcap": 30.0, "window": 100, "use_sinks": 1},
     GEMM: {},
+    QUANTIZED_GEMM: {},
     LOOKUP: {},
     RMS_NORM: {"use_residual": 1, "num_heads": 1, "num_normed": 1},
     SILU_MUL: {},
@@ -243,7 +252,7 @@ def test_outputs(head_dim, dtype, built, make):
 @pytest.mark.parametrize("name", NAMES)
 def test_one_combination_of_types(name, built, make):
     plugin = make(name, **OPTIONAL[name])
-    count = 2 + (name == RMS_NORM) - (name in ONE_INPUT)
+    count = 2 + (name in (RMS_NORM, QUANTIZED_GEMM)) - (name in ONE_INPUT)
     count = len(StepOf([1], 1).inputs(built, name, optional=True)) if name in PLUGINS else count
     outputs = plugin.num_outputs()
     address = address_type(built)
@@ -251,6 +260,7 @@ def test_one_combination_of_types(name, built, make):
         WRITE: [HALF, *[INT32] * 4, address, INT32, FLOAT, FLOAT, HALF, HALF, HALF, HALF, HALF, INT32],
         ATTENTION: [HALF] * 3 + [INT32] * 5 + [address, INT32, INT32, FLOAT, HALF],
         GEMM: [HALF, HALF, FLOAT],
+        QUANTIZED_GEMM: [HALF, INT32, FLOAT, HALF],
         LOOKUP: [INT32, HALF, HALF],
         RMS_NORM: [HALF, FLOAT, HALF, HALF, HALF],
         SILU_MUL: [HALF, HALF, HALF],
@@ -334,6 +344,14 @@ BAD_FIELDS = [
     (GEMM, {"dtype": "int8"}, "dtype is int8: it must be float16 or bfloat16"),
     (GEMM, {"output_dtype": "bfloat16"}, "output_dtype is bfloat16: it must be float32 or dtype, float16"),
     (GEMM, {"in_features": 0}, "in_features is 0 and out_features 24: both must be at least 1"),
+    (QUANTIZED_GEMM, {"weight_type": "int8"}, "weight_type is int8: it must be int4 or fp8"),
+    (QUANTIZED_GEMM, {"group_size": 16}, "group_size is 16: it must be 128, or of int4 32 or 64"),
+    (QUANTIZED_GEMM, {"weight_type": "fp8"}, "group_size is 64: it must be 128, or of int4 32 or 64"),
+    (
+        QUANTIZED_GEMM,
+        {"in_features": 24},
+        "in_features is 24 and out_features 24: they must be multiples of 16 and of 8",
+    ),
     (GEMM, {"weight": 1}, "the fields are dtype, in_features, out_features, output_dtype"),
     (LOOKUP, {"hidden_size": -1}, "hidden_size is -1: it must be at least 1"),
     (LOOKUP, {"vocab_size": 0}, "vocab_size is 0: it must be at least 1"),
@@ -802,6 +820,28 @@ def test_a_product_that_fails(cublas_lt, make, said):
     assert plugin.enqueue([(0x1000, [1, 64]), weight], [0x3000], 0x4000, 0) != 0
     assert "SawGemm: cublasLtMatmul gave A_STATUS" in said()
     cublas_lt()
+
+
+def test_many_rows_are_multiplied_by_a_weight_in_16_bits(cublas_lt, built, make):
+    """As much of it at a time as the workspace holds; few rows do without."""
+    cublas_lt()
+    plugin = make(QUANTIZED_GEMM, in_features=1 << 18, out_features=264, group_size=128)
+    assert plugin.workspace_bytes() == (32 << 20) + (256 << 19)
+    inputs = [(0x2000, [5, 2048, 4, 2, 32, 4]), (0x3000, [5, 2048, 1, 64])]
+    lib.recorded_calls(built.library)
+    assert plugin.enqueue([(0x1000, [193, 1 << 18]), *inputs], [0x5000], 0x10000, 0x55) == 0
+    slab = 0x10000 + (32 << 20)
+    parts = [(call["first_row"], call["num_rows"], call["y"]) for call in lib.recorded_calls(built.library)]
+    assert parts == [(0, 256, slab), (256, 8, slab)]
+    products = [call for call in cublas_lt() if call["op"] == "matmul"]
+    assert [(call["a"], call["a_desc"][2], call["d"], call["d_desc"][1:]) for call in products] == [
+        (slab, 256, 0x5000, [256, 193, 264]),
+        (slab, 8, 0x5000 + 2 * 256, [8, 193, 264]),
+    ]
+    assert plugin.enqueue([(0x1000, [192, 1 << 18]), *inputs], [0x5000], 0x10000, 0x55) == 0
+    (few,) = lib.recorded_calls(built.library)
+    assert (few["op"], few["num_rows"], few["values"], few["scales"]) == ("quantized_gemm", 192, 0x2000, 0x3000)
+    assert cublas_lt() == []
 
 
 def test_without_cublas_lt_a_plugin_does_not_start(built, interface):

@@ -28,14 +28,16 @@ SOURCES = ROOT / "plugins" / "tensorrt"
 DRIVER = Path(__file__).parent / "plugin_driver"
 FLAGS = ["-std=c++17", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-deprecated-declarations"]
 WRITE, ATTENTION = "SawRotateQuantizeKV", "SawInt4PagedAttention"
-GEMM, LOOKUP, RMS_NORM, SILU_MUL = "SawGemm", "SawLookup", "SawRmsNorm", "SawSiluMul"
+GEMM, QUANTIZED_GEMM = "SawGemm", "SawQuantizedGemm"
+LOOKUP, RMS_NORM, SILU_MUL = "SawLookup", "SawRmsNorm", "SawSiluMul"
 ALL_REDUCE, ALL_GATHER = "SawAllReduce", "SawAllGather"
-NAMES = (WRITE, ATTENTION, GEMM, LOOKUP, RMS_NORM, SILU_MUL, ALL_REDUCE, ALL_GATHER)
+NAMES = (WRITE, ATTENTION, GEMM, QUANTIZED_GEMM, LOOKUP, RMS_NORM, SILU_MUL, ALL_REDUCE, ALL_GATHER)
 #: Of each plugin the stem of its files.
 STEMS = {
     WRITE: "rotate_quantize_kv",
     ATTENTION: "paged_attention",
     GEMM: "gemm",
+    QUANTIZED_GEMM: "quantized_gemm",
     LOOKUP: "lookup",
     RMS_NORM: "rms_norm",
     SILU_MUL: "silu_mul",

@@ -17,6 +17,7 @@
 #include "../gemm.h"
 #include "../lookup.h"
 #include "../paged_attention.h"
+#include "../quantized_gemm.h"
 #include "../rms_norm.h"
 #include "../rotate_quantize_kv.h"
 #include "../silu_mul.h"
@@ -42,9 +43,15 @@ using AnyCreator = nvinfer1::IPluginCreatorInterface;
 using AnyCreator = nvinfer1::IPluginCreator;
 #endif
 
-constexpr OpFactory kFactories[] = {
-    &RotateQuantizeKv::make, &Int4PagedAttention::make, &Gemm::make,     &Lookup::make, &RmsNorm::make,
-    &SiluMul::make,          &AllReduce::make,          &AllGather::make};
+constexpr OpFactory kFactories[] = {&RotateQuantizeKv::make,
+                                    &Int4PagedAttention::make,
+                                    &Gemm::make,
+                                    &QuantizedGemm::make,
+                                    &Lookup::make,
+                                    &RmsNorm::make,
+                                    &SiluMul::make,
+                                    &AllReduce::make,
+                                    &AllGather::make};
 
 // A creator for each, and the same as TensorRT asks for them.
 template <typename Creator, typename Listed>

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from saw_trtllm.backends.tensorrt.constants import Load
+from saw_trtllm.backends.tensorrt.constants import Load, LoadArray, PackedWeights, packed_tensors
 from saw_trtllm.backends.tensorrt.decoder import define_decoder
 from saw_trtllm.backends.tensorrt.device import compute_capability
 from saw_trtllm.backends.tensorrt.graph import Graph
 from saw_trtllm.backends.tensorrt.profiles import profiles, shapes, step_inputs
 from saw_trtllm.backends.tensorrt.versions import TensorRT
-from saw_trtllm.checkpoint import NUMPY_DTYPES
 from saw_trtllm.engine.config import CALIBRATION_FILE, EngineConfig, WeightsSource, engine_file
 from saw_trtllm.errors import BackendUnavailableError, EngineError
 from saw_trtllm.files import replacing_file, write_large
+from saw_trtllm.model.quantization import TensorSpec
 from saw_trtllm.plan.checksums import data_checksum
 from saw_trtllm.plan.folder import replacing_engine
 from saw_trtllm.plan.plan import BuildPlan
@@ -29,8 +28,8 @@ from saw_trtllm.plugins.library import CUBLAS_LT, VERSION, load_cublas_lt
 
 log = logging.getLogger(__name__)
 
-#: Numbers between the beginnings of two arrays of zeros.
-_APART = 128
+#: Bytes between the beginnings of two arrays of zeros.
+_APART = 256
 
 
 def build_engine(
@@ -73,7 +72,7 @@ def build_engine(
                 if plan.network.strip_plan:
                     engine, source = _serialize_stripped(tensorrt, config, load, plan, phases, rank, source)
                 else:
-                    engine = serialize_engine(tensorrt, config, load, plan.network, phases, rank)
+                    engine = serialize_engine(tensorrt, config, PackedWeights(load), plan.network, phases, rank)
             data = memoryview(engine).cast("B")
             checksum = beside.submit(data_checksum, data)  # from memory, while the disk is waited for
             nbytes += write_large(part / engine_file(rank), data)
@@ -100,7 +99,10 @@ def _serialize_stripped(
     TensorRT leaves out what it is given, so it is given zeros. The weights are read beside it, to be checked.
     """
     weights = plan.weights.of_rank(rank)
-    zeros = _zeros(weights.shapes, NUMPY_DTYPES[config.pretrained_config.dtype]) | weights.constants
+    specs = {name: TensorSpec(shape, config.pretrained_config.dtype) for name, shape in weights.shapes.items()}
+    for name, format in config.saw_int4.quantized.items():
+        specs |= packed_tensors(name, format, weights.shapes[name])
+    zeros = _zeros(specs) | weights.constants
 
     def read() -> WeightsSource:
         for name in weights.shapes:
@@ -112,21 +114,20 @@ def _serialize_stripped(
         return serialize_engine(tensorrt, config, zeros.__getitem__, plan.network, phases, rank), source.result()
 
 
-def _zeros(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> dict[str, np.ndarray]:
+def _zeros(specs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:
     """Zeros in one piece of memory: TensorRT knows weights by where they begin, and no two begin at one place."""
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    memory = np.zeros(max(sizes) + len(sizes) * _APART, dtype)
-    starts = range(0, len(sizes) * _APART, _APART)
+    memory = np.zeros(max(spec.nbytes for spec in specs.values()) + len(specs) * _APART, np.uint8)
+    starts = range(0, len(specs) * _APART, _APART)
     return {
-        name: memory[start : start + size].reshape(shape)
-        for (name, shape), size, start in zip(shapes.items(), sizes, starts, strict=True)
+        name: memory[start : start + spec.nbytes].view(spec.numpy_dtype).reshape(spec.shape)
+        for (name, spec), start in zip(specs.items(), starts, strict=True)
     }
 
 
 def serialize_engine(
     tensorrt: TensorRT,
     config: EngineConfig,
-    load: Load,
+    load: LoadArray,
     options: NetworkOptions,
     phases: Phases | None = None,
     rank: int = 0,
@@ -179,6 +180,8 @@ def built_for(config: EngineConfig, tensorrt: TensorRT, gemm_plugin: str = "auto
     """
     limits = config.build_config
     plugin = _gemm_plugin(gemm_plugin, config.pretrained_config.dtype)
+    if config.saw_int4.quantized and not load_cublas_lt():
+        raise BackendUnavailableError(f"quantized weights need cuBLASLt, which cannot be loaded: {CUBLAS_LT}")
     switches = limits.plugin_config.model_copy(update={"gemm_plugin": plugin})
     section = config.saw_int4.model_copy(
         update={

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import numpy as np
 
 from saw_trtllm.checkpoint.layout import is_norm
 from saw_trtllm.engine.config import EngineConfig
-from saw_trtllm.model.quantization import Weight
+from saw_trtllm.model.quantization import QuantizedWeight, TensorSpec, Weight, WeightFormat
 from saw_trtllm.model.rope import rotary_cos_sin
-from saw_trtllm.ops import pack_frame
+from saw_trtllm.ops import PackedShape, pack_frame, pack_weight
 from saw_trtllm.plugins.layer import K_FRAME, Q_FRAME, ROTARY_COS_SIN
 
 Load = Callable[[str], Weight]
+LoadArray = Callable[[str], np.ndarray]
+
+#: What of a quantized weight the network has, behind the weight's name: see :func:`saw_trtllm.ops.pack_weight`.
+VALUES, SCALES, PRE_SCALE = ".values", ".scales", ".pre_scale"
 
 #: Of a layer: the weights of the norms of Q and K, a row for each head.
 QK_LAYERNORM = "attention.qk_layernorm"
@@ -25,6 +28,49 @@ def rope_table(local: bool) -> str:
     return ROTARY_COS_SIN + "_local" * local
 
 
+def packed_shape(format: WeightFormat, shape: tuple[int, ...]) -> PackedShape:
+    """Shapes of the arrays of a quantized weight ``[out, in]``.
+
+    Raises
+    ------
+    OpError
+        If no kernel takes it.
+    """
+    return PackedShape.of(format.kind, shape, format.block[1])
+
+
+def packed_tensors(name: str, format: WeightFormat, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+    """The arrays of a quantized weight, by name."""
+    packed = packed_shape(format, shape)
+    found = {name + VALUES: TensorSpec(packed.values, "int32"), name + SCALES: TensorSpec(packed.scales, "float32")}
+    if format.pre_scale:
+        found[name + PRE_SCALE] = TensorSpec((packed.in_features,), "float32")
+    return found
+
+
+class PackedWeights:
+    """Gives tensors by name: of quantized weights, which are loaded once, the arrays of :func:`packed_tensors`."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def __call__(self, name: str) -> np.ndarray:
+        """The array of a name, once."""
+        if name in self._arrays:
+            return self._arrays.pop(name)
+        weight_name = name.removesuffix(VALUES).removesuffix(SCALES).removesuffix(PRE_SCALE)
+        weight = self._load(weight_name)
+        if not isinstance(weight, QuantizedWeight):
+            return weight
+        format = weight.format
+        values, scales = pack_weight(format.kind, weight.values, weight.scales, weight.zeros, format.block)
+        self._arrays |= {weight_name + VALUES: values, weight_name + SCALES: scales}
+        if weight.pre_scale is not None:
+            self._arrays[weight_name + PRE_SCALE] = weight.pre_scale
+        return self._arrays.pop(name)
+
+
 class Constants:
     """The named constants of a decoder, in the shape and dtype that its network has them in.
 
@@ -32,10 +78,11 @@ class Constants:
     ----------
     config : EngineConfig
     load : callable
-        Gives the tensor of a TensorRT-LLM name in the engine's dtype, a layer's center and frames in float32.
+        Gives the tensor of a TensorRT-LLM name in the engine's dtype, a layer's center and frames in float32; those of
+        quantized weights as :class:`PackedWeights`.
     """
 
-    def __init__(self, config: EngineConfig, load: Load) -> None:
+    def __init__(self, config: EngineConfig, load: LoadArray) -> None:
         self._config, self._model, self._load = config, config.pretrained_config, load
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -45,20 +92,19 @@ class Constants:
                 return rotary_cos_sin(self._model, self._config.build_config.max_seq_len, local)
         if name.endswith(QK_LAYERNORM):
             return self._qk_layernorm(name.removesuffix("qk_layernorm"))
-        array = self._dense(name)
+        array = self._load(name)
         if is_norm(name):
             return array.astype(np.float32)[None]
         if name.endswith((K_FRAME, Q_FRAME)):
             return pack_frame(array)
+        if name.endswith(PRE_SCALE):
+            return array[None]
         return array[None] if name.endswith("qkv.bias") else array
-
-    def _dense(self, name: str) -> np.ndarray:
-        return cast(np.ndarray, self._load(name))
 
     def _qk_layernorm(self, prefix: str) -> np.ndarray:
         """float32 ``[num_heads + num_kv_heads, head_dim]``; where TensorRT norms all heads, 1 for those of V too."""
         heads, kv_heads = self._model.num_attention_heads, self._model.num_key_value_heads
-        q, k = (self._dense(f"{prefix}{x}_layernorm.weight").astype(np.float32) for x in "qk")
+        q, k = (self._load(f"{prefix}{x}_layernorm.weight").astype(np.float32) for x in "qk")
         rows = [np.tile(q, (heads, 1)), np.tile(k, (kv_heads, 1))]
         if self._config.build_config.plugin_config.gemm_plugin is None:
             rows.append(np.ones((kv_heads, self._model.head_size), np.float32))

@@ -11,16 +11,25 @@ from typing import cast
 import numpy as np
 
 from saw_trtllm.backends.tensorrt.attention import paged_attention
-from saw_trtllm.backends.tensorrt.constants import QK_LAYERNORM, Constants, Load, rope_table
+from saw_trtllm.backends.tensorrt.constants import (
+    PRE_SCALE,
+    QK_LAYERNORM,
+    SCALES,
+    VALUES,
+    Constants,
+    LoadArray,
+    packed_shape,
+    rope_table,
+)
 from saw_trtllm.backends.tensorrt.graph import Graph, Tensor
 from saw_trtllm.backends.tensorrt.profiles import step_inputs
-from saw_trtllm.checkpoint.layout import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix
+from saw_trtllm.checkpoint.layout import EMBEDDING, FINAL_NORM, LM_HEAD, expected_shapes, layer_prefix
 from saw_trtllm.engine.config import EngineConfig, k_center_name, k_frame_name, q_frame_name
 from saw_trtllm.engine.tensors import INPUT_IDS, LAST_TOKEN_IDS, LOGITS
 from saw_trtllm.plugins.layer import K_CENTER, K_FRAME, Q_FRAME, ROTARY_COS_SIN
 
 
-def define_decoder(graph: Graph, config: EngineConfig, load: Load, rank: int = 0) -> None:
+def define_decoder(graph: Graph, config: EngineConfig, load: LoadArray, rank: int = 0) -> None:
     """Define a rank's engine: its inputs, the decoder, and the output ``logits``, which all ranks have.
 
     Parameters
@@ -29,8 +38,7 @@ def define_decoder(graph: Graph, config: EngineConfig, load: Load, rank: int = 0
         An empty one.
     config : EngineConfig
     load : callable
-        Gives the tensor of a TensorRT-LLM name in the engine's dtype, a layer's center and frames in float32: the
-        rank's part.
+        As of :class:`Constants`: the rank's part.
     rank : int
 
     Raises
@@ -43,12 +51,13 @@ def define_decoder(graph: Graph, config: EngineConfig, load: Load, rank: int = 0
 
 
 class _Decoder:
-    def __init__(self, graph: Graph, config: EngineConfig, load: Load, rank: int) -> None:
+    def __init__(self, graph: Graph, config: EngineConfig, load: LoadArray, rank: int) -> None:
         self.graph = graph
         self._rank, self._num_ranks = rank, config.tp_size
         self.config = config
         self.model = config.pretrained_config
         self._constants = Constants(config, load)
+        self._shapes = expected_shapes(self.model)
         self._layers = range(self.model.num_hidden_layers)
         self._inputs = {
             x.name: graph.input(x.name, x.dtype, [-1 if isinstance(d, str) else d for d in x.shape])
@@ -72,10 +81,11 @@ class _Decoder:
             one = graph.constant(np.ones(1, np.int32))
             x = graph.gather(x, self._inputs[LAST_TOKEN_IDS.name] - one)
         _, x = self._norm(x, FINAL_NORM)
-        lm_head = embedding if self.model.share_embedding_table else self._constant(LM_HEAD)
         dtype = (self.model.model_extra or {}).get("logits_dtype", "float32")
         cap = self.model.final_logit_softcapping
-        logits = graph.linear(x, lm_head, dtype if cap is None else "float32")
+        given = dtype if cap is None else "float32"
+        tied = self.model.share_embedding_table
+        logits = graph.linear(x, embedding, given) if tied else self._linear(x, LM_HEAD, given)
         if cap is not None:
             logits = graph.cast(graph.tanh(logits * graph.scalar(1 / cap, logits)) * graph.scalar(cap, logits), dtype)
         graph.output(graph.all_gather(logits, self.model.vocab_size, self._num_ranks), LOGITS.name)
@@ -99,9 +109,9 @@ class _Decoder:
         with graph.scope("mlp"):
             before = "pre_feedforward_layernorm" if inter else "post_layernorm"
             x, h = self._norm(x, f"{prefix}{before}.weight", added)
-            fc, gate, proj = (self._constant(f"{prefix}mlp.{name}.weight") for name in ("fc", "gate", "proj"))
-            h = graph.gated(graph.linear(h, fc), graph.linear(h, gate), self.model.hidden_act)
-            added = graph.all_reduce(graph.linear(h, proj), self._num_ranks)
+            fc, gate, proj = (f"{prefix}mlp.{name}.weight" for name in ("fc", "gate", "proj"))
+            h = graph.gated(self._linear(h, fc), self._linear(h, gate), self.model.hidden_act)
+            added = graph.all_reduce(self._linear(h, proj), self._num_ranks)
             if inter:
                 _, added = self._norm(added, prefix + "post_feedforward_layernorm.weight")
             return x, added
@@ -109,7 +119,7 @@ class _Decoder:
     def _attention(self, prefix: str, i: int, x: Tensor) -> Tensor:
         """``[num_tokens, hidden_size]`` to the same."""
         graph, model = self.graph, self.model
-        qkv = graph.linear(x, self._constant(prefix + "qkv.weight"))
+        qkv = self._linear(x, prefix + "qkv.weight")
         if model.attn_bias:
             qkv = qkv + self._constant(prefix + "qkv.bias")
         if model.qk_layernorm:
@@ -121,7 +131,18 @@ class _Decoder:
             constants[K_FRAME] = self._constant(k_frame_name(i))
             constants[Q_FRAME] = self._constant(q_frame_name(i))
         context = paged_attention(graph, self.config, i, qkv, constants, self._inputs)
-        return graph.all_reduce(graph.linear(context, self._constant(prefix + "dense.weight")), self._num_ranks)
+        return graph.all_reduce(self._linear(context, prefix + "dense.weight"), self._num_ranks)
+
+    def _linear(self, x: Tensor, name: str, dtype: str | None = None) -> Tensor:
+        """``x · weightᵀ`` of a named weight, in ``dtype`` if given."""
+        graph, format = self.graph, self.config.saw_int4.quantized.get(name)
+        if format is None:
+            return graph.linear(x, self._constant(name), dtype)
+        if format.pre_scale:
+            x = graph.cast(graph.cast(x, "float32") * self._constant(name + PRE_SCALE), x.dtype)
+        values, scales = self._constant(name + VALUES), self._constant(name + SCALES)
+        y = graph.quantized_linear(x, values, scales, packed_shape(format, self._shapes[name]))
+        return graph.cast(y, dtype or y.dtype)
 
     def _norm(self, x: Tensor, weight: str, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The sum, and its RMSNorm with a weight."""

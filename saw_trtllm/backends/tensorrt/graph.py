@@ -12,7 +12,16 @@ import numpy as np
 
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.errors import EngineError
-from saw_trtllm.plugins.library import ALL_GATHER, ALL_REDUCE, GEMM, LOOKUP, RMS_NORM, SILU_MUL
+from saw_trtllm.ops import PackedShape
+from saw_trtllm.plugins.library import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    GEMM,
+    LOOKUP,
+    QUANTIZED_GEMM,
+    RMS_NORM,
+    SILU_MUL,
+)
 
 
 class Tensor:
@@ -139,6 +148,12 @@ class Graph:
         outputs, inputs = weight.handle.shape
         fields = {"dtype": x.dtype, "in_features": inputs, "out_features": outputs, "output_dtype": given}
         return self.cast(self.plugin(GEMM, fields, [x, weight], [given])[0], dtype)
+
+    def quantized_linear(self, x: Tensor, values: Tensor, scales: Tensor, packed: PackedShape) -> Tensor:
+        """``x · weightᵀ`` of a packed weight: ``[n, inputs]`` to ``[n, outputs]`` of x's dtype, always our plugin."""
+        fields: dict[str, int | float | str] = {"dtype": x.dtype, "weight_type": packed.kind}
+        fields |= {"in_features": packed.in_features, "out_features": packed.out_features, "group_size": packed.group}
+        return self.plugin(QUANTIZED_GEMM, fields, [x, values, scales], [x.dtype])[0]
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from saw_trtllm.backends.tensorrt.constants import Constants
+from saw_trtllm.backends.tensorrt.constants import Constants, PackedWeights
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.engine.config import CONFIG_FILE
 from saw_trtllm.errors import EngineError
@@ -42,7 +42,7 @@ def refit(path: Path, weights: EngineWeights, tensorrt: TensorRT, engine: Any, l
         progress(len(weights.shapes), "weights", "tensors") as bar,
         weights.reading_ahead(progress=lambda _: bar.update()) as load,
     ):
-        constants = Constants(weights.config.of_rank(), load)
+        constants = Constants(weights.config.of_rank(), PackedWeights(load))
         for name in names:
             try:
                 arrays.append(np.ascontiguousarray(constants[name]))

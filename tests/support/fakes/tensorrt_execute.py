@@ -13,6 +13,7 @@ from saw_trtllm.backends.reference.rotate_quantize_kv import apply_frame
 from saw_trtllm.format import hadamard
 from tests.support.fakes import tensorrt as trt
 from tests.support.frames import unpack_frame
+from tests.support.packed_weights import unpack_weight
 
 _ELEMENTWISE = {
     "SUM": torch.add,
@@ -55,6 +56,7 @@ def _run(layer, x, own):
     if isinstance(layer, trt.PluginLayer):
         plugins = {"SawRotateQuantizeKV": _write, "SawInt4PagedAttention": _attention}
         plugins |= {"SawGemm": lambda fields, x: [_gemm(fields, *x)], "SawLookup": lambda fields, x: [_lookup(*x)]}
+        plugins |= {"SawQuantizedGemm": lambda fields, x: [_quantized_gemm(fields, *x)]}
         plugins |= {"SawRmsNorm": lambda fields, x: _rms_norm(fields, *x)}
         plugins |= {"SawSiluMul": lambda fields, x: [torch.nn.functional.silu(x[0]) * x[1]]}
         return (plugins | own)[layer.plugin.plugin_type](layer.plugin.fields, x)
@@ -137,6 +139,12 @@ class _Layers:
 
 def _rotate(x, order):
     return (x.unflatten(-1, (-1, order)) @ torch.from_numpy(hadamard(order))).flatten(-2)
+
+
+def _quantized_gemm(fields, x, values, scales):
+    shape = fields["out_features"], fields["in_features"]
+    weight = unpack_weight(fields["weight_type"], values.numpy(), scales.numpy(), shape)
+    return x @ torch.from_numpy(weight).to(x.dtype).T
 
 
 def _gemm(fields, x, weight):

@@ -83,6 +83,8 @@ FIELDS = {
     | {"softmax_scale": (_FLOAT, 0.0), "softcap": (_FLOAT, 0.0), "window": (_INT, 0), "use_sinks": (_INT, 0)},
     "SawGemm": {name: (_TEXT, None) for name in ("dtype", "output_dtype")}
     | {name: (_INT, None) for name in ("in_features", "out_features")},
+    "SawQuantizedGemm": {name: (_TEXT, None) for name in ("dtype", "weight_type")}
+    | {name: (_INT, None) for name in ("in_features", "out_features", "group_size")},
     "SawLookup": {"dtype": (_TEXT, None), "hidden_size": (_INT, None), "vocab_size": (_INT, None)},
     "SawRmsNorm": {"dtype": (_TEXT, None), "hidden_size": (_INT, None)}
     | {"epsilon": (_FLOAT, None), "use_residual": (_INT, 0), "num_heads": (_INT, 1), "num_normed": (_INT, 1)},
@@ -99,6 +101,7 @@ PLUGIN_INPUTS = {
         *((int64, 2), (int32, 2), (int32, 1)),
     ),
     "SawGemm": (("dtype", 2), ("dtype", 2)),
+    "SawQuantizedGemm": (("dtype", 2), (int32, None), (float32, 4)),
     "SawLookup": ((int32, 1), ("dtype", 2)),
     "SawRmsNorm": (("dtype", 2), (float32, 2)),
     "SawSiluMul": (("dtype", 2), ("dtype", 2)),
@@ -178,6 +181,10 @@ class SawPlugin(IPluginV3):
         if self.plugin_type == "SawAllGather":
             assert inputs[0].shape[1] == f["in_features"]
             return [([rows, f["out_features"]], float32)]
+        if self.plugin_type == "SawQuantizedGemm":
+            assert inputs[0].shape[1] == f["in_features"]
+            assert inputs[2].shape[2] == 128 // f["group_size"]
+            return [([rows, f["out_features"]], self.dtype)]
         if self.plugin_type == "SawLookup":
             assert tuple(inputs[1].shape) == (f["vocab_size"], f["hidden_size"])
             return [([rows, f["hidden_size"]], self.dtype)]

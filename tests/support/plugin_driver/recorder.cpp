@@ -6,6 +6,7 @@
 #include "saw/all_reduce/params.h"
 #include "saw/lookup/params.h"
 #include "saw/paged_attention/params.h"
+#include "saw/quantized_gemm/params.h"
 #include "saw/rms_norm/params.h"
 #include "saw/rotate_quantize_kv/params.h"
 #include "saw/silu_mul/params.h"
@@ -38,6 +39,14 @@ class Call {
             .add("num_kv_heads", pool.num_kv_heads)
             .add("tokens_per_block", pool.tokens_per_block)
             .add("row_bytes", pool.row_bytes);
+    }
+    Call& add(saw::PackedWeight const& weight) {
+        return add("values", weight.values)
+            .add("scales", weight.scales)
+            .add("type", int(weight.type))
+            .add("in_features", weight.in_features)
+            .add("out_features", weight.out_features)
+            .add("group", weight.group);
     }
 
   private:
@@ -154,6 +163,16 @@ cudaError_t saw_rms_norm(RmsNormParams const& p, cudaStream_t stream) {
         .ADD(epsilon)
         .ADD_ENUM(dtype)
         .add("stream", stream);
+    return cudaError_t(next_error);
+}
+
+cudaError_t saw_quantized_gemm(QuantizedGemmParams const& p, cudaStream_t stream) {
+    Call("quantized_gemm").ADD(x).add(p.weight).ADD(y).ADD(num_rows).ADD_ENUM(dtype).add("stream", stream);
+    return cudaError_t(next_error);
+}
+
+cudaError_t saw_dequantize(DequantizeParams const& p, cudaStream_t stream) {
+    Call("dequantize").add(p.weight).ADD(first_row).ADD(num_rows).ADD(y).ADD_ENUM(dtype).add("stream", stream);
     return cudaError_t(next_error);
 }
 

@@ -88,6 +88,15 @@ __device__ inline void copy_async_cached(uint32_t shared, void const* global) {
 // Until this thread's copies are there.
 __device__ inline void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Programmatic dependent launch: the next grid of the stream may begin as soon as all CTAs of this one have said so, if
+// it was launched for that, and it waits here until the one before has ended and what it wrote can be read.
+__device__ inline void allow_next_grid() {
+    if constexpr (kHasBulkCopy) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+__device__ inline void wait_for_last_grid() {
+    if constexpr (kHasBulkCopy) asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // Order this thread's ordinary shared-memory accesses before later bulk copies into the same memory.
 __device__ inline void fence_bulk_copy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -30,6 +30,26 @@ __device__ inline void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Until all threads of the cluster are here, and what they wrote before can be read.
+__device__ inline void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// From the shared memory of a CTA of the cluster, what lies there where `shared` lies in this one's.
+__device__ inline float4 load_of_cluster(float const* shared, int cta) {
+    float4 x;
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %4, %5;\n"
+        "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n"
+        "}\n"
+        : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+        : "r"(shared_address(shared)), "r"(cta)
+        : "memory");
+    return x;
+}
+
 // A box of a tensor to shared memory, swizzled as below, and its bytes counted on the barrier.
 __device__ inline void copy_box(void* shared, CUtensorMap const& map, uint64_t* barrier, int x, int y) {
     asm volatile(
@@ -71,102 +91,80 @@ __device__ inline void hold(uint32_t (&registers)[N]) {
 }
 
 // D (+)= A B for 64 rows of A and N columns of B over 16 of the reduction index, in fp32, by a warpgroup. A is in
-// shared memory (`shared`, its rows contiguous as B's columns are) or in registers (`registers`, B's rows contiguous).
-// With g = lane / 4 and t = lane % 4, warp w holds of D: d[4 j + 2 h + i] = row 16 w + g + 8 h, column 8 j + 2 t + i,
-// and of A what mma.m16n8k16 takes (ptx.cuh).
+// shared memory (`shared`, its rows contiguous as B's columns are) or in registers (`registers`, B's rows contiguous,
+// or `registers_by_columns`, B's columns contiguous). With g = lane / 4 and t = lane % 4, warp w holds of D: d[4 j + 2
+// h + i] = row 16 w + g + 8 h, column 8 j + 2 t + i, and of A what mma.m16n8k16 takes (ptx.cuh).
 template <typename T, int N>
 struct Wgmma;
 
-#define SAW_D32                                                              \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define SAW_OPERANDS32                                                                                          \
-    "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),  \
-        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), \
-        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-#define SAW_D48                                                                        \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define SAW_OPERANDS48                                                                                          \
-    "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),  \
-        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), \
-        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), \
-        "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), \
-        "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47])
-#define SAW_D64                                                                        \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define SAW_OPERANDS64                                                                                          \
-    "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),  \
-        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), \
-        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), \
-        "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), \
-        "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), \
-        "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), \
-        "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+// Operands of D: their names in the text from the first on, and the registers behind them.
+#define SAW_D4 "%0, %1, %2, %3"
+#define SAW_D8 SAW_D4 ", %4, %5, %6, %7"
+#define SAW_D16 SAW_D8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define SAW_D32 SAW_D16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SAW_D48 SAW_D32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define SAW_D64 SAW_D48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define SAW_D128                                                                                   \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+    SAW_D64                                                                                        \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "           \
     "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define SAW_OPERANDS128                                                                                              \
-    "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),      \
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),       \
-        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),      \
-        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),      \
-        "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]),      \
-        "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),      \
-        "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),      \
-        "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), "+f"(d[64]),      \
-        "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), "+f"(d[72]),      \
-        "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), "+f"(d[80]),      \
-        "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), "+f"(d[88]),      \
-        "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), "+f"(d[96]),      \
-        "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]), "+f"(d[104]), \
-        "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]),            \
-        "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]),            \
-        "+f"(d[119]), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]),            \
-        "+f"(d[126]), "+f"(d[127])
+#define SAW_FROM4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SAW_FROM16(i) SAW_FROM4(i), SAW_FROM4(i + 4), SAW_FROM4(i + 8), SAW_FROM4(i + 12)
+#define SAW_OPERANDS4 SAW_FROM4(0)
+#define SAW_OPERANDS8 SAW_OPERANDS4, SAW_FROM4(4)
+#define SAW_OPERANDS16 SAW_FROM16(0)
+#define SAW_OPERANDS32 SAW_OPERANDS16, SAW_FROM16(16)
+#define SAW_OPERANDS48 SAW_OPERANDS32, SAW_FROM16(32)
+#define SAW_OPERANDS64 SAW_OPERANDS48, SAW_FROM16(48)
+#define SAW_OPERANDS128 SAW_OPERANDS64, SAW_FROM16(64), SAW_FROM16(80), SAW_FROM16(96), SAW_FROM16(112)
 
-#define SAW_WGMMA(T, type, N, count, a0, a1, a2, a3, a4, a5)                                                  \
-    template <>                                                                                               \
-    struct Wgmma<T, N> {                                                                                      \
-        static __device__ void shared(float (&d)[count], uint64_t a, uint64_t b, bool accumulate) {           \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #a2                                             \
-                         ", 0;\n"                                                                             \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" SAW_D##count    \
-                         "}, %" #a0 ", %" #a1 ", p, 1, 1, 0, 0;\n}\n"                                         \
-                         : SAW_OPERANDS##count                                                                \
-                         : "l"(a), "l"(b), "r"(int(accumulate)));                                             \
-        }                                                                                                     \
-        static __device__ void registers(float (&d)[count], uint32_t const* a, uint64_t b, bool accumulate) { \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #a5                                             \
-                         ", 0;\n"                                                                             \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" SAW_D##count    \
-                         "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #a4 ", p, 1, 1, 1;\n}\n"            \
-                         : SAW_OPERANDS##count                                                                \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));         \
-        }                                                                                                     \
+// What follows D: A's registers or its place, B's place, and whether D is added to; a0 and so on are their numbers.
+#define SAW_REGISTERS(name, type, N, count, a0, a1, a2, a3, a4, a5, order)                             \
+    static __device__ void name(float (&d)[count], uint32_t const* a, uint64_t b, bool accumulate) {   \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #a5                                          \
+                     ", 0;\n"                                                                          \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" SAW_D##count \
+                     "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #a4 ", p, 1, 1, " order ";\n}\n" \
+                     : SAW_OPERANDS##count                                                             \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));      \
+    }
+#define SAW_WGMMA(T, type, N, count, a0, a1, a2, a3, a4, a5)                                               \
+    template <>                                                                                            \
+    struct Wgmma<T, N> {                                                                                   \
+        static __device__ void shared(float (&d)[count], uint64_t a, uint64_t b, bool accumulate) {        \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #a2                                          \
+                         ", 0;\n"                                                                          \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" SAW_D##count \
+                         "}, %" #a0 ", %" #a1 ", p, 1, 1, 0, 0;\n}\n"                                      \
+                         : SAW_OPERANDS##count                                                             \
+                         : "l"(a), "l"(b), "r"(int(accumulate)));                                          \
+        }                                                                                                  \
+        SAW_REGISTERS(registers, type, N, count, a0, a1, a2, a3, a4, a5, "1")                              \
+        SAW_REGISTERS(registers_by_columns, type, N, count, a0, a1, a2, a3, a4, a5, "0")                   \
     };
-SAW_WGMMA(__half, "f16", 64, 32, 32, 33, 34, 35, 36, 37)
-SAW_WGMMA(__nv_bfloat16, "bf16", 64, 32, 32, 33, 34, 35, 36, 37)
-SAW_WGMMA(__half, "f16", 96, 48, 48, 49, 50, 51, 52, 53)
-SAW_WGMMA(__nv_bfloat16, "bf16", 96, 48, 48, 49, 50, 51, 52, 53)
-SAW_WGMMA(__half, "f16", 128, 64, 64, 65, 66, 67, 68, 69)
-SAW_WGMMA(__nv_bfloat16, "bf16", 128, 64, 64, 65, 66, 67, 68, 69)
-SAW_WGMMA(__half, "f16", 256, 128, 128, 129, 130, 131, 132, 133)
-SAW_WGMMA(__nv_bfloat16, "bf16", 256, 128, 128, 129, 130, 131, 132, 133)
+#define SAW_WGMMA_OF_BOTH(N, ...)            \
+    SAW_WGMMA(__half, "f16", N, __VA_ARGS__) \
+    SAW_WGMMA(__nv_bfloat16, "bf16", N, __VA_ARGS__)
+SAW_WGMMA_OF_BOTH(8, 4, 4, 5, 6, 7, 8, 9)
+SAW_WGMMA_OF_BOTH(16, 8, 8, 9, 10, 11, 12, 13)
+SAW_WGMMA_OF_BOTH(32, 16, 16, 17, 18, 19, 20, 21)
+SAW_WGMMA_OF_BOTH(64, 32, 32, 33, 34, 35, 36, 37)
+SAW_WGMMA_OF_BOTH(96, 48, 48, 49, 50, 51, 52, 53)
+SAW_WGMMA_OF_BOTH(128, 64, 64, 65, 66, 67, 68, 69)
+SAW_WGMMA_OF_BOTH(256, 128, 128, 129, 130, 131, 132, 133)
+#undef SAW_WGMMA_OF_BOTH
 #undef SAW_WGMMA
+#undef SAW_REGISTERS
+#undef SAW_FROM4
+#undef SAW_FROM16
+#undef SAW_D4
+#undef SAW_OPERANDS4
+#undef SAW_D8
+#undef SAW_OPERANDS8
+#undef SAW_D16
+#undef SAW_OPERANDS16
 #undef SAW_D32
 #undef SAW_OPERANDS32
 #undef SAW_D48

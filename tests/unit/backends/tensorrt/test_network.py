@@ -13,6 +13,7 @@ from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_input
 from saw_trtllm.backends.reference.paged_attention import paged_attention
 from saw_trtllm.backends.reference.rotate_quantize_kv import rotate_quantize_kv
 from saw_trtllm.backends.tensorrt.build import build_engine, serialize_engine
+from saw_trtllm.backends.tensorrt.constants import PackedWeights
 from saw_trtllm.backends.tensorrt.decoder import define_decoder
 from saw_trtllm.backends.tensorrt.graph import Graph
 from saw_trtllm.backends.tensorrt.profiles import profiles, shapes, step_inputs
@@ -85,7 +86,7 @@ def define(tensorrt, plan, use_plugins=False, rank=None):
         limits = config.build_config.model_copy(update={"plugin_config": plugins})
         config = config.model_copy(update={"build_config": limits})
     weights = plan.weights if rank is None else plan.weights.of_rank(rank)
-    define_decoder(graph, config, weights.load, rank or 0)
+    define_decoder(graph, config, PackedWeights(weights.load), rank or 0)
     return graph
 
 
@@ -246,6 +247,8 @@ CASES = {
     "gemma3, calibrated": ("gemma3", {"hidden_size": 64}, {"calibrated": True}),
     "llama, calibrated": ("llama", {}, {"calibrated": True}),
     "qwen3, calibrated": ("qwen3", {}, {"calibrated": True}),
+    "llama, weights in INT4": ("llama", {}, {"qformat": "int4_wo"}),
+    "qwen2, weights in FP8": ("qwen2", {}, {"qformat": "fp8"}),
 }
 
 

@@ -1,0 +1,6 @@
+#include "../launch.cuh"
+
+namespace saw {
+template cudaError_t launch_few_rows<WeightType::kInt4, 32>(QuantizedGemmParams const&, cudaStream_t);
+template cudaError_t launch_dequantize<WeightType::kInt4, 32>(DequantizeParams const&, cudaStream_t);
+}  // namespace saw
