@@ -415,7 +415,7 @@ def test_what_tensorrt_lacks_is_said_and_the_reference_taken(lacking, why, small
         def fail():
             raise BackendUnavailableError("CUDA finds no GPU (cudaErrorNoDevice): use --backend reference")
 
-        monkeypatch.setattr("saw_trtllm.backends.tensorrt.device.compute_capability", fail)
+        monkeypatch.setattr("saw_trtllm.backends.tensorrt.device.check_kernels", fail)
     argv = ["--model_dir", str(small), "--output_dir", str(tmp_path / "out")]
     assert why in rejected(capsys, saw_build.main, *argv, "--backend", "tensorrt")
     assert saw_build.main([*argv, "--dry_run"]) == 0
