@@ -100,7 +100,7 @@ def _serialize_stripped(
     """
     weights = plan.weights.of_rank(rank)
     specs = {name: TensorSpec(shape, config.pretrained_config.dtype) for name, shape in weights.shapes.items()}
-    for name, format in config.saw_int4.quantized.items():
+    for name, format in weights.formats.items():
         specs |= packed_tensors(name, format, weights.shapes[name])
     zeros = _zeros(specs) | weights.constants
 

@@ -23,7 +23,7 @@ from saw_trtllm.backends.tensorrt.constants import (
 )
 from saw_trtllm.backends.tensorrt.graph import Graph, Tensor
 from saw_trtllm.backends.tensorrt.profiles import step_inputs
-from saw_trtllm.checkpoint.layout import EMBEDDING, FINAL_NORM, LM_HEAD, expected_shapes, layer_prefix
+from saw_trtllm.checkpoint.layout import EMBEDDING, FINAL_NORM, LM_HEAD, layer_prefix, shard_format, shard_shape
 from saw_trtllm.engine.config import EngineConfig, k_center_name, k_frame_name, q_frame_name
 from saw_trtllm.engine.tensors import INPUT_IDS, LAST_TOKEN_IDS, LOGITS
 from saw_trtllm.plugins.layer import K_CENTER, K_FRAME, Q_FRAME, ROTARY_COS_SIN
@@ -47,17 +47,19 @@ def define_decoder(graph: Graph, config: EngineConfig, load: LoadArray, rank: in
         If TensorRT does not have the dtype.
     """
     graph.tensorrt.check_activations(config.pretrained_config.dtype)
-    _Decoder(graph, config.of_rank(), load, rank).define()
+    _Decoder(graph, config, load, rank).define()
 
 
 class _Decoder:
     def __init__(self, graph: Graph, config: EngineConfig, load: LoadArray, rank: int) -> None:
+        whole, size = config.pretrained_config, config.tp_size
         self.graph = graph
-        self._rank, self._num_ranks = rank, config.tp_size
-        self.config = config
+        self._rank, self._num_ranks = rank, size
+        self._formats = {n: shard_format(n, f, whole, size) for n, f in config.saw_int4.quantized.items()}
+        self._shapes = {name: shard_shape(name, whole, size) for name in self._formats}
+        self.config = config = config.of_rank()
         self.model = config.pretrained_config
         self._constants = Constants(config, load)
-        self._shapes = expected_shapes(self.model)
         self._layers = range(self.model.num_hidden_layers)
         self._inputs = {
             x.name: graph.input(x.name, x.dtype, [-1 if isinstance(d, str) else d for d in x.shape])
@@ -135,7 +137,7 @@ class _Decoder:
 
     def _linear(self, x: Tensor, name: str, dtype: str | None = None) -> Tensor:
         """``x · weightᵀ`` of a named weight, in ``dtype`` if given."""
-        graph, format = self.graph, self.config.saw_int4.quantized.get(name)
+        graph, format = self.graph, self._formats.get(name)
         if format is None:
             return graph.linear(x, self._constant(name), dtype)
         if format.pre_scale:

@@ -276,13 +276,24 @@ def test_logits_in_16_bits_are_near(family, dtype, tolerance, plan, tensorrt, mo
 
 
 @pytest.mark.parametrize("use_plugins", [False, True])
-@pytest.mark.parametrize(("family", "tp_size"), [("llama", 2), ("qwen2", 4), ("qwen3", 2), ("gemma2", 4)])
-def test_logits_of_ranks_are_the_references_of_one(family, tp_size, use_plugins, plan, tensorrt, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "tp_size", "options"),
+    [
+        ("llama", 2, {}),
+        ("qwen2", 4, {}),
+        ("qwen3", 2, {"calibrated": True}),
+        ("gemma2", 4, {}),
+        ("llama", 2, {"qformat": "int4_wo"}),
+        ("qwen2", 2, {"qformat": "fp8"}),
+    ],
+)
+def test_logits_of_ranks_are_the_references_of_one(family, tp_size, options, use_plugins, plan, tensorrt, monkeypatch):
     """Each rank's network on its part of the weights, with the reference's sums in the plugins' places.
 
-    An odd vocabulary, and with 4 ranks KV heads that two of them share; centers and frames by heads in one of them.
+    An odd vocabulary, and with 4 ranks KV heads that two of them share; centers and frames by heads, quantized weights.
     """
-    made = plan(family, fields={"hidden_size": 64}, kv="saw_int4", calibrated=family == "qwen3", tp_size=tp_size)
+    fields = {"hidden_size": 64, "intermediate_size": 256}
+    made = plan(family, fields=fields, kv="saw_int4", tp_size=tp_size, **options)
     ranks = replace(made, config=made.config.of_rank())
     graphs = [define(tensorrt, made, use_plugins, rank) for rank in range(tp_size)]
     executions = [
