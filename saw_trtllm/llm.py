@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from saw_trtllm.backends.registry import open_executor
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import ConfigError, ContextLengthError, EngineError, RequestError, SawError
 from saw_trtllm.model.end_ids import read_end_ids
+from saw_trtllm.parallel.config import ParallelConfig
+from saw_trtllm.parallel.open import open_executor
 from saw_trtllm.paths import is_file
 from saw_trtllm.plan.checksums import check_not_replaced, verify_engine
 from saw_trtllm.progress import progress
@@ -41,7 +42,7 @@ from saw_trtllm.runtime.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 _ADVICE = {
-    "tensor_parallel_size": "leave it out; an engine of its own runtime is on one GPU",
+    "tensor_parallel_size": "build the engine with saw-build --tp_size",
     "gpu_memory_utilization": "give kv_cache_config={'free_gpu_memory_fraction': ...}",
     "dtype": "build the engine with saw-build --dtype",
     "quantization": "choose the cache with saw-build --kv",
@@ -79,6 +80,11 @@ class LLM:
         for room instead.
     verify : bool
         Whether the folder's files are compared with the checksums that ``saw-build`` recorded.
+    parallel_config : ParallelConfig or dict, optional
+        How the ranks of a tensor parallel engine run. A dict holds its fields.
+    retry : int
+        How often a request is computed once more when a rank is lost that computed it; its text goes on where it was.
+        By default it ends with :class:`saw_trtllm.errors.RankError`.
 
     Attributes
     ----------
@@ -107,12 +113,18 @@ class LLM:
         prefill_chunk: int | None = None,
         max_queue_size: int = MAX_QUEUE_SIZE,
         verify: bool = True,
+        parallel_config: ParallelConfig | Mapping[str, Any] | None = None,
+        retry: int = 0,
     ) -> None:
+        if not (is_number(retry, whole=True) and retry >= 0):
+            raise ConfigError(f"retry is {shown(retry)}: it must be a whole number, 0 for no retry")
         if not (is_number(max_queue_size, whole=True) and max_queue_size >= 0):
             raise ConfigError(f"max_queue_size is {shown(max_queue_size)}: it must be a whole number, 0 for any number")
         if not isinstance(model, str | os.PathLike):
             raise EngineError(f"model is {shown(model)}: give the --output_dir of saw-build")
         kv_cache_config = KvCacheConfig.of(kv_cache_config)
+        parallel_config = ParallelConfig.of(parallel_config)
+        self._retry = retry
         folder = Path(model)
         self.config = EngineConfig.load(folder)
         if verify:
@@ -127,7 +139,7 @@ class LLM:
         chunk = _prefill_chunk(self.config, prefill_chunk)
         interchangeable = not (self.config.kv_format.quantized and kv_cache_config.deterministic)
         disk = DiskCache.open(self.config, kv_cache_config, "any" if interchangeable else chunk)
-        self.executor = open_executor(folder, self.config, kv_cache_config)
+        self.executor = open_executor(folder, self.config, kv_cache_config, parallel_config)
         check_not_replaced(folder, self.config.saw_int4.checksums)  # its files are read by name
         blocks = BlockManager(
             self.executor.num_blocks,
@@ -358,8 +370,8 @@ class LLM:
             self._scheduler.check(sequence)
             detokenizer = Detokenizer(self.tokenizer, params.stop_strings, params.include_stop_str_in_output)
             guide = self._guide(params)
-            request = Request(sequence, text, end_ids, detokenizer, streaming, outputs, index, bad_runs, guide)
-            requests.append(request)
+            its_text = (detokenizer, streaming, outputs, index, bad_runs, guide)
+            requests.append(Request(sequence, text, end_ids, *its_text, retries=self._retry))
         return requests
 
     def _guide(self, params: SamplingParams) -> Guide | None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError
 
 from saw_trtllm.errors import ConfigError, SawError, first_error
+from saw_trtllm.parallel.config import ParallelConfig
 
 LOG_LEVELS = ("internal_error", "error", "warning", "info", "verbose", "debug")
 _PYTHON_LEVELS = {"internal_error": "critical", "verbose": "debug"}
@@ -29,6 +30,39 @@ def add_log_level(parser: argparse.ArgumentParser, default: str = "warning") -> 
 def add_no_verify(parser: argparse.ArgumentParser) -> None:
     """Add the flag of the commands that open an engine."""
     parser.add_argument("--no_verify", action="store_true", help="open the engine without checking its checksums")
+
+
+def add_parallel(parser: argparse.ArgumentParser, server: bool = True) -> None:
+    """Add the flags of the commands that open an engine which may be split over ranks."""
+    group = parser.add_argument_group("engines of saw-build --tp_size")
+    group.add_argument(
+        "--ranks",
+        choices=("ray", "processes"),
+        default=ParallelConfig.ranks,
+        help="who starts the ranks: Ray, joined at RAY_ADDRESS or started here, or plain processes of this machine "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--step_timeout",
+        type=float,
+        default=ParallelConfig.step_timeout,
+        metavar="SECONDS",
+        help="a rank that has not answered a step by then counts as lost (default: %(default)s)",
+    )
+    if server:
+        group.add_argument(
+            "--retry",
+            type=int,
+            default=0,
+            metavar="N",
+            help="how often a request is computed once more when a rank that computed it is lost; 0 answers it with an "
+            "error",
+        )
+
+
+def parallel_config(args: argparse.Namespace) -> ParallelConfig:
+    """The flags of :func:`add_parallel`, but for ``--retry``."""
+    return ParallelConfig(ranks=args.ranks, step_timeout=args.step_timeout)
 
 
 def set_log_level(name: str) -> None:

@@ -7,8 +7,9 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from saw_trtllm.cli.common import add_log_level, add_no_verify, run, set_log_level
+from saw_trtllm.cli.common import add_log_level, add_no_verify, add_parallel, parallel_config, run, set_log_level
 from saw_trtllm.cli.conversation import Conversation, typed_lines
 from saw_trtllm.errors import ConfigError, RequestError
 from saw_trtllm.llm import LLM
@@ -68,6 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="F",
         help="its share of the free memory",
     )
+    add_parallel(parser, server=False)
     add_no_verify(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     add_log_level(parser)
@@ -104,8 +106,12 @@ def _run(args: argparse.Namespace) -> None:
     )
     prompts = [] if talks else given.get("input_text") or _read_prompts(args.input_file)
     cache = KvCacheConfig(given.get("kv_cache_max_tokens"), args.kv_cache_free_gpu_memory_fraction)
-    engine = args.engine_dir
-    with LLM(engine, given.get("tokenizer_dir"), cache, max_queue_size=0, verify=not args.no_verify) as llm:
+    options: dict[str, Any] = {
+        "max_queue_size": 0,
+        "verify": not args.no_verify,
+        "parallel_config": parallel_config(args),
+    }
+    with LLM(args.engine_dir, given.get("tokenizer_dir"), cache, **options) as llm:
         if args.chat and not args.json:
             _chat(llm, params, given.get("system_prompt"), prompts)
             return

@@ -18,23 +18,24 @@ from saw_trtllm.cli.common import (
     add_fields,
     add_log_level,
     add_no_verify,
+    add_parallel,
+    parallel_config,
     parse_fields,
     run,
     set_log_level,
 )
 from saw_trtllm.engine.config import CONFIG_FILE
 from saw_trtllm.errors import ConfigError
-from saw_trtllm.llm import LLM, MAX_QUEUE_SIZE
+from saw_trtllm.llm import MAX_QUEUE_SIZE
 from saw_trtllm.paths import is_file, is_folder, read_json
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.plan import BuildPlan
-from saw_trtllm.runtime.chat_template import ChatTemplate
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.serve.engine_cache import cached_engine, default_folder, uncached_engine
 
 try:
     from saw_trtllm.serve.openai.app import make_app
-    from saw_trtllm.serve.openai.model import ServedModel
+    from saw_trtllm.serve.openai.model import ModelSpec
     from saw_trtllm.serve.openai.server import ServerOptions, listen, make_server
 except ImportError as e:
     sys.exit(f"error: saw-serve needs {e.name}, which is not installed: pip install 'saw-trtllm[serve]'")
@@ -102,6 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_fields(parser, TierOptions)
     add_no_verify(parser)
+    add_parallel(parser)
     network = parser.add_argument_group("network")
     add_fields(network, ServerOptions)
     cache = parser.add_argument_group("engines that are built here")
@@ -134,21 +136,33 @@ def _serve(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         stack.enter_context(_ending_well())
         folders = _names(args, [stack.enter_context(engine) for engine in _engines(args)])
+        specs = _specs(args, folders)
         models = []
-        tiers = parse_fields(args, TierOptions).model_dump()
-        for i, (name, folder) in enumerate(folders):
-            share = args.kv_cache_free_gpu_memory_fraction / (len(folders) - i)
-            cache = KvCacheConfig(args.kv_cache_max_tokens, share, **tiers)
-            queue = {"max_queue_size": args.max_queue_size, "verify": not args.no_verify}
-            llm = stack.enter_context(LLM(folder, args.tokenizer_dir, cache, **queue))
-            _set_template(llm, args.chat_template)
-            models.append(ServedModel(name, llm, folder))
+        for spec in specs:
+            models.append(spec.open())
+            stack.callback(models[-1].llm.shutdown)
         app = make_app(models, keys, args.cors_origins)
         socket, url = listen(options)
         server = make_server(app, options, _UVICORN_LEVELS.get(args.log_level, args.log_level))
-        served = ", ".join(model.name for model in models)
+        served = ", ".join(spec.name for spec in specs)
         print(f"ready: {url} serves {served}; OpenAI's API is at {url}/v1, a page to look at at {url}/", flush=True)
         server.run([socket])
+
+
+def _specs(args: argparse.Namespace, folders: list[tuple[str, Path]]) -> list[ModelSpec]:
+    specs = []
+    tiers = parse_fields(args, TierOptions).model_dump()
+    for i, (name, folder) in enumerate(folders):
+        share = args.kv_cache_free_gpu_memory_fraction / (len(folders) - i)
+        options = {
+            "kv_cache_config": KvCacheConfig(args.kv_cache_max_tokens, share, **tiers),
+            "max_queue_size": args.max_queue_size,
+            "verify": not args.no_verify,
+            "parallel_config": parallel_config(args),
+            "retry": args.retry,
+        }
+        specs.append(ModelSpec(name, folder.absolute(), args.tokenizer_dir, args.chat_template, options))
+    return specs
 
 
 @contextlib.contextmanager
@@ -230,14 +244,6 @@ def _names(args: argparse.Namespace, folders: list[Path]) -> list[tuple[str, Pat
     if len(set(names)) != len(names):
         raise ConfigError(f"two engines are called {max(names, key=names.count)}: give each a --served_model_name")
     return list(zip(names, folders, strict=True))
-
-
-def _set_template(llm: LLM, path: Path | None) -> None:
-    if path is not None:
-        if llm.tokenizer is None:
-            raise ConfigError("--chat_template needs a tokenizer: give --tokenizer_dir")
-        own, new = llm.tokenizer.chat_template, ChatTemplate.from_file(path)
-        llm.tokenizer.chat_template = own.replaced(new.text) if own else new
 
 
 _UVICORN_LEVELS = {"internal_error": "critical", "verbose": "debug"}

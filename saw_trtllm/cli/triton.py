@@ -15,6 +15,7 @@ from saw_trtllm.cli.common import (
     add_fields,
     add_log_level,
     add_no_verify,
+    add_parallel,
     parse_fields,
     run,
     set_log_level,
@@ -146,6 +147,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="with --launch: without an answer or a token for so long, the server counts as stuck; 0 is never",
     )
     add_no_verify(parser)
+    add_parallel(parser)
     add_log_level(parser)
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags for tritonserver itself")
     return parser
@@ -213,6 +215,9 @@ def _parameters(args: argparse.Namespace) -> Parameters:
         decoupled_mode=args.decoupled_mode == "true",
         exclude_input_in_output=args.exclude_input_in_output == "enable",
         verify_engine=not (verified_here or args.no_verify),
+        ranks=args.ranks,
+        step_timeout=args.step_timeout,
+        retry=args.retry,
     )
 
 

@@ -248,6 +248,11 @@ class BlockManager:
             self._by_key[content.key] = index
             self._continue(index, content.parent, content.tokens)
 
+    def forget(self) -> None:
+        """Let nobody find any block: what all of them hold is lost. Their owners keep them."""
+        for index in range(self.num_blocks):
+            self._forget(index)
+
     def register(self, table: BlockTable, tokens: Sequence[int], start: int = 0) -> None:
         """Let others find the full blocks of ``tokens``, which have been computed.
 

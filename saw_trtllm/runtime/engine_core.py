@@ -15,7 +15,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from saw_trtllm.engine.step import PREFILL, StepPacker
-from saw_trtllm.errors import EngineError, QueueFullError, SawError, ShutdownError
+from saw_trtllm.errors import EngineError, QueueFullError, RankError, SawError, ShutdownError
 from saw_trtllm.runtime.executor import Executor, PendingStep, StepOutput
 from saw_trtllm.runtime.outputs import require_process
 from saw_trtllm.runtime.request import Request
@@ -154,12 +154,13 @@ class EngineCore:
 
     def _run(self) -> None:
         try:
-            while self._turn():
+            while self._goes_on():
                 pass
             for request_id in list(self._requests):
                 self._cancel(request_id)
-            self._finish(steps_left=0)
-            self._settle()
+            with contextlib.suppress(RankError):  # nothing is left to lose
+                self._finish(steps_left=0)
+                self._settle()
         except Exception as e:
             logger.exception("the runtime failed")
             self._close()
@@ -173,6 +174,26 @@ class EngineCore:
         if self._scheduler.host is not None:
             self._scheduler.host.close()
         self._executor.shutdown()
+
+    def _goes_on(self) -> bool:
+        try:
+            return self._turn()
+        except RankError as e:
+            self._begin_anew(e)
+            return True
+
+    def _begin_anew(self, e: RankError) -> None:
+        """The executor has lost all that it held: who had begun does so once more, or ends with the error."""
+        parts = [s for step in self._under_way for s in step.parts]
+        self._under_way.clear()
+        self._stats.restarts_total += 1
+        for sequence in self._scheduler.reset(parts):
+            request = self._requests[sequence.request_id]
+            if request.retries > 0:
+                request.retries -= 1
+            else:
+                error = RankError(f"{e} while it computed this request: send it again, or start with retry=1")
+                self._drop(sequence.request_id).outputs.put(error)
 
     def _turn(self) -> bool:
         """Take in what has come, begin a step and end one; false when it is time to close."""
@@ -244,6 +265,8 @@ class EngineCore:
         try:
             step = self._packer.pack(parts, self._scheduler.copies)
             pending = self._executor.launch(step, sampling, context)
+        except RankError:
+            raise
         except Exception as e:
             self._fail(parts, e)
             return False
@@ -265,14 +288,18 @@ class EngineCore:
     def _finish(self, steps_left: int) -> None:
         """Wait for the steps in flight but for so many, and hand out what they gave."""
         while len(self._under_way) > steps_left:
-            step = self._under_way.popleft()
+            step = self._under_way[0]
             try:
                 output = step.pending.result()
+            except RankError:
+                raise
             except Exception as e:
+                self._under_way.popleft()
                 for s in step.parts:
                     self._scheduler.done(s)
                 self._fail(step.parts, e)
                 continue
+            self._under_way.popleft()
             for i, s in enumerate(step.parts):
                 self._advance(s, output, i)
 

@@ -60,6 +60,10 @@ class Executor(HostBlocks, Protocol):
 
     Steps take effect in the order of their launches, and their results are taken in that order. Where ``asynchronous``,
     the next step may be launched before the result of the last one is taken, never two: at most two are in flight.
+
+    Any call of one whose ranks are other processes, of a step or a transfer in flight too, may raise
+    :class:`saw_trtllm.errors.RankError`. Then nothing is in flight any more and the pools are empty; it goes on with
+    the next launch.
     """
 
     num_blocks: int

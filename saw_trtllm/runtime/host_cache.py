@@ -176,6 +176,10 @@ class HostCache:
                 break
             self._reads[key] = slot, self._disk.read(key, self._memory.host_block(slot))
 
+    def has_more(self, table: BlockTable) -> bool:
+        """Whether the host goes on where the pool ends with a sequence, whose keys are known."""
+        return next((key for key in table.keys if not self._blocks.holds(key)), None) in self._held
+
     def fetch(self, table: BlockTable, num_left: int) -> bool:
         """Hold what the pool has of a sequence and begin to bring back what the host has, until :meth:`let_go`.
 
@@ -276,6 +280,19 @@ class HostCache:
         """Let go of the host's memory, when nothing is copied any more: the disk's last writes are made."""
         if self._disk is not None:
             self._disk.close()
+
+    def reset(self) -> None:
+        """Hold nothing: what the host held is lost, and copies that were begun are not made."""
+        for stores, loads in [self._to_begin, *((batch.stores, batch.loads) for batch in self._under_way)]:
+            for copy in [*(store.copy for store in stores), *(load.copy for load in loads)]:
+                self._blocks.release(copy.block)
+        self._held.clear()
+        self._stores.clear()
+        self._loads.clear()
+        self._under_way.clear()
+        self._to_begin = ([], [])
+        self._free_slots.clear()
+        self._num_used = 0
 
     def _adopt(self, index: int, content: Content) -> bool:
         """Keep a block that its last sequence lets go of, until it is copied."""

@@ -38,6 +38,8 @@ class Request:
         Runs of tokens that the text must not hold.
     guide : Guide, optional
         What the text must follow.
+    retries : int
+        How often it is computed once more when the ranks that did are lost.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class Request:
         index: int = 0,
         bad_runs: Sequence[list[int]] = (),
         guide: Guide | None = None,
+        retries: int = 0,
     ) -> None:
+        self.retries = retries
         self.sequence = sequence
         self.end_ids = end_ids
         self.outputs = outputs

@@ -226,6 +226,37 @@ class Scheduler:
             if self.host is not None:
                 self.host.let_go(sequence.table)
 
+    def reset(self, in_flight: Iterable[Scheduled]) -> list[Sequence]:
+        """Begin anew with an empty pool: all that it held is lost, and what is in flight does not come.
+
+        Those that ran wait again, before the others, and compute their tokens anew once they are admitted.
+
+        Parameters
+        ----------
+        in_flight : iterable of Scheduled
+            All parts of the steps in flight.
+
+        Returns
+        -------
+        list of Sequence
+            Those of them that had computed anything, or were about to.
+        """
+        self.blocks.forget()
+        if self.host is not None:
+            self.host.reset()
+            for sequence in self.waiting:
+                self.host.let_go(sequence.table)
+        begun = [s for s in self.running if s.generated or s.in_flight is not None or s.num_computed > s.num_reused]
+        for part in in_flight:
+            part.sequence.num_computed = part.sequence.num_reused = 0  # nobody is to find its rows
+            self.done(part)
+        for sequence in reversed(self.running):
+            sequence.num_computed = sequence.num_reused = 0
+            self._close(sequence)
+        self.waiting.extendleft(reversed(self.running))
+        self.running.clear()
+        return begun
+
     def _findable(self, sequence: Sequence) -> int:
         """How many of the computed tokens others may find."""
         return sequence.num_computed if self._interchangeable_rows else min(sequence.num_computed, len(sequence.prompt))
@@ -331,8 +362,12 @@ class Scheduler:
             if missing + headroom <= self.blocks.num_free and table.fetched is None:
                 # There was no room yet for what the host has of it, or it was let go of and may be gone.
                 self.host.seek(table)
-                self.host.fetch(table, headroom)
-                fetching = self.host.is_fetching(table)
+                if self.copies and self.host.has_more(table):
+                    # Copies from the host begin before this step, and might take a block that it copies rows from.
+                    fetching = True
+                else:
+                    self.host.fetch(table, headroom)
+                    fetching = self.host.is_fetching(table)
             elif missing + headroom > self.blocks.num_free and set(table.fetched or ()) - set(table.blocks):
                 # Of what is held for this one, whole chunks are open now; the rest may be what it lacks.
                 self.host.let_go(table)

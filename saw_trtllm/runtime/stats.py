@@ -25,7 +25,8 @@ class Stats:
         Blocks that could be found in the pool, or on the host, and were given up for others.
     block_bytes : int
         Bytes of a block: what each of those moved.
-    requests_total, preemptions_total : int
+    requests_total, preemptions_total, restarts_total : int
+        Requests that came, sequences that had to make room, and times that the executor lost a rank and began anew.
     prompt_tokens_total, reused_tokens_total, generated_tokens_total : int
         Tokens of prompts, those of them found in the cache, and generated tokens.
     ttft_seconds_sum, ttft_count : float, int
@@ -49,6 +50,7 @@ class Stats:
     block_bytes: int = 0
     requests_total: int = 0
     preemptions_total: int = 0
+    restarts_total: int = 0
     prompt_tokens_total: int = 0
     reused_tokens_total: int = 0
     generated_tokens_total: int = 0

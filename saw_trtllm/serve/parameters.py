@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -34,6 +35,9 @@ class Parameters(BaseModel):
         MAX_QUEUE_SIZE, ge=0, description="requests that may wait for their first step; 0 is any number"
     )
     verify_engine: bool = Field(True, description="whether the engine's checksums are checked when it is opened")
+    ranks: Literal["ray", "processes"] = Field("ray", description="who starts the ranks of a tensor parallel engine")
+    step_timeout: float = Field(60.0, gt=0, description="seconds after which a rank that does not answer is lost")
+    retry: int = Field(0, ge=0, description="how often a request is computed once more when a rank is lost")
     cancellation_check_period_ms: int = Field(100, gt=0, description="how often to ask whether a client has gone")
     stats_check_period_ms: int = Field(100, gt=0, description="how often to update the metrics")
 

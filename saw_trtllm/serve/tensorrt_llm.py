@@ -16,6 +16,7 @@ import numpy as np
 
 from saw_trtllm.errors import EngineError, RequestError, SawError, ShutdownError
 from saw_trtllm.llm import LLM
+from saw_trtllm.parallel.config import ParallelConfig
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.runtime.outputs import GenerationResult, RequestOutput
 from saw_trtllm.serve import names
@@ -135,6 +136,8 @@ class TensorrtLlmModel:
             kv_cache_config=kv_cache,
             max_queue_size=parameters.max_queue_size,
             verify=parameters.verify_engine,
+            parallel_config=ParallelConfig(ranks=parameters.ranks, step_timeout=parameters.step_timeout),
+            retry=parameters.retry,
         )
         self._metrics = MetricsReporter(pb_utils, names.TENSORRT_LLM, names.VERSION)
         self._jobs: dict[int, Job] = {}

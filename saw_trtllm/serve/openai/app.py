@@ -61,10 +61,15 @@ def make_app(models: Sequence[ServedModel], api_keys: Sequence[str] = (), cors_o
     _add_tokens(app, served, guard)
     _add_state(app, served, metrics)
     longest = max(model.llm.max_seq_len for model in models)
-    app.add_middleware(BodyLimit, limit=max(_LEAST_BODY, _BODY_PER_TOKEN * longest))
+    app.add_middleware(BodyLimit, limit=body_limit(longest))
     if cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
     return Outermost(app, metrics)
+
+
+def body_limit(max_seq_len: int) -> int:
+    """Bytes that the body of a request may have."""
+    return max(_LEAST_BODY, _BODY_PER_TOKEN * max_seq_len)
 
 
 class Outermost:

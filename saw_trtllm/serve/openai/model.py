@@ -6,13 +6,16 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from saw_trtllm.errors import ShutdownError
+from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.errors import ConfigError, ShutdownError
 from saw_trtllm.llm import LLM
 from saw_trtllm.paths import is_file, read_json
+from saw_trtllm.runtime.chat_template import ChatTemplate
 from saw_trtllm.runtime.outputs import CompletionOutput, GenerationResult
 from saw_trtllm.runtime.prompt import Prompt, encode_prompt
 from saw_trtllm.runtime.sampling_params import SamplingParams
@@ -154,6 +157,48 @@ class ServedModel:
             "max_seq_len": self.llm.max_seq_len,
             "has_chat_template": self.llm.chat_template is not None,
         }
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model to be served, in this process or in others.
+
+    Attributes
+    ----------
+    name : str
+    folder : Path
+        The engine's.
+    tokenizer_dir, chat_template : Path or None
+        In the place of the engine's own.
+    options : dict
+        What else :class:`saw_trtllm.llm.LLM` takes.
+    """
+
+    name: str
+    folder: Path
+    tokenizer_dir: Path | None
+    chat_template: Path | None
+    options: Mapping[str, Any]
+
+    def config(self) -> EngineConfig:
+        """The engine's."""
+        return EngineConfig.load(self.folder)
+
+    def open(self) -> ServedModel:
+        """Open the engine.
+
+        Raises
+        ------
+        SawError
+            If it cannot be run here, or the template is of no use.
+        """
+        llm = LLM(self.folder, self.tokenizer_dir, **self.options)
+        if self.chat_template is not None:
+            if llm.tokenizer is None:
+                raise ConfigError("--chat_template needs a tokenizer: give --tokenizer_dir")
+            own, new = llm.tokenizer.chat_template, ChatTemplate.from_file(self.chat_template)
+            llm.tokenizer.chat_template = own.replaced(new.text) if own else new
+        return ServedModel(self.name, llm, self.folder)
 
 
 class Models:

@@ -1,0 +1,1 @@
+"""Tensor parallel engines: a process for each rank, and the executor that leads them."""

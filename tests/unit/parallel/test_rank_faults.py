@@ -1,0 +1,56 @@
+"""A rank that is killed, stopped or slowed: no request and no block is lost, and the group comes back."""
+
+import numpy as np
+import pytest
+
+from benchmarks.serving.rank_faults import run_with_faults
+from saw_trtllm import LLM, SamplingParams
+from saw_trtllm.parallel import open as opening
+from tests.support.example import build_example
+from tests.support.executor.remembering import RememberingProcesses, expected_text
+
+
+@pytest.fixture(scope="module")
+def tp2(tmp_path_factory):
+    return build_example(tmp_path_factory.mktemp("tp2"), kv="fp16", tp_size=2, max_batch_size=16, max_num_tokens=512)
+
+
+@pytest.fixture
+def open_group(tp2, monkeypatch):
+    monkeypatch.setitem(opening.LAUNCHERS, "processes", RememberingProcesses)
+    opened = []
+
+    def open_(**options):
+        parallel = {"ranks": "processes", "step_timeout": 2.0}
+        opened.append(LLM(tp2, parallel_config=parallel, **options))
+        return opened[-1]
+
+    yield open_
+    for llm in opened:
+        llm.shutdown()
+
+
+def requests(count, max_tokens, vocab=1024):
+    rng = np.random.default_rng(5)
+    stem = rng.integers(8, vocab, 200).tolist()
+    prompts = [
+        stem[: rng.integers(0, 200)] + rng.integers(8, vocab, rng.integers(1, 30)).tolist() for _ in range(count)
+    ]
+    params = [SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=i) for i in range(count)]
+    return prompts, params, [expected_text(p, s.seed, max_tokens, vocab) for p, s in zip(prompts, params, strict=True)]
+
+
+@pytest.mark.parametrize(("faults", "retry"), [(["killed"], 0), (["slowed", "killed", "stopped"], 9)])
+def test_no_request_and_no_block_is_lost(open_group, faults, retry):
+    # A pool that preempts, and a host cache: what is to be put in order after a loss.
+    llm = open_group(kv_cache_config={"max_tokens": 2048, "host_cache_size": 40}, retry=retry)
+    prompts, params, expected = requests(40, 30)
+    counts = run_with_faults(llm, prompts, params, expected, faults, pause=(0.0, 0.3))
+    assert counts.other_texts == 0
+    assert counts.lost_blocks == 0
+    assert counts.answered + counts.failed >= 40
+    assert counts.failed == 0 or retry == 0
+    assert counts.restarts >= len(set(faults) - {"slowed"})
+    llm._scheduler.blocks.check()
+    answers = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    assert answers == expected
