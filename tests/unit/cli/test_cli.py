@@ -1,5 +1,6 @@
 """``saw-build`` and ``saw-run`` as a user types them."""
 
+import importlib
 import json
 import pkgutil
 import runpy
@@ -15,13 +16,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from saw_trtllm import LLM, SamplingParams, cli, progress
+from saw_trtllm import LLM, KvCacheConfig, SamplingParams, cli, progress
 from saw_trtllm.build import plan_build
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.cli import build as saw_build
 from saw_trtllm.cli import convert as saw_convert
 from saw_trtllm.cli import run as saw_run
-from saw_trtllm.cli.common import parse_fields
+from saw_trtllm.cli.common import TierOptions, parse_fields
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError
 from saw_trtllm.plan.options import BuildOptions
@@ -685,3 +686,15 @@ def test_run_needs_an_engine_and_a_prompt(engine, capsys):
             saw_run.main(argv)
         assert e.value.code == 2
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("command", ["bench", "serve", "triton"])
+def test_the_tiers_of_the_cache_are_flags_of_whatever_opens_an_engine_to_many(command, tmp_path):
+    argv = ["--host_cache_size", "4096", "--disk_cache_dir", str(tmp_path), "--disk_cache_size", "8192"]
+    argv = [*argv, "--deterministic", "--engine_dir", "engine"]
+    parser = importlib.import_module(f"saw_trtllm.cli.{command}").make_parser()
+    args = parser.parse_args(["throughput", *argv] if command == "bench" else argv)
+    tiers = parse_fields(args, TierOptions)
+    assert KvCacheConfig(**tiers.model_dump()) == KvCacheConfig(
+        host_cache_size=4096, disk_cache_dir=tmp_path, disk_cache_size=8192, deterministic=True
+    )
