@@ -114,9 +114,8 @@ def reject_quantized(stored: Iterable[StoredTensor], used: Container[str] = ()) 
     scale = next((t for t in stored if t.name not in used and _QUANTIZED.search(t.name)), None)
     if scale is not None:
         raise CheckpointError(
-            f"{scale.path}: tensor {scale.name!r} belongs to weights that are quantized in another way than the config "
-            "says, which names " + ("one that has no such tensor" if used else "none") + ": use the config.json that "
-            "belongs to these weights"
+            f"{scale.path}: tensor {scale.name!r} belongs to quantized weights, and the config names others or none: "
+            "use the config.json that belongs to these weights"
         )
 
 

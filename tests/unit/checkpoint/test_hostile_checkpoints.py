@@ -102,9 +102,9 @@ def test_tables_of_rope_may_be_stored(model):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("model.layers.0.self_attn.q_proj.weight_scale", "belongs to weights that are quantized"),
-        ("model.layers.0.mlp.up_proj.qweight", "belongs to weights that are quantized"),
-        ("model.layers.0.mlp.up_proj.weight.absmax", "belongs to weights that are quantized"),
+        ("model.layers.0.self_attn.q_proj.weight_scale", "belongs to quantized weights"),
+        ("model.layers.0.mlp.up_proj.qweight", "belongs to quantized weights"),
+        ("model.layers.0.mlp.up_proj.weight.absmax", "belongs to quantized weights"),
         ("model.layers.0.self_attn.o_proj.bias", "none that a LlamaForCausalLM of 2 layers has"),
         ("model.layers.2.input_layernorm.weight", "none that a LlamaForCausalLM of 2 layers has"),
         ("score.weight", "none that a LlamaForCausalLM of 2 layers has"),
@@ -123,7 +123,7 @@ def test_a_tensor_without_a_place_in_a_tensorrt_llm_checkpoint(model, tmp_path):
     save_file(tensors | {"transformer.layers.0.attention.rotary_inv_freq": np.ones(4, np.float32)}, path)
     assert Checkpoint.open(tmp_path / "ckpt").config.num_hidden_layers == 2
     for name, words in (
-        ("mlp.fc.weights_scaling_factor", "belongs to weights that are quantized"),
+        ("mlp.fc.weights_scaling_factor", "belongs to quantized weights"),
         ("mlp.fc.bias", "none that a"),
     ):
         save_file(tensors | {f"transformer.layers.0.{name}": np.ones(4, np.float32)}, path)

@@ -197,7 +197,7 @@ BAD = {
     "no scale of inputs": (damaged("modelopt FP8", drop=("input_scale",)), "lacks the tensor"),
     "another dialect's tensor": (
         damaged("gptq", {"weight_packed": lambda x: torch.zeros(4)}),
-        "belongs to weights that are quantized in another way than the config says",
+        "belongs to quantized weights, and the config names others or none",
     ),
     "method": (damaged("gptq", quant_method="hqq"), "'hqq', which is not supported: use a model quantized in one of"),
 }
