@@ -10,7 +10,7 @@ from benchmarks.common.target import Limit
 from saw_trtllm.engine.config import BuildConfig, PluginConfig
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
-from saw_trtllm.plugins.library import ATTENTION, GEMM, WRITE
+from saw_trtllm.plugins.library import ATTENTION, GEMM, QUANTIZED_GEMM, WRITE
 
 #: Formats of the cache, in the order in which they are measured.
 KVS = ("fp16", "int4", "saw_int4")
@@ -112,5 +112,6 @@ def classify(layer: str, gemm_plugin: bool = False) -> Part:
     if not all(_LAYER in name for name in (node.groups() if node else (layer,))):
         return "ends"
     if gemm_plugin:
-        return "gemm" if layer.startswith(_LAYER) and GEMM in layer else "rest"
+        gemm = GEMM in layer or QUANTIZED_GEMM in layer
+        return "gemm" if layer.startswith(_LAYER) and gemm else "rest"
     return "gemm" if node or (layer.startswith(_LAYER) and "linear" in layer) else "rest"

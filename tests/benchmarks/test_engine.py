@@ -80,6 +80,7 @@ def test_layers_are_told_apart_by_name(layer, part):
     [
         (LAYER + "attention.SawInt4PagedAttention", "attention"),
         (LAYER + "attention.SawGemm_2", "gemm"),
+        (LAYER + "mlp.SawQuantizedGemm", "gemm"),
         (f"{{ForeignNode[{LAYER}mlp.cast...{LAYER}mlp.sum]}}", "rest"),
         (f"PWN(PWN({LAYER}mlp.sigmoid), {LAYER}mlp.prod)", "rest"),
         ("SawGemm", "ends"),
