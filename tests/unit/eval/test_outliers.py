@@ -183,12 +183,12 @@ def test_the_recipe_recovers_most_and_the_levers_nearly_all(plant):
         assert by["levers, no center"].kl_mean > 5 * by["levers"].kl_mean
 
 
-def test_the_levers_leave_a_third_of_the_recipes_loss_on_the_unchanged_example():
-    """Of its loss. The divergence, which a shrunken range does not flatter, falls by a fifth or more."""
+def test_the_levers_leave_half_of_the_recipes_loss_on_the_unchanged_example():
+    """By nats; the divergence, which a shrunken range does not flatter, falls by a third or more."""
     by = losses(Checkpoint.open(EXAMPLE))
     assert 0 < by["recipe"].nats_lost < 0.1
-    assert by["levers"].nats_lost < by["recipe"].nats_lost / 3
-    assert by["levers"].kl_mean < 0.8 * by["recipe"].kl_mean
+    assert by["levers"].nats_lost < by["recipe"].nats_lost / 2
+    assert by["levers"].kl_mean < 0.67 * by["recipe"].kl_mean
 
 
 class ScaledFp8(Fp8):
