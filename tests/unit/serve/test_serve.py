@@ -758,12 +758,6 @@ def test_one_response_holds_all_prompts(unary, llm, preprocessing, postprocessin
     assert not out["output_log_probs"][1].any()  # it was not asked for
 
 
-def test_streaming_needs_decoupled_mode(unary, tokenizer):
-    [[response]] = run(unary, Request(llm_inputs(tokenizer.encode(PROMPT), streaming=True)))
-    assert code_of(response) == "INVALID_ARG"
-    assert "start saw-triton with --decoupled_mode true" in response.error.message
-
-
 def test_every_request_has_one_response(unary, tokenizer):
     ids = tokenizer.encode(PROMPT)
     two = {k: np.repeat(v, 2, axis=0) for k, v in llm_inputs(ids, 8).items()}
