@@ -81,8 +81,8 @@ def measure_ranks(plan: Plan, kv: str, build_s: float | None) -> Engine:
                 if not bench.fits(*case):
                     engine.too_large.append(case)
                     continue
-                engine.steps += measure([bench], *case)
-                step = engine.steps[-1]
+                (step,) = measure([bench], *case)
+                engine.steps.append(step)
                 logger.info("%s, %dx%d: %.0f us, alone %.0f us", kv, *case, step.median_us, step.alone_us)
             engine.profiles.extend(bench.profile(*case) for case in plan.profiled() if bench.fits(*case))
     return engine

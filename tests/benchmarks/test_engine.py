@@ -356,7 +356,8 @@ def machine(engine, tmp_path, monkeypatch):
     sampler = ModuleType("saw_trtllm.backends.tensorrt.sampler")
     sampler.GpuSampler = lambda *sizes: fake_engine.Sampler(cuda, *sizes)
     monkeypatch.setitem(sys.modules, "saw_trtllm.backends.tensorrt.sampler", sampler)
-    monkeypatch.delitem(sys.modules, "benchmarks.engine.on_gpu", raising=False)
+    for name in ("on_gpu", "ranks"):
+        monkeypatch.delitem(sys.modules, f"benchmarks.engine.{name}", raising=False)
     monkeypatch.setattr("benchmarks.engine.clock._DELAY_BYTES", 1 << 10)
     monkeypatch.setattr("benchmarks.engine.run.device.gpu_name", lambda: "NVIDIA Test")
     for name, value in {"LOOP_BATCH": 4, "LOOP_PROMPT": 16, "LOOP_TEXT": 24}.items():
@@ -390,6 +391,17 @@ def test_a_run_from_its_engine_to_its_record(machine, tmp_path):
     assert found.loop.step_us > 0
     assert found.loop.gpu_us > 0
     assert [(p.batch, p.context) for p in found.profiles] == [(2, 16)]
+    assert cuda.everything() == []
+
+
+def test_the_steps_of_an_engine_of_ranks(machine):
+    """Of one rank here, without the runtime: more need a GPU each."""
+    cuda, plan = machine
+    on_gpu = importlib.import_module("benchmarks.engine.on_gpu")
+    found = on_gpu.measure_ranks(plan, "int4", None)
+    assert [(s.batch, s.context) for s in found.steps] == plan.steps()
+    assert [(p.batch, p.context) for p in found.profiles] == [(2, 16)]
+    assert found.loop is None
     assert cuda.everything() == []
 
 

@@ -47,9 +47,14 @@ def in_order(parts):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_sums_of_all_extents_in_a_row(size, dtype, group):
-    """From 16 bytes to the largest: the same bits on all ranks, whatever the kernel before it was given."""
+    """From 16 bytes to the largest: the same bits on all ranks, whatever the kernel before it was given.
+
+    The kernels of all ranks must be on the one GPU at once, or they wait for each other for ever: of eight ranks few
+    blocks of each are.
+    """
     streams, enqueue = group(size)
-    counts = [8, 4096, 64 * 4096, 8, 40, 1 << 19, 4096 * 3, 1 << 19, 8, 4096]
+    largest = 1 << 19 if size < 4 else 8 * 1024
+    counts = [8, 4096, largest // 2, 8, 40, largest, 4096 + 1024, largest, 8, 4096]
     parts = [[torch.randn(n, device="cuda").to(dtype) for _ in range(size)] for n in counts]
     sums = [[torch.full_like(x, torch.nan) for x in of_ranks] for of_ranks in parts]
     torch.cuda.synchronize()
