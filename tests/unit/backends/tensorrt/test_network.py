@@ -1,5 +1,6 @@
 """The project's own definitions: recorded by a stand-in for TensorRT, and run in PyTorch against the reference."""
 
+import re
 import sys
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from saw_trtllm.backends.reference.int4 import TORCH_DTYPES
 from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs
 from saw_trtllm.backends.reference.paged_attention import paged_attention
 from saw_trtllm.backends.reference.rotate_quantize_kv import rotate_quantize_kv
+from saw_trtllm.backends.tensorrt.backend import TensorRTBackend
 from saw_trtllm.backends.tensorrt.build import build_engine, serialize_engine
 from saw_trtllm.backends.tensorrt.constants import PackedWeights
 from saw_trtllm.backends.tensorrt.decoder import define_decoder
@@ -24,6 +26,7 @@ from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import BackendUnavailableError, CheckpointError, ConfigError, EngineError
+from saw_trtllm.model.quantization import WeightFormat
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
 from saw_trtllm.runtime.collectives import ALONE, local_group
@@ -266,6 +269,28 @@ def check_differences(graph, plan, monkeypatch):
     assert first < rounding
     assert max(later) < (0.01 if plan.config.kv_format.quantized else rounding)
     assert min(later) < 4 * rounding
+
+
+@pytest.mark.parametrize(
+    ("fields", "tp_size", "message"),
+    [
+        ({"kind": "int8", "block": (1, 128)}, 1, "a weight is of int8: the kernels take int4 and fp8; give --qformat"),
+        ({"kind": "int4", "block": (1, 16)}, 1, "has a scale for 16 inputs: it must be for 32, 64, 128, a multiple"),
+        (
+            {"kind": "int4", "block": (1, 64), "act_order": True},
+            1,
+            "in an order of their own (desc_act); give --qformat",
+        ),
+        ({"kind": "fp8", "block": (1, 128)}, 2, "--tp_size 2 was given and the weights are quantized"),
+    ],
+)
+def test_quantized_weights_that_no_layer_takes(fields, tp_size, message, plan, tmp_path, monkeypatch):
+    model = plan().config.pretrained_config
+    pretend_gpu(monkeypatch)
+    options = BuildOptions(model_dir=tmp_path, output_dir=tmp_path / "engine", tp_size=tp_size)
+    formats = {"transformer.layers.0.mlp.fc.weight": WeightFormat(**fields)}
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        TensorRTBackend().check(options, model, formats)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.03), ("bfloat16", 0.3)])
