@@ -191,7 +191,7 @@ class RankGroup:
     def _open(self, folder: Path, kv_cache: KvCacheConfig, deadline: float) -> list[Opened]:
         greetings, engine = self._collect(0, deadline), engine_digest(folder)
         for rank, (greeting, _) in enumerate(greetings):
-            _check_greeting(rank, greeting, engine)
+            check_greeting(rank, greeting, engine)
         left = deadline - time.monotonic()
         verify = self._processes.host is not None
         opening = Opening(kv_cache, meeting=greetings[0][1], verify=verify, timeout=left)
@@ -223,7 +223,13 @@ class RankGroup:
         return [answers[rank] for rank in range(self._size)]
 
 
-def _check_greeting(rank: int, greeting: Greeting, engine: str) -> None:
+def check_greeting(rank: int, greeting: Greeting, engine: str) -> None:
+    """Reject a rank of another version than the leader's, or with another engine than ``engine``, its digest.
+
+    Raises
+    ------
+    RankError
+    """
     if greeting.version != __version__:
         raise RankError(
             f"rank {rank} runs saw-trtllm {greeting.version} and the leader {__version__}: install one version on all "

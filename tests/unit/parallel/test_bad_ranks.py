@@ -1,0 +1,90 @@
+"""What is wrong with ranks is said in one sentence before anything starts."""
+
+import shutil
+import sys
+import types
+
+import pytest
+
+from saw_trtllm import LLM
+from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError, RankError
+from saw_trtllm.parallel import group, processes
+from saw_trtllm.parallel import open as opening
+from saw_trtllm.parallel.rank import Greeting
+from saw_trtllm.parallel.ray_ranks import RayRanks
+from saw_trtllm.plugins.gpus import Driver
+from tests.support.example import build_example
+
+
+@pytest.fixture(scope="module")
+def tp2(tmp_path_factory):
+    return build_example(tmp_path_factory.mktemp("tp2"), kv="fp16", tp_size=2)
+
+
+def fake_ray(version="2.60.0", **resources):
+    ray = types.ModuleType("ray")
+    ray.__version__ = version
+    ray.is_initialized = lambda: True
+    ray.cluster_resources = lambda: resources
+    return ray
+
+
+def test_a_missing_file_of_a_rank_is_named(tp2, tmp_path):
+    folder = shutil.copytree(tp2, tmp_path / "engine")
+    (folder / "rank1.engine").unlink()
+    with pytest.raises(EngineError, match=r"lacks rank1\.engine of an engine that is split over 2 ranks"):
+        LLM(folder, verify=False, parallel_config={"ranks": "processes"})
+
+
+def test_blocks_of_ranks_do_not_go_to_the_disk(tp2, tmp_path):
+    cache = {"host_cache_size": 1 << 20, "disk_cache_dir": tmp_path / "disk", "disk_cache_size": 1 << 24}
+    with pytest.raises(ConfigError, match="disk_cache_dir is for engines of one rank"):
+        LLM(tp2, kv_cache_config=cache, parallel_config={"ranks": "processes"})
+
+
+@pytest.mark.parametrize("field", ["step_timeout", "start_timeout"])
+@pytest.mark.parametrize("value", [0, -1, float("inf"), "1"])
+def test_a_time_that_is_none_is_rejected(tp2, field, value):
+    with pytest.raises(ConfigError, match=f"{field} is .*: it must be a number of seconds above 0"):
+        LLM(tp2, parallel_config={field: value})
+
+
+def test_too_few_gpus_are_counted(monkeypatch):
+    monkeypatch.setattr(processes, "Driver", types.SimpleNamespace(load=lambda: Driver((13, 0), [None])))
+    with pytest.raises(EngineError, match="split over 2 ranks, a GPU each, and this machine has 1"):
+        processes.LocalProcesses(2, True)
+
+
+def test_a_cluster_without_enough_gpus_is_rejected(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", fake_ray(CPU=64.0, GPU=1.0))
+    with pytest.raises(EngineError, match="split over 2 ranks, a GPU each, and the Ray cluster has 1: add machines"):
+        RayRanks(2, True)
+
+
+def test_ray_that_is_missing_is_said(monkeypatch, tp2):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(BackendUnavailableError, match=r"pip install 'saw-trtllm\[ray\]', or give parallel_config"):
+        LLM(tp2)
+
+
+@pytest.mark.parametrize("version", ["2.9.3", "3.0.0"])
+def test_ray_of_another_release_is_said(monkeypatch, version):
+    monkeypatch.setitem(sys.modules, "ray", fake_ray(version))
+    with pytest.raises(BackendUnavailableError, match=f"Ray {version} is installed and 2.40 or newer"):
+        RayRanks(2, False)
+
+
+def test_ranks_of_another_build_are_named():
+    with pytest.raises(RankError, match=r"rank 1 runs saw-trtllm 0\.0\.1 and the leader"):
+        group.check_greeting(1, Greeting("0.0.1", "engine"), "engine")
+    with pytest.raises(RankError, match="rank 1 finds another engine in the folder than the leader"):
+        group.check_greeting(1, Greeting(group.__version__, "other"), "engine")
+
+
+def test_a_rank_that_does_not_start_is_said_with_its_words(tp2, monkeypatch):
+    class Broken(processes.LocalProcesses):
+        code = "raise SystemExit(3)"
+
+    monkeypatch.setitem(opening.LAUNCHERS, "processes", Broken)
+    with pytest.raises(RankError, match=r"the process of rank \d has ended with exit code 3: see its log"):
+        LLM(tp2, parallel_config={"ranks": "processes"})
