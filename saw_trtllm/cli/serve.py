@@ -36,6 +36,7 @@ from saw_trtllm.serve.engine_cache import cached_engine, default_folder, uncache
 try:
     from saw_trtllm.serve.openai.app import make_app
     from saw_trtllm.serve.openai.model import ModelSpec
+    from saw_trtllm.serve.openai.replicas import replicas
     from saw_trtllm.serve.openai.server import ServerOptions, listen, make_server
 except ImportError as e:
     sys.exit(f"error: saw-serve needs {e.name}, which is not installed: pip install 'saw-trtllm[serve]'")
@@ -104,6 +105,16 @@ def make_parser() -> argparse.ArgumentParser:
     add_fields(parser, TierOptions)
     add_no_verify(parser)
     add_parallel(parser)
+    parser.add_argument(
+        "--replicas", type=int, default=1, metavar="N", help="servers behind this address, on a Ray cluster"
+    )
+    parser.add_argument(
+        "--route_by",
+        choices=("load", "prefix"),
+        default="load",
+        help="how Ray Serve chooses a replica: the one with fewer requests, or that which has computed a prompt's "
+        "beginning (default: %(default)s)",
+    )
     network = parser.add_argument_group("network")
     add_fields(network, ServerOptions)
     cache = parser.add_argument_group("engines that are built here")
@@ -130,6 +141,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _serve(args: argparse.Namespace) -> None:
     options = parse_fields(args, ServerOptions)
+    if args.replicas < 1:
+        raise ConfigError(f"--replicas is {args.replicas}: it must be at least 1")
     keys = [*args.api_key, *filter(None, [os.environ.get("SAW_API_KEY")])]
     if options.host not in ("127.0.0.1", "localhost", "::1") and not keys:
         log.warning("anybody who reaches %s may use the model: give --api_key", options.host)
@@ -137,11 +150,15 @@ def _serve(args: argparse.Namespace) -> None:
         stack.enter_context(_ending_well())
         folders = _names(args, [stack.enter_context(engine) for engine in _engines(args)])
         specs = _specs(args, folders)
-        models = []
-        for spec in specs:
-            models.append(spec.open())
-            stack.callback(models[-1].llm.shutdown)
-        app = make_app(models, keys, args.cors_origins)
+        if args.replicas == 1:
+            models = []
+            for spec in specs:
+                models.append(spec.open())
+                stack.callback(models[-1].llm.shutdown)
+            app = make_app(models, keys, args.cors_origins)
+        else:
+            settings = (keys, args.cors_origins, args.retry, args.route_by)
+            app = stack.enter_context(replicas(specs, args.replicas, *settings))
         socket, url = listen(options)
         server = make_server(app, options, _UVICORN_LEVELS.get(args.log_level, args.log_level))
         served = ", ".join(spec.name for spec in specs)

@@ -1,14 +1,24 @@
-"""Ranks as actors of a Ray of this machine."""
+"""Ranks, and replicas of a server, on a Ray of this machine."""
 
+import asyncio
 import os
 import signal
 
+import httpx
+import psutil
 import pytest
 
 from saw_trtllm import LLM, SamplingParams
 from tests.support.example import build_example
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_ray():
+    """All tests share what the first one starts."""
+    yield
+    ray.shutdown()
 
 
 def test_ranks_of_ray_give_the_texts_of_one_rank_also_when_one_is_killed(tmp_path):
@@ -25,6 +35,37 @@ def test_ranks_of_ray_give_the_texts_of_one_rank_also_when_one_is_killed(tmp_pat
                 tokens = list(next(pieces).outputs[0].token_ids_diff)
                 os.kill(llm.executor.pids[1], signal.SIGKILL)
                 tokens += [token for piece in pieces for token in piece.outputs[0].token_ids_diff]
-    ray.shutdown()
     assert texts[2] == texts[1]
     assert tokens == texts[1][2]
+
+
+def test_no_request_that_is_retried_is_lost_with_a_replica(tmp_path):
+    pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
+    from saw_trtllm.serve.openai.model import ModelSpec
+    from saw_trtllm.serve.openai.replicas import replicas
+
+    folder = build_example(tmp_path / "engine", kv="fp16", max_num_tokens=512, max_batch_size=8)
+    bodies = [{"prompt": f"x = {i}\n", "max_tokens": 30, "temperature": 0, "ignore_eos": True} for i in range(24)]
+
+    async def post(client, body):
+        return await client.post("/v1/completions", json=body)
+
+    async def run(app):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://saw", timeout=None) as client:
+            calm = await asyncio.gather(*(post(client, body) for body in bodies))
+            tasks = [asyncio.ensure_future(post(client, body)) for body in bodies]
+            await asyncio.sleep(0.1)
+            os.kill(_replicas()[0], signal.SIGKILL)
+            return calm, await asyncio.gather(*tasks)
+
+    spec = ModelSpec("example", folder, None, None, {})
+    with replicas([spec], 3, [], [], retry=9, route_by="load") as app:
+        calm, stormy = asyncio.run(run(app))
+    assert {answer.status_code for answer in [*calm, *stormy]} == {200}
+    texts = [[answer.json()["choices"][0]["text"] for answer in answers] for answers in (calm, stormy)]
+    assert texts[0] == texts[1]
+
+
+def _replicas():
+    children = psutil.Process().children(recursive=True)
+    return [process.pid for process in children if "ServeReplica" in process.name() + " ".join(process.cmdline())]
