@@ -35,7 +35,7 @@ _MAGIC = b"SAWBLOCK" + (1).to_bytes(4, "little")
 _DIGEST = hashlib.sha256().digest_size
 _SUFFIX, _UNFINISHED = ".sawblock", ".sawblock.tmp"
 #: Threads that read, and that write: each reads or hashes about 1 GB/s.
-_READERS, _WRITERS = 4, 2
+_READERS, _WRITERS = 8, 2
 #: A share of the size that is freed at a time, since what is there must be listed for it.
 _FREED_SHARE = 16
 #: Seconds after which an unfinished file is one of a process that has died.

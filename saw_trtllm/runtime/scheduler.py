@@ -33,6 +33,8 @@ from saw_trtllm.runtime.sequence import Scheduled, Sequence
 #: Waiting requests whose blocks are fetched from the host: enough that the copies of the next ones go on while a step
 #: runs, few enough that what comes back is not evicted before it is used.
 NUM_FETCHED_AHEAD = 8
+#: Waiting requests whose blocks are read from the disk, which takes longer.
+NUM_SOUGHT_AHEAD = 32
 
 
 class Scheduler:
@@ -307,7 +309,7 @@ class Scheduler:
         if self.host is None:
             return
         room = self.host.num_slots
-        for sequence in islice(self.waiting, NUM_FETCHED_AHEAD):
+        for sequence in islice(self.waiting, NUM_SOUGHT_AHEAD):
             room -= self.blocks.blocks_for(sequence.num_tokens)
             if room < 0:  # what is read for one must not make that of another go
                 break
