@@ -47,7 +47,10 @@ def test_ranks_meet_over_the_network_and_strangers_do_not_disturb():
         ]
         for thread in threads:
             thread.start()
-        group = [meeting.wait(3), *joined]
+        first = meeting.wait(3)
+        for thread in threads:
+            thread.join()
+    group = [first, *joined]
     sums = on_ranks(group, lambda ours: ours.all_reduce(np.array([1 << ours.rank])))
     assert [total.tolist() for total in sums] == [[7]] * 3
     for ours in group:
