@@ -309,7 +309,9 @@ def install(monkeypatch: Any, total: int = TOTAL) -> Cuda:
     """Put the stand-in in the place of CUDA for Python until the test ends, for modules that are imported after it."""
     cuda = Cuda(total)
     for name in _OVER_CUDA:
-        monkeypatch.delitem(sys.modules, f"saw_trtllm.backends.tensorrt.{name}", raising=False)
+        # What is imported over the stand-in goes with it, also where nothing had been imported before.
+        monkeypatch.setitem(sys.modules, f"saw_trtllm.backends.tensorrt.{name}", None)
+        del sys.modules[f"saw_trtllm.backends.tensorrt.{name}"]
     package, bindings = types.ModuleType("cuda"), types.ModuleType("cuda.bindings")
     package.bindings, bindings.runtime = bindings, cuda
     for name, module in (("cuda", package), ("cuda.bindings", bindings), ("cuda.bindings.runtime", cuda)):

@@ -483,7 +483,11 @@ def test_run_prints_prompt_and_text(engine, open_llm, capsys):
 
 def test_run_streams_to_a_pipe(engine):
     """The first piece comes while the engine still has most of the text to make: an endless one would never end."""
-    code = "import sys; from saw_trtllm.cli.run import main; sys.exit(main(sys.argv[1:]))"
+    # What a shell has put into the background ignores SIGINT, and so would its children.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from saw_trtllm.cli.run import main; sys.exit(main(sys.argv[1:]))"
+    )
     flags = ["--engine_dir", str(engine("saw_int4")), "--max_output_len", "2000", "--min_tokens", "2000"]
     command = [sys.executable, "-c", code, *flags, "--input_text", "def f(", "import"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
