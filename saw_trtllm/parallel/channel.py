@@ -25,6 +25,8 @@ from saw_trtllm.errors import RankError
 _HEAD = struct.Struct("!QB")
 _LENGTH = struct.Struct("!I")
 Command = Literal["open", "launch", "take", "transfer", "wait", "close"]
+#: Seconds in which a process that connects must say who it is.
+_ARRIVAL_TIME = 5.0
 _COMMANDS: tuple[Command, ...] = ("open", "launch", "take", "transfer", "wait", "close")
 
 
@@ -79,16 +81,24 @@ class LeaderChannel:
             knocking, _ = self._listener.accept()
             knocking.setblocking(True)
             connection = Connection(knocking.detach())
+            _limit(connection, socket.SO_RCVTIMEO, _ARRIVAL_TIME)  # nobody who says nothing holds up the others
             deliver_challenge(connection, self._key)
             answer_challenge(connection, self._key)
             _send_at_once(connection)
-            self._arrived[connection.recv()] = connection
+            who = connection.recv()
+            _limit(connection, socket.SO_RCVTIMEO, 0)
+            self._arrived[who] = connection
         return len(self._arrived) == 2 * self._size
 
-    def begin(self) -> list[Connection]:
-        """Once all have come, let in nobody else. The connections that end with the ranks' processes."""
+    def begin(self, send_timeout: float) -> list[Connection]:
+        """Once all have come, let in nobody else. The connections that end with the ranks' processes.
+
+        From then on a rank that takes nothing of a message for ``send_timeout`` seconds counts as lost.
+        """
         self._listener.close()
         self._steps = [self._arrived["steps", rank] for rank in range(self._size)]
+        for connection in self._steps:
+            _limit(connection, socket.SO_SNDTIMEO, send_timeout)
         return [self._arrived["life", rank] for rank in range(self._size)]
 
     def send(self, command: Command, *frames: bytes) -> int:
@@ -97,7 +107,7 @@ class LeaderChannel:
         Raises
         ------
         RankError
-            If a rank has gone.
+            If a rank has gone, or has not read so much before that there is no room for more.
         """
         self._number += 1
         head = _HEAD.pack(self._number, _COMMANDS.index(command))
@@ -106,7 +116,7 @@ class LeaderChannel:
             try:
                 connection.send_bytes(message)
             except OSError as e:
-                raise _gone(rank) from e
+                raise RankError(f"the process of rank {rank} has ended or hangs") from e
         return self._number
 
     def receive(self, timeout: float) -> list[tuple[int, int, Any]]:
@@ -210,3 +220,9 @@ def _send_at_once(connection: Connection) -> None:
     with socket.socket(fileno=os.dup(connection.fileno())) as end:
         if end.family != socket.AF_UNIX:
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _limit(connection: Connection, option: int, seconds: float) -> None:
+    """Have reads or writes of a socket fail that get nowhere for so many seconds; 0 for no limit."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        end.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))

@@ -101,7 +101,11 @@ class RankGroup:
         self._watcher: threading.Thread | None = None
         self._woken, self._wake = Pipe(duplex=False)
         self._processes = launch(size)
-        self._channel = LeaderChannel(size, self._processes.host)
+        try:
+            self._channel = LeaderChannel(size, self._processes.host)
+        except BaseException:
+            self._processes.end()
+            raise
         try:
             address = self._channel.address
             self._processes.start([RankSpec(rank, size, str(folder.absolute()), address) for rank in range(size)])
@@ -166,7 +170,8 @@ class RankGroup:
             self._channel.send("close")
             left, deadline = list(self._lives), time.monotonic() + _LEAVING_TIME
             while left and (remaining := deadline - time.monotonic()) > 0:
-                left = [life for life in left if life not in wait(left, remaining)]
+                ended = wait(left, remaining)
+                left = [life for life in left if life not in ended]
         self.abort()
 
     def abort(self) -> None:
@@ -186,7 +191,7 @@ class RankGroup:
                 raise RankError(
                     f"not all of {self._size} ranks have come within {self._options.start_timeout:g} s: see their logs"
                 )
-        return self._channel.begin()
+        return self._channel.begin(self._options.step_timeout)
 
     def _open(self, folder: Path, kv_cache: KvCacheConfig, deadline: float) -> list[Opened]:
         greetings, engine = self._collect(0, deadline), engine_digest(folder)

@@ -49,7 +49,10 @@ class LocalProcesses:
         path = os.pathsep.join(filter(None, sys.path))
         for spec in specs:
             environment = {**os.environ, "PYTHONPATH": path}
-            process = subprocess.Popen([sys.executable, "-c", self.code], stdin=subprocess.PIPE, env=environment)
+            # In a session of its own: Ctrl-C in a terminal is for the leader, which may only stop a text by it.
+            process = subprocess.Popen(
+                [sys.executable, "-c", self.code], stdin=subprocess.PIPE, env=environment, start_new_session=True
+            )
             self._processes.append(process)
             with process.stdin as pipe:  # type: ignore[union-attr]
                 pipe.write(pickle.dumps(spec))

@@ -105,9 +105,12 @@ class _Rank:
 
     def run(self, spec: RankSpec, gpus: list[str]) -> None:
         """Be a rank that sees the GPUs of all ranks of its machine, in their order: it reads the others' memory."""
+        import ray
+
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         run_rank(spec)
+        ray.actor.exit_actor()  # an actor outlives its calls, and the leader waits for its process to end
 
 
 def connect(num_cpus: int) -> Any:

@@ -1,5 +1,6 @@
 """What is wrong with ranks is said in one sentence before anything starts."""
 
+import os
 import shutil
 import sys
 import types
@@ -88,3 +89,8 @@ def test_a_rank_that_does_not_start_is_said_with_its_words(tp2, monkeypatch):
     monkeypatch.setitem(opening.LAUNCHERS, "processes", Broken)
     with pytest.raises(RankError, match=r"the process of rank \d has ended with exit code 3: see its log"):
         LLM(tp2, parallel_config={"ranks": "processes"})
+
+
+def test_an_interrupt_of_the_terminal_is_for_the_leader_alone(tp2):
+    with LLM(tp2, parallel_config={"ranks": "processes"}) as llm:
+        assert not {os.getpgid(pid) for pid in llm.executor.pids} & {os.getpgid(0)}
