@@ -300,7 +300,7 @@ class HostCache:
         if key in self._held:
             self._held.move_to_end(key)
             return False
-        if key in self._stores or (slot := self._take_slot()) is None:
+        if key in self._stores or key in self._reads or (slot := self._take_slot()) is None:
             return False
         self._stores[key] = _Store(BlockCopy(index, slot), content)
         self._to_begin[0].append(self._stores[key])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from saw_trtllm.engine.step import DECODE, PREFILL
 from saw_trtllm.errors import RequestError
-from saw_trtllm.runtime.block_manager import BlockManager
+from saw_trtllm.runtime.block_manager import BlockManager, Content
 from saw_trtllm.runtime.host_cache import HostCache
 from saw_trtllm.runtime.sampling_params import SamplingParams
 from saw_trtllm.runtime.scheduler import Scheduler
@@ -412,6 +412,17 @@ def test_what_the_pool_gives_up_comes_back_from_the_host(num_blocks):
             prompts[i] = [*prompt, *sequence.generated, 4, turn]
     assert runtime.host.num_loaded > 20
     assert runtime.blocks.num_free == num_blocks
+
+
+def test_a_block_that_is_being_read_from_the_disk_takes_no_second_place_on_the_host():
+    runtime = Runtime(host_slots=4, disk=True)
+    host, read = runtime.host, Future()
+    content = Content(b"k" * 32, b"p" * 32, np.arange(4, dtype=np.int32))
+    host._reads[content.key] = host._take_slot(), read
+    assert not runtime.blocks.adopt(0, content)  # a sequence that computed it meanwhile lets go of it
+    read.set_result(content)
+    host.poll()
+    assert (len(host._held), host._num_used, host._free_slots) == (1, 1, [])
 
 
 def test_what_the_host_gives_up_comes_back_from_the_disk():
