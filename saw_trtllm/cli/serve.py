@@ -169,6 +169,9 @@ def _serve(args: argparse.Namespace) -> None:
 def _specs(args: argparse.Namespace, folders: list[tuple[str, Path]]) -> list[ModelSpec]:
     specs = []
     tiers = parse_fields(args, TierOptions).model_dump()
+    # A replica has another working directory.
+    tiers["disk_cache_dir"] = _absolute(tiers["disk_cache_dir"])
+    tokenizer, template = _absolute(args.tokenizer_dir), _absolute(args.chat_template)
     for i, (name, folder) in enumerate(folders):
         share = args.kv_cache_free_gpu_memory_fraction / (len(folders) - i)
         options = {
@@ -178,8 +181,12 @@ def _specs(args: argparse.Namespace, folders: list[tuple[str, Path]]) -> list[Mo
             "parallel_config": parallel_config(args),
             "retry": args.retry,
         }
-        specs.append(ModelSpec(name, folder.absolute(), args.tokenizer_dir, args.chat_template, options))
+        specs.append(ModelSpec(name, folder.absolute(), tokenizer, template, options))
     return specs
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return path and path.absolute()
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def body_limit(max_seq_len: int) -> int:
 class Outermost:
     """Answers what is raised around the routes: by the middleware, and by nobody's handler."""
 
-    def __init__(self, app: FastAPI, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics | None = None) -> None:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,7 +83,7 @@ class Outermost:
         try:
             await self._app(scope, receive, send)
         except ApiError as e:
-            await _error_response(scope["path"], e, self._metrics)(scope, receive, send)
+            await error_response(scope["path"], e, self._metrics)(scope, receive, send)
 
 
 def _guard(api_keys: Sequence[str]) -> Any:
@@ -101,18 +101,18 @@ def _guard(api_keys: Sequence[str]) -> Any:
 
 def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     async def api_error(request: Request, error: Exception) -> Response:
-        return _error_response(request.url.path, error, metrics)
+        return error_response(request.url.path, error, metrics)
 
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return _error_response(request.url.path, from_validation(error.errors()[0]), metrics)
+        return error_response(request.url.path, from_validation(error.errors()[0]), metrics)
 
     async def http_error(request: Request, error: HTTPException) -> Response:
         if isinstance(error.__cause__, ApiError):  # of the body, while it was read
-            return _error_response(request.url.path, error.__cause__, metrics)
+            return error_response(request.url.path, error.__cause__, metrics)
         codes = {404: "unknown_url", 405: "method_not_allowed"}
         code = codes.get(error.status_code, "invalid_json")
         path = request.url.path
-        return _error_response(path, ApiError(code, f"{request.method} {path}: {error.detail}"), metrics)
+        return error_response(path, ApiError(code, f"{request.method} {path}: {error.detail}"), metrics)
 
     async def gone(_: Request, error: Exception) -> Response:
         return Response(status_code=499)  # which nobody reads
@@ -124,9 +124,11 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     app.exception_handler(SawError)(api_error)
 
 
-def _error_response(path: str, error: Exception, metrics: Metrics) -> JSONResponse:
+def error_response(path: str, error: Exception, metrics: Metrics | None = None) -> JSONResponse:
+    """An error as the API of a path writes it."""
     answer = answer_to(error)
-    metrics.errors.labels(answer.code).inc()
+    if metrics is not None:
+        metrics.errors.labels(answer.code).inc()
     if answer.status >= 500:
         logger.error("a request failed: %s", error, exc_info=error)
     headers = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}.get(answer.status)

@@ -10,25 +10,26 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import secrets
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from saw_trtllm.errors import BackendUnavailableError, EngineError, RankError
+from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError, RankError
+from saw_trtllm.parallel.config import ParallelConfig
 from saw_trtllm.parallel.ray_ranks import connect
-from saw_trtllm.serve.openai.app import body_limit, make_app
+from saw_trtllm.serve.openai.app import Outermost, body_limit, error_response, make_app
 from saw_trtllm.serve.openai.connection import BodyLimit, ClientGoneError, while_connected
-from saw_trtllm.serve.openai.errors import answer_to, error_body
 from saw_trtllm.serve.openai.model import ModelSpec
 
 log = logging.getLogger(__name__)
 
 RouteBy = Literal["load", "prefix"]
-_APPLICATION = "saw"
 #: What of a request's scope can be sent to another process.
 _SCOPE = ("type", "http_version", "method", "path", "raw_path", "query_string", "headers", "root_path", "scheme")
 #: Requests that a replica takes; its own queue rejects what is too much.
@@ -136,8 +137,7 @@ class Front:
                     raise  # uvicorn closes the connection: the client sees that the answer is not whole
                 if not left:
                     error = RankError("the replica of this request was lost: send it again, or start with --retry 1")
-                    answer = JSONResponse(error_body(error), answer_to(error).status)
-                    await answer(call.scope, _nothing, send)
+                    await error_response(call.scope["path"], error)(call.scope, _nothing, send)
             finally:
                 answers.cancel()
 
@@ -165,6 +165,8 @@ def replicas(
 
     Raises
     ------
+    ConfigError
+        If the engines are split over ranks with GPUs that Ray does not start.
     BackendUnavailableError
         If Ray, or its router, is missing.
     EngineError
@@ -173,6 +175,8 @@ def replicas(
     configs = [spec.config() for spec in specs]
     sizes = [config.tp_size for config in configs if config.saw_int4.backend != "reference"]
     own_gpus, rank_gpus = int(1 in sizes), sum(size for size in sizes if size > 1)
+    if rank_gpus and any(ParallelConfig.of(spec.options.get("parallel_config")).ranks != "ray" for spec in specs):
+        raise ConfigError("--replicas of an engine of several ranks need --ranks ray, which gives each its GPUs")
     ray = connect(num_cpus=1 + count * sum(config.tp_size for config in configs))
     has, needed = ray.cluster_resources().get("GPU", 0), count * (own_gpus + rank_gpus)
     if has < needed:
@@ -191,15 +195,17 @@ def replicas(
         health_check_period_s=2,
         **_router(route_by),
     )
+    name = f"saw-{secrets.token_hex(4)}"
     with ExitStack() as stack:
-        stack.callback(serve.shutdown)
+        # A cluster that others share may have applications of theirs.
+        stack.callback(partial(serve.delete, name) if os.environ.get("RAY_ADDRESS") else serve.shutdown)
         try:
             bound = deployment.bind(list(specs), list(api_keys), list(cors_origins))
-            handle = serve.run(bound, name=_APPLICATION, route_prefix=None)
+            handle = serve.run(bound, name=name, route_prefix=None)
         except RuntimeError as e:
             raise EngineError(f"the replicas do not start ({_last_line(e)}): see their logs") from e
         longest = max(config.build_config.max_seq_len for config in configs)
-        yield BodyLimit(Front(handle, retry, route_by), body_limit(longest))
+        yield Outermost(BodyLimit(Front(handle, retry, route_by), body_limit(longest)))
 
 
 def _router(route_by: RouteBy) -> dict[str, Any]:

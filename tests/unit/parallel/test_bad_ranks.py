@@ -14,6 +14,7 @@ from saw_trtllm.parallel import open as opening
 from saw_trtllm.parallel.rank import Greeting
 from saw_trtllm.parallel.ray_ranks import RayRanks
 from saw_trtllm.plugins.gpus import Driver
+from saw_trtllm.serve.openai.replicas import replicas
 from tests.support.example import build_example
 
 
@@ -94,3 +95,10 @@ def test_a_rank_that_does_not_start_is_said_with_its_words(tp2, monkeypatch):
 def test_an_interrupt_of_the_terminal_is_for_the_leader_alone(tp2):
     with LLM(tp2, parallel_config={"ranks": "processes"}) as llm:
         assert not {os.getpgid(pid) for pid in llm.executor.pids} & {os.getpgid(0)}
+
+
+def test_replicas_of_engines_with_several_gpus_need_ray():
+    config = types.SimpleNamespace(tp_size=2, saw_int4=types.SimpleNamespace(backend="tensorrt"))
+    spec = types.SimpleNamespace(config=lambda: config, options={"parallel_config": {"ranks": "processes"}})
+    with pytest.raises(ConfigError, match="need --ranks ray, which gives each its GPUs"):
+        replicas([spec], 2, [], [], 0, "load").__enter__()

@@ -47,6 +47,8 @@ def test_no_request_that_is_retried_is_lost_with_a_replica(tmp_path):
     folder = build_example(tmp_path / "engine", kv="fp16", max_num_tokens=512, max_batch_size=8)
     bodies = [{"prompt": f"x = {i}\n", "max_tokens": 30, "temperature": 0, "ignore_eos": True} for i in range(24)]
 
+    paths = ("/v1/completions", "/v1/messages")
+
     async def post(client, body):
         return await client.post("/v1/completions", json=body)
 
@@ -56,14 +58,17 @@ def test_no_request_that_is_retried_is_lost_with_a_replica(tmp_path):
             tasks = [asyncio.ensure_future(post(client, body)) for body in bodies]
             await asyncio.sleep(0.1)
             os.kill(_replicas()[0], signal.SIGKILL)
-            return calm, await asyncio.gather(*tasks)
+            large = await asyncio.gather(*(client.post(path, content=bytes(2 << 20)) for path in paths))
+            return calm, await asyncio.gather(*tasks), large
 
     spec = ModelSpec("example", folder, None, None, {})
     with replicas([spec], 3, [], [], retry=9, route_by="load") as app:
-        calm, stormy = asyncio.run(run(app))
+        calm, stormy, large = asyncio.run(run(app))
     assert {answer.status_code for answer in [*calm, *stormy]} == {200}
     texts = [[answer.json()["choices"][0]["text"] for answer in answers] for answers in (calm, stormy)]
     assert texts[0] == texts[1]
+    assert [answer.status_code for answer in large] == [413, 413]  # by the process that listens, in each API's words
+    assert [answer.json()["error"]["type"] for answer in large] == ["invalid_request_error", "request_too_large"]
 
 
 def _replicas():
