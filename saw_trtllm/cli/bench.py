@@ -11,10 +11,21 @@ from pydantic import Field
 
 from saw_trtllm.bench.load import Limits, Percentiles, Report, run_load
 from saw_trtllm.bench.workload import Conversation, Turn, random_conversations, read_dataset
-from saw_trtllm.cli.common import TierOptions, add_fields, add_log_level, parse_fields, print_table, run, set_log_level
+from saw_trtllm.cli.common import (
+    TierOptions,
+    add_fields,
+    add_log_level,
+    add_parallel,
+    parallel_config,
+    parse_fields,
+    print_table,
+    run,
+    set_log_level,
+)
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.llm import LLM
+from saw_trtllm.parallel.config import ParallelConfig
 from saw_trtllm.progress import progress
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 
@@ -68,6 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text)
         add_fields(command, LoadOptions)
+        add_parallel(command, server=False)
         command.add_argument("--json", action="store_true", help="print the report as JSON")
         add_log_level(command)
     return parser
@@ -77,11 +89,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; see ``saw-bench --help``."""
     args = make_parser().parse_args(argv)
     set_log_level(args.log_level)
-    return run(lambda: _bench(parse_fields(args, LoadOptions), args.command, args.json))
+    return run(lambda: _bench(parse_fields(args, LoadOptions), parallel_config(args), args.command, args.json))
 
 
-def _bench(options: LoadOptions, command: str, as_json: bool) -> None:
-    with LLM(options.engine_dir, kv_cache_config=_kv_cache(options)) as llm:
+def _bench(options: LoadOptions, parallel: ParallelConfig, command: str, as_json: bool) -> None:
+    with LLM(options.engine_dir, kv_cache_config=_kv_cache(options), parallel_config=parallel) as llm:
         batch = llm.config.build_config.max_batch_size
         conversations = _conversations(options, llm)
         concurrency = options.concurrency or (1 if command == "latency" else batch)

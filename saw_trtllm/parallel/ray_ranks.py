@@ -61,7 +61,13 @@ class RayRanks:
         self.host: str | None = None if set(nodes) == {here} else ray.util.get_node_ip_address()
 
     def start(self, specs: Sequence[RankSpec]) -> None:
-        """Start an actor for each rank."""
+        """Start an actor for each rank.
+
+        Raises
+        ------
+        EngineError
+            If Ray cannot.
+        """
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         actor, ranks = self._ray.remote(_Rank), []
@@ -69,7 +75,10 @@ class RayRanks:
             place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=spec.rank)
             cpus, gpus = self._resources["CPU"], self._resources.get("GPU", 0)
             ranks.append(actor.options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=place).remote())
-        places = self._ray.get([rank.place.remote() for rank in ranks])
+        try:
+            places = self._ray.get([rank.place.remote() for rank in ranks])
+        except self._ray.exceptions.RayError as e:
+            raise EngineError(f"Ray could not start the ranks ({str(e).splitlines()[0]}): see its logs") from e
         for rank, spec, (here, _) in zip(ranks, specs, places, strict=True):
             visible = [gpu for node, gpus in places if node == here for gpu in gpus]
             self._runs.append((rank, rank.run.remote(spec, visible)))

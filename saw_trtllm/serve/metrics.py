@@ -78,6 +78,7 @@ METRICS = (
     _counter("saw_reused_tokens_total", lambda s: s.reused_tokens_total, "those of them that were found in the cache"),
     _counter("saw_generated_tokens_total", lambda s: s.generated_tokens_total, "tokens generated"),
     _counter("saw_preemptions_total", lambda s: s.preemptions_total, "requests put back for want of blocks"),
+    _counter("saw_restarts_total", lambda s: s.restarts_total, "times that a rank, and all that had begun, was lost"),
     _counter(
         "saw_time_to_first_token_seconds_sum", lambda s: s.ttft_seconds_sum, "seconds from arrival to first token"
     ),

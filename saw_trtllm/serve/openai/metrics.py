@@ -25,6 +25,7 @@ _COUNTERS: dict[str, tuple[str, Callable[[Stats], float]]] = {
     "saw_reused_tokens": ("Those of them that were found in the cache", lambda s: s.reused_tokens_total),
     "saw_generation_tokens": ("Tokens generated", lambda s: s.generated_tokens_total),
     "saw_preemptions": ("Requests put back for want of blocks", lambda s: s.preemptions_total),
+    "saw_restarts": ("Times that a rank, and all that had begun, was lost", lambda s: s.restarts_total),
 }
 _FIRST = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _BETWEEN = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)

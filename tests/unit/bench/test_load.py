@@ -9,6 +9,7 @@ from saw_trtllm.bench.load import Limits, Percentiles, run_load
 from saw_trtllm.bench.workload import Turn, random_conversations, read_dataset
 from saw_trtllm.cli.bench import main
 from saw_trtllm.errors import ConfigError
+from tests.support.example import build_example
 
 
 class Recorder:
@@ -133,6 +134,13 @@ def test_the_command_prints_a_report(command, engine, capsys):
     report = json.loads(capsys.readouterr().out)
     assert (report["num_requests"], report["output_tokens"]) == (3, 12)
     assert report["concurrency"] == (1 if command == "latency" else 64)
+
+
+def test_an_engine_of_two_ranks_is_timed(tmp_path, capsys):
+    folder = build_example(tmp_path, kv="fp16", tp_size=2)
+    flags = ["--input_len", "8", "--output_len", "4", "--num_requests", "1", "--ranks", "processes", "--json"]
+    assert main(["latency", "--engine_dir", str(folder), *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["output_tokens"] == 4
 
 
 @pytest.mark.parametrize(
