@@ -163,6 +163,9 @@ def _spread(x: np.ndarray, packed: PackedShape, block: tuple[int, int]) -> np.nd
 def quantized_gemm(x: Any, values: Any, scales: Any, *, packed: PackedShape, y: Any, stream: Any = None) -> None:
     """``y = x · weightᵀ`` of a packed weight, for few rows: each 64 read the weight again.
 
+    The weight must not be written by the kernel that is before this one on the stream: on Hopper it is read before
+    that has ended.
+
     Parameters
     ----------
     x : array

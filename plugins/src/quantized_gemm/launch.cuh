@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <mutex>
 
 #include "../tensor_map.h"
 #include "instances.h"
@@ -55,7 +56,7 @@ cudaError_t prepare(Kernel* kernel, int threads, int shared, Sm80Kernel* sm80_ke
     Prepared found;
     cudaFuncAttributes attributes;
     if (auto e = cudaFuncGetAttributes(&attributes, kernel)) return e;
-    found.hopper = attributes.maxThreadsPerBlock >= threads && attributes.binaryVersion >= 90;
+    found.hopper = attributes.maxThreadsPerBlock >= threads;
     constexpr auto kMostShared = cudaFuncAttributeMaxDynamicSharedMemorySize;
     auto const e = found.hopper ? cudaFuncSetAttribute(kernel, kMostShared, shared)
                                 : cudaFuncSetAttribute(sm80_kernel, kMostShared, sm80_shared);
@@ -84,8 +85,12 @@ cudaError_t launch_tile(QuantizedGemmParams const& p, cudaStream_t stream) {
     constexpr int kShared = FewRowsShared<Tile, W, Group>::kBytes;
     constexpr int kSm80Shared = FewRowsSm80Stage<W, Tile::Columns, Group>::kShared;
     static Prepared prepared;
-    if (!prepared.done)
-        if (auto e = prepare(kernel, Tile::Threads, kShared, sm80_kernel, kSm80Shared, prepared)) return e;
+    static std::mutex mutex;
+    {
+        std::lock_guard<std::mutex> const lock(mutex);
+        if (!prepared.done)
+            if (auto e = prepare(kernel, Tile::Threads, kShared, sm80_kernel, kSm80Shared, prepared)) return e;
+    }
     int const blocks = (p.weight.out_features + kBlockRows - 1) / kBlockRows;
     int const chunks = (p.weight.in_features + kChunk - 1) / kChunk;
     int const columns = (p.num_rows + Tile::Columns - 1) / Tile::Columns;

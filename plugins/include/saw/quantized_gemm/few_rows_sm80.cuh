@@ -12,7 +12,7 @@ constexpr int kSm80WarpsM = kBlockRows / kWarpRows, kSm80WarpsK = 2, kSm80Thread
 
 template <WeightType W, int Columns, int Group>
 struct FewRowsSm80Stage {
-    static constexpr int kStages = 3;
+    static constexpr int kStages = Columns > 32 ? 2 : 3;  // within the 99 KB of sm_86, 89 and 120
     static constexpr int kBlockBytes = WeightLayout<W>::kBlockBytes,
                          kScaleBytes = WeightLayout<W>::template kScaleBytes<Group>;
     static constexpr int kStride = kSm80WarpsK * kChunk * 2 + 16;  // of activations: rows begin four banks apart
@@ -21,6 +21,7 @@ struct FewRowsSm80Stage {
     // In the stages' place when they are done: columns of sums, of each warp of kSm80WarpsK.
     static constexpr int kSumStride = kBlockRows + 4, kSums = kSm80WarpsK * Columns * kSumStride * 4;
     static constexpr int kShared = kStages * kBytes > kSums ? kStages* kBytes : kSums;
+    static_assert(kShared <= 99 * 1024);
 };
 
 template <typename T, WeightType W, int Columns, int Group>

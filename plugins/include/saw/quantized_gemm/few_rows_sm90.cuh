@@ -220,7 +220,7 @@ struct FewRowsKernel {
 };
 
 template <typename T, typename Tile, WeightType W, int Group>
-__global__ void __launch_bounds__(Tile::Threads, Tile::Ctas)
+__global__ void __launch_bounds__(kHopper ? Tile::Threads : 32, Tile::Ctas)
     few_rows_kernel(QuantizedGemmParams p, __grid_constant__ CUtensorMap const activations, int splits) {
     if constexpr (kHopper) {
         extern __shared__ uint8_t raw[];

@@ -30,7 +30,8 @@ struct PackedWeight {
 
 // y = x · weightᵀ: weights are exact in the activations' dtype before their scale, sums are in fp32, scales are applied
 // to the sums of a group, and y is rounded once. The same rows in the same number give the same bits. Tensors lie on
-// multiples of 16 bytes.
+// multiples of 16 bytes. The weight must not be written by the kernel that is before this one on the stream: on Hopper
+// it is read before that has ended.
 struct QuantizedGemmParams {
     void const* x;  // [num_rows, in_features] of dtype
     PackedWeight weight;
