@@ -270,9 +270,11 @@ class TensorRTExecutor:
             def prepare(size: int) -> None:
                 self._staging.upload(step, self._stream, self._padded(size))
 
-            self._graphs.record(buckets(self._config.build_config.max_batch_size), self._stream, prepare, enqueue)
-            sizes = self._collectives.all_gather(np.array(len(self._graphs.sizes)))
-            self._graphs.keep(min(int(n) for n in sizes))
+            def agree(recorded: bool) -> bool:
+                return all(int(x) for x in self._collectives.all_gather(np.array(int(recorded))))
+
+            sizes = buckets(self._config.build_config.max_batch_size)
+            self._graphs.record(sizes, self._stream, prepare, enqueue, agree)
         # Nobody reads a row that was not written; zeros are for who measures steps over a cache that nobody filled.
         for pool in self.pools:
             pool.fill(0)

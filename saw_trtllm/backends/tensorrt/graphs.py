@@ -45,31 +45,28 @@ class DecodeGraphs:
         self._graphs: dict[int, Graph] = {}
 
     def record(
-        self, sizes: list[int], stream: Stream, prepare: Callable[[int], None], enqueue: Callable[[int], None]
+        self,
+        sizes: list[int],
+        stream: Stream,
+        prepare: Callable[[int], None],
+        enqueue: Callable[[int], None],
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         """Record what ``enqueue`` puts on the stream for each batch size, after a first run on ``prepare``'s inputs.
 
-        The small ones, which gain most, come first: where the memory ends, the others are left out.
+        The small ones, which gain most, come first: where the memory ends, the others are left out. ``agree`` says
+        after each size whether all ranks have recorded it: a sum is of as many rows on each, and none may begin a step
+        that the others do not.
         """
         for size in sorted(sizes):
-            try:
-                # What CUDA and TensorRT set up at a first launch cannot be recorded.
-                prepare(size)
-                enqueue(size)
-                stream.synchronize()
-                with stream.capture() as graph:
-                    enqueue(size)
-            except KernelError as e:
-                log.warning("decodes of %d sequences and more run without a CUDA graph: %s", size, e)
-                break
-            self._graphs[size] = graph
-            self.sizes.append(size)
-
-    def keep(self, count: int) -> None:
-        """Keep so many, the smallest: what all ranks have, since a sum is of as many rows on each."""
-        for size in self.sizes[count:]:
-            self._graphs.pop(size).close()
-        del self.sizes[count:]
+            graph = _capture(size, stream, prepare, enqueue)
+            if agree(graph is not None) and graph is not None:
+                self._graphs[size] = graph
+                self.sizes.append(size)
+                continue
+            if graph is not None:
+                graph.close()
+            break
 
     def size_for(self, num_sequences: int) -> int | None:
         """The least size that holds so many sequences, if there is one."""
@@ -86,3 +83,17 @@ class DecodeGraphs:
             graph.close()
         self._graphs.clear()
         self.sizes.clear()
+
+
+def _capture(size: int, stream: Stream, prepare: Callable[[int], None], enqueue: Callable[[int], None]) -> Graph | None:
+    try:
+        # What CUDA and TensorRT set up at a first launch cannot be recorded.
+        prepare(size)
+        enqueue(size)
+        stream.synchronize()
+        with stream.capture() as graph:
+            enqueue(size)
+    except KernelError as e:
+        log.warning("decodes of %d sequences and more run without a CUDA graph: %s", size, e)
+        return None
+    return graph

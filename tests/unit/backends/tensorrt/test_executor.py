@@ -278,6 +278,18 @@ def test_a_graph_that_is_not_recorded_is_done_without(folders, open_executor, ma
     assert cuda.launched == 0
 
 
+def test_no_rank_records_a_size_that_another_did_not(folders, open_executor):
+    """The one that stopped would wait for the others, and they for its part of a sum."""
+    executor, cuda, _ = open_executor(folders()[1])
+    graphs = importlib.import_module("saw_trtllm.backends.tensorrt.graphs").DecodeGraphs()
+    answers, enqueued = [True, False], []
+    with_graphs = cuda.everything()
+    graphs.record([1, 2, 4], executor._stream, lambda _: None, enqueued.append, lambda _: answers.pop(0))
+    assert (graphs.sizes, enqueued, answers) == ([1], [1, 1, 2, 2], [])
+    graphs.close()
+    assert cuda.everything() == with_graphs
+
+
 def test_a_profile_names_the_layers(folders, open_executor):
     executor, _, _ = open_executor(folders()[1])
     assert executor.profile(pack(([7], 0, 1, DECODE, [0]))) == [("all of it", 1.0)]
