@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from saw_trtllm.checkpoint.checkpoint import Checkpoint
-from saw_trtllm.checkpoint.layout import check_tp_size, shard, shard_format, shard_shape, shard_weight
+from saw_trtllm.checkpoint.layout import check_tp_size, is_linear, shard, shard_format, shard_shape, shard_weight
 from saw_trtllm.checkpoint.quantization.tensorrt_llm import write as write_quantized
 from saw_trtllm.checkpoint.quantization.tensorrt_llm import written_section, written_tensors
 from saw_trtllm.checkpoint.reader import NUMPY_DTYPES, is_finite
@@ -141,7 +141,8 @@ def _check_replaceable(ckpt: Checkpoint, output_dir: Path) -> None:
 def _write(ckpt: Checkpoint, output_dir: Path, tp_size: int, dtype: str, progress: Callable[[str], None] | None) -> int:
     config = ckpt.config.model_copy(deep=True)
     formats = {name: shard_format(name, f, config, tp_size) for name, f in ckpt.formats.items()}
-    config.quantization = written_section(formats)
+    in_16_bits = [name.removesuffix(".weight") for name in ckpt.names() if is_linear(name) and name not in formats]
+    config.quantization = written_section(formats, in_16_bits)
     text = json.dumps(write_config(config, dtype, tp_size), indent=2) + "\n"
     # A source with a split embedding is written with a whole one on each rank.
     (config.model_extra or {}).pop("use_parallel_embedding", None)

@@ -63,6 +63,11 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def is_linear(name: str) -> bool:
+    """Whether a tensor is the weight of a linear layer."""
+    return name.endswith(".weight") and not is_norm(name) and name != EMBEDDING
+
+
 def is_norm(name: str) -> bool:
     """Whether a tensor is the weight of a norm."""
     return _NORM.search(name) is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from saw_trtllm.checkpoint.families.family import OFF, KeyRule
 from saw_trtllm.checkpoint.quantization.dialect import (
@@ -49,6 +49,17 @@ class Group(Settings):
     weights: Arguments | None = None
     input_activations: Arguments | None = None
     format: str | None = None
+
+    @field_validator("targets")
+    @classmethod
+    def _check_patterns(cls, targets: list[str]) -> list[str]:
+        for target in targets:
+            if target.startswith("re:"):
+                try:
+                    re.compile(target[3:])
+                except re.error as e:
+                    raise ValueError(f"{target!r} is no pattern ({e}): use the weights' own config") from e
+        return targets
 
 
 class CompressedTensorsSettings(Settings):

@@ -37,13 +37,15 @@ def stored_fp8(
         scales = linear.take(scale, FLOATS, (out, 1), (out,), (1,), (), (1, 1))
     else:
         kind = WeightFormat(kind="fp8", block=block, activation=activation)
-        scales = linear.take(scale, FLOATS, kind.grid(linear.shape))
+        rows, columns = kind.grid(linear.shape)
+        scales = linear.take(scale, FLOATS, (rows, columns), (rows, 1, columns, 1))
     kind = kind.model_copy(update={"scale_dtype": scales.dtype})
     static = None if input_scale is None else linear.take(input_scale, FLOATS, (1,), ())
     tensors: list[StoredTensor] = [values, scales] + ([] if static is None else [static])
 
     def unpack() -> QuantizedWeight:
-        grid = scales.load() if block else np.broadcast_to(scales.load().reshape(-1, 1), (out, 1))
+        grid = scales.load().reshape(kind.grid(linear.shape) if block else (-1, 1))
+        grid = grid if block else np.broadcast_to(grid, (out, 1))
         stored = None if static is None else static.load().astype(np.float32).reshape(1)
         return QuantizedWeight(kind, values.load(), np.ascontiguousarray(grid), input_scale=stored)
 

@@ -54,8 +54,15 @@ def reader(settings: dict[str, Any], path: Path) -> Callable[[Linear], StoredWei
     return read
 
 
-def written_section(formats: dict[str, WeightFormat]) -> dict[str, Any]:
-    """The section ``quantization`` of a checkpoint whose weights have these formats, by name.
+def written_section(formats: dict[str, WeightFormat], exclude_modules: list[str]) -> dict[str, Any]:
+    """The section ``quantization`` of a checkpoint.
+
+    Parameters
+    ----------
+    formats : dict
+        Of the weights that are quantized, by name.
+    exclude_modules : list of str
+        Names of the linear layers that are not.
 
     Raises
     ------
@@ -71,7 +78,11 @@ def written_section(formats: dict[str, WeightFormat]) -> dict[str, Any]:
         )
     first = next(iter(formats.values()))
     if first.kind == "fp8" and first.block[0] == 1:
-        return {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]}
+        return {
+            "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN",
+            "kv_cache_quant_algo": None,
+            "exclude_modules": exclude_modules,
+        }
     groups = {f.block[1] for f in formats.values()}
     if first.kind == "int4" and not (first.zeros or first.act_order) and len(groups) == 1:
         return {
@@ -80,7 +91,7 @@ def written_section(formats: dict[str, WeightFormat]) -> dict[str, Any]:
             "group_size": first.block[1],
             "has_zero_point": False,
             "pre_quant_scale": first.pre_scale,
-            "exclude_modules": ["lm_head"],
+            "exclude_modules": exclude_modules,
         }
     what = {"int8": "INT8 weights", "fp8": "FP8 weights in blocks"}.get(first.kind, "INT4 weights of several groups")
     if first.kind == "int4" and (first.zeros or first.act_order):

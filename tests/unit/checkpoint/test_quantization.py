@@ -81,7 +81,30 @@ def test_layers_that_are_left_out_stay_as_they_are(tmp_path):
     )
 
 
+def test_model_optimizers_blocks_may_have_four_axes(tmp_path):
+    """It writes the scales of FP8_PB_WO as ``[rows, 1, columns, 1]`` too."""
+    folder, _ = quantized_model(tmp_path, CASES["modelopt FP8 blocks"])
+    before = Checkpoint.open(folder)
+    want = {name: before.load(name) for name in before.formats}
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {n: x[:, None, :, None].contiguous() for n, x in tensors.items() if n.endswith("weight_scale")}
+    save_file(tensors, folder / "model.safetensors")
+    after = Checkpoint.open(folder)
+    for name, weight in want.items():
+        np.testing.assert_array_equal(after.load(name), weight, err_msg=name)
+
+
 # -- settings
+
+
+def test_a_pattern_that_is_none_is_one_sentence(tmp_path):
+    source, _ = make_hf_model(tmp_path, "llama", **SIZES)
+    group = {"targets": ["re:("], "weights": {"num_bits": 4}}
+    section = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    edit(source, lambda config: config.update(quantization_config=section))
+    with pytest.raises(CheckpointError, match=r"targets: 're:\(' is no pattern \(.*\): use the weights'") as e:
+        Checkpoint.open(source)
+    assert "\n" not in str(e.value)
 
 
 def test_groups_of_compressed_tensors_are_found_by_name(tmp_path):
@@ -309,6 +332,16 @@ def test_tensorrt_llm_packs_as_model_optimizer_does(tmp_path):
     section = json.loads((tmp_path / "ckpt" / "config.json").read_text())["quantization"]
     assert section["exclude_modules"] == ["lm_head"]
     assert (section["group_size"], section["has_zero_point"], section["pre_quant_scale"]) == (32, False, True)
+
+
+@pytest.mark.parametrize("name", ["gptq", "fbgemm_fp8"])
+def test_layers_in_16_bits_are_excluded_in_tensorrt_llms_checkpoint(name, tmp_path):
+    """Its loader takes every linear layer to be quantized that is not named."""
+    folder, _ = quantized_model(tmp_path, CASES[name], ignore=("down_proj", "o_proj"))
+    save_checkpoint(Checkpoint.open(folder), tmp_path / "ckpt")
+    section = json.loads((tmp_path / "ckpt" / "config.json").read_text())["quantization"]
+    layer = "transformer.layers.0."
+    assert section["exclude_modules"] == [layer + "attention.dense", layer + "mlp.proj", "lm_head"]
 
 
 def test_fp8_of_tensorrt_llm_by_tensor(tmp_path):
