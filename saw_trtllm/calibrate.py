@@ -8,10 +8,12 @@ j and o_i the sum of values, and W_o takes it to the model's stream. So keys and
 
 Where that is least, ``C = Σ s_ij (q_iᵀ A⁻¹ q_i) k_j k_jᵀ`` and ``M = Σ s_ij (k_jᵀ A k_j) q_i q_iᵀ`` are balanced: in
 the frame both are the same. Each pass over a text takes the weights from the frames of the one before, the first from
-the plain rotation. With ``N = C^½``, ``G = M^½`` and the singular values ``G N = U S Vᵀ`` the frame is
-``T = N⁻¹ V S^½``. A Hadamard matrix spreads S evenly over the channels, but for the largest: that one moves all
-channels alike, which the row's lo takes up, so it is scaled up and costs next to nothing. Values have a frame by the
-same formula, C being their moment with the weights ``Σ_i p_ij²`` and M what W_o makes of an error.
+the plain rotation. In them stands, in place of ``k_jᵀ A k_j``, the square of the row's range ``(max - min)²`` about the
+center, to which the noise of a quantizer is proportional. With ``N = C^½``, ``G = M^½`` and the singular values
+``G N = U S Vᵀ`` the frame is ``T = N⁻¹ V S^½``. A Hadamard matrix spreads S evenly over the channels, but for the
+largest: that one moves all channels alike, which the row's lo takes up, so it is scaled up and costs next to nothing.
+Values have a frame by the same formula, C being their moment with the weights ``Σ_i p_ij² tr(W_oᵀ W_o)``, summed over
+the group's heads, and M what W_o makes of an error.
 """
 
 from __future__ import annotations

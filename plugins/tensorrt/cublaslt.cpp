@@ -19,7 +19,7 @@ void* open() {
     for (char const* name : kNames)
         if (void* const found = dlopen(name, RTLD_NOW | RTLD_LOCAL)) return found;
     throw PluginError(
-        "SawGemm: neither libcublasLt.so.13 nor libcublasLt.so.12 can be loaded: pip install nvidia-cublas-cu12, or "
+        "neither libcublasLt.so.13 nor libcublasLt.so.12 can be loaded: pip install nvidia-cublas-cu12, or "
         "add the library's folder to LD_LIBRARY_PATH");
 }
 
@@ -27,7 +27,7 @@ template <typename Function>
 void find(void* library, char const* name, Function& function) {
     function = reinterpret_cast<Function>(dlsym(library, name));
     if (function == nullptr)
-        throw PluginError(std::string("SawGemm: libcublasLt has no ") + name + ": install that of CUDA 12 or 13");
+        throw PluginError(std::string("libcublasLt has no ") + name + ": install that of CUDA 12 or 13");
 }
 
 Library load() {
@@ -67,7 +67,7 @@ Handle handle() {
 }
 
 void check(Status status, char const* what) {
-    if (status != 0) throw PluginError(std::string("SawGemm: ") + what + " gave " + library().status_name(status));
+    if (status != 0) throw PluginError(std::string(what) + " gave " + library().status_name(status));
 }
 
 namespace {
@@ -114,9 +114,10 @@ class Product {
                                            preference.desc, 1, &best, &found);
         if (status != 0 || found == 0) {
             auto const out = std::to_string(linear_.out), in = std::to_string(linear_.in);
-            throw PluginError("SawGemm: cuBLASLt has no algorithm for " + std::to_string(linear_.rows) + " rows of " +
-                              in + " by a weight of [" + out + ", " + in + "] (" + lib_.status_name(status) +
-                              "): build with --gemm_plugin disable");
+            throw PluginError(
+                "cuBLASLt has no algorithm for " + std::to_string(linear_.rows) + " rows of " + in +
+                " by a weight of [" + out + ", " + in + "] (" + lib_.status_name(status) +
+                "): build with --gemm_plugin disable, or of quantized weights with --qformat full_prec as well");
         }
         return best.algo;
     }

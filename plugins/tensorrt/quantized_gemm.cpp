@@ -78,9 +78,11 @@ void QuantizedGemm::multiply_many(Launch const& launch, PackedWeight const& weig
 }
 
 void QuantizedGemm::enqueue(Launch const& launch) const {
-    for (void const* address : {launch.inputs[kX], launch.inputs[kWeight], static_cast<void const*>(launch.outputs[0])})
+    for (void const* address : {launch.inputs[kX], launch.inputs[kWeight], launch.inputs[kScales],
+                                static_cast<void const*>(launch.outputs[0])})
         if (reinterpret_cast<uintptr_t>(address) % cublaslt::kAlignment != 0)
-            reject("x, weight or y does not lie on a multiple of " + std::to_string(cublaslt::kAlignment) + " bytes");
+            reject("x, weight, scales or y does not lie on a multiple of " + std::to_string(cublaslt::kAlignment) +
+                   " bytes");
     PackedWeight const weight{launch.inputs[kWeight],
                               static_cast<uint32_t const*>(launch.inputs[kScales]),
                               type(),

@@ -18,7 +18,7 @@ from saw_trtllm.checkpoint.layout import (
     unshard,
     unshard_weight,
 )
-from saw_trtllm.checkpoint.quantization import StoredWeight, named_dialect
+from saw_trtllm.checkpoint.quantization import StoredWeight, find_dialect
 from saw_trtllm.checkpoint.reader import NUMPY_DTYPES, StoredTensor, is_finite
 from saw_trtllm.errors import CheckpointError, ConfigError
 from saw_trtllm.model.config import ModelConfig
@@ -117,7 +117,7 @@ class Checkpoint:
             quantized = config.quantization.get("quant_algo") is not None
         else:
             config = huggingface.read_config(raw, path)
-            quantized = named_dialect(raw, path) is not None
+            quantized = find_dialect(path.parent, raw) is not None
         if quantized:
             raise CheckpointError(
                 f"{path} is of quantized weights, and which layers are quantized only their files tell: give the folder"

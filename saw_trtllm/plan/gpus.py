@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from saw_trtllm.checkpoint.layout import expected_shapes
 from saw_trtllm.engine.config import BackendName
-from saw_trtllm.errors import ConfigError
+from saw_trtllm.errors import ConfigError, OpError
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.quantization import WeightFormat
+from saw_trtllm.ops.quantized_gemm import PackedShape
 from saw_trtllm.plan.options import BuildOptions
 
 #: Compute capability from which on a GPU has layers of a kind of weights.
@@ -70,6 +72,26 @@ def check_capability(formats: Mapping[str, WeightFormat], capability: tuple[int,
             )
 
 
+def check_formats(model: ModelConfig, formats: Mapping[str, WeightFormat]) -> None:
+    """Reject quantized weights that our plugin does not multiply by.
+
+    Raises
+    ------
+    ConfigError
+    """
+    shapes = expected_shapes(model)
+    for name, format in formats.items():
+        try:
+            PackedShape.of(format.kind, shapes[name], format.block[1])
+            if format.act_order:
+                raise OpError("columns belong to groups in an order of their own (desc_act)")
+        except OpError as e:
+            raise ConfigError(
+                f"{name} is quantized in a way that the backend tensorrt has no layer for: {e}; give --qformat "
+                "full_prec to have the weights in 16 bits, or --backend reference"
+            ) from e
+
+
 class PlannedGpu:
     """A GPU that is not there; see :class:`saw_trtllm.plan.backend.BackendLimits`."""
 
@@ -84,8 +106,9 @@ class PlannedGpu:
         return self.gpu.name
 
     def check(self, options: BuildOptions, model: ModelConfig, formats: Mapping[str, WeightFormat]) -> None:
-        """What its compute capability lacks."""
+        """What its compute capability lacks, and our plugin."""
         check_capability(formats, self.gpu.capability, self.gpu.name)
+        check_formats(model, formats)
 
     def max_positions(self, model: ModelConfig) -> int:
         """All that the scaled RoPE reaches."""

@@ -811,14 +811,14 @@ def test_an_algorithm_serves_a_few_rows_more_or_less(cublas_lt, interface, make)
 def test_a_product_that_fails(cublas_lt, make, said):
     plugin, weight = make(GEMM), (0x2000, [24, 64])
     assert plugin.enqueue([(0x1000, [13, 64]), weight], [0x3000], 0x4000, 0) != 0
-    assert "SawGemm: cuBLASLt has no algorithm for 13 rows of 64 by a weight of [24, 64] (A_STATUS): build" in said()
+    assert "cuBLASLt has no algorithm for 13 rows of 64 by a weight of [24, 64] (A_STATUS): build" in said()
     assert plugin.enqueue([(0x1008, [1, 64]), weight], [0x3000], 0x4000, 0) != 0
     assert "SawGemm: x, weight or y does not lie on a multiple of 16 bytes" in said()
     assert plugin.enqueue([(0x1000, [1, 60]), weight], [0x3000], 0x4000, 0) != 0
     assert "input x has shape [1, 60]: it must be [num_tokens, 64]" in said()
     cublas_lt(7)
     assert plugin.enqueue([(0x1000, [1, 64]), weight], [0x3000], 0x4000, 0) != 0
-    assert "SawGemm: cublasLtMatmul gave A_STATUS" in said()
+    assert "cublasLtMatmul gave A_STATUS" in said()
     cublas_lt()
 
 
@@ -866,7 +866,7 @@ print(plugin.attach_to_context(), *driver.take_messages(), sep="\\n")
         pytest.skip("cuBLASLt is on the loader's path")
     assert done.stdout.splitlines() == [
         "None",
-        "SawGemm: neither libcublasLt.so.13 nor libcublasLt.so.12 can be loaded: pip install nvidia-cublas-cu12, "
+        "neither libcublasLt.so.13 nor libcublasLt.so.12 can be loaded: pip install nvidia-cublas-cu12, "
         "or add the library's folder to LD_LIBRARY_PATH",
     ], done.stderr
 

@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from saw_trtllm.backends.tensorrt import device
-from saw_trtllm.backends.tensorrt.constants import packed_shape
 from saw_trtllm.backends.tensorrt.versions import TensorRT
-from saw_trtllm.checkpoint.layout import expected_shapes
 from saw_trtllm.engine.config import BackendName, EngineConfig
-from saw_trtllm.errors import ConfigError, OpError
+from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.quantization import WeightFormat
 from saw_trtllm.plan.backend import check_4bit_keys
-from saw_trtllm.plan.gpus import check_capability
+from saw_trtllm.plan.gpus import check_capability, check_formats
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.plan import BuildPlan
 from saw_trtllm.plan.tensorrt_options import Phases
@@ -47,7 +45,7 @@ class TensorRTBackend:
                     f"--tp_size {options.tp_size} was given and the weights are quantized, which engines of "
                     "tensorrt take on one rank alone: give --qformat full_prec, or --backend reference"
                 )
-            _check_formats(model, formats)
+            check_formats(model, formats)
         check_4bit_keys(options, self.name)
         tensorrt = TensorRT.load()
         tensorrt.check_activations(model.dtype)
@@ -82,18 +80,3 @@ class TensorRTBackend:
 
         options = (kv_cache.max_tokens, kv_cache.free_gpu_memory_fraction, kv_cache.host_cache_size)
         return TensorRTExecutor(folder, config, *options, collectives=collectives)
-
-
-def _check_formats(model: ModelConfig, formats: Mapping[str, WeightFormat]) -> None:
-    """Raise ConfigError for quantized weights that our plugin does not multiply by."""
-    shapes = expected_shapes(model)
-    for name, format in formats.items():
-        try:
-            packed_shape(format, shapes[name])
-            if format.act_order:
-                raise OpError("columns belong to groups in an order of their own (desc_act)")
-        except OpError as e:
-            raise ConfigError(
-                f"{name} is quantized in a way that the backend tensorrt has no layer for: {e}; give --qformat "
-                "full_prec to have the weights in 16 bits, or --backend reference"
-            ) from e

@@ -49,7 +49,8 @@ def check_versions(folder: Path, config: EngineConfig, tensorrt: TensorRT) -> No
             f"one has {found}: {_AGAIN}"
         )
     device.check_kernels()
-    if config.build_config.plugin_config.gemm_plugin is not None and not library.load_cublas_lt():
+    needs_cublas_lt = section.quantized or config.build_config.plugin_config.gemm_plugin is not None
+    if needs_cublas_lt and not library.load_cublas_lt():
         raise BackendUnavailableError(
             f"the engine in {folder} has its GEMMs from cuBLASLt, which cannot be loaded: {library.CUBLAS_LT}"
         )

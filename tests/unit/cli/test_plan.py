@@ -77,6 +77,15 @@ def test_weights_that_come_quantized_stay_or_have_16_bits(capsys, tmp_path):
     assert Checkpoint.open(folder).formats
 
 
+def test_weights_that_saw_build_rejects_are_left_out(capsys, tmp_path):
+    source, model = make_hf_model(tmp_path / "source", "llama", num_hidden_layers=1)
+    folder = write_quantized(tmp_path / "quantized", model, source, CASES["gptq desc_act"])
+    assert saw_plan.main([str(folder), "--gpu", "H200", "--context", "128"]) == 0
+    out = capsys.readouterr().out
+    assert "backend tensorrt has no layer for: columns belong to groups in an order of their own" in out
+    assert "--qformat full_prec" in out.splitlines()[-1]
+
+
 def test_more_than_fits_is_said(capsys):
     assert saw_plan.main([str(EXAMPLE), "--gpu", "L4", "--concurrency", "100000000"]) == 0
     assert "none of them holds 100000000 sequences" in capsys.readouterr().out
@@ -97,4 +106,10 @@ def test_what_cannot_be_planned_is_one_sentence(capsys, argv, words):
 def test_a_config_of_quantized_weights_alone_does_not_tell_which(capsys, tmp_path):
     config = json.loads((EXAMPLE / "config.json").read_text()) | {"quantization_config": CASES["gptq"].config}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "give the folder" in rejected(capsys, saw_plan.main, tmp_path / "config.json", "--gpu", "L4")
+
+
+def test_a_config_beside_model_optimizers_is_of_quantized_weights(capsys, tmp_path):
+    (tmp_path / "config.json").write_bytes((EXAMPLE / "config.json").read_bytes())
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(CASES["modelopt FP8"].config))
     assert "give the folder" in rejected(capsys, saw_plan.main, tmp_path / "config.json", "--gpu", "L4")

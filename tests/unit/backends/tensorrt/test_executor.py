@@ -15,6 +15,7 @@ from saw_trtllm.backends.tensorrt import device
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import BackendUnavailableError, EngineError, KernelError
+from saw_trtllm.model.quantization import WeightFormat
 from saw_trtllm.plugins.kernels import KernelsLibrary
 from saw_trtllm.runtime.sampling import SamplingState
 from tests.support.example import build_example
@@ -419,10 +420,14 @@ def test_kernels_that_were_not_built_for_the_gpu_are_said(rejected, monkeypatch)
     )
 
 
-def test_an_engine_with_the_gemm_plugin_needs_cublas_lt(rejected, monkeypatch):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_an_engine_with_the_gemm_plugin_or_quantized_weights_needs_cublas_lt(quantized, rejected, monkeypatch):
     def with_plugin(folder):
         config = EngineConfig.load(folder)
-        config.build_config.plugin_config.gemm_plugin = "float16"
+        config.build_config.plugin_config.gemm_plugin = None if quantized else "float16"
+        if quantized:
+            name = "transformer.layers.0.mlp.fc.weight"
+            config.saw_int4.quantized = {name: WeightFormat(kind="int4", block=(1, 32))}
         config.save(folder)
 
     monkeypatch.setattr("saw_trtllm.plugins.library.load_cublas_lt", lambda: False)
