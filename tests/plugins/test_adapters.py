@@ -838,6 +838,9 @@ def test_many_rows_are_multiplied_by_a_weight_in_16_bits(cublas_lt, built, make)
         (slab, 256, 0x5000, [256, 193, 264]),
         (slab, 8, 0x5000 + 2 * 256, [8, 193, 264]),
     ]
+    for shifted in range(3):
+        tensors = [(at + 8 * (i == shifted), dims) for i, (at, dims) in enumerate([(0x1000, [9, 1 << 18]), *inputs])]
+        assert plugin.enqueue(tensors, [0x5000], 0x10000, 0x55) != 0, "kernels copy 16 bytes at a time"
     assert plugin.enqueue([(0x1000, [192, 1 << 18]), *inputs], [0x5000], 0x10000, 0x55) == 0
     (few,) = lib.recorded_calls(built.library)
     assert (few["op"], few["num_rows"], few["values"], few["scales"]) == ("quantized_gemm", 192, 0x2000, 0x3000)
