@@ -43,7 +43,7 @@ def measure(ranks: int, sequences: int, steps: int, pause: float) -> dict[str, n
         process.start()
     while not leader.accept(1.0):
         pass
-    leader.begin()
+    leader.begin(60.0)
     packer, encoder, params = StepPacker([_LAYERS]), StepEncoder(_LAYERS), SamplingParams(seed=1, temperature=1.0)
     tables = [list(range(i * 1000, i * 1000 + _START // _BLOCK + 1)) for i in range(sequences)]
     texts: list[list[int]] = [[] for _ in tables]
