@@ -18,7 +18,7 @@ import threading
 from collections.abc import Sequence
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge, wait
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from saw_trtllm.errors import RankError
 
@@ -27,7 +27,7 @@ _LENGTH = struct.Struct("!I")
 Command = Literal["open", "launch", "take", "transfer", "wait", "close"]
 #: Seconds in which a process that connects must say who it is.
 _ARRIVAL_TIME = 5.0
-_COMMANDS: tuple[Command, ...] = ("open", "launch", "take", "transfer", "wait", "close")
+_COMMANDS: tuple[Command, ...] = get_args(Command)
 
 
 class Address(NamedTuple):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from saw_trtllm.errors import ConfigError
-from saw_trtllm.runtime.keywords import check_keywords, is_number, shown
+from saw_trtllm.runtime.keywords import check_keywords, config_of, is_number, shown
 
 _LAUNCHERS = ("ray", "processes")
 
@@ -51,15 +51,5 @@ class ParallelConfig:
 
     @classmethod
     def of(cls, value: ParallelConfig | Mapping[str, Any] | None) -> ParallelConfig:
-        """Make one out of what a user gives: a config, its fields as a dict, or None for the defaults.
-
-        Raises
-        ------
-        ConfigError
-            If it is none of them.
-        """
-        if isinstance(value, cls):
-            return value
-        if value is None or (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
-            return cls(**(value or {}))
-        raise ConfigError(f"parallel_config is {shown(value)}: give a ParallelConfig, or its fields as a dict")
+        """Make one out of what a user gives; see :func:`saw_trtllm.runtime.keywords.config_of`."""
+        return config_of(cls, value, "parallel_config")

@@ -12,29 +12,22 @@ from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.quantization import WeightFormat
 from saw_trtllm.ops.quantized_gemm import PackedShape
 from saw_trtllm.plan.options import BuildOptions
+from saw_trtllm.plugins.gpus import Gpu
 
 #: Compute capability from which on a GPU has layers of a kind of weights.
 _LEAST = {"int4": (8, 0), "fp8": (8, 9)}
 
 
 @dataclass(frozen=True)
-class GpuModel:
+class GpuModel(Gpu):
     """A GPU, by its maker's data sheet.
 
     Attributes
     ----------
-    name : str
-    capability : tuple of int
-        Its compute capability.
-    memory : int
-        Bytes, as the driver gives them.
     bandwidth : float
         Of its memory, in bytes a second.
     """
 
-    name: str
-    capability: tuple[int, int]
-    memory: int
     bandwidth: float
 
 

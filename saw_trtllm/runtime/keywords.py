@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+from saw_trtllm.errors import ConfigError
+
+_Config = TypeVar("_Config")
 
 
 def check_keywords(
@@ -36,6 +40,21 @@ def check_keywords(
         close = difflib.get_close_matches(unknown, known, 1)
         todo = f"write {close[0]}" if close else f"leave it out; there are {', '.join(known)}"
     raise error(f"{what} has no {unknown}: {todo}")
+
+
+def config_of(kind: type[_Config], value: _Config | Mapping[str, Any] | None, what: str) -> _Config:
+    """Make a config out of what a user gives for ``what``: a config, its fields as a dict, or None for the defaults.
+
+    Raises
+    ------
+    ConfigError
+        If it is none of them.
+    """
+    if isinstance(value, kind):
+        return value
+    if value is None or (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
+        return kind(**(value or {}))
+    raise ConfigError(f"{what} is {shown(value)}: give a {kind.__name__}, or its fields as a dict")
 
 
 def is_number(value: Any, whole: bool = False) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 from saw_trtllm.errors import ConfigError
-from saw_trtllm.runtime.keywords import check_keywords, is_number, shown
+from saw_trtllm.runtime.keywords import check_keywords, config_of, is_number, shown
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,5 @@ class KvCacheConfig:
 
     @classmethod
     def of(cls, value: KvCacheConfig | Mapping[str, Any] | None) -> KvCacheConfig:
-        """Make one out of what a user gives: a config, its fields as a dict, or None for the defaults.
-
-        Raises
-        ------
-        ConfigError
-            If it is none of them.
-        """
-        if isinstance(value, cls):
-            return value
-        if value is None or (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
-            return cls(**(value or {}))
-        raise ConfigError(f"kv_cache_config is {shown(value)}: give a KvCacheConfig, or its fields as a dict")
+        """Make one out of what a user gives; see :func:`saw_trtllm.runtime.keywords.config_of`."""
+        return config_of(cls, value, "kv_cache_config")
