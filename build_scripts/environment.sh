@@ -33,12 +33,24 @@ install_package() {
     return "$failed"
 }
 
+# pip holds every wheel (3.6 GB, in TMPDIR) until the last one is unpacked (6.1 GB, in .venv).
+require_space() {
+    local here there free needed=7
+    here="$(df --output=target . | tail -n 1)" there="$(df --output=target "${TMPDIR:-/tmp}" | tail -n 1)"
+    [[ "$here" != "$there" ]] || needed=10
+    free="$(df --output=avail --block-size=1MB . | tail -n 1 | tr -dc 0-9)"
+    [[ "$free" -lt "${needed}000" ]] || return 0
+    echo "error: $free MB are free on $here, and making .venv takes ${needed}000 MB, of which 6000 stay: free some" >&2
+    exit 2
+}
+
 # The stamp names what was installed from, so that an unchanged environment is used again.
 stamp="$(cksum < pyproject.toml)"
 if [[ "$(cat .venv/stamp 2>/dev/null)" != "$stamp" ]]; then
     python="$(build_scripts/find_python)"
     echo "== making .venv with $("$python" --version): about 2 minutes, 6 GB" >&2
     "$python" -m venv --clear .venv
+    require_space
     install_package
     echo "$stamp" > .venv/stamp
 fi

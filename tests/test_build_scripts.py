@@ -22,7 +22,8 @@ def run(tmp_path):
     """Run a script of a copy of the project's, with nothing on PATH but the tools it needs and the Pythons given."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    for tool in ("bash", "cat", "chmod", "cksum", "dirname", "grep", "mkdir", "mktemp", "rm", "sed", "sleep", "tail"):
+    needed = "bash cat chmod cksum df dirname grep mkdir mktemp rm sed sleep tail tr"
+    for tool in needed.split():
         (tools / tool).symlink_to(shutil.which(tool))
     shutil.copytree(SCRIPTS, tmp_path / "build_scripts")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -112,6 +113,18 @@ def test_pip_is_neither_silent_nor_noisy(fails, run):
     assert re.fullmatch(r" +\d+ s: Collecting torch", progress)
     assert rest == (["ERROR: disk"] if fails else [])
     assert done.returncode == fails
+
+
+def test_a_disk_without_room_is_one_sentence_before_pip_begins(run, tmp_path):
+    full = tmp_path / "tools" / "df"
+    full.unlink()
+    full.write_text(f"#!{shutil.which('bash')}\necho header; [[ $1 == *target ]] && echo / || echo ' 8900'\n")
+    full.chmod(0o755)
+    done = run("environment.sh", pythons={"python3": PIP})
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[1:] == [
+        "error: 8900 MB are free on /, and making .venv takes 10000 MB, of which 6000 stay: free some"
+    ]
 
 
 def test_skips_are_folded_and_the_last_line_is_pytests(tmp_path):
