@@ -17,6 +17,7 @@ from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import ConfigError, ContextLengthError, EngineError, RequestError, SawError
 from saw_trtllm.model.end_ids import read_end_ids
 from saw_trtllm.parallel.config import ParallelConfig
+from saw_trtllm.parallel.executor import GroupExecutor
 from saw_trtllm.parallel.open import open_executor
 from saw_trtllm.paths import is_file
 from saw_trtllm.plan.checksums import check_not_replaced, verify_engine
@@ -153,7 +154,8 @@ class LLM:
             host = HostCache(blocks, self.executor, disk)
         self._scheduler = Scheduler(blocks, build.max_batch_size, build.max_num_tokens, chunk, interchangeable, host)
         num_layers = [len(pool.layers) for pool in self.config.pools]
-        self._core = EngineCore(self.executor, self._scheduler, num_layers, max_queue_size)
+        interrupt = self.executor.interrupt if isinstance(self.executor, GroupExecutor) else None
+        self._core = EngineCore(self.executor, self._scheduler, num_layers, max_queue_size, interrupt)
         self._ids = itertools.count()
         # An interpreter that exits under a thread that computes would abort.
         self._shutdown = weakref.finalize(self, self._core.shutdown)

@@ -9,35 +9,27 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import secrets
-import shutil
+import selectors
 import socket
 import struct
-import tempfile
 import threading
-from collections.abc import Sequence
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge, wait
 from typing import Any, Literal, NamedTuple, get_args
 
 from saw_trtllm.errors import RankError
+from saw_trtllm.runtime.door import Address, Door, Who, exactly, knock
 
-_HEAD = struct.Struct("!QB")
-_LENGTH = struct.Struct("!I")
+#: Before each message: its number, its command and its bytes.
+_HEAD = struct.Struct("!QBI")
 Command = Literal["open", "launch", "take", "transfer", "wait", "close"]
-#: Seconds in which a process that connects must say who it is.
-_ARRIVAL_TIME = 5.0
 _COMMANDS: tuple[Command, ...] = get_args(Command)
+#: What a connection is for.
+_STEPS, _LIFE = 0, 1
+#: Seconds that a rank tries to reach its leader.
+_CONNECT_TIME = 60.0
 
 
-class Address(NamedTuple):
-    """Where a rank finds its leader, and the key that they know each other by.
-
-    The key is of one start of a group: a process of an earlier one cannot connect.
-    """
-
-    endpoint: str | tuple[str, int]
-    key: bytes
+class LeaderGoneError(Exception):
+    """The leader's process has ended, or lets go of its ranks."""
 
 
 class Message(NamedTuple):
@@ -45,7 +37,7 @@ class Message(NamedTuple):
 
     number: int
     command: Command
-    frames: Sequence[bytes]
+    body: bytearray
 
 
 class LeaderChannel:
@@ -61,47 +53,35 @@ class LeaderChannel:
 
     def __init__(self, size: int, host: str | None = None) -> None:
         self._size = size
-        self._folder = None if host else tempfile.mkdtemp(prefix="saw-")
-        self._key = secrets.token_bytes(32)
-        if self._folder is None:
-            self._listener = socket.create_server((host, 0), backlog=2 * size)
-        else:
-            self._listener = socket.socket(socket.AF_UNIX)
-            self._listener.bind(f"{self._folder}/ranks")
-            self._listener.listen(2 * size)
-        self.address = Address(self._listener.getsockname(), self._key)
-        self._arrived: dict[tuple[str, int], Connection] = {}
-        self._steps: list[Connection] = []
+        self._door = Door(host, backlog=2 * size)
+        self.address = self._door.address
+        self._arrived: dict[tuple[int, int], socket.socket] = {}
+        self._steps: list[socket.socket] = []
+        self._answering = selectors.DefaultSelector()
         self._number = 0
 
     def accept(self, timeout: float) -> bool:
         """Let in who knocks within so many seconds; whether all ranks have come."""
-        self._listener.settimeout(timeout)
-        with contextlib.suppress(TimeoutError, AuthenticationError, OSError, EOFError):  # or who knocked has gone
-            knocking, _ = self._listener.accept()
-            knocking.setblocking(True)
-            connection = Connection(knocking.detach())
-            _limit(connection, socket.SO_RCVTIMEO, _ARRIVAL_TIME)  # nobody who says nothing holds up the others
-            deliver_challenge(connection, self._key)
-            answer_challenge(connection, self._key)
-            _send_at_once(connection)
-            who = connection.recv()
-            _limit(connection, socket.SO_RCVTIMEO, 0)
-            self._arrived[who] = connection
+        if (came := self._door.let_in(timeout)) is not None:
+            who, connection = came
+            self._arrived[who.purpose, who.rank] = connection
         return len(self._arrived) == 2 * self._size
 
-    def begin(self, send_timeout: float) -> list[Connection]:
+    def begin(self, send_timeout: float) -> list[socket.socket]:
         """Once all have come, let in nobody else. The connections that end with the ranks' processes.
 
         From then on a rank that takes nothing of a message for ``send_timeout`` seconds counts as lost.
         """
-        self._listener.close()
-        self._steps = [self._arrived["steps", rank] for rank in range(self._size)]
-        for connection in self._steps:
-            _limit(connection, socket.SO_SNDTIMEO, send_timeout)
-        return [self._arrived["life", rank] for rank in range(self._size)]
+        self._door.close()
+        self._steps = [self._arrived[_STEPS, rank] for rank in range(self._size)]
+        # In the kernel: a timeout of Python's would be one more call for each message.
+        limit = struct.pack("ll", int(send_timeout), int(send_timeout % 1 * 1e6))
+        for rank, connection in enumerate(self._steps):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            self._answering.register(connection, selectors.EVENT_READ, rank)
+        return [self._arrived[_LIFE, rank] for rank in range(self._size)]
 
-    def send(self, command: Command, *frames: bytes) -> int:
+    def send(self, command: Command, body: bytes = b"") -> int:
         """Send a command to all ranks, and give its number.
 
         Raises
@@ -110,11 +90,10 @@ class LeaderChannel:
             If a rank has gone, or has not read so much before that there is no room for more.
         """
         self._number += 1
-        head = _HEAD.pack(self._number, _COMMANDS.index(command))
-        message = b"".join((head, *(_LENGTH.pack(len(frame)) + frame for frame in frames)))
+        message = _packed(self._number, _COMMANDS.index(command), body)
         for rank, connection in enumerate(self._steps):
             try:
-                connection.send_bytes(message)
+                connection.sendall(message)
             except OSError as e:
                 raise RankError(f"the process of rank {rank} has ended or hangs") from e
         return self._number
@@ -128,22 +107,21 @@ class LeaderChannel:
             If a rank has gone.
         """
         said = []
-        for connection in wait(self._steps, timeout):
-            rank = self._steps.index(connection)  # type: ignore[arg-type]
+        for key, _ in self._answering.select(timeout):
+            rank: int = key.data
             try:
-                number, content = pickle.loads(self._steps[rank].recv_bytes())
-            except (EOFError, OSError) as e:
-                raise _gone(rank) from e
-            said.append((rank, number, content))
+                number, _, answer = _receive(self._steps[rank])
+            except OSError as e:
+                raise RankError(f"the process of rank {rank} has ended") from e
+            said.append((rank, number, pickle.loads(answer)))
         return said
 
     def close(self) -> None:
         """Let go of it; ranks that still listen end."""
-        self._listener.close()
+        self._door.close()
+        self._answering.close()
         for connection in self._arrived.values():
             connection.close()
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class RankChannel:
@@ -153,76 +131,59 @@ class RankChannel:
     ----------
     host : str
         This machine's address in the network of the ranks.
+
+    Raises
+    ------
+    OSError
+        If the leader is not there.
     """
 
-    def __init__(self, address: Address, rank: int) -> None:
-        self._steps = self._connect(address, "steps", rank)
-        self._life = self._connect(address, "life", rank)
-        with socket.socket(fileno=os.dup(self._steps.fileno())) as end:
-            self.host: str = "127.0.0.1" if end.family == socket.AF_UNIX else end.getsockname()[0]
+    def __init__(self, address: Address, rank: int, size: int) -> None:
+        ends = [knock(address, Who(purpose, rank, size), _CONNECT_TIME) for purpose in (_STEPS, _LIFE)]
+        self._steps, self._life = ends
+        unix = self._steps.family == socket.AF_UNIX
+        self.host: str = "127.0.0.1" if unix else self._steps.getsockname()[0]
         self._number = 0
 
     def say(self, content: Any) -> None:
         """Answer the last message."""
-        self._steps.send_bytes(pickle.dumps((self._number, content), 5))
+        self._steps.sendall(_packed(self._number, 0, pickle.dumps(content, 5)))
 
     def receive(self) -> Message:
         """Wait for the next message.
 
         Raises
         ------
-        EOFError
-            If the leader has gone.
+        LeaderGoneError
         RankError
             If it is not the one after the last.
         """
-        message = memoryview(self._steps.recv_bytes())
-        number, command = _HEAD.unpack_from(message)
+        try:
+            number, command, body = _receive(self._steps)
+        except OSError as e:
+            raise LeaderGoneError from e
         if number != self._number + 1:
             raise RankError(f"message {number} came after {self._number}")
         self._number = number
-        frames, at = [], _HEAD.size
-        while at < len(message):
-            start = at + _LENGTH.size
-            (length,) = _LENGTH.unpack_from(message, at)
-            at = start + length
-            frames.append(bytes(message[start:at]))
-        return Message(number, _COMMANDS[command], frames)
+        return Message(number, _COMMANDS[command], body)
 
     def end_with_leader(self) -> None:
         """End this process, whatever it does, when the leader's has ended."""
 
         def watch() -> None:
-            with contextlib.suppress(EOFError, OSError):
-                self._life.recv_bytes()
+            with contextlib.suppress(OSError):
+                self._life.recv(1)
             os._exit(1)
 
         threading.Thread(target=watch, name="saw-leader", daemon=True).start()
 
-    def close(self) -> None:
-        """Let go of it."""
-        self._steps.close()
 
-    @staticmethod
-    def _connect(address: Address, kind: str, rank: int) -> Connection:
-        connection = Client(address.endpoint, authkey=address.key)
-        _send_at_once(connection)
-        connection.send((kind, rank))
-        return connection
+def _packed(number: int, command: int, body: bytes) -> bytes:
+    """A message whole, so that it takes one call to send."""
+    return _HEAD.pack(number, command, len(body)) + body
 
 
-def _gone(rank: int) -> RankError:
-    return RankError(f"the process of rank {rank} has ended")
-
-
-def _send_at_once(connection: Connection) -> None:
-    """Have TCP send small messages without waiting for answers to earlier ones."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as end:
-        if end.family != socket.AF_UNIX:
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _limit(connection: Connection, option: int, seconds: float) -> None:
-    """Have reads or writes of a socket fail that get nowhere for so many seconds; 0 for no limit."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as end:
-        end.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
+def _receive(end: socket.socket) -> tuple[int, int, bytearray]:
+    """Number, command and body of the next message."""
+    number, command, length = _HEAD.unpack(exactly(end, _HEAD.size))
+    return number, command, exactly(end, length)

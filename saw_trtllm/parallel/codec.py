@@ -12,6 +12,12 @@ from saw_trtllm.engine.step import RowCopy, StepInputs
 from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
+#: Numbers at the beginning of a message, all of int32: tokens, sequences, blocks of the longest table, table entries
+#: that are new, and whether something follows the arrays.
+_SIZES = 5
+#: Of a sequence: how it begins, new tokens of its text, banned tokens and mask.
+_NOTHING_MORE: tuple[Any, ...] = (None, (), (), None)
+
 
 class Step(NamedTuple):
     """The arguments of :meth:`saw_trtllm.runtime.executor.Executor.launch`."""
@@ -19,6 +25,16 @@ class Step(NamedTuple):
     inputs: StepInputs
     sampling: list[SamplingState | None]
     context_logits: list[bool]
+
+
+class _Sent:
+    """What the ranks have been told of a sequence: the key of its text, and how many of its tokens."""
+
+    __slots__ = ("generated", "key", "num_tokens", "penalizes")
+
+    def __init__(self, key: int, generated: Sequence[int], penalizes: bool) -> None:
+        self.key, self.generated, self.penalizes = key, generated, penalizes
+        self.num_tokens = 0
 
 
 class _Text(NamedTuple):
@@ -41,29 +57,31 @@ class StepEncoder:
     def __init__(self, num_layers: int) -> None:
         self._per_block = 2 * num_layers
         self._offsets = np.zeros((0, 0), np.int32)  # as the ranks have them, of the first pool's keys
-        self._texts: dict[int, tuple[int, Sequence[int], int]] = {}  # key, text and how much of it was sent, by its id
+        self._texts: dict[int, _Sent] = {}  # by the text's id
         self._num_texts = 0
 
     def encode(
         self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
-    ) -> tuple[bytes, bytes]:
-        """A header, and the step's int32 arrays one after the other."""
+    ) -> bytes:
+        """Sizes, the step's int32 arrays one after the other, and what only few steps have."""
         offsets = step.kv_cache_block_offsets[0, :, 0]
         count, width = offsets.shape
         self._offsets = _widened(self._offsets, count, width)
         known = self._offsets[:count, :width]
-        places = np.flatnonzero(offsets != known).astype(np.int32)
+        places = np.flatnonzero(offsets != known)
         blocks = offsets.reshape(-1)[places] // self._per_block
         known[:] = offsets
         keys, draws, more = self._states(sampling)
+        rest = b""
+        if more or step.copies or True in context_logits:
+            logits = [i for i, wanted in enumerate(context_logits) if wanted]
+            rest = pickle.dumps(([tuple(copy) for copy in step.copies], logits, more), 5)
+        sizes = (len(step.input_ids), count, width, len(places), len(rest))
         parts = (
-            *(step.input_ids, step.position_ids, step.last_token_ids, step.sequence_length),
+            *(sizes, step.input_ids, step.position_ids, step.last_token_ids, step.sequence_length),
             *(step.context_lengths, step.host_request_types, keys, draws, places, blocks),
         )
-        logits = [i for i, wanted in enumerate(context_logits) if wanted]
-        sizes = (len(step.input_ids), count, width, len(places))
-        header = (sizes, [tuple(copy) for copy in step.copies], logits, more)
-        return pickle.dumps(header, 5), np.concatenate(parts, dtype=np.int32).tobytes()
+        return np.concatenate(parts, dtype=np.int32, casting="unsafe").tobytes() + rest
 
     def _states(self, sampling: Sequence[SamplingState | None]) -> tuple[list[int], list[int], dict[int, Any]]:
         """The key and the number of each draw, -1 where there is none, and what else some of them need."""
@@ -73,18 +91,21 @@ class StepEncoder:
                 keys.append(-1)
                 draws.append(-1)
                 continue
-            text = id(state.generated)
-            key, _, sent = self._texts.get(text, (-1, (), 0))
-            new = None
-            if key < 0:
-                key, self._num_texts = self._num_texts, self._num_texts + 1
-                new = (state.params, list(state.prompt) if state.params.penalizes else [])
-            tokens = list(state.generated[sent:]) if state.params.penalizes else []
-            kept[text] = (key, state.generated, sent + len(tokens))
-            keys.append(key)
-            draws.append(state.draw)
-            if new or tokens or state.banned or state.mask is not None:
-                more[i] = (new, tokens, tuple(state.banned), state.mask)
+            params, prompt, generated, banned, number, mask = state
+            text = id(generated)
+            new, tokens = None, []
+            if (sent := self._texts.get(text)) is None:
+                sent = _Sent(self._num_texts, generated, params.penalizes)
+                self._num_texts += 1
+                new = (params, list(prompt) if sent.penalizes else [])
+            kept[text] = sent
+            keys.append(sent.key)
+            draws.append(len(generated) if number is None else number)
+            if sent.penalizes:
+                tokens = list(generated[sent.num_tokens :])
+                sent.num_tokens += len(tokens)
+            if new or tokens or banned or mask is not None:
+                more[i] = (new, tokens, tuple(banned), mask)
         self._texts = kept
         return keys, draws, more
 
@@ -99,27 +120,31 @@ class StepDecoder:
     """
 
     def __init__(self, num_layers: Sequence[int]) -> None:
-        self._per_block = 2 * np.array(num_layers, np.int32)[:, None, None, None]
+        self._per_block = 2 * np.array(num_layers, np.int32)[:, None, None]
         self._blocks = np.zeros((0, 0), np.int32)
         self._texts: dict[int, _Text] = {}
 
-    def decode(self, header: bytes, arrays: bytes) -> Step:
-        """The step; its arrays are its own."""
-        (num_tokens, count, width, changed), copies, logits, more = pickle.loads(header)
-        sizes = (num_tokens, num_tokens, *[count] * 6, changed, changed)
-        parts = np.split(np.frombuffer(bytearray(arrays), np.int32), np.cumsum(sizes[:-1]))
+    def decode(self, message: bytes | bytearray) -> Step:
+        """The step. Of a bytearray its arrays are views, and may be written."""
+        num_tokens, count, width, changed, more_bytes = np.frombuffer(message, np.int32, _SIZES).tolist()
+        end, parts = 4 * _SIZES, []
+        for size in (num_tokens, num_tokens, count, count, count, count, count, count, changed, changed):
+            parts.append(np.frombuffer(message, np.int32, size, end))
+            end += 4 * size
         ids, positions, ends, lengths, contexts, kinds, keys, draws, places, blocks = parts
+        copies, logits, more = pickle.loads(memoryview(message)[end:]) if more_bytes else ((), (), {})
         self._blocks = _widened(self._blocks, count, width)
         table = self._blocks[:count, :width]
-        table[np.unravel_index(places, table.shape)] = blocks
+        table[places // width, places % width] = blocks
         offsets = np.empty((len(self._per_block), count, 2, width), np.int32)
-        np.multiply(table[:, None], self._per_block, out=offsets)
-        offsets[:, :, 1] += 1
+        np.multiply(table, self._per_block, out=offsets[:, :, 0])
+        np.add(offsets[:, :, 0], 1, out=offsets[:, :, 1])
         rows = [RowCopy(*copy) for copy in copies]
         inputs = StepInputs(ids, positions, ends, lengths, contexts, kinds, offsets, rows)
-        sampling = self._states(keys.tolist(), draws.tolist(), more)
-        wanted = set(logits)
-        return Step(inputs, sampling, [i in wanted for i in range(count)])
+        wanted = [False] * count
+        for i in logits:
+            wanted[i] = True
+        return Step(inputs, self._states(keys.tolist(), draws.tolist(), more), wanted)
 
     def _states(self, keys: list[int], draws: list[int], more: dict[int, Any]) -> list[SamplingState | None]:
         states: list[SamplingState | None] = []
@@ -128,10 +153,11 @@ class StepDecoder:
             if key < 0:
                 states.append(None)
                 continue
-            new, tokens, banned, mask = more.get(i, (None, (), (), None))
+            new, tokens, banned, mask = more.get(i, _NOTHING_MORE)
             text = kept[key] = _Text(new[0], new[1], []) if new else self._texts[key]
-            text.generated.extend(tokens)
-            states.append(SamplingState(text.params, text.prompt, text.generated, banned, draw, mask))
+            if tokens:
+                text.generated.extend(tokens)
+            states.append(SamplingState(*text, banned, draw, mask))
         self._texts = kept
         return states
 

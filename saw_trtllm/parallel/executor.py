@@ -57,8 +57,9 @@ class GroupExecutor:
         self._failure: Exception | None = None  # what the last start failed with
         self._starting: threading.Thread | None = None
         self._closed = False
+        self._ended = threading.Event()  # nobody waits for a start any more
         self._kv_cache = kv_cache
-        group = RankGroup(folder, config, kv_cache, launch, options)
+        group = RankGroup(folder, config, kv_cache, launch, options, self._ended)
         self.num_blocks, self.num_host_blocks = _least(group)
         self.asynchronous = all(opened.asynchronous for opened in group.opened)
         # The same number when it starts anew, whatever the memory then looks like.
@@ -113,10 +114,21 @@ class GroupExecutor:
         """
         raise EngineError(NO_DISK)
 
-    def shutdown(self) -> None:
-        """End the ranks."""
+    def interrupt(self) -> None:
+        """From any thread, before :meth:`shutdown`: end a start of the ranks, and who waits for it.
+
+        Ranks that are there are let finish what they do.
+        """
         with self._changed:
             self._closed = True
+            if self._group is None:
+                self._ended.set()
+            self._changed.notify_all()
+
+    def shutdown(self) -> None:
+        """End the ranks."""
+        self.interrupt()
+        with self._changed:
             group, self._group = self._group, None
         if group is not None:
             group.close()
@@ -152,9 +164,11 @@ class GroupExecutor:
             if self._unreported is not None:
                 error, self._unreported = self._unreported, None
                 raise error
-            self._changed.wait_for(lambda: self._group is not None or self._failure is not None)
+            self._changed.wait_for(lambda: self._group is not None or self._failure is not None or self._closed)
             if self._group is not None:
                 return self._group
+            if self._closed:
+                raise RankError("the runtime is being shut down")
             failure, self._failure = self._failure, None
             self._start(None)
             raise EngineError(
@@ -169,13 +183,14 @@ class GroupExecutor:
         try:
             if lost is not None:
                 lost.abort()
-            group = RankGroup(self._folder, self._config, self._kv_cache, self._launch, self._options)
+            group = RankGroup(self._folder, self._config, self._kv_cache, self._launch, self._options, self._ended)
             blocks, host_blocks = _least(group)
             if blocks < self.num_blocks or host_blocks < self.num_host_blocks:
                 group.close()
                 raise EngineError(f"there is memory for {blocks} blocks of {self.num_blocks}")
         except Exception as e:
-            log.error("the ranks could not be started again: %s", e)
+            if not self._ended.is_set():
+                log.error("the ranks could not be started again: %s", e)
             with self._changed:
                 self._failure = e
                 self._changed.notify_all()

@@ -15,16 +15,18 @@ from typing import Any, Protocol
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import StepInputs
 from saw_trtllm.errors import RankError, SawError
-from saw_trtllm.parallel.channel import LeaderChannel
+from saw_trtllm.parallel.channel import Command, LeaderChannel
 from saw_trtllm.parallel.codec import StepEncoder
 from saw_trtllm.parallel.config import ParallelConfig
-from saw_trtllm.parallel.rank import Greeting, Opened, Opening, RankSpec, Taken, engine_digest
+from saw_trtllm.parallel.rank import Opened, Opening, RankSpec, Taken
+from saw_trtllm.plan.ranks import build_id, check_build
 from saw_trtllm.runtime.executor import StepOutput
 from saw_trtllm.runtime.host_cache import BlockCopy
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.runtime.sampling import SamplingState
-from saw_trtllm.version import __version__
 
+#: Seconds after which whoever waits for ranks looks whether they are still wanted.
+_PATIENCE = 0.2
 #: Seconds that the ranks have to end by themselves.
 _LEAVING_TIME = 10.0
 
@@ -53,8 +55,8 @@ class RankProcesses(Protocol):
         ...
 
 
-#: Finds room for so many ranks.
-Launch = Callable[[int], RankProcesses]
+#: Finds room for so many ranks, unless the event comes first.
+Launch = Callable[[int, threading.Event], RankProcesses]
 
 
 class RankGroup:
@@ -71,6 +73,8 @@ class RankGroup:
     launch : callable
         See :data:`Launch`.
     options : ParallelConfig
+    ended : threading.Event
+        Comes when nobody wants the group any more: its start then fails.
 
     Attributes
     ----------
@@ -92,15 +96,16 @@ class RankGroup:
         kv_cache: KvCacheConfig,
         launch: Launch,
         options: ParallelConfig,
+        ended: threading.Event,
     ) -> None:
         self._size = size = config.tp_size
-        self._options = options
+        self._options, self._ended = options, ended
         self._encoder = StepEncoder(len(config.pools[0].layers))
         self._lock = threading.RLock()
         self._num_transfers = self._num_transferred = 0
         self._watcher: threading.Thread | None = None
         self._woken, self._wake = Pipe(duplex=False)
-        self._processes = launch(size)
+        self._processes = launch(size, ended)
         try:
             self._channel = LeaderChannel(size, self._processes.host)
         except BaseException:
@@ -111,7 +116,7 @@ class RankGroup:
             self._processes.start([RankSpec(rank, size, str(folder.absolute()), address) for rank in range(size)])
             deadline = time.monotonic() + options.start_timeout
             self._lives = self._gather(deadline)
-            self.opened = self._open(folder, kv_cache, deadline)
+            self.opened = self._open(config, kv_cache, deadline)
             self.num_ready_host_blocks = min(opened.num_ready_host_blocks for opened in self.opened)
         except BaseException:
             self.abort()
@@ -133,7 +138,7 @@ class RankGroup:
     ) -> None:
         """Have a step launched; see :class:`saw_trtllm.runtime.executor.Executor`."""
         with self._lock:
-            self._channel.send("launch", *self._encoder.encode(step, sampling, context_logits))
+            self._channel.send("launch", self._encoder.encode(step, sampling, context_logits))
 
     def take(self) -> StepOutput:
         """The result of the oldest step that it was not taken of."""
@@ -183,8 +188,13 @@ class RankGroup:
         with self._lock:
             self._channel.close()
 
+    def _check_wanted(self) -> None:
+        if self._ended.is_set():
+            raise RankError("nobody waits for the ranks any more")
+
     def _gather(self, deadline: float) -> list[Any]:
-        while not self._channel.accept(min(0.2, max(deadline - time.monotonic(), 0.001))):
+        while not self._channel.accept(min(_PATIENCE, max(deadline - time.monotonic(), 0.001))):
+            self._check_wanted()
             if failure := self._processes.failure():
                 raise RankError(failure)
             if time.monotonic() > deadline:
@@ -193,19 +203,19 @@ class RankGroup:
                 )
         return self._channel.begin(self._options.step_timeout)
 
-    def _open(self, folder: Path, kv_cache: KvCacheConfig, deadline: float) -> list[Opened]:
-        greetings, engine = self._collect(0, deadline), engine_digest(folder)
-        for rank, (greeting, _) in enumerate(greetings):
-            check_greeting(rank, greeting, engine)
+    def _open(self, config: EngineConfig, kv_cache: KvCacheConfig, deadline: float) -> list[Opened]:
+        greetings, ours = self._collect(0, deadline), build_id(config)
+        for rank, (theirs, _) in enumerate(greetings):
+            check_build(rank, theirs, "the leader", ours)
         left = deadline - time.monotonic()
         verify = self._processes.host is not None
         opening = Opening(kv_cache, meeting=greetings[0][1], verify=verify, timeout=left)
         return self._collect(self._channel.send("open", pickle.dumps(opening)), deadline)
 
-    def _ask(self, command: Any, *frames: bytes) -> list[Any]:
+    def _ask(self, command: Command, body: bytes = b"") -> list[Any]:
         deadline = time.monotonic() + self._options.step_timeout
         try:
-            return self._collect(self._channel.send(command, *frames), deadline)
+            return self._collect(self._channel.send(command, body), deadline)
         except RankError:
             raise
         except SawError as e:
@@ -215,32 +225,15 @@ class RankGroup:
         """What each rank answers to the message of a number."""
         answers: dict[int, Any] = {}
         while len(answers) < self._size:
+            self._check_wanted()
             left = deadline - time.monotonic()
             if left <= 0:
                 missing = ", ".join(str(rank) for rank in range(self._size) if rank not in answers)
                 raise RankError(f"rank {missing} has not answered in time")
-            for rank, answered, content in self._channel.receive(left):
+            for rank, answered, content in self._channel.receive(min(_PATIENCE, left)):
                 if isinstance(content, SawError):
                     raise content
                 if answered != number or rank in answers:
                     raise RankError(f"rank {rank} is out of step: it answers message {answered}, not {number}")
                 answers[rank] = content
         return [answers[rank] for rank in range(self._size)]
-
-
-def check_greeting(rank: int, greeting: Greeting, engine: str) -> None:
-    """Reject a rank of another version than the leader's, or with another engine than ``engine``, its digest.
-
-    Raises
-    ------
-    RankError
-    """
-    if greeting.version != __version__:
-        raise RankError(
-            f"rank {rank} runs saw-trtllm {greeting.version} and the leader {__version__}: install one version on all "
-            "machines"
-        )
-    if greeting.engine != engine:
-        raise RankError(
-            f"rank {rank} finds another engine in the folder than the leader: copy one build to all machines"
-        )

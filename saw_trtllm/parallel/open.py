@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +18,11 @@ from saw_trtllm.paths import is_file
 from saw_trtllm.runtime.executor import Executor
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 
-#: Who starts ranks: given their number, and whether each has a GPU.
-LAUNCHERS: dict[str, Callable[[int, bool], RankProcesses]] = {"ray": RayRanks, "processes": LocalProcesses}
+#: Who starts ranks: given their number, whether each has a GPU, and what ends the wait for room.
+LAUNCHERS: dict[str, Callable[[int, bool, threading.Event], RankProcesses]] = {
+    "ray": RayRanks,
+    "processes": LocalProcesses,
+}
 
 
 def open_executor(folder: Path, config: EngineConfig, kv_cache: KvCacheConfig, parallel: ParallelConfig) -> Executor:
@@ -41,4 +45,4 @@ def open_executor(folder: Path, config: EngineConfig, kv_cache: KvCacheConfig, p
         )
     needs_gpus = config.saw_int4.backend != "reference"
     launcher = LAUNCHERS[parallel.ranks]
-    return GroupExecutor(folder, config, kv_cache, lambda size: launcher(size, needs_gpus), parallel)
+    return GroupExecutor(folder, config, kv_cache, lambda size, ended: launcher(size, needs_gpus, ended), parallel)

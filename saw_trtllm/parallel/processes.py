@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 
 from saw_trtllm.errors import EngineError
@@ -25,6 +26,8 @@ class LocalProcesses:
         Ranks.
     needs_gpus : bool
         Whether each has a GPU of its own.
+    ended : threading.Event
+        Of no use here: there is room, or there is none.
 
     Raises
     ------
@@ -36,7 +39,7 @@ class LocalProcesses:
     #: What a process runs, with the rank's spec as its input.
     code = "import pickle, sys; from saw_trtllm.parallel.rank import run_rank; run_rank(pickle.load(sys.stdin.buffer))"
 
-    def __init__(self, size: int, needs_gpus: bool) -> None:
+    def __init__(self, size: int, needs_gpus: bool, ended: threading.Event) -> None:
         if needs_gpus and (count := len(Driver.load().gpus)) < size:
             raise EngineError(
                 f"the engine is split over {size} ranks, a GPU each, and this machine has {count}: build it anew with "

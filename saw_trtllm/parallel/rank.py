@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import pickle
@@ -14,17 +13,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from saw_trtllm.backends.registry import open_executor
-from saw_trtllm.engine.config import CONFIG_FILE, EngineConfig, engine_file
+from saw_trtllm.engine.config import EngineConfig, engine_file
 from saw_trtllm.errors import EngineError, RankError, SawError
-from saw_trtllm.parallel.channel import Address, RankChannel
+from saw_trtllm.parallel.channel import LeaderGoneError, RankChannel
 from saw_trtllm.parallel.codec import StepDecoder
-from saw_trtllm.paths import is_file
-from saw_trtllm.plan.checksums import file_checksum
+from saw_trtllm.plan.checksums import verify_engine
+from saw_trtllm.plan.ranks import build_id
 from saw_trtllm.runtime.collectives import Rendezvous, join
+from saw_trtllm.runtime.door import Address
 from saw_trtllm.runtime.executor import Executor, PendingStep, StepOutput
 from saw_trtllm.runtime.host_cache import PendingTransfer
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
-from saw_trtllm.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -48,29 +47,14 @@ class RankSpec:
     address: Address
 
 
-class Greeting(NamedTuple):
-    """What a rank says of itself when it comes.
-
-    Attributes
-    ----------
-    version : str
-        Of this package.
-    engine : str
-        See :func:`engine_digest`.
-    """
-
-    version: str
-    engine: str
-
-
 class Opening(NamedTuple):
     """How the ranks open the engine.
 
     Attributes
     ----------
     kv_cache : KvCacheConfig
-    meeting : bytes
-        Where the ranks meet rank 0, once that is known.
+    meeting : Address
+        Where the ranks meet rank 0.
     verify : bool
         Whether each compares its engine file with its checksum: it may not be the file that the leader sees.
     timeout : float
@@ -78,7 +62,7 @@ class Opening(NamedTuple):
     """
 
     kv_cache: KvCacheConfig
-    meeting: bytes
+    meeting: Address
     verify: bool
     timeout: float
 
@@ -117,19 +101,14 @@ class Taken(NamedTuple):
     num_ready_host_blocks: int
 
 
-def engine_digest(folder: Path) -> str:
-    """What tells an engine from another: it changes with any of its files, whose checksums its config holds."""
-    return hashlib.sha256((folder / CONFIG_FILE).read_bytes()).hexdigest()
-
-
 def run_rank(spec: RankSpec) -> None:
     """Be a rank, until the leader says that it is over or has gone."""
-    channel = RankChannel(spec.address, spec.rank)
+    channel = RankChannel(spec.address, spec.rank, spec.size)
     channel.end_with_leader()
     try:
         with ExitStack() as resources:
             _serve(spec, channel, resources)
-    except EOFError:
+    except LeaderGoneError:
         log.info("the leader of rank %d has gone", spec.rank)
     except Exception as e:
         log.exception("rank %d of %d failed", spec.rank, spec.size)
@@ -141,10 +120,10 @@ def _serve(spec: RankSpec, channel: RankChannel, resources: ExitStack) -> None:
     folder = Path(spec.folder)
     config = EngineConfig.load(folder)
     with Rendezvous(channel.host) as meeting:
-        channel.say((Greeting(__version__, engine_digest(folder)), meeting.address if spec.rank == 0 else b""))
-        opening: Opening = pickle.loads(channel.receive().frames[0])
+        channel.say((build_id(config), meeting.address))
+        opening: Opening = pickle.loads(channel.receive().body)
         if opening.verify:
-            _verify(folder / engine_file(spec.rank), config)
+            _verify(folder, spec.rank)
         if spec.rank == 0:
             collectives = meeting.wait(spec.size, opening.timeout)
         else:
@@ -163,9 +142,9 @@ def _follow(executor: Executor, channel: RankChannel, decoder: StepDecoder, rank
     transfers: deque[PendingTransfer] = deque()
     num_transferred = 0
     while True:
-        _, command, frames = channel.receive()
+        _, command, body = channel.receive()
         if command == "launch":
-            steps.append(executor.launch(*decoder.decode(*frames)))
+            steps.append(executor.launch(*decoder.decode(body)))
         elif command == "take":
             output = steps.popleft().result()
             while transfers and transfers[0].done():
@@ -175,9 +154,9 @@ def _follow(executor: Executor, channel: RankChannel, decoder: StepDecoder, rank
                 output = StepOutput(output.token_ids, [], [])
             channel.say(Taken(output, num_transferred, executor.num_ready_host_blocks))
         elif command == "transfer":
-            transfers.append(executor.transfer(*pickle.loads(frames[0])))
+            transfers.append(executor.transfer(*pickle.loads(body)))
         elif command == "wait":
-            while num_transferred < pickle.loads(frames[0]):
+            while num_transferred < pickle.loads(body):
                 transfers.popleft().wait()
                 num_transferred += 1
             channel.say(num_transferred)
@@ -185,9 +164,8 @@ def _follow(executor: Executor, channel: RankChannel, decoder: StepDecoder, rank
             return
 
 
-def _verify(path: Path, config: EngineConfig) -> None:
-    expected = config.saw_int4.checksums.get(path.name)
-    if expected is not None and (not is_file(path, EngineError) or file_checksum(path) != expected):
-        raise EngineError(
-            f"{path} on {platform.node()} is missing, or not as saw-build wrote it: copy the engine there again"
-        )
+def _verify(folder: Path, rank: int) -> None:
+    try:
+        verify_engine(folder, only=(engine_file(rank),))
+    except EngineError as e:
+        raise EngineError(f"on {platform.node()}: {e}") from e

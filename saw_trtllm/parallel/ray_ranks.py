@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -12,6 +14,8 @@ from saw_trtllm.parallel.rank import RankSpec, run_rank
 
 #: Seconds that Ray may take to find room for the ranks.
 PLACEMENT_TIMEOUT = 60.0
+#: Seconds after which the wait for it looks whether it is to end.
+_PATIENCE = 0.5
 #: No reports to Ray's makers; and its own 10 seconds for the first processes are short on a machine that is busy.
 _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "60"}
 #: Ray's releases whose interface this is.
@@ -29,16 +33,18 @@ class RayRanks:
         Ranks.
     needs_gpus : bool
         Whether each has a GPU of its own.
+    ended : threading.Event
+        Ends the wait for room.
 
     Raises
     ------
     BackendUnavailableError
         If Ray is not installed, is of another release, or cannot be reached.
     EngineError
-        If the cluster has no room.
+        If the cluster has no room, or the event came first.
     """
 
-    def __init__(self, size: int, needs_gpus: bool) -> None:
+    def __init__(self, size: int, needs_gpus: bool, ended: threading.Event) -> None:
         self._ray = ray = connect(num_cpus=size)
         self._resources = {"CPU": 1.0, "GPU": 1.0} if needs_gpus else {"CPU": 1.0}
         has = ray.cluster_resources()
@@ -50,7 +56,10 @@ class RayRanks:
                 )
         self._runs: list[Any] = []
         self._group = ray.util.placement_group([self._resources] * size, strategy="PACK")
-        if not self._group.wait(PLACEMENT_TIMEOUT):
+        deadline = time.monotonic() + PLACEMENT_TIMEOUT
+        while not (placed := self._group.wait(_PATIENCE)) and time.monotonic() < deadline and not ended.is_set():
+            pass
+        if not placed:
             self.end()
             raise EngineError(
                 f"the Ray cluster has had no room for {size} ranks within {PLACEMENT_TIMEOUT:g} s: end what else runs "

@@ -7,9 +7,6 @@ rank the same bytes, so that all of them have the same bits.
 
 from __future__ import annotations
 
-import hmac
-import json
-import secrets
 import socket
 import struct
 import time
@@ -19,15 +16,10 @@ from typing import Protocol
 import numpy as np
 
 from saw_trtllm.errors import RankError
+from saw_trtllm.runtime.door import Address, Door, Who, exactly, fill, knock
 
 #: Before each array: its number among all that the group has sent, and its bytes.
 _HEADER = struct.Struct("<QQ")
-#: What a rank says of itself when it joins.
-_RANK = struct.Struct("<II")
-#: Bytes of the number that each rank's proof is for.
-_NONCE = 32
-#: Seconds that a stranger may keep rank 0 from the next who comes.
-_PATIENCE = 5.0
 
 
 class Collectives(Protocol):
@@ -152,28 +144,23 @@ class SocketCollectives:
             raise self._lost(peer) from e
 
     def _receive(self, peer: int, like: np.ndarray) -> np.ndarray:
-        header, array = bytearray(_HEADER.size), np.empty_like(like)
-        self._fill(peer, memoryview(header))
-        number, nbytes = _HEADER.unpack(header)
+        array = np.empty_like(like)
+        try:
+            number, nbytes = _HEADER.unpack(exactly(self._peers[peer], _HEADER.size))
+        except OSError as e:
+            raise self._lost(peer) from e
         if (number, nbytes) != (self._number, array.nbytes):
             self.abort()
             raise RankError(
                 f"rank {peer} of {self.size} is out of step with rank {self.rank}: it sent array {number} of {nbytes} "
                 f"bytes where array {self._number} of {array.nbytes} was due; start all ranks anew"
             )
-        self._fill(peer, _bytes_of(array))
-        self._number += self.rank != 0
-        return array
-
-    def _fill(self, peer: int, target: memoryview) -> None:
         try:
-            while len(target):
-                count = self._peers[peer].recv_into(target)
-                if count == 0:
-                    raise ConnectionResetError
-                target = target[count:]
+            fill(self._peers[peer], _bytes_of(array))
         except OSError as e:
             raise self._lost(peer) from e
+        self._number += self.rank != 0
+        return array
 
     def _lost(self, peer: int) -> RankError:
         aborted = self._aborted
@@ -202,20 +189,18 @@ class Rendezvous:
 
     Attributes
     ----------
-    address : bytes
+    address : Address
         To be carried to the others, for :func:`join`. It holds a key, without which nobody is let in.
     """
 
     def __init__(self, host: str = "127.0.0.1") -> None:
         try:
-            self._listener = socket.create_server((host, 0))
+            self._door = Door(host)
         except OSError as e:
             raise RankError(
                 f"the ranks cannot meet at {host} ({e.strerror or e}): give an address of this machine"
             ) from e
-        self._key = secrets.token_bytes(32)
-        port = self._listener.getsockname()[1]
-        self.address = json.dumps({"host": host, "port": port, "key": self._key.hex()}).encode()
+        self.address = self._door.address
 
     def wait(self, size: int, timeout: float = 60.0) -> Collectives:
         """Rank 0 of a group of ``size``, once all others have joined.
@@ -229,27 +214,21 @@ class Rendezvous:
             return ALONE
         deadline, found = time.monotonic() + timeout, dict[int, socket.socket]()
         while len(found) < size - 1:
-            self._listener.settimeout(max(0.001, deadline - time.monotonic()))
-            try:
-                peer, _ = self._listener.accept()
-            except TimeoutError:
+            left = deadline - time.monotonic()
+            if left <= 0:
                 missing = ", ".join(str(rank) for rank in range(1, size) if rank not in found)
-                raise RankError(
-                    f"of {size} ranks {missing} did not come within {timeout:g} s: see their logs"
-                ) from None
-            introduction = _let_in(peer, self._key)
-            if introduction is None:
-                peer.close()
+                raise RankError(f"of {size} ranks {missing} did not come within {timeout:g} s: see their logs")
+            if (came := self._door.let_in(left)) is None:
                 continue
-            rank, theirs = introduction
+            (_, rank, theirs), peer = came
             if theirs != size or not 0 < rank < size or rank in found:
                 raise RankError(f"rank {rank} of {theirs} came, where one of {size} was due: start all ranks anew")
             found[rank] = peer
-        return SocketCollectives(0, size, [_ready(found[rank]) for rank in sorted(found)])
+        return SocketCollectives(0, size, [found[rank] for rank in sorted(found)])
 
     def close(self) -> None:
         """Wait for nobody any more."""
-        self._listener.close()
+        self._door.close()
 
     def __enter__(self) -> Rendezvous:
         return self
@@ -258,7 +237,7 @@ class Rendezvous:
         self.close()
 
 
-def join(address: bytes, rank: int, size: int, timeout: float = 60.0) -> Collectives:
+def join(address: Address, rank: int, size: int, timeout: float = 60.0) -> Collectives:
     """Rank ``rank``, from 1, of the group that meets at a :attr:`Rendezvous.address`.
 
     Raises
@@ -266,51 +245,12 @@ def join(address: bytes, rank: int, size: int, timeout: float = 60.0) -> Collect
     RankError
         If rank 0 is not there within ``timeout`` seconds.
     """
-    place = json.loads(address)
-    host, port = place["host"], place["port"]
     try:
-        peer = socket.create_connection((host, port), timeout)
-        introduction = _RANK.pack(rank, size)
-        peer.sendall(introduction + _proof(bytes.fromhex(place["key"]), _exactly(peer, _NONCE), introduction))
+        peer = knock(address, Who(0, rank, size), timeout)
     except OSError as e:
-        raise RankError(f"rank {rank} of {size} does not reach rank 0 at {host}:{port} ({e}): see its log") from e
-    return SocketCollectives(rank, size, [_ready(peer)])
-
-
-def _let_in(peer: socket.socket, key: bytes) -> tuple[int, int] | None:
-    """The rank and the size that a peer gives, or None if it is a stranger."""
-    peer.settimeout(_PATIENCE)
-    nonce = secrets.token_bytes(_NONCE)
-    try:
-        peer.sendall(nonce)
-        introduction = _exactly(peer, _RANK.size)
-        proof = _exactly(peer, len(_proof(key, nonce, introduction)))
-    except OSError:
-        return None
-    rank, size = _RANK.unpack(introduction)
-    return (rank, size) if hmac.compare_digest(proof, _proof(key, nonce, introduction)) else None
-
-
-def _proof(key: bytes, nonce: bytes, introduction: bytes) -> bytes:
-    """What shows that a rank has the key, without sending it."""
-    return hmac.digest(key, nonce + introduction, "sha256")
-
-
-def _exactly(peer: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        part = peer.recv(count - len(data))
-        if not part:
-            raise ConnectionResetError("it hung up")
-        data += part
-    return data
-
-
-def _ready(peer: socket.socket) -> socket.socket:
-    """The socket as the calls need it: they wait for as long as a step takes, and send at once."""
-    peer.settimeout(None)
-    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return peer
+        place = ":".join(map(str, address.endpoint))
+        raise RankError(f"rank {rank} of {size} does not reach rank 0 at {place} ({e}): see its log") from e
+    return SocketCollectives(rank, size, [peer])
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from saw_trtllm.engine.step import PREFILL, StepPacker
@@ -46,12 +47,20 @@ class EngineCore:
         Layers of each pool, for the block offsets.
     max_queue_size : int
         Requests that may wait for their first step; 0 is any number.
+    interrupt : callable, optional
+        Called by whoever shuts down: it ends what the executor's calls wait for beyond their steps.
     """
 
     def __init__(
-        self, executor: Executor, scheduler: Scheduler, num_layers: list[int], max_queue_size: int = 0
+        self,
+        executor: Executor,
+        scheduler: Scheduler,
+        num_layers: list[int],
+        max_queue_size: int = 0,
+        interrupt: Callable[[], object] | None = None,
     ) -> None:
         self._executor = executor
+        self._interrupt = interrupt
         self._scheduler = scheduler
         self._packer = StepPacker(num_layers)
         self._under_way: deque[_Step] = deque()
@@ -135,6 +144,8 @@ class EngineCore:
         if os.getpid() != self._pid:  # all of them are the parent's
             return
         self._close()
+        if self._interrupt is not None:
+            self._interrupt()
         if threading.current_thread() is not self._thread:  # it may be the last that lets go of an LLM
             self._thread.join()
 

@@ -3,16 +3,18 @@
 import os
 import shutil
 import sys
+import threading
 import types
 
 import pytest
 
 from saw_trtllm import LLM
+from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError, RankError
-from saw_trtllm.parallel import group, processes
 from saw_trtllm.parallel import open as opening
-from saw_trtllm.parallel.rank import Greeting
+from saw_trtllm.parallel import processes
 from saw_trtllm.parallel.ray_ranks import RayRanks
+from saw_trtllm.plan.ranks import build_id, check_build
 from saw_trtllm.plugins.gpus import Driver
 from saw_trtllm.serve.openai.replicas import replicas
 from tests.support.example import build_example
@@ -54,13 +56,13 @@ def test_a_time_that_is_none_is_rejected(tp2, field, value):
 def test_too_few_gpus_are_counted(monkeypatch):
     monkeypatch.setattr(processes, "Driver", types.SimpleNamespace(load=lambda: Driver((13, 0), [None])))
     with pytest.raises(EngineError, match="split over 2 ranks, a GPU each, and this machine has 1"):
-        processes.LocalProcesses(2, True)
+        processes.LocalProcesses(2, True, threading.Event())
 
 
 def test_a_cluster_without_enough_gpus_is_rejected(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", fake_ray(CPU=64.0, GPU=1.0))
     with pytest.raises(EngineError, match="split over 2 ranks, a GPU each, and the Ray cluster has 1: add machines"):
-        RayRanks(2, True)
+        RayRanks(2, True, threading.Event())
 
 
 def test_ray_that_is_missing_is_said(monkeypatch, tp2):
@@ -73,14 +75,17 @@ def test_ray_that_is_missing_is_said(monkeypatch, tp2):
 def test_ray_of_another_release_is_said(monkeypatch, version):
     monkeypatch.setitem(sys.modules, "ray", fake_ray(version))
     with pytest.raises(BackendUnavailableError, match=f"Ray {version} is installed and 2.40 or newer"):
-        RayRanks(2, False)
+        RayRanks(2, False, threading.Event())
 
 
-def test_ranks_of_another_build_are_named():
-    with pytest.raises(RankError, match=r"rank 1 runs saw-trtllm 0\.0\.1 and the leader"):
-        group.check_greeting(1, Greeting("0.0.1", "engine"), "engine")
-    with pytest.raises(RankError, match="rank 1 finds another engine in the folder than the leader"):
-        group.check_greeting(1, Greeting(group.__version__, "other"), "engine")
+def test_ranks_of_another_build_are_named(tp2):
+    ours = build_id(EngineConfig.load(tp2))
+    older = b"0.0.1".ljust(32) + ours[32:]
+    with pytest.raises(EngineError, match=r"rank 1 runs saw-trtllm 0\.0\.1 and the leader .*: install one release"):
+        check_build(1, older, "the leader", ours)
+    with pytest.raises(EngineError, match="rank 1 has another build of the engine than the leader: copy one engine"):
+        check_build(1, ours[:32] + bytes(32), "the leader", ours)
+    check_build(1, ours, "the leader", ours)
 
 
 def test_a_rank_that_does_not_start_is_said_with_its_words(tp2, monkeypatch):

@@ -1,11 +1,17 @@
 """A rank that is killed, stopped or slowed: no request and no block is lost, and the group comes back."""
 
+import os
+import signal
+import threading
+import time
+
 import numpy as np
 import pytest
 
 from benchmarks.serving.rank_faults import run_with_faults
 from saw_trtllm import LLM, SamplingParams
 from saw_trtllm.parallel import open as opening
+from saw_trtllm.parallel.processes import LocalProcesses
 from tests.support.example import build_example
 from tests.support.executor.remembering import RememberingProcesses, expected_text
 
@@ -54,3 +60,29 @@ def test_no_request_and_no_block_is_lost(open_group, faults, retry):
     llm._scheduler.blocks.check()
     answers = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
     assert answers == expected
+
+
+def test_a_shutdown_does_not_wait_for_ranks_that_do_not_come_back(open_group, monkeypatch):
+    """They start, and say nothing: the group would wait for them for half an hour."""
+    llm = open_group(retry=9)
+    (prompt,), (params,), _ = requests(1, 400)
+    pieces = iter(llm.generate_async(prompt, params, streaming=True))
+    next(pieces)
+    started = []
+
+    def start(processes, specs):
+        LocalProcesses.start(processes, specs)
+        started.extend(processes._processes)
+
+    monkeypatch.setattr(RememberingProcesses, "code", "import time; time.sleep(3600)")
+    monkeypatch.setattr(RememberingProcesses, "start", start)
+    os.kill(llm.executor.pids[1], signal.SIGKILL)
+    while not started:
+        time.sleep(0.01)
+    ending = threading.Thread(target=llm.shutdown, daemon=True)
+    ending.start()
+    ending.join(60)
+    assert not ending.is_alive()
+    assert all(process.poll() is not None for process in started)
+    *_, last = pieces
+    assert last.outputs[0].finish_reason == "cancelled"

@@ -1,6 +1,5 @@
 """Sums and gathers over the ranks of a group, and what becomes of it when one of them goes."""
 
-import json
 import socket
 import threading
 
@@ -37,8 +36,7 @@ def test_all_ranks_get_every_ranks_array():
 
 def test_ranks_meet_over_the_network_and_strangers_do_not_disturb():
     with Rendezvous() as meeting:
-        place = json.loads(meeting.address)
-        stranger = socket.create_connection((place["host"], place["port"]))
+        stranger = socket.create_connection(meeting.address.endpoint)
         stranger.sendall(bytes(100))
         joined = []
         threads = [
