@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from saw_trtllm.checkpoint.checkpoint import Checkpoint
-from saw_trtllm.checkpoint.layout import check_tp_size, is_linear, shard, shard_format, shard_shape, shard_weight
+from saw_trtllm.checkpoint.layout import check_tp_size, shard, shard_format, shard_shape, shard_weight
+from saw_trtllm.checkpoint.quantization.tensorrt_llm import with_one_scale, written_section, written_tensors
 from saw_trtllm.checkpoint.quantization.tensorrt_llm import write as write_quantized
-from saw_trtllm.checkpoint.quantization.tensorrt_llm import written_section, written_tensors
 from saw_trtllm.checkpoint.reader import NUMPY_DTYPES, is_finite
 from saw_trtllm.checkpoint.tensorrt_llm import rank_file, write_config
 from saw_trtllm.checkpoint.writer import SafetensorsWriter
@@ -141,15 +141,17 @@ def _check_replaceable(ckpt: Checkpoint, output_dir: Path) -> None:
 def _write(ckpt: Checkpoint, output_dir: Path, tp_size: int, dtype: str, progress: Callable[[str], None] | None) -> int:
     config = ckpt.config.model_copy(deep=True)
     formats = {name: shard_format(name, f, config, tp_size) for name, f in ckpt.formats.items()}
-    in_16_bits = [name.removesuffix(".weight") for name in ckpt.names() if is_linear(name) and name not in formats]
-    config.quantization = written_section(formats, in_16_bits)
+    config.quantization = written_section(ckpt.formats, config, tp_size)
     text = json.dumps(write_config(config, dtype, tp_size), indent=2) + "\n"
     # A source with a split embedding is written with a whole one on each rank.
     (config.model_extra or {}).pop("use_parallel_embedding", None)
     tensors: dict[str, TensorSpec] = {}
     for name in ckpt.names():
         shape = shard_shape(name, config, tp_size)
-        tensors |= written_tensors(name, shape, formats[name]) if name in formats else {name: TensorSpec(shape, dtype)}
+        if name in formats:
+            tensors |= written_tensors(name, shape, formats[name], dtype)
+        else:
+            tensors[name] = TensorSpec(shape, dtype)
     names = [rank_file(rank) for rank in range(tp_size)]
     with replacing_folder(output_dir, ("config.json", rank_file("*"), *TOKENIZER_FILES)) as part:
         with ExitStack() as stack:
@@ -170,9 +172,9 @@ def _shards(
 ) -> Iterator[dict[str, np.ndarray]]:
     """What each rank has of a tensor, by the names that it is written under."""
     if name in ckpt.formats:
-        weight = ckpt.load_quantized(name)
+        weight = with_one_scale(name, ckpt.load_quantized(name), config)
         for rank in range(tp_size):
-            yield write_quantized(name, shard_weight(name, weight, config, tp_size, rank))
+            yield write_quantized(name, shard_weight(name, weight, config, tp_size, rank), dtype)
         return
     array = cast(ckpt.load_finite(name), dtype, ckpt.where(name))
     for rank in range(tp_size):

@@ -6,10 +6,12 @@ kernels compute with.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,13 +165,14 @@ def modelopt_int4(group: int, factors: bool = True) -> Writer:
 
     def write(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         factor = torch.linspace(0.5, 2.0, weight.shape[1]) if factors else torch.ones(weight.shape[1])
+        factor = factor.half().float()
         grouped = (weight / factor).unflatten(1, (-1, group))
         scales = (grouped.abs().amax(-1) / 7).half()
         values = (grouped / scales.float()[..., None]).round().clamp(-8, 7).flatten(1).to(torch.int8)
         nibbles = values.view(torch.uint8) & 15
         tensors = {"weight": nibbles[0::2] | nibbles[1::2] << 4, "weight_scale": scales}
         if factors:
-            tensors["pre_quant_scale"] = factor
+            tensors["pre_quant_scale"] = factor.half()
         return tensors, values.float() * spread(scales, weight) * factor
 
     return write
@@ -292,6 +295,15 @@ CASES: dict[str, Case] = {
         _INT4 | {"pre_scale": True},
     ),
 }
+
+
+def grouped(name: str, group: int) -> Case:
+    """One of :data:`CASES` in groups of another size."""
+    case = CASES[name]
+    writers = {"awq": awq, "gptq": gptq, "modelopt AWQ": modelopt_int4, "gptq zeros": partial(gptq, sym=False)}
+    config = copy.deepcopy(case.config)
+    config.get("quantization", config)["group_size"] = group
+    return replace(case, write=writers[name](group), config=config, formats=case.formats | {"block": (1, group)})
 
 
 def compressed_tensors(weights: dict[str, Any], inputs: dict[str, Any] | None, format: str) -> Case:

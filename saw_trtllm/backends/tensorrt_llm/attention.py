@@ -14,6 +14,8 @@ from tensorrt_llm._common import default_net, default_trtnet
 from tensorrt_llm.functional import Tensor, _create_tensor, cast, concat, constant, matmul, shape, split
 from tensorrt_llm.layers.attention import Attention
 from tensorrt_llm.module import Module
+from tensorrt_llm.quantization.functional import quantize_fp8_per_token
+from tensorrt_llm.quantization.layers import Fp8RowwiseAttention
 
 from saw_trtllm.backends.tensorrt_llm.options import SwapOptions
 from saw_trtllm.engine.tensors import LAST_TOKEN_IDS, POSITION_IDS, SEQUENCE_LENGTH
@@ -165,7 +167,10 @@ class SawAttention(Module):
     def __init__(self, attention: Attention, layer_idx: int, options: SwapOptions, norm_epsilon: float | None = None):
         super().__init__()
         self.qkv, self.dense = attention.qkv, attention.dense
-        self.qk_layernorm = attention.qk_layernorm
+        # Row-wise FP8 takes its input with a scale for each token.
+        self.is_row_wise = isinstance(attention, Fp8RowwiseAttention)
+        self.clamp_val = attention.clamp_val if self.is_row_wise else None
+        self.qk_layernorm = getattr(attention, "qk_layernorm", False)
         if self.qk_layernorm:
             self.q_layernorm, self.k_layernorm = attention.q_layernorm, attention.k_layernorm
             if norm_epsilon is not None:
@@ -174,7 +179,7 @@ class SawAttention(Module):
         self.num_attention_kv_heads = attention.num_attention_kv_heads
         self.attention_head_size = attention.attention_head_size
         self.local_layer_idx = attention.local_layer_idx
-        self.q_scaling, self.softcap = attention.q_scaling, attention.max_attn_value
+        self.q_scaling, self.softcap = attention.q_scaling, getattr(attention, "max_attn_value", 0.0)
         self.is_local = getattr(attention, "is_local", False)
         self.tp_size, self.tp_rank = attention.tp_size, attention.tp_rank
         self.layer_idx = layer_idx
@@ -201,6 +206,8 @@ class SawAttention(Module):
         local = "_local" if self.is_local else ""
         cos_sin = getattr(attention_params, f"embed_positions_for_gpt_attention{local}")
         context = saw_attention(qkv, cos_sin, self.layer, self.options)
+        if self.is_row_wise:
+            context = quantize_fp8_per_token(context, None if self.clamp_val is None else self.clamp_val.value)
         return self.dense(context, all_reduce_params=all_reduce_params), None
 
     @property

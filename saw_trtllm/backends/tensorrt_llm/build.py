@@ -58,6 +58,7 @@ def _build_config(plan: BuildPlan, folder: Path) -> BuildConfig:
     plugin_config = PluginConfig()
     plugin_config.tokens_per_block = limits.tokens_per_block
     plugin_config.use_paged_context_fmha = True
+    plugin_config.use_fp8_context_fmha = False  # which it would switch on for an FP8 model
     return BuildConfig(
         max_batch_size=limits.max_batch_size,
         max_input_len=limits.max_input_len,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -101,9 +102,10 @@ def check_attention(name: str, attention: Any) -> None:
     ----------
     name : str
         In the model.
-    attention : tensorrt_llm.layers.attention.Attention
+    attention : tensorrt_llm.layers.attention.Attention, or its row-wise FP8 twin, which has none of what is optional
     """
-    if attention.cross_attention:
+    optional = functools.partial(getattr, attention)
+    if optional("cross_attention", False):
         raise ConfigError(f"{name} is a cross attention, which a SAW cache does not have: build a decoder-only model")
     problems = {
         f"position embedding {_name(attention.position_embedding_type)}": _name(attention.position_embedding_type)
@@ -112,12 +114,12 @@ def check_attention(name: str, attention: Any) -> None:
             attention.rotary_embedding_dim != attention.attention_head_size
         ),
         f"the mask {_name(attention.attention_mask_type)}": _name(attention.attention_mask_type) != "causal",
-        "a relative attention bias": attention.relative_attention,
-        "logn scaling": attention.use_logn_scaling,
-        "clipped Q, K and V": attention.clip_qkv is not None,
-        "a norm after attention": attention.inner_layernorm is not None,
+        "a relative attention bias": optional("relative_attention", False),
+        "logn scaling": optional("use_logn_scaling", False),
+        "clipped Q, K and V": optional("clip_qkv", None) is not None,
+        "a norm after attention": optional("inner_layernorm", None) is not None,
         "Q, K and V projected apart": attention.qkv is None,
-        "a q/k norm with weights for each head": attention.qk_layernorm and not attention.layernorm_share,
+        "a q/k norm with weights for each head": optional("qk_layernorm", False) and not attention.layernorm_share,
     }
     _reject(name, problems)
     check_heads(attention.num_attention_heads, attention.num_attention_kv_heads)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import psutil
 
 from saw_trtllm.backends.tensorrt_llm.release import require_engine_backend
+from saw_trtllm.checkpoint.quantization.tensorrt_llm import written_section
 from saw_trtllm.engine.config import BackendName
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
@@ -26,12 +27,9 @@ class TensorRTLLMLimits:
         return f"TensorRT-LLM {require_engine_backend()}"
 
     def check(self, options: BuildOptions, model: ModelConfig, formats: Mapping[str, WeightFormat]) -> None:
-        """Its executor has one size of rows in all layers, and the plugins compute in 16 bits."""
-        if formats:
-            raise ConfigError(
-                "the weights are quantized, and engines of TensorRT-LLM's definitions have them in 16 bits here: give "
-                "--qformat full_prec, or --backend tensorrt"
-            )
+        """Its executor has one size of rows in all layers, its layers have formats of weights, the plugins 16 bits."""
+        tp_size = model.mapping.tp_size if options.tp_size is None else options.tp_size
+        written_section(formats, model, tp_size)
         if model.dtype == "float32":
             raise ConfigError("the model is in float32, and the plugins compute in 16 bits: give --dtype float16")
         check_4bit_keys(options, self.name)

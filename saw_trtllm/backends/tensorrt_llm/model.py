@@ -12,6 +12,7 @@ from tensorrt_llm._common import default_net
 from tensorrt_llm.layers.attention import Attention
 from tensorrt_llm.models import PretrainedModel
 from tensorrt_llm.network import Network
+from tensorrt_llm.quantization.layers import Fp8RowwiseAttention
 
 from saw_trtllm.backends.tensorrt_llm.attention import SawAttention
 from saw_trtllm.backends.tensorrt_llm.checks import check_attention, check_build
@@ -119,7 +120,7 @@ def swap_attention(model: PretrainedModel, options: SwapOptions) -> None:
     """Put a ``SawAttention`` in the place of each attention of a model."""
     swapped, found = 0, []
     for name, module, parent in list(model.named_modules_with_parent()):
-        if type(module) is Attention:
+        if type(module) in (Attention, Fp8RowwiseAttention):
             found.append((name, module, parent))
         elif isinstance(module, SawAttention):
             module.options = options
@@ -176,6 +177,7 @@ def _section(options: SwapOptions) -> dict[str, Any]:
         update={
             "k_center": options.k_center is not None,
             "k_frame": options.k_frame is not None,
+            "quantized": dict(options.quantized),
             "plugin_version": VERSION,
             "tensorrt_version": trt.__version__,
             "compute_capability": None if capability is None else "{}.{}".format(*capability),

@@ -11,15 +11,19 @@ import ml_dtypes
 import numpy as np
 import torch
 from tensorrt_llm.models import GemmaForCausalLM, LLaMAForCausalLM, PretrainedConfig, QWenForCausalLM
+from tensorrt_llm.models.modeling_utils import preprocess_weights
 
 from saw_trtllm.backends.tensorrt_llm.limits import TensorRTLLMLimits
 from saw_trtllm.backends.tensorrt_llm.model import SawModel
 from saw_trtllm.backends.tensorrt_llm.options import CheckpointSection, SwapOptions
 from saw_trtllm.checkpoint import cast, shard
 from saw_trtllm.checkpoint.families import family_of
-from saw_trtllm.checkpoint.layout import check_tp_size
+from saw_trtllm.checkpoint.layout import check_tp_size, shard_weight
+from saw_trtllm.checkpoint.quantization.tensorrt_llm import with_one_scale, written_section
+from saw_trtllm.checkpoint.quantization.tensorrt_llm import write as write_quantized
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
+from saw_trtllm.model.quantization import QuantizedWeight
 from saw_trtllm.plan.plan import BuildPlan, make_plan
 
 
@@ -80,9 +84,17 @@ class SawDecoder(SawModel):
             raise ConfigError(f"{cls.__name__} cannot build a {config.architecture}: give --model_cls_name {right}")
         config = copy.copy(config)
         config.saw_int4 = None  # the plan has it
+        tp_size = config.mapping.tp_size
+        formats = plan.config.saw_int4.quantized
+        section = written_section(formats, plan.config.pretrained_config, tp_size)
+        config.quantization = type(config.quantization)(**section)
+        weights = rank_weights(plan, tp_size, config.mapping.tp_rank, progress)
+        if formats:
+            # Puts them into the order of this GPU's kernels.
+            weights = preprocess_weights(weights, config)
         model = cls(config)
         model.use_saw(SwapOptions.of_plan(plan))
-        model.load(rank_weights(plan, config.mapping.tp_size, config.mapping.tp_rank, progress))
+        model.load(weights)
         return model
 
 
@@ -116,14 +128,23 @@ def class_for(model: ModelConfig) -> type[SawDecoder]:
 def rank_weights(
     plan: BuildPlan, tp_size: int, tp_rank: int, progress: Callable[[str], None] | None = None
 ) -> dict[str, torch.Tensor]:
-    """A rank's part of all weights, with all that is folded in; a tied ``lm_head`` is written out."""
+    """A rank's part of all weights, with all that is folded in, as a checkpoint of TensorRT-LLM names and packs them.
+
+    A tied ``lm_head`` is written out.
+    """
     model = plan.config.pretrained_config
     check_tp_size(model, tp_size)
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for name in plan.checkpoint.names():
-        # Its norms compute in the model's dtype, and ours in fp32.
-        array = cast(plan.weights.load_dense(name), model.dtype, plan.checkpoint.where(name))
-        weights[name] = _to_torch(np.ascontiguousarray(shard(name, array, model, tp_size, tp_rank)))
+        weight = plan.weights.load(name)
+        if isinstance(weight, QuantizedWeight):
+            part = shard_weight(name, with_one_scale(name, weight, model), model, tp_size, tp_rank)
+            arrays = write_quantized(name, part, model.dtype)
+        else:
+            # Its norms compute in the model's dtype, and ours in fp32.
+            array = cast(weight, model.dtype, plan.checkpoint.where(name))
+            arrays = {name: shard(name, array, model, tp_size, tp_rank)}
+        weights |= {written: _to_torch(np.ascontiguousarray(array)) for written, array in arrays.items()}
         if progress is not None:
             progress(name)
     return weights
@@ -132,4 +153,6 @@ def rank_weights(
 def _to_torch(array: np.ndarray) -> torch.Tensor:
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    if array.dtype == ml_dtypes.float8_e4m3fn:
+        return torch.from_numpy(array.view(np.uint8)).view(torch.float8_e4m3fn)
     return torch.from_numpy(array)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from saw_trtllm.checkpoint.layout import kv_heads_of_rank
 from saw_trtllm.errors import ConfigError, first_error
 from saw_trtllm.format import KVFormat, KvName
+from saw_trtllm.model.quantization import WeightFormat
 from saw_trtllm.plugins.layer import OPTIONAL_CONSTANTS
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class SwapOptions:
         float32 ``[num_layers, num_kv_heads, head_dim, head_dim]`` of the whole model: both or neither.
     windows : sequence of (int or None), or None
         Tokens that each layer of the whole model sees.
+    quantized : dict
+        Formats of the weights that came quantized, by name, for the engine's ``config.json``.
     """
 
     kv_format: KVFormat
@@ -79,6 +82,7 @@ class SwapOptions:
     k_frame: np.ndarray | None = None
     q_frame: np.ndarray | None = None
     windows: Sequence[int | None] | None = None
+    quantized: Mapping[str, WeightFormat] = field(default_factory=dict)
 
     @classmethod
     def of_config(cls, config: Any) -> SwapOptions:
@@ -110,6 +114,7 @@ class SwapOptions:
             k_frame=frames.k_frame if frames else None,
             q_frame=frames.q_frame if frames else None,
             windows=plan.config.pretrained_config.sliding_window,
+            quantized=plan.config.saw_int4.quantized,
         )
 
     def window(self, layer: int) -> int:

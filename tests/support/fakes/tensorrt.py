@@ -115,6 +115,12 @@ class INetworkDefinition:
     def add_cast(self, input, to_type):
         return self._add(ICastLayer(self, [input], to_type))
 
+    def add_quantize(self, input, scale, output_type):
+        return self._add(IQuantizeLayer(self, [input, scale], output_type))
+
+    def add_dequantize(self, input, scale, output_type):
+        return self._add(IDequantizeLayer(self, [input, scale], output_type))
+
     def add_reduce(self, input, op, axes, keep_dims):
         return self._add(IReduceLayer(self, [input], op, axes, keep_dims))
 

@@ -54,6 +54,10 @@ def execute(
 
 def _run(layer, x, own):
     if isinstance(layer, trt.PluginLayer):
+        theirs = {"WeightOnlyGroupwiseQuantMatmul": _groupwise_matmul, "Fp8RowwiseGemm": _row_wise_gemm}
+        theirs |= {"RmsnormQuantization": _quantized_norm, "QuantizePerToken": lambda layer, x: _quantize_tokens(x)}
+        if layer.plugin.plugin_type in theirs:
+            return theirs[layer.plugin.plugin_type](layer, *x)
         plugins = {"SawRotateQuantizeKV": _write, "SawInt4PagedAttention": _attention}
         plugins |= {"SawGemm": lambda fields, x: [_gemm(fields, *x)], "SawLookup": lambda fields, x: [_lookup(*x)]}
         plugins |= {"SawQuantizedGemm": lambda fields, x: [_quantized_gemm(fields, *x)]}
@@ -72,6 +76,8 @@ class _Layers:
     @staticmethod
     def constant(layer):
         value = torch.from_numpy(layer.weights.numpy().copy()).reshape(layer.shape)
+        if layer.weights.dtype == trt.fp8:
+            value = value.view(torch.float8_e4m3fn)
         return value.float() if value.is_floating_point() else value.long()
 
     @staticmethod
@@ -127,6 +133,14 @@ class _Layers:
         return x.float() if layer.to_type in (trt.float32, trt.float16, trt.bfloat16) else x.long()
 
     @staticmethod
+    def quantize(layer, x, scale):
+        return to_e4m3(x / scale)
+
+    @staticmethod
+    def dequantize(layer, x, scale):
+        return x * scale
+
+    @staticmethod
     def reduce(layer, x):
         dims = [i for i in range(x.ndim) if layer.axes >> i & 1]
         return _REDUCE[layer.op.name](x, dim=dims, keepdim=layer.keep_dims)
@@ -145,6 +159,55 @@ def _quantized_gemm(fields, x, values, scales):
     shape = fields["out_features"], fields["in_features"]
     weight = unpack_weight(fields["weight_type"], values.numpy(), scales.numpy(), shape)
     return x @ torch.from_numpy(weight).to(x.dtype).T
+
+
+def to_e4m3(x):
+    """The nearest numbers that e4m3 has, in the dtype of ``x``."""
+    return x.clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype)
+
+
+def hopper_codes(words, out, inputs):
+    """INT4 codes ``[out, in]`` out of the order of TensorRT-LLM's mixed product on Hopper.
+
+    Of 32 inputs a thread has 8 in a word, those of four tensor cores' steps, even ones first.
+    """
+    data = torch.from_numpy(words.copy()).view(torch.uint8).flatten()
+    nibbles = torch.stack([data & 15, data >> 4], -1).reshape(-1, 8)
+    in_order = torch.empty_like(nibbles)
+    in_order[:, [0, 2, 4, 6, 1, 3, 5, 7]] = nibbles
+    thread, pair, half = torch.meshgrid(torch.arange(4), torch.arange(4), torch.arange(2), indexing="ij")
+    rows = (2 * thread + 8 * pair + half).flatten()  # of 32, in the order in which they lie there
+    codes = torch.empty(out, inputs, dtype=torch.uint8)
+    codes.view(out, -1, 32)[..., rows] = in_order.reshape(out, -1, 32)
+    return codes
+
+
+def _groupwise_matmul(layer, x, *rest):
+    algo, at = int(layer.plugin.fields["quant_algo"]), 1
+    if algo & 4:
+        x, rest, at = x * rest[0], rest[1:], 2
+    words, scales = layer._inputs[at].producer.weights.numpy(), rest[1]
+    codes = hopper_codes(words, scales.shape[1], x.shape[1]).float()
+    group = int(layer.plugin.fields["group_size"])
+    weight = (codes.T - 8) * scales.repeat_interleave(group, 0)
+    if algo & 2:
+        weight += rest[2].repeat_interleave(group, 0)
+    y = x @ weight
+    return [y + rest[-1] if algo & 1 else y]
+
+
+def _quantize_tokens(x):
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    return [to_e4m3(x / scale), scale]
+
+
+def _quantized_norm(layer, x, weight, bias, scale):
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + float(layer.plugin.fields["eps"]))
+    return _quantize_tokens(x * scale * weight + bias)
+
+
+def _row_wise_gemm(layer, x, weight, token_scale, channel_scale):
+    return [(x @ weight.T) * token_scale * channel_scale]
 
 
 def _gemm(fields, x, weight):

@@ -56,7 +56,7 @@ def _layer(name, kind=None):
 for _name in words(
     "IConvolutionLayer IPoolingLayer ILRNLayer IScaleLayer ISoftMaxLayer IDeconvolutionLayer IPaddingLayer "
     "ITopKLayer IRaggedSoftMaxLayer IParametricReLULayer IResizeLayer ITripLimitLayer IRecurrenceLayer "
-    "IIteratorLayer ILoopOutputLayer IFillLayer IQuantizeLayer IDequantizeLayer IConditionLayer "
+    "IIteratorLayer ILoopOutputLayer IFillLayer IConditionLayer "
     "IIfConditionalInputLayer IIfConditionalOutputLayer IAssertionLayer IScatterLayer IEinsumLayer "
     "IGridSampleLayer IOneHotLayer INonZeroLayer INMSLayer IReverseSequenceLayer INormalizationLayer "
     "ISelectLayer"
@@ -210,6 +210,23 @@ class ICastLayer(ILayer):
 
     def infer(self, index):
         return self._inputs[0].shape, self.to_type, self._inputs[0].value
+
+
+class IQuantizeLayer(ICastLayer):
+    type = LayerType.QUANTIZE
+
+    def infer(self, index):
+        assert self.to_type == fp8
+        assert math.prod(self._inputs[1].shape) == 1  # its scale
+        return super().infer(index)
+
+
+class IDequantizeLayer(IQuantizeLayer):
+    type = LayerType.DEQUANTIZE
+
+    def infer(self, index):
+        assert self._inputs[0].dtype == fp8
+        return self._inputs[0].shape, self.to_type, None
 
 
 class IReduceLayer(ILayer):

@@ -608,6 +608,18 @@ class RewritePatternManager:
                     modified |= any([p.match_and_rewrite(layer) for p in self.patterns.values()])
 
 
+def preprocess_weights(weights, model_config):
+    raise NotImplementedError("quantized layers are TensorRT-LLM's own")
+
+
+def quantize_fp8_per_token(x, clamp_val=None):
+    raise NotImplementedError("quantized layers are TensorRT-LLM's own")
+
+
+class Fp8RowwiseAttention(Module):
+    """No model here has one."""
+
+
 class PluginConfig:
     def __init__(self, tokens_per_block=32, use_paged_context_fmha=True, **others):
         self.dtype, self.gpt_attention_plugin, self.lora_plugin = "float16", "auto", None
@@ -665,7 +677,11 @@ _MODULES = {
     "module": (Module, ModuleList),
     "mapping": (Mapping,),
     "models": (PretrainedModel, PretrainedConfig, GemmaForCausalLM, LLaMAForCausalLM, QWenForCausalLM),
+    "models.modeling_utils": (preprocess_weights,),
     "network": (Network, net_guard),
+    "quantization": (),
+    "quantization.functional": (quantize_fp8_per_token,),
+    "quantization.layers": (Fp8RowwiseAttention,),
     "graph_rewriting": (FLayerInfoMemo, PatternRewriter, RewritePatternManager, Layer),
     "layers": (),
     "layers.attention": (Attention, gpt_attention),
@@ -682,6 +698,8 @@ SIGNATURES = {
     ("layers.attention", "Attention"): inspect.signature(Attention.__init__),
     ("models", "PretrainedModel.prepare_inputs"): inspect.signature(PretrainedModel.prepare_inputs),
     ("models", "PretrainedModel.load"): inspect.signature(PretrainedModel.load),
+    ("models.modeling_utils", "preprocess_weights"): inspect.signature(preprocess_weights),
+    ("quantization.functional", "quantize_fp8_per_token"): inspect.signature(quantize_fp8_per_token),
     ("graph_rewriting", "PatternRewriter"): inspect.signature(PatternRewriter.__init__),
     ("graph_rewriting", "RewritePatternManager.add"): inspect.signature(RewritePatternManager.add),
     ("graph_rewriting", "RewritePatternManager.rewrite"): inspect.signature(RewritePatternManager.rewrite),

@@ -26,13 +26,27 @@ class IPluginV2:
         self.plugin_type, self.plugin_namespace, self.plugin_version = plugin_type, plugin_namespace, "1"
         self.fields = fields
 
-    num_outputs = 1
+    @property
+    def num_outputs(self):
+        return 2 if self.plugin_type in ("RmsnormQuantization", "QuantizePerToken") else 1
 
     def outputs(self, inputs):
-        shape = list(inputs[0].shape)
+        shape, dtype = list(inputs[0].shape), inputs[0].dtype
         if self.plugin_type == "GPTAttention":
             shape[-1] = int(self.fields["num_heads"]) * int(self.fields["head_size"])
-        return [(shape, inputs[0].dtype)]
+        elif self.plugin_type == "WeightOnlyGroupwiseQuantMatmul":
+            assert {x.dtype for x in inputs} == {dtype}, "a quantized product takes all in one dtype"
+            weight = inputs[2 if self.fields["quant_algo"] & 4 else 1]
+            assert weight.shape[0] == shape[-1]
+            shape[-1] = 4 * weight.shape[1]  # a 16-bit number has four codes
+        elif self.plugin_type == "Fp8RowwiseGemm":
+            assert [x.dtype for x in inputs] == [fp8, fp8, float32, float32]
+            (out, columns), dtype = inputs[1].shape, float16
+            assert (columns, tuple(inputs[3].shape)) == (shape[-1], (out,))
+            shape[-1] = out
+        elif self.num_outputs == 2:
+            return [(shape, fp8), ([*shape[:-1], 1], float32)]
+        return [(shape, dtype)]
 
 
 class IPluginV2DynamicExt(IPluginV2):

@@ -34,6 +34,7 @@ NUMPY = {
     float32: np.float32,
     float16: np.float16,
     int8: np.int8,
+    fp8: np.uint8,
     int32: np.int32,
     bool: np.bool_,
     bfloat16: np.uint16,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.checkpoint.quantization import DIALECTS, TENSORRT_LLM, markdown_tables
 from saw_trtllm.errors import CheckpointError, ConfigError
 from tests.support.models import make_hf_model
-from tests.support.quantized import CASES, PRESETS, Case, compressed_tensors, fp8_tensor, write_quantized
+from tests.support.quantized import CASES, PRESETS, Case, compressed_tensors, fp8_channel, fp8_tensor, write_quantized
 from tests.unit.checkpoint.test_checkpoint import hugging_face_tensors
 
 #: Sizes that groups of 32 divide and blocks of 128 do not.
 SIZES = {"num_hidden_layers": 1, "head_dim": 64, "num_attention_heads": 4}
+#: Which TensorRT-LLM's INT4 layers take, and of which two ranks have whole groups.
+CONVERTED = SIZES | {"hidden_size": 128, "intermediate_size": 256}
 
 
 def case_of(name: str) -> Case:
@@ -31,9 +34,9 @@ def case_of(name: str) -> Case:
     return compressed_tensors(*PRESETS[name])
 
 
-def quantized_model(tmp_path, case, lift=False, **options):
+def quantized_model(tmp_path, case, lift=False, sizes=SIZES, family="llama", **options):
     """A folder and its oracle; ``lift`` gives one layer weights above 0 alone."""
-    source, model = make_hf_model(tmp_path / "source", "llama", **SIZES)
+    source, model = make_hf_model(tmp_path / "source", family, **sizes)
     if lift:
         with torch.no_grad():
             model.model.layers[0].mlp.gate_proj.weight.abs_()
@@ -305,24 +308,35 @@ def test_settings_without_quantized_weights(tmp_path):
     ("name", "algorithm"),
     [
         ("gptq", "W4A16_AWQ"),
+        ("awq", "W4A16_AWQ"),
+        ("gptq zeros", "W4A16_AWQ"),
         ("modelopt AWQ", "W4A16_AWQ"),
         ("fbgemm_fp8", "FP8_PER_CHANNEL_PER_TOKEN"),
-        ("modelopt FP8", "FP8_PER_CHANNEL_PER_TOKEN"),
+        ("modelopt FP8", "FP8"),
     ],
 )
 def test_a_checkpoint_of_tensorrt_llm_has_the_same_weights(name, algorithm, tp_size, tmp_path):
-    # Of 256 inner columns each of two ranks has whole groups.
-    source, model = make_hf_model(tmp_path / "source", "llama", **SIZES | {"intermediate_size": 256})
+    source, model = make_hf_model(tmp_path / "source", "llama", torch.float16, **CONVERTED)
+    model = model.float()
     ckpt = Checkpoint.open(write_quantized(tmp_path / "quantized", model, source, CASES[name]))
     save_checkpoint(ckpt, tmp_path / "ckpt", tp_size)
     again = Checkpoint.open(tmp_path / "ckpt")
     assert json.loads((tmp_path / "ckpt" / "config.json").read_text())["quantization"]["quant_algo"] == algorithm
     for tensor in ckpt.names():
-        np.testing.assert_array_equal(again.load_finite(tensor), ckpt.load_finite(tensor), err_msg=tensor)
+        want = ckpt.load_finite(tensor)
+        if algorithm == "FP8" and "qkv" in tensor:
+            # Its layer has one scale for all three.
+            weight = ckpt.load_quantized(tensor)
+            scale = weight.scales.max()
+            want = (want / scale).astype(weight.values.dtype).astype(np.float32) * scale
+        np.testing.assert_array_equal(again.load_finite(tensor), want, err_msg=tensor)
+    assert {n: f.model_copy(update={"scale_dtype": "float32"}) for n, f in again.formats.items()} == {
+        n: f.model_copy(update={"scale_dtype": "float32"}) for n, f in ckpt.formats.items()
+    }
 
 
 def test_tensorrt_llm_packs_as_model_optimizer_does(tmp_path):
-    source, model = make_hf_model(tmp_path / "source", "llama", **SIZES)
+    source, model = make_hf_model(tmp_path / "source", "llama", **CONVERTED)
     folder = write_quantized(tmp_path / "quantized", model, source, CASES["modelopt AWQ"])
     save_checkpoint(Checkpoint.open(folder), tmp_path / "ckpt")
     theirs, ours = load_file(folder / "model.safetensors"), load_file(tmp_path / "ckpt" / "rank0.safetensors")
@@ -334,14 +348,21 @@ def test_tensorrt_llm_packs_as_model_optimizer_does(tmp_path):
     assert (section["group_size"], section["has_zero_point"], section["pre_quant_scale"]) == (32, False, True)
 
 
-@pytest.mark.parametrize("name", ["gptq", "fbgemm_fp8"])
-def test_layers_in_16_bits_are_excluded_in_tensorrt_llms_checkpoint(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "ignored", "excluded"),
+    [
+        ("gptq", ("down_proj", "o_proj"), ("attention.dense", "mlp.proj")),
+        ("modelopt FP8", ("down_proj", "o_proj"), ("attention.dense", "mlp.proj")),
+        ("fbgemm_fp8", ("q_proj", "k_proj", "v_proj", "o_proj"), ("attention", "input_layernorm")),
+        ("fbgemm_fp8", ("gate_proj", "up_proj", "down_proj"), ("mlp", "post_layernorm")),
+    ],
+)
+def test_layers_in_16_bits_are_excluded_in_tensorrt_llms_checkpoint(name, ignored, excluded, tmp_path):
     """Its loader takes every linear layer to be quantized that is not named."""
-    folder, _ = quantized_model(tmp_path, CASES[name], ignore=("down_proj", "o_proj"))
+    folder, _ = quantized_model(tmp_path, CASES[name], sizes=CONVERTED, ignore=ignored)
     save_checkpoint(Checkpoint.open(folder), tmp_path / "ckpt")
     section = json.loads((tmp_path / "ckpt" / "config.json").read_text())["quantization"]
-    layer = "transformer.layers.0."
-    assert section["exclude_modules"] == [layer + "attention.dense", layer + "mlp.proj", "lm_head"]
+    assert section["exclude_modules"] == [f"transformer.layers.0.{module}" for module in excluded] + ["lm_head"]
 
 
 def test_fp8_of_tensorrt_llm_by_tensor(tmp_path):
@@ -368,18 +389,41 @@ def test_fp8_of_tensorrt_llm_by_tensor(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "tp_size", "words"),
+    ("name", "tp_size", "words", "options"),
     [
-        ("awq", 1, "the model has INT4 weights with zero points, which a checkpoint of TensorRT-LLM"),
-        ("gptq desc_act", 1, "INT4 weights with an order of columns"),
-        ("gptq 8 bits", 1, "INT8 weights"),
-        ("fp8 blocks", 1, "FP8 weights in blocks"),
-        ("gptq", 2, "in groups of 32, between groups"),
+        ("awq -1", 1, "INT4 weights in groups of several sizes", {}),
+        ("gptq desc_act", 1, "INT4 weights with an order of columns", {}),
+        ("gptq 8 bits", 1, "INT8 weights", {}),
+        ("fp8 blocks", 1, "FP8 weights in blocks", {}),
+        ("gptq", 1, r"of the shape [512, 96] in INT4, and TensorRT-LLM takes multiples of 64", {}),
+        ("gptq", 4, "multiples of 256", {"sizes": CONVERTED}),
+        ("gptq", 2, "in groups of 32, between groups", {"sizes": CONVERTED | {"intermediate_size": 160}}),
+        ("fbgemm_fp8", 1, "in a part of transformer.layers.0.attention", {"ignore": ("o_proj",)}),
+        ("fbgemm_fp8", 1, "a norm of queries and keys and FP8 weights by output channel", {"family": "qwen3"}),
+        ("fbgemm_fp8", 1, "norms after attention and MLP and FP8 weights", {"family": "gemma2"}),
+        ("static", 1, "FP8 weights by output channel and stored scales of inputs", {}),
     ],
 )
-def test_what_tensorrt_llm_has_no_checkpoint_of(name, tp_size, words, tmp_path):
-    folder, _ = quantized_model(tmp_path, CASES[name])
+def test_what_tensorrt_llm_has_no_checkpoint_of(name, tp_size, words, options, tmp_path):
+    static = replace(CASES["modelopt FP8"], write=fp8_channel_static)
+    folder, _ = quantized_model(tmp_path, static if name == "static" else CASES[name], **options)
     with pytest.raises(ConfigError) as e:
         save_checkpoint(Checkpoint.open(folder), tmp_path / "ckpt", tp_size)
     assert words in str(e.value)
+    assert str(e.value).count(": ") <= 2
     assert not (tmp_path / "ckpt" / "config.json").exists()
+
+
+def fp8_channel_static(weight):
+    tensors, meant = fp8_channel(weight)
+    return tensors | {"input_scale": torch.tensor(0.02)}, meant
+
+
+def test_zero_points_that_do_not_belong_to_the_scales(tmp_path):
+    folder, _ = quantized_model(tmp_path, CASES["awq"], sizes=CONVERTED)
+    save_checkpoint(Checkpoint.open(folder), tmp_path / "ckpt")
+    tensors = load_file(tmp_path / "ckpt" / "rank0.safetensors")
+    tensors[FC.replace("model", "transformer").replace("mlp.gate_proj.", "mlp.fc.") + "zero"] += 0.4
+    save_file(tensors, tmp_path / "ckpt" / "rank0.safetensors")
+    with pytest.raises(CheckpointError, match=r"mlp.fc.zero' has what is no multiple of the weight's scales"):
+        Checkpoint.open(tmp_path / "ckpt").load_quantized("transformer.layers.0.mlp.fc.weight")
