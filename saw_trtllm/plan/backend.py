@@ -55,7 +55,10 @@ class BackendLimits(Protocol):
         """
 
     def check(self, options: BuildOptions, model: ModelConfig, formats: Mapping[str, WeightFormat]) -> None:
-        """Reject what it cannot build; ``formats`` are those of the engine's quantized weights.
+        """Reject what it cannot build.
+
+        ``model`` is the whole, with the ranks that it is to be split over; ``formats`` are those of the engine's
+        quantized weights.
 
         Raises
         ------

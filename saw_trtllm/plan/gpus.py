@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from saw_trtllm.checkpoint.layout import expected_shapes
+from saw_trtllm.checkpoint.layout import shard_format, shard_shape
 from saw_trtllm.engine.config import BackendName
 from saw_trtllm.errors import ConfigError, OpError
 from saw_trtllm.model.config import ModelConfig
@@ -66,18 +66,19 @@ def check_capability(formats: Mapping[str, WeightFormat], capability: tuple[int,
 
 
 def check_formats(model: ModelConfig, formats: Mapping[str, WeightFormat]) -> None:
-    """Reject quantized weights that our plugin does not multiply by.
+    """Reject quantized weights whose part on a rank our plugin does not multiply by.
 
     Raises
     ------
     ConfigError
     """
-    shapes = expected_shapes(model)
-    for name, format in formats.items():
+    tp_size = model.mapping.tp_size
+    for name, whole in formats.items():
         try:
-            PackedShape.of(format.kind, shapes[name], format.block[1])
-            if format.act_order:
+            if whole.act_order:
                 raise OpError("columns belong to groups in an order of their own (desc_act)")
+            format, shape = shard_format(name, whole, model, tp_size), shard_shape(name, model, tp_size)
+            PackedShape.of(format.kind, shape, format.block[1])
         except OpError as e:
             raise ConfigError(
                 f"{name} is quantized in a way that the backend tensorrt has no layer for: {e}; give --qformat "

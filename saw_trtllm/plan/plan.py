@@ -119,11 +119,11 @@ def plan_engine(options: BuildOptions, backend: BackendLimits, reason: str, chec
         _check_calibrated(options)
         calibration = Calibration.load(options.calibration)
         calibration.check(checkpoint)
-    backend.check(options, model, formats)
-    network = _network_options(options, backend.name, model.dtype)
     model = _split(model, options.tp_size, backend)
     for name, format in formats.items():
         shard_format(name, format, model, model.mapping.tp_size)
+    backend.check(options, model, formats)
+    network = _network_options(options, backend.name, model.dtype)
     config = EngineConfig(
         version=__version__,
         pretrained_config=model,

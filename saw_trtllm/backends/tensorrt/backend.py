@@ -40,11 +40,6 @@ class TensorRTBackend:
         if formats:
             major, minor = map(int, device.compute_capability().split("."))
             check_capability(formats, (major, minor), device.gpu_name())
-            if (options.tp_size or 1) > 1:
-                raise ConfigError(
-                    f"--tp_size {options.tp_size} was given and the weights are quantized, which engines of "
-                    "tensorrt take on one rank alone: give --qformat full_prec, or --backend reference"
-                )
             check_formats(model, formats)
         check_4bit_keys(options, self.name)
         tensorrt = TensorRT.load()

@@ -159,12 +159,13 @@ def test_weights_are_not_quantized_twice(tmp_path):
         plan_build(BuildOptions(model_dir=folder, output_dir=tmp_path / "engine", qformat="fp8"))
 
 
-def test_two_ranks_compute_what_one_does(tmp_path):
-    """Each has whole groups of the columns, and rows with their own scales."""
-    folder, model = quantized(tmp_path, "llama", "awq", intermediate_size=256)
+@pytest.mark.parametrize(("case", "tp_size"), [("awq", 2), ("modelopt AWQ", 4), ("fp8 blocks", 2), ("modelopt FP8", 4)])
+def test_ranks_compute_what_one_does(case, tp_size, tmp_path):
+    """Each has whole groups of the columns, their inputs' factors, and rows with their own scales."""
+    folder, model = quantized(tmp_path, "llama", case, intermediate_size=512)
     options = {"backend": "reference", "kv": "fp16", "dtype": "float32", "gather_all_token_logits": True}
     options |= {"max_batch_size": 4, "max_seq_len": 128, "max_num_tokens": 96}
-    plan = plan_build(BuildOptions(model_dir=folder, output_dir=tmp_path / "engine", tp_size=2, **options))
+    plan = plan_build(BuildOptions(model_dir=folder, output_dir=tmp_path / "engine", tp_size=tp_size, **options))
     build(plan)
     config = EngineConfig.load(tmp_path / "engine")
     ranks = RankThreads(tmp_path / "engine", config, CACHE)

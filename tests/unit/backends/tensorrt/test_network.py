@@ -28,6 +28,7 @@ from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import BackendUnavailableError, CheckpointError, ConfigError, EngineError
 from saw_trtllm.model.quantization import WeightFormat
 from saw_trtllm.plan.options import BuildOptions
+from saw_trtllm.plan.plan import split_over_ranks
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
 from saw_trtllm.runtime.collectives import ALONE, local_group
 from tests.support.fakes import tensorrt as fake_tensorrt
@@ -35,6 +36,8 @@ from tests.support.fakes import tensorrt_86 as fake_tensorrt_86
 from tests.support.fakes import tensorrt_execute as fake_tensorrt_execute
 from tests.support.fakes.gpu import pretend_gpu
 from tests.support.models import make_hf_model
+from tests.support.quantized import CASES as QUANTIZED
+from tests.support.quantized import write_quantized
 from tests.support.ranks import on_ranks
 from tests.support.tolerance import model_rounding
 
@@ -281,13 +284,13 @@ def check_differences(graph, plan, monkeypatch):
             1,
             "in an order of their own (desc_act); give --qformat",
         ),
-        ({"kind": "fp8", "block": (1, 128)}, 2, "--tp_size 2 was given and the weights are quantized"),
+        ({"kind": "fp8", "block": (1, 128)}, 8, "a quantized weight has the shape [20, "),
     ],
 )
 def test_quantized_weights_that_no_layer_takes(fields, tp_size, message, plan, tmp_path, monkeypatch):
-    model = plan().config.pretrained_config
+    model = split_over_ranks(plan().config.pretrained_config, tp_size)
     pretend_gpu(monkeypatch)
-    options = BuildOptions(model_dir=tmp_path, output_dir=tmp_path / "engine", tp_size=tp_size)
+    options = BuildOptions(model_dir=tmp_path, output_dir=tmp_path / "engine")
     formats = {"transformer.layers.0.mlp.fc.weight": WeightFormat(**fields)}
     with pytest.raises(ConfigError, match=re.escape(message)):
         TensorRTBackend().check(options, model, formats)
@@ -310,6 +313,7 @@ def test_logits_in_16_bits_are_near(family, dtype, tolerance, plan, tensorrt, mo
         ("gemma2", 4, {}),
         ("llama", 2, {"qformat": "int4_wo"}),
         ("qwen2", 2, {"qformat": "fp8"}),
+        ("qwen3", 4, {"qformat": "fp8"}),
     ],
 )
 def test_logits_of_ranks_are_the_references_of_one(family, tp_size, options, use_plugins, plan, tensorrt, monkeypatch):
@@ -319,6 +323,28 @@ def test_logits_of_ranks_are_the_references_of_one(family, tp_size, options, use
     """
     fields = {"hidden_size": 64, "intermediate_size": 256}
     made = plan(family, fields=fields, kv="saw_int4", tp_size=tp_size, **options)
+    graphs = check_ranks(made, use_plugins, tensorrt, monkeypatch)
+    assert len(plugin_layers(graphs[0], "SawAllReduce")) == 1 + 2 * 2
+    assert len(plugin_layers(graphs[0], "SawAllGather")) == 1
+
+
+@pytest.mark.parametrize("case", ["modelopt AWQ", "fp8 blocks"])
+def test_logits_of_ranks_of_a_quantized_checkpoint(case, tensorrt, monkeypatch, tmp_path):
+    """A rank's inputs have their own factors, a block of 128 rows a scale on each rank that has some of them."""
+    fields = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 256}
+    source, model = make_hf_model(tmp_path / "source", "llama", **fields)
+    folder = write_quantized(tmp_path / "quantized", model, source, QUANTIZED[case])
+    options = BuildOptions(
+        model_dir=folder, output_dir=tmp_path / "engine", dtype="float16", tokens_per_block=TOKENS_PER_BLOCK, tp_size=2
+    )
+    made = plan_build(options)
+    assert all(format.pre_scale == (case == "modelopt AWQ") for format in made.weights.formats.values())
+    check_ranks(made, True, tensorrt, monkeypatch)
+
+
+def check_ranks(made, use_plugins, tensorrt, monkeypatch):
+    """Run a prefill on all ranks of a plan, which must give the logits of the reference of one; their graphs."""
+    tp_size = made.config.tp_size
     ranks = replace(made, config=made.config.of_rank())
     graphs = [define(tensorrt, made, use_plugins, rank) for rank in range(tp_size)]
     executions = [
@@ -332,8 +358,7 @@ def test_logits_of_ranks_are_the_references_of_one(family, tp_size, options, use
     logits = on_ranks(group, lambda ours: executions[ours.rank].run(step))
     assert all(torch.equal(found, logits[0]) for found in logits)
     assert (logits[0] - expected).abs().max() <= model_rounding(expected)
-    assert len(plugin_layers(graphs[0], "SawAllReduce")) == 1 + 2 * 2
-    assert len(plugin_layers(graphs[0], "SawAllGather")) == 1
+    return graphs
 
 
 # -- the versions of TensorRT

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from saw_trtllm import LLM, SamplingParams
 from saw_trtllm.backends.tensorrt.build import build_engine
-from saw_trtllm.backends.tensorrt.constants import Constants
+from saw_trtllm.backends.tensorrt.constants import Constants, PackedWeights
 from saw_trtllm.build import plan_build
 from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint
@@ -121,6 +121,24 @@ def test_all_but_a_few_bytes_are_left_out_under_the_checkpoints_names(monkeypatc
             f"rotary_cos_sin{table}" for table in tables
         }
         constants = Constants(EngineConfig.load(plan.output_dir), plan.weights.load)
+        for name, array in network.refittable.items():
+            assert (constants[name].size, constants[name].dtype) == (array.size, array.dtype), name
+
+
+@pytest.mark.parametrize("qformat", ["int4_wo", "fp8"])
+def test_each_rank_leaves_out_its_part_of_quantized_weights(qformat, monkeypatch, tmp_path):
+    pretend_gpu(monkeypatch)
+    monkeypatch.setattr("saw_trtllm.backends.tensorrt.build.load_cublas_lt", lambda: True)
+    folder = make_hf_model(tmp_path, "llama", num_hidden_layers=1, intermediate_size=256)[0]
+    options = {"dtype": "float16", "qformat": qformat, "tp_size": 2, "strip_plan": True, **LIMITS}
+    plan = plan_build(BuildOptions(model_dir=folder, output_dir=tmp_path / "engine", backend="tensorrt", **options))
+    plan.output_dir.mkdir()
+    build_engine(plan)
+    assert {path.name for path in plan.output_dir.glob("*.engine")} == {"rank0.engine", "rank1.engine"}
+    for rank, network in enumerate(list(fake_tensorrt.Builder.networks)[-2:]):
+        weights = plan.weights.of_rank(rank)
+        constants = Constants(weights.config.of_rank(), PackedWeights(weights.load))
+        assert {"transformer.layers.0.mlp.proj.weight.values"} < set(network.refittable)
         for name, array in network.refittable.items():
             assert (constants[name].size, constants[name].dtype) == (array.size, array.dtype), name
 
