@@ -311,8 +311,9 @@ class EngineCore:
                 self._fail(step.parts, e)
                 continue
             self._under_way.popleft()
+            self._scheduler.advance(step.parts)
             for i, s in enumerate(step.parts):
-                self._advance(s, output, i)
+                self._hand_out(s, output, i)
 
     def _fail(self, parts: list[Scheduled], e: Exception) -> None:
         """One bad step must not take the server down: its requests end with the error, the others go on."""
@@ -322,14 +323,11 @@ class EngineCore:
                 error = EngineError(f"the engine failed while it computed this request: {e}")
                 self._drop(s.sequence.request_id).outputs.put(error)
 
-    def _advance(self, s: Scheduled, output: StepOutput, i: int) -> None:
+    def _hand_out(self, s: Scheduled, output: StepOutput, i: int) -> None:
         request = self._requests.get(s.sequence.request_id)
         if request is None:  # it ended while this was in flight
-            self._scheduler.done(s)
             return
-        first_chunk = s.start == s.sequence.num_reused
-        self._scheduler.advance(s)
-        if first_chunk and not s.sequence.generated:
+        if s.start == s.sequence.num_reused and not s.sequence.generated:
             request.num_reused_tokens = s.sequence.num_reused
             self._stats.reused_tokens_total += s.sequence.num_reused
         logits = output.logits[i]

@@ -159,32 +159,38 @@ class Scheduler:
         """What those that run compute next: decodes, prefills, and the decodes that need another block.
 
         None if one's next choice depends on a token that nobody knows yet. It is in each step's way, for every
-        sequence: hence no function is called for a decode that follows another.
+        sequence: hence no function is called for a decode that follows another, and nothing made.
         """
         decodes: list[Scheduled] = []
         prefills: list[Scheduled] = []
         growing: list[Scheduled] = []
         size = self.blocks.tokens_per_block
         for s in self.running:
-            last, blocks = s.in_flight, s.table.blocks
-            if last is None:
+            last = s.in_flight
+            if last is None or not last.samples:
                 part = self._next(s)
-            elif last.samples and last.num_drawn + 1 == s.params.max_tokens:  # its last token
+                if part.kind != DECODE:
+                    prefills.append(part)
+                    continue
+            elif last.num_drawn + 1 == s.max_tokens:  # its last token
                 continue
             elif s.needs_last_token:
                 return None
-            elif last.samples:
-                start = last.end
-                part = Scheduled(
-                    [-1 - last.index], start, last.prompt_len, DECODE, blocks, s, start + 1, True, last.num_drawn + 1
-                )
             else:
-                part = self._next(s)
-            if part.kind != DECODE:
-                prefills.append(part)
-                continue
+                start = last.end
+                spare = s.spare
+                if spare is None:
+                    token, prompt_len, blocks = [-1 - last.index], last.prompt_len, last.block_table
+                    part = Scheduled(token, start, prompt_len, DECODE, blocks, s, start + 1, True, last.num_drawn + 1)
+                else:
+                    s.spare = None
+                    part = spare
+                    part.token_ids = [-1 - last.index]
+                    part.start = start
+                    part.end = start + 1
+                    part.num_drawn = last.num_drawn + 1
             decodes.append(part)
-            if part.end > len(blocks) * size:
+            if part.end > len(part.block_table) * size:
                 growing.append(part)
         return decodes, prefills, growing
 
@@ -194,16 +200,25 @@ class Scheduler:
             scheduled.index = i
             scheduled.sequence.in_flight = scheduled
 
-    def advance(self, scheduled: Scheduled) -> None:
-        """Note that a sequence's part of a step has been computed."""
-        sequence, table, size = scheduled.sequence, scheduled.sequence.table, self.blocks.tokens_per_block
-        sequence.num_computed = scheduled.end
-        end = scheduled.end if self._interchangeable_rows else self._findable(sequence)
-        if end >= (table.num_registered + 1) * size and table.digest is not None:
-            start = table.num_registered * size
-            self.blocks.register(table, sequence.tokens(start, end), start)
-        if sequence.in_flight is scheduled:
-            self.done(scheduled)
+    def advance(self, parts: Iterable[Scheduled]) -> None:
+        """Note that a step's parts have been computed. With the next step they are no longer the caller's."""
+        size = self.blocks.tokens_per_block
+        for part in parts:
+            sequence, end = part.sequence, part.end
+            if sequence.removed:
+                self.done(part)
+                continue
+            sequence.num_computed = end
+            if sequence.in_flight is part:
+                sequence.in_flight = None
+            elif part.samples and part.kind == DECODE:
+                sequence.spare = part
+            if not self._interchangeable_rows:
+                end = min(end, len(sequence.prompt))
+            table = sequence.table
+            if end >= (table.num_registered + 1) * size and table.digest is not None:
+                start = table.num_registered * size
+                self.blocks.register(table, sequence.tokens(start, end), start)
 
     def done(self, scheduled: Scheduled) -> None:
         """Note that a sequence's part of a step is over, whatever became of it."""
@@ -267,6 +282,7 @@ class Scheduler:
         if sequence.num_computed > sequence.num_reused:  # else rows that were to be copied may not have been
             self.blocks.register_tail(sequence.table, sequence.tokens(0, self._findable(sequence)))
         self.blocks.close(sequence.table)
+        sequence.spare = None  # its blocks are others'
 
     def _is_under_way(self) -> bool:
         return self._num_leaving > 0 or any(s.in_flight is not None for s in self.running)

@@ -29,10 +29,14 @@ class Sequence:
         Only sequences of the same salt find each other's blocks.
     in_flight : Scheduled or None
         Its part of the step in flight.
+    spare : Scheduled or None
+        Its part of the step before, which is over: its next decode is made of it.
     removed : bool
-        Whether its blocks are to be freed once that is done.
+        Whether its blocks are to be freed once what is in flight is done.
     leader : Sequence or None
         One of the same prompt, queued before, whose blocks it waits for.
+    max_tokens : int
+        Of its text.
     needs_last_token : bool
         Whether its next token cannot be chosen before the last one is known.
     """
@@ -46,11 +50,14 @@ class Sequence:
     num_reused: int = 0
     cache_salt: str = ""
     in_flight: Scheduled | None = None
+    spare: Scheduled | None = None
     removed: bool = False
     leader: Sequence | None = None
+    max_tokens: int = field(init=False)
     needs_last_token: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        self.max_tokens = self.params.max_tokens
         self.needs_last_token = self.params.needs_last_token
 
     @property

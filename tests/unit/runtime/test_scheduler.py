@@ -189,7 +189,7 @@ class Runtime:
             token = self.model.compute(scheduled)
             sequence = scheduled.sequence
             samples = scheduled.samples
-            self.scheduler.advance(scheduled)
+            self.scheduler.advance([scheduled])
             if samples:
                 sequence.generated.append(token)
                 if len(sequence.generated) == sequence.params.max_tokens:
@@ -632,7 +632,7 @@ class AheadRuntime(Runtime):
                 self.scheduler.done(scheduled)
                 continue
             assert len(sequence.generated) == scheduled.num_drawn
-            self.scheduler.advance(scheduled)
+            self.scheduler.advance([scheduled])
             if scheduled.samples:
                 sequence.generated.append(token)
                 if token == self.stop or len(sequence.generated) == sequence.params.max_tokens:
