@@ -30,6 +30,7 @@ except ImportError as e:
 
 from saw_trtllm.backends.reference.cache import PagedCache
 from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs
+from saw_trtllm.backends.reference.threads import one_thread
 
 
 class ReferenceExecutor:
@@ -119,7 +120,8 @@ class ReferenceExecutor:
         """Like :meth:`launch`, and give what was computed."""
         self.cache.copy(step.copies)
         every = any(context_logits)
-        logits = self._model.forward(step, self.cache, all_logits=every).numpy()
+        with one_thread():
+            logits = self._model.forward(step, self.cache, all_logits=every).numpy()
         ends = step.last_token_ids if every else np.arange(1, len(sampling) + 1)
         starts = np.concatenate([[0], ends[:-1]])
         tokens, logprobs, kept = [], [], []

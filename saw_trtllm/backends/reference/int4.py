@@ -93,7 +93,7 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     """Undo :func:`pack`."""
     # Each byte becomes the two bytes of an int16, least significant first: half the time of two arrays interleaved.
     wide = packed.to(torch.int16)
-    return ((wide | wide << 4) & 0x0F0F).view(torch.uint8)
+    return (wide << 4).bitwise_or_(wide).bitwise_and_(0x0F0F).view(torch.uint8)
 
 
 def quantize_8bit(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -19,8 +19,8 @@ from saw_trtllm.backends.reference.invariant import exp, pad_rows, tanh
 
 #: Queries of a prefill that are attended at a time, so that scores do not grow with chunk x context.
 _QUERY_TILE = 512
-#: Elements of keys that decodes read at a time, 1 MiB of fp32.
-_DECODE_ELEMENTS = 1 << 18
+#: Elements of keys that decodes read at a time, 2 MiB of fp32.
+_DECODE_ELEMENTS = 1 << 19
 
 
 def paged_attention(

@@ -23,9 +23,13 @@ def apply_rope(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     cos_sin : torch.Tensor
         fp32 ``[n, head_dim / 2, 2]``.
     """
-    cos, sin = cos_sin[:, None, :, 0], cos_sin[:, None, :, 1]
+    cos, sin = cos_sin[:, None, :, 0].contiguous(), cos_sin[:, None, :, 1].contiguous()
     a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    out = x.new_empty(x.shape, dtype=torch.float32)
+    left, right = out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=left).sub_(b * sin)
+    torch.mul(b, cos, out=right).add_(a * sin)
+    return out
 
 
 def apply_frame(x: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
@@ -88,12 +92,14 @@ def rotate_quantize_kv(
     """
     dtype, order = q.dtype, pool.format.hadamard_order
     angles = cos_sin[plan.positions]
-    q, k, v = apply_rope(q, angles), apply_rope(k, angles), v.float()
+    heads = [q.shape[1], k.shape[1]]
+    both, v = apply_rope(torch.cat([q, k], dim=1), angles), v.float()
     if k_center is not None:
-        k = k - k_center
+        both[:, heads[0] :] -= k_center
     if k_frame is None or q_frame is None:
-        q, k = rotate(q, order), rotate(k, order)
+        q, k = rotate(both, order).split(heads, dim=1)
     else:
+        q, k = both.split(heads, dim=1)
         q, k = apply_frame(q, q_frame), apply_frame(k, k_frame)
     if rotate_v:
         v = rotate(v, order)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ UNSPECIFIED = ("rsqrt", "tanh", "sigmoid", "silu", "log", "pow", "sum", "mean", 
 @pytest.fixture(autouse=True)
 def fresh_probes():
     """Each test probes for itself, since a stand-in for the BLAS may be at work."""
-    caches = (gemm._tile_rows, gemm._batches, invariant._exp_elements)
+    caches = (gemm._tile_rows, gemm._has_the_bits_of, gemm._batches, invariant._exp_elements)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -171,8 +172,14 @@ def test_a_product_is_the_same_beside_any_others(transposed):
 @pytest.mark.parametrize(("kind", "sizes"), [("rows", (16,)), ("count", (4, 8, 16, 32, 64, 128, 256)), ("place", (1,))])
 def test_tiles_shrink_where_the_library_asks_for_it(kind, sizes):
     with HostileBlas(kind):
-        assert gemm._tile_rows(96, 40, True, 1) == sizes
-        assert gemm._batches(96, 40, True, 1, sizes[0]) == (1,)
+        assert gemm._tile_rows(96, 40, True, (1, 1), 256) == sizes
+        assert gemm._batches(96, 40, True, (1, 1), sizes[0]) == (1,)
+
+
+def test_tiles_of_a_few_rows_are_tiles_of_many():
+    """How many rows there are decides what is probed, and nothing else."""
+    sizes = [gemm._tile_rows(96, 40, True, (1, 1), limit) for limit in (16, 64, 512)]
+    assert all(16 in found and set(found) <= set(more) for found, more in pairwise(sizes))
 
 
 def test_the_probe_tells_places_of_an_elementwise_loop_apart(monkeypatch):
@@ -202,6 +209,38 @@ def test_the_number_of_rows_never_reaches_the_library(executor):
         assert {shape[-2] for shape in operands} <= {*gemm._BASE_ROWS, *gemm._MORE_ROWS}
         assert {shape[0] for shape in operands if len(shape) == 3} <= {*gemm._MORE_PRODUCTS}
         assert {s[0] for name, s in calls.seen if name == "exp"} <= {(n,) for n in elements}
+
+
+class ThreadCounts(TorchDispatchMode):
+    """Records for each operator how much it multiplies and how many threads it may take."""
+
+    def __init__(self):
+        super().__init__()
+        self.small, self.large, self.others = set(), set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        seen = self.others
+        if func.overloadpacket.__name__ in ("mm", "bmm"):
+            seen = self.large if args[0].shape[-2] * args[1].numel() >= gemm._SHARED else self.small
+        seen.add(torch.get_num_threads())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_calls_number_of_threads_follows_from_its_shape(executor, monkeypatch):
+    """One, but for a large product; and the thread that ran the step has as many as before, whatever came."""
+    monkeypatch.setattr(gemm, "_SHARED", 1 << 18)
+    before, sequences = torch.get_num_threads(), requests(3, 50)
+    torch.set_num_threads(3)
+    try:
+        with ThreadCounts() as counts:
+            run(executor, sequences, 2)
+        assert (counts.small, counts.large, counts.others) == ({1}, {3}, {1})
+        monkeypatch.setattr(executor._model, "forward", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(executor, sequences, 1)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kind", ["rows", "count", "place"])
