@@ -8,6 +8,7 @@ be sent to another one.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from typing import Any, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,6 +36,11 @@ RouteBy = Literal["load", "prefix"]
 _SCOPE = ("type", "http_version", "method", "path", "raw_path", "query_string", "headers", "root_path", "scheme")
 #: Requests that a replica takes; its own queue rejects what is too much.
 _MAX_ONGOING = 100_000
+#: Where Serve's router by prefixes is: its public name loads beside vLLM or SGLang only, itself it needs neither.
+_PREFIX_ROUTERS = (
+    "ray.serve.llm.request_router",
+    "ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router",
+)
 #: Requests that a replica may have more than another before Serve looks at their load alone.
 _IMBALANCE = 16
 
@@ -212,17 +219,34 @@ def _router(route_by: RouteBy) -> dict[str, Any]:
     """Serve's own way to choose a replica: of two the one with fewer requests, or by what it has computed."""
     if route_by == "load":
         return {}
-    try:
-        from ray.serve.config import RequestRouterConfig
-        from ray.serve.llm.request_router import PrefixCacheAffinityRouter
-    except ImportError as e:
-        raise BackendUnavailableError(
-            f"--route_by prefix needs Ray Serve's router for language models, which does not load ({e}): pip install "
-            "'ray[llm]', or leave the flag out"
-        ) from e
-    router: Any = PrefixCacheAffinityRouter
+    from ray.serve.config import RequestRouterConfig
+
     kwargs = {"imbalanced_threshold": _IMBALANCE, "do_eviction": True}
-    return {"request_router_config": RequestRouterConfig(request_router_class=router, request_router_kwargs=kwargs)}
+    router = RequestRouterConfig(request_router_class=_prefix_router(), request_router_kwargs=kwargs)
+    return {"request_router_config": router}
+
+
+def _prefix_router() -> Any:
+    """Serve's router for language models.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If it is not where Ray's releases have it.
+    """
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        for module in _PREFIX_ROUTERS:
+            with suppress(ImportError):
+                return importlib.import_module(module).PrefixCacheAffinityRouter
+    finally:  # it has this process say every request of every library
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    raise BackendUnavailableError(
+        f"--route_by prefix needs Ray Serve's router for language models, which this Ray ({version('ray')}) does not "
+        "have without more: install Ray 2.60 or 'ray[llm]', or leave the flag out"
+    )
 
 
 def _beginning(path: str, body: bytes) -> str:

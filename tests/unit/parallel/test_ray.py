@@ -1,6 +1,7 @@
 """Ranks, and replicas of a server, on a Ray of this machine."""
 
 import asyncio
+import logging
 import os
 import signal
 
@@ -69,6 +70,30 @@ def test_no_request_that_is_retried_is_lost_with_a_replica(tmp_path):
     assert texts[0] == texts[1]
     assert [answer.status_code for answer in large] == [413, 413]  # by the process that listens, in each API's words
     assert [answer.json()["error"]["type"] for answer in large] == ["invalid_request_error", "request_too_large"]
+
+
+def test_prompts_of_one_beginning_go_where_it_was_computed(tmp_path):
+    """By Serve's own router; by load alone, the second replica would get some of them with a chance of 1 - 2⁻⁹."""
+    pytest.importorskip("ray.serve", reason="Ray Serve is not installed")
+    from saw_trtllm.serve.openai.model import ModelSpec
+    from saw_trtllm.serve.openai.replicas import replicas
+
+    folder = build_example(tmp_path / "engine", kv="fp16", max_num_tokens=512, max_batch_size=8)
+    stems = ["import os\nimport sys\n", "class Node:\n    def f(self):\n", "for i in range(8):\n"]
+    handlers = logging.getLogger().handlers[:]
+
+    async def run(app):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://saw", timeout=None) as client:
+            bodies = [{"prompt": 8 * stem + f"x = {i}\n", "max_tokens": 4} for i in range(4) for stem in stems]
+            answers = [(await client.post("/v1/completions", json=body)).json() for body in bodies]
+            return [answer["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0) for answer in answers]
+
+    spec = ModelSpec("example", folder, None, None, {})
+    with replicas([spec], 2, [], [], retry=0, route_by="prefix") as app:
+        cached = asyncio.run(run(app))
+    assert max(cached[:3]) <= 1  # the token that each text begins with
+    assert all(count > 32 for count in cached[3:])
+    assert logging.getLogger().handlers == handlers
 
 
 def _replicas():

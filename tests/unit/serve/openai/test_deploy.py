@@ -26,9 +26,27 @@ def test_the_manifest_starts_the_command_and_asks_its_routes(url):
     deployment, service = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
     pod = deployment["spec"]["template"]["spec"]
     [container] = pod["containers"]
-    args = make_parser().parse_args(container["args"])
+    assert answers_of(make_parser().parse_args(container["args"]), pod, service, url) == [200, 200]
+
+
+def test_kuberays_manifest_starts_the_command_over_all_gpus(url):
+    cluster, service = yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text())
+    pod = cluster["spec"]["headGroupSpec"]["template"]["spec"]
+    script = pod["containers"][0]["args"][0]
+    command = shlex.split(script.splitlines()[-1])
+    assert command[:2] == ["exec", "saw-serve"]
+    assert answers_of(make_parser().parse_args(command[2:]), pod, service, url) == [200, 200]
+    (workers,) = cluster["spec"]["workerGroupSpecs"]
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert f"< {workers['replicas'] * int(limits['nvidia.com/gpu'])})" in script
+
+
+def answers_of(args, pod, service, url):
+    """What a server answers where a pod's probes and its metrics are asked for, whose port the command has."""
+    [container] = pod["containers"]
     assert args.timeout_graceful_shutdown < pod["terminationGracePeriodSeconds"]
-    assert container["ports"][0]["containerPort"] == args.port == service["spec"]["ports"][0]["port"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports["http"] == args.port == service["spec"]["ports"][0]["port"]
     paths = {container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
     paths.add(service["metadata"]["annotations"]["prometheus.io/path"])
-    assert [httpx.get(url + path).status_code for path in sorted(paths)] == [200, 200]
+    return [httpx.get(url + path).status_code for path in sorted(paths)]
