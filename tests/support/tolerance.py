@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
+import torch
 
 EPS = float(np.finfo(np.float32).eps)
 #: Products that are summed on the way to a logit of a model of hf_models, 3 layers of at most about 1,100 each: QKV,
@@ -40,3 +42,50 @@ def model_rounding(logits: Any) -> float:
 def example_rounding(logits: Any) -> float:
     """Of logits, or log-probabilities, of the example model."""
     return chain_rounding(_EXAMPLE_TERMS, float(abs(logits).max()))
+
+
+def rotated_rounding(order: int, largest: Any) -> Any:
+    """Of two computations of a key or value, rotated by a transform of this order: (log2(order) + 5) · eps · largest.
+
+    RoPE rounds three times, the center and the transform's factor once each, and each of the butterfly's log2(order)
+    stages once, all by eps / 2 of the row's largest number; the two computations have the same bound.
+    """
+    return (math.log2(order) + 5) * EPS * largest
+
+
+#: Of (y - lo) / scale up to 15: two roundings.
+CODE_ROUNDING = 16 * EPS
+
+
+def stored_rounding(exact: Any, dtype: torch.dtype, error: Any = 0.0) -> Any:
+    """Of a number that had this ``error`` in fp32 and was rounded to ``dtype``: error + u · (abs(exact) + error).
+
+    u is half a unit in the last place, and the least number of the dtype stands for those that are subnormal.
+    """
+    info = torch.finfo(dtype)
+    return error + info.eps / 2 * (abs(exact) + error) + info.smallest_normal * info.eps / 2
+
+
+def attention_rounding(context: torch.Tensor, dtype: torch.dtype, largest: Any) -> Any:
+    """Of attention's output, whose weights and output are rounded to ``dtype``: u · (abs(context) + 2 · largest).
+
+    Each weight is off by u of itself and they add up to 1, so that the sum of weights times values is off by u of the
+    largest value at most; a value of 4 bits is code · scale beside lo, and the two together may be twice as large.
+    """
+    return torch.finfo(dtype).eps / 2 * (abs(context.double()) + 2 * largest)
+
+
+def spacing(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """From each number to the next one of its dtype."""
+    info = torch.finfo(dtype)
+    return 2.0 ** x.abs().clamp_min(info.smallest_normal).log2().floor() * info.eps
+
+
+def changed_share(error: torch.Tensor, steps: torch.Tensor | float) -> float:
+    """Share of numbers that two computations may round differently: mean(error / step), and four sigma.
+
+    A number that lies anywhere between two neighbours, a step apart, is on the other side of their middle with this
+    probability.
+    """
+    share = float((error / steps).clamp(max=1).mean())
+    return share + 4 * math.sqrt(share / error.numel()) + 1 / error.numel()
