@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from saw_trtllm.backends.reference.int4 import TORCH_DTYPES, decode_rows
+from saw_trtllm.format import ROW_TAIL_BYTES, KVFormat
+
 EPS = float(np.finfo(np.float32).eps)
 #: Products that are summed on the way to a logit of a model of hf_models, 3 layers of at most about 1,100 each: QKV,
 #: scores, values, the output projection, both of the MLP's.
@@ -89,3 +92,25 @@ def changed_share(error: torch.Tensor, steps: torch.Tensor | float) -> float:
     """
     share = float((error / steps).clamp(max=1).mean())
     return share + 4 * math.sqrt(share / error.numel()) + 1 / error.numel()
+
+
+def changed_bytes(rows: torch.Tensor, fmt: KVFormat) -> float:
+    """How many bytes of so many rows of a pool, uint8 ``[..., row_bytes]``, two writes may give differently.
+
+    That is the sum over all bytes of error / step, as in :func:`changed_share`, for the error that is to be expected:
+    roundings have signs of their own and are of a number of usual size, eps · sqrt(log2(order) + 5) · rms. A scale or a
+    lo that is rounded to the other side changes all of its row at most, a code that lies between two changes one byte.
+    """
+    y = decode_rows(rows, fmt).double()
+    error = EPS * math.sqrt(math.log2(fmt.hadamard_order) + 5) * y.square().mean(-1, keepdim=True).sqrt()
+    if not fmt.quantized:
+        return 2 * float((error / spacing(y, TORCH_DTYPES[fmt.dtype])).clamp(max=1).sum())
+    tail = rows[..., -ROW_TAIL_BYTES:].contiguous().view(torch.float16).double()
+    of_tail = (torch.cat([error * 2 / 15, error], dim=-1) / spacing(tail, torch.float16)).sum(-1).clamp(max=1)
+    of_code = CODE_ROUNDING + error[..., 0] / tail[..., 0]
+    return float((of_tail * rows.shape[-1] + of_code * fmt.head_dim).sum())
+
+
+def most_changed_bytes(expected: float, fmt: KVFormat) -> float:
+    """Four sigma above: an event changes one row at most."""
+    return expected + 4 * math.sqrt(expected * fmt.row_bytes) + 1
