@@ -439,12 +439,10 @@ class LLM:
             raise RequestError(
                 f"the prompt holds token {shown(min(ids) if min(ids) < 0 else max(ids))}: ids go from 0 to {vocab - 1}"
             )
-        named = [*(params.bad_token_ids or ()), *(params.logit_bias or ())]
-        if named and not (min(named) >= 0 and max(named) < vocab):
-            unknown = next(i for i in named if not 0 <= i < vocab)
-            raise RequestError(
-                f"bad_token_ids or logit_bias names token {shown(unknown)}: ids go from 0 to {vocab - 1}"
-            )
+        for name in ("bad_token_ids", "logit_bias"):
+            unknown = next((i for i in getattr(params, name) or () if not 0 <= i < vocab), None)
+            if unknown is not None:
+                raise RequestError(f"{name} names token {shown(unknown)}: ids go from 0 to {vocab - 1}")
         wanted = {"return_context_logits": "context", "return_generation_logits": "generation"}
         for option, name in {**wanted, "prompt_logprobs": "context"}.items():
             if getattr(params, option) and not getattr(build, f"gather_{name}_logits"):

@@ -76,12 +76,14 @@ COMMON = (
             *("attn_implementation", "experts_implementation", "tie_last_hidden_states"),
         ),
     ),
+    KeyRule("harmless", "the tokenizer's own", ("unk_token_id",)),
     KeyRule("harmless", "of classifiers", ("id2label", "label2id", "num_labels", "problem_type")),
     KeyRule(
         "harmless",
         "where it comes from; custom code is not run",
         (
             *("model_type", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "auto_map"),
+            *("_model_name_or_path",),
             *("_attn_implementation_autoset", "_attn_implementation_internal", "_experts_implementation_internal"),
         ),
     ),

@@ -34,6 +34,8 @@ _MAX_REPEATED = 1_000_000
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _DEFAULT, _TOOL_USE = "default", "tool_use"
+#: What a template sees of the request itself.
+_RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 _CONTINUED = "CONTINUED_FINAL_MESSAGE "
 
 
@@ -125,6 +127,8 @@ class ChatTemplate:
                 "add_generation_prompt and continue_final_message exclude each other: the prompt ends in a new message "
                 "or in the last one; give one of them"
             )
+        if reserved := [name for name in variables or () if name in _RESERVED]:
+            raise RequestError(f"chat_template_kwargs names {reserved[0]}, which has a field of its own: leave it out")
         conversation = read_messages(messages)
         if continue_final_message:
             if not conversation[-1].get("content"):
@@ -135,9 +139,9 @@ class ChatTemplate:
             raise CheckpointError(f"the tokenizer's chat templates are {', '.join(self._sources)}: name one {_DEFAULT}")
         values = {
             **self._special_tokens,
-            **(variables or {}),
+            **_copy(variables or {}),
             "messages": conversation,
-            "tools": _plain(tools) or None,
+            "tools": _copy(tools) or None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             _TURNS: [MAX_TURNS],
@@ -163,7 +167,7 @@ def _read_message(number: int, message: Any) -> dict[str, Any]:
     what = f"message {number}"
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RequestError(f'{what} is {shown(message)}: give {{"role": "user", "content": "..."}}')
-    message = _plain({name: value for name, value in message.items() if value is not None})
+    message = _copy({name: value for name, value in message.items() if value is not None})
     content = message.get("content")
     if isinstance(content, list):
         message["content"] = "\n".join(_text(what, part) for part in content)
@@ -174,7 +178,10 @@ def _read_message(number: int, message: Any) -> dict[str, Any]:
     message.setdefault("content", "")
     if (reasoning := message.get("reasoning_content", message.get("reasoning"))) is not None:
         message["reasoning_content"] = reasoning
-    for call in message.get("tool_calls") or ():
+    calls = message.get("tool_calls") or ()
+    if not isinstance(calls, list | tuple):
+        raise RequestError(f"{what} has the tool_calls {shown(calls)}: give a list")
+    for call in calls:
         _read_arguments(what, call)
     return message
 
@@ -184,6 +191,7 @@ def _text(what: str, part: Any) -> str:
         text = part.get("refusal" if part["type"] == "refusal" else "text")
         if isinstance(text, str):
             return text
+        raise RequestError(f'{what} has a part {shown(part)}: give {{"type": "text", "text": "..."}}')
     kind = part.get("type") if isinstance(part, Mapping) else part
     raise RequestError(f"{what} has a part {shown(kind)}: this model takes text alone")
 
@@ -346,6 +354,22 @@ def _render(template: jinja2.Template, values: dict[str, Any]) -> str:
         raise RequestError(f"the chat template rejects the messages: {e}") from e
     except Exception as e:  # whatever an expression of the template raises
         raise RequestError(f"the chat template cannot render the messages ({type(e).__name__}: {e})") from e
+
+
+def _copy(value: Any) -> Any:
+    """A plain copy of what a client sent.
+
+    Raises
+    ------
+    RequestError
+        If it is nested deeper than Python's stack.
+    """
+    try:
+        return _plain(value)
+    except RecursionError:
+        raise RequestError(
+            "the messages, tools or chat_template_kwargs are nested too deeply: give flatter ones"
+        ) from None
 
 
 def _plain(value: Any) -> Any:

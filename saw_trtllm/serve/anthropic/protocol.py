@@ -94,6 +94,7 @@ def as_chat(request: CountRequest) -> ChatRequest:
         messages=messages,
         tools=[_tool(tool) for tool in request.tools or ()] or None,
         tool_choice=_tool_choice(request.tool_choice),
+        parallel_tool_calls=request.tool_choice is None or not request.tool_choice.disable_parallel_tool_use,
         chat_template_kwargs={"enable_thinking": thinks},
         **fields,
     )

@@ -28,6 +28,7 @@ class Message:
     """What has come of one choice."""
 
     parser: Parser
+    many_calls: bool = True
     content: str = ""
     reasoning: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -38,7 +39,12 @@ class Message:
         deltas = self.parser.push(completion.text_diff)
         if completion.finish_reason is not None:
             deltas += self.parser.finish()
-        return deltas
+        return deltas if self.many_calls else self._up_to_one_call(deltas)
+
+    def _up_to_one_call(self, deltas: list[Delta]) -> list[Delta]:
+        calls = [i for i, delta in enumerate(deltas) if delta.call is not None]
+        extra = set(calls if self.calls else calls[1:])
+        return [delta for i, delta in enumerate(deltas) if i not in extra]
 
     def add(self, delta: Delta) -> dict[str, Any]:
         """Take a delta in, and give it in OpenAI's words."""
@@ -107,7 +113,7 @@ class ChatAnswer:
             guided_decoding=guide,
         )
         self.result: GenerationResult = model.begin(prompt, params, request.stream)
-        self.messages = [Message(self._parser()) for _ in range(params.n)]
+        self.messages = [Message(self._parser(), request.parallel_tool_calls) for _ in range(params.n)]
         self.usage = Usage()
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",

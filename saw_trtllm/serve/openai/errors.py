@@ -16,6 +16,7 @@ from saw_trtllm.errors import (
     SawError,
     ShutdownError,
 )
+from saw_trtllm.runtime.keywords import shown
 
 
 class ApiError(SawError):
@@ -76,7 +77,16 @@ BY_CLASS: tuple[tuple[type[Exception], Answer], ...] = (
 
 
 #: Messages about a field's value begin with its name.
-_NAMED = re.compile(r"([a-z_]+) is ")
+_NAMED = re.compile(r"([a-z_]+) (?:is|holds|names|says|cannot be) ")
+#: The API's names of what the runtime calls otherwise.
+_RENAMED = {"guided_decoding": "response_format", "bad": "bad_words"}
+#: What a field may be that has several types: of each pydantic complains alone.
+_SEVERAL_TYPES = {
+    "prompt": "text, a list of texts, token ids, or a list of lists of them",
+    "stop": "text or a list of texts",
+    "tool_choice": "none, auto, required or a function",
+    "system": "text or a list of text blocks",
+}
 
 
 def answer_to(error: Exception) -> Answer:
@@ -91,7 +101,10 @@ def error_body(error: Exception) -> dict[str, Any]:
     answer = answer_to(error)
     message = str(error) if isinstance(error, SawError) else "the server failed; its log says why"
     named = _NAMED.match(message) if answer.code == "invalid_value" else None
-    param = getattr(error, "param", named and named[1])
+    name = named and named[1]
+    if name in _RENAMED:
+        message = message.replace(name, _RENAMED[name], 1)
+    param = getattr(error, "param", _RENAMED.get(name, name) if name else None)
     return {"error": {"message": message, "type": answer.type, "param": param, "code": answer.code}}
 
 
@@ -111,6 +124,8 @@ def from_validation(details: ErrorDetails) -> ApiError:
         return ApiError("unknown_parameter", f"the request has no {field}: leave it out", field)
     if kind == "missing":
         return ApiError("missing_required_parameter", f"{field} is missing: give it", field)
+    if types := _SEVERAL_TYPES.get(places[0]):
+        return ApiError("invalid_value", f"{places[0]} is {shown(details['input'])}: it must be {types}", places[0])
     what = details["msg"].removeprefix("Value error, ")
     return ApiError("invalid_value", f"{field}: {what[:1].lower()}{what[1:]}", field)
 

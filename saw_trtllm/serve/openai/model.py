@@ -16,6 +16,7 @@ from saw_trtllm.errors import ConfigError, ShutdownError
 from saw_trtllm.llm import LLM
 from saw_trtllm.paths import is_file, read_json
 from saw_trtllm.runtime.chat_template import ChatTemplate
+from saw_trtllm.runtime.keywords import shown
 from saw_trtllm.runtime.outputs import CompletionOutput, GenerationResult
 from saw_trtllm.runtime.prompt import Prompt, encode_prompt
 from saw_trtllm.runtime.sampling_params import SamplingParams
@@ -222,7 +223,7 @@ class Models:
             return next(iter(self))
         if name not in self._models:
             raise ApiError(
-                "model_not_found", f"there is no model {name}: the models are {', '.join(self._models)}", "model"
+                "model_not_found", f"there is no model {shown(name)}: the models are {', '.join(self._models)}", "model"
             )
         return self._models[name]
 

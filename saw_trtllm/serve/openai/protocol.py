@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
 TokenIds = list[Annotated[int, Field(strict=True)]]
 
 
 class Strict(BaseModel):
-    """A request's object: names that it does not have are rejected."""
+    """A request's object: names that it does not have are rejected, and null is as if it were left out."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
 
 
 class StreamOptions(Strict):
@@ -77,7 +83,14 @@ class Generation(Strict):
             What the model's authors advise where the request says nothing.
         **more
             Fields of :class:`SamplingParams` that depend on the kind of request.
+
+        Raises
+        ------
+        RequestError
+            If a field's value is out of range, or needs another field.
         """
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is given and stream is not true: leave it out, or stream")
         same: tuple[str, ...] = (
             "n",
             "temperature",

@@ -15,7 +15,16 @@ from tests.support.openai_server import serving_engines, wait_until_idle
 USER = {"role": "user", "content": "write a class"}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+KWARGS = "chat_template_kwargs"
 TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def deep(levels, inmost):
+    """An object or a list within another, and so on."""
+    for _ in range(levels):
+        inmost = {"a": inmost} if isinstance(inmost, dict) else [inmost]
+    return inmost
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +58,31 @@ def error_of(response):
         (CHAT, {"messages": [{**USER, "content": "x" * 40000}]}, 400, "context_length_exceeded", None, "takes 2047"),
         (CHAT, {"messages": [USER], "model": "other"}, 404, "model_not_found", "model", "the models are example"),
         (CHAT, {"messages": [USER], "model": "exact"}, 400, "invalid_value", None, "has no chat template"),
-        (CHAT, {"messages": [USER], "response_format": RESPONSE_FORMAT}, 400, "invalid_value", None, "Invalid type"),
+        (
+            CHAT,
+            {"messages": [USER], "response_format": RESPONSE_FORMAT},
+            400,
+            "invalid_value",
+            "response_format",
+            "Invalid type",
+        ),
         (CHAT, {"messages": [USER], "response_format": {"type": "regex"}}, 400, "invalid_value", "response_format", ""),
         (CHAT, {"messages": [USER], "tools": [TOOL]}, 400, "unsupported_parameter", "tools", "knows no tools"),
         (CHAT, {"messages": [USER], "tools": [{}]}, 400, "invalid_value", "tools", "a tool must be"),
         (CHAT, {"messages": [USER], "tool_choice": "required"}, 400, "invalid_value", "tool_choice", "needs tools"),
-        (CHAT, {"messages": [USER], "logit_bias": {"5000": 1}}, 400, "invalid_value", None, "names token 5000"),
+        (CHAT, {"messages": [USER], "logit_bias": {"5000": 1}}, 400, "invalid_value", "logit_bias", "names token 5000"),
+        (CHAT, {"messages": [USER], "bad_words": [""]}, 400, "invalid_value", "bad_words", "bad_words is ['']"),
+        (CHAT, {"messages": [USER], "chat_template_kwargs": {"tools": 1}}, 400, "invalid_value", KWARGS, "names tools"),
+        (CHAT, {"messages": [USER], "chat_template_kwargs": deep(900, {})}, 400, "invalid_value", None, "too deeply"),
+        (CHAT, {"messages": [{**USER, "content": deep(900, [])}]}, 400, "invalid_value", None, "too deeply"),
+        (CHAT, {"messages": [{**USER, "content": [{"type": "text"}]}]}, 400, "invalid_value", None, "has a part {"),
+        (CHAT, {"messages": [{**USER, "content": [IMAGE]}]}, 400, "invalid_value", None, "takes text alone"),
+        (CHAT, {"messages": [{**USER, "tool_calls": 5}]}, 400, "invalid_value", None, "has the tool_calls 5"),
+        (CHAT, {"messages": [USER], "tool_choice": 5}, 400, "invalid_value", "tool_choice", "none, auto, required or"),
+        (CHAT, {"messages": [USER], "stop": [5]}, 400, "invalid_value", "stop", "it must be text or a list of texts"),
         (CHAT, {"messages": [USER], "stop": [""]}, 400, "invalid_value", "stop", "none of them empty"),
         (TEXT, {"prompt": "x", "suffix": "y"}, 400, "unknown_parameter", "suffix", "has no suffix: leave it out"),
+        (TEXT, {"prompt": {}}, 400, "invalid_value", "prompt", "prompt is {}: it must be text, a list of texts, token"),
         (TEXT, {"prompt": []}, 400, "invalid_value", "prompt", "0 prompts came"),
         (TEXT, {"prompt": ""}, 400, "invalid_value", None, "the prompt is empty"),
         (TEXT, {"prompt": [5000]}, 400, "invalid_value", None, "the prompt holds token 5000"),
@@ -72,11 +98,23 @@ def test_what_is_wrong_with_a_request_is_a_400_and_no_stream(url, http, path, bo
     assert said in error["message"]
 
 
+def test_null_is_as_if_a_field_were_left_out(url, http):
+    """As OpenAI's API has it, where most fields are "or null"; and what does not stream has no options for it."""
+    body = {"messages": [USER], "max_tokens": 2, "seed": 1}
+    nulls = {"stream": None, "n": None, "ignore_eos": None, "parallel_tool_calls": None, "suffix": None, "tools": None}
+    answers = [http.post(url + CHAT, json=b).json()["choices"] for b in (body, {**body, **nulls})]
+    assert answers[0] == answers[1]
+    status, error = error_of(http.post(url + CHAT, json={**body, "stream_options": {"include_usage": True}}))
+    assert (status, error["param"]) == (400, "stream_options")
+
+
 def test_bodies_that_are_none(url, http):
     headers = {"content-type": "application/json"}
     for content in (b"{", b"", b"[1]", b'"x"', b"\xff", b"[" * 100000):
+        said = {b"\xff": "it is not UTF-8", b"[" * 100000: "nested too deeply"}.get(content, "JSON")
         status, error = error_of(http.post(url + CHAT, content=content, headers=headers))
         assert (status, error["code"]) == (400, "invalid_json")
+        assert said in error["message"]
     assert error_of(http.get(url + "/v1/nothing"))[1]["code"] == "unknown_url"
     assert error_of(http.get(url + CHAT))[0] == 405
 

@@ -71,6 +71,8 @@ def test_a_call_is_no_part_of_the_answer(ask):
     assert (message["content"], reason) == ("Let me see.", "tool_calls")
     assert calls_of(message) == [("weather", {"city": "Oslo", "days": 2})]
     assert message["tool_calls"][0]["id"].isalnum()
+    message, _ = ask(QWEN25, f"{CALL}\n{CALL}", tools=[TOOL], parallel_tool_calls=False)
+    assert len(calls_of(message)) == 1
     message, reason = ask(QWEN25, CALL)  # of a model that was given no tools it is text
     assert (message["content"], message["tool_calls"], reason) == (CALL, None, "stop")
 
