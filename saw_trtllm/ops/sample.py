@@ -16,10 +16,12 @@ ROW = np.dtype(
         ("index", np.uint64),
         ("temperature", np.float64),
         ("top_p", np.float64),
+        ("min_p", np.float64),
         ("repetition_penalty", np.float64),
         ("presence_penalty", np.float64),
         ("frequency_penalty", np.float64),
         ("listed", np.uint64),
+        ("mask", np.uint64),
         ("num_listed", np.int32),
         ("top_k", np.int32),
         ("draw", np.int32),
@@ -27,8 +29,8 @@ ROW = np.dtype(
     ]
 )
 #: A token whose logit changes before the choice: ``saw::ListedToken``. ``logit`` is the kernel's own.
-LISTED = np.dtype([("token", np.int32), ("count", np.int32), ("logit", np.float32)])
-BANNED = -1
+LISTED = np.dtype([("token", np.int32), ("count", np.int32), ("bias", np.float32), ("logit", np.float32)])
+BANNED, UNSEEN = -1, -2
 NOTHING, GREEDY, BY_TOKEN, BY_LIKELIHOOD = range(4)
 
 

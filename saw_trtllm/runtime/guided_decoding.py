@@ -112,7 +112,7 @@ class Guide:
     Attributes
     ----------
     mask : numpy.ndarray or None
-        Which tokens may come next: bool ``[vocab_size]``; None for any.
+        Which tokens may come next, as :class:`saw_trtllm.runtime.sampling.SamplingState` has it; None for any.
 
     Raises
     ------
@@ -127,7 +127,7 @@ class Guide:
         self._thinks = end is not None and begin is None
         self.mask = self._next_mask()
         if self.mask is not None and begin is not None:
-            self.mask[begin] = True
+            self.mask[begin // 32] |= np.uint32(1 << begin % 32)
 
     @property
     def stopped(self) -> bool:
@@ -155,9 +155,9 @@ class Guide:
     def _next_mask(self) -> np.ndarray | None:
         if self._thinks:
             return None
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        mask = np.frombuffer(bytearray(self._matcher.compute_bitmask()), np.uint32)
         self._check()
-        return np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(bool)
+        return mask[: -(-self._vocab_size // 32)]
 
     def _check(self) -> None:
         if self._matcher.is_error():

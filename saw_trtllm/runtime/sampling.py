@@ -23,7 +23,7 @@ class SamplingState(NamedTuple):
     number : int, optional
         Number of the draw: how many tokens of the text come before this one, known or not. By default all are known.
     mask : numpy.ndarray, optional
-        Which tokens may come: bool ``[vocab_size]``.
+        Which tokens may come: uint32 ``[ceil(vocab_size / 32)]``, token i in bit ``i % 32`` of word ``i // 32``.
     """
 
     params: SamplingParams
@@ -87,7 +87,7 @@ def _penalize(logits: np.ndarray, state: SamplingState) -> np.ndarray:
     """The logits to choose by, rounded to the fp32 that they came in: equals are then equal on every backend."""
     params = state.params
     if params.logit_bias:
-        logits[list(params.logit_bias)] += list(params.logit_bias.values())
+        logits[list(params.logit_bias)] += np.array(list(params.logit_bias.values()), np.float32)
     if params.repetition_penalty != 1.0:
         seen = np.unique(np.concatenate([state.prompt, state.generated]).astype(np.int64))
         values = logits[seen]
@@ -97,7 +97,7 @@ def _penalize(logits: np.ndarray, state: SamplingState) -> np.ndarray:
         logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
     logits[list(state.banned)] = -np.inf
     if state.mask is not None:
-        logits[~state.mask] = -np.inf
+        logits[np.unpackbits(state.mask.view(np.uint8), count=len(logits), bitorder="little") == 0] = -np.inf
     with np.errstate(over="ignore"):
         return logits.astype(np.float32).astype(np.float64)
 

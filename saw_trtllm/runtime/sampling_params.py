@@ -243,14 +243,9 @@ class SamplingParams:
         return bool(self.min_tokens or self.bad or self.bad_token_ids or self.bad_token_sequences)
 
     @property
-    def draws_on_host(self) -> bool:
-        """Whether the choice needs what only the CPU's sampler has."""
-        return bool(self.min_p or self.logit_bias or self.guided_decoding)
-
-    @property
     def needs_last_token(self) -> bool:
         """Whether the host must know the token before the one to be chosen."""
-        return self.penalizes or self.draws_on_host or bool(self.bad or self.bad_token_sequences)
+        return self.penalizes or bool(self.guided_decoding or self.bad or self.bad_token_sequences)
 
     @property
     def needs_context_logits(self) -> bool:
@@ -260,7 +255,7 @@ class SamplingParams:
     @property
     def needs_logits(self) -> bool:
         """Whether the host needs the logits of each token that is generated."""
-        return self.return_generation_logits or self.draws_on_host or self.top_logprobs > 0
+        return self.return_generation_logits or self.top_logprobs > 0
 
 
 def _as_tuple(values: Any) -> Any:

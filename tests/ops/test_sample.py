@@ -34,6 +34,10 @@ DRAWS = [
     {"top_k": 50, "top_p": 0.8, "temperature": 1.3},
     {"top_k": 100_000, "top_p": 0.5},
     {"top_k": 3, "logprobs": True},
+    {"min_p": 0.05},
+    {"min_p": 1.0, "temperature": 1.7},
+    {"min_p": 0.3, "temperature": 2.0, "top_p": 0.8},
+    {"min_p": 0.02, "top_k": 20, "logprobs": True},
 ]
 VOCABS = [1, 2, 5, 127, 129, 1000, 4096, 32_000, 50_257, 128_256, 262_144]
 
@@ -52,10 +56,14 @@ class Launch:
         lists = TokenLists().of(states)
         listed = np.concatenate([np.zeros(1, LISTED), *lists.values()])
         listed["logit"] = np.nan
+        masks = {i: s.mask for i, s in enumerate(states) if s is not None and s.mask is not None}
+        self.masks = {i: device(mask) for i, mask in masks.items()}
         self.listed, start = device(listed), 1
         for i, one in lists.items():
             rows[i]["listed"], rows[i]["num_listed"] = self.listed.data_ptr() + start * LISTED.itemsize, len(one)
             start += len(one)
+        for i, mask in self.masks.items():
+            rows[i]["mask"] = mask.data_ptr()
         self.rows = device(rows)
         self.row_ends = None if row_ends is None else torch.tensor(row_ends, dtype=torch.int32, device="cuda")
         self.tokens = torch.full((len(states) + 1,), -7, dtype=torch.int32, device="cuda")
@@ -92,8 +100,14 @@ def draw(logits, states, row_ends=None):
     return results
 
 
-def state(params, i=0, prompt=(), generated=(), banned=(), index=None):
-    return SamplingState(SamplingParams(seed=977 * i + 3, **params), list(prompt), list(generated), banned, index)
+def state(params, i=0, prompt=(), generated=(), banned=(), index=None, mask=None):
+    return SamplingState(SamplingParams(seed=977 * i + 3, **params), list(prompt), list(generated), banned, index, mask)
+
+
+def packed(allowed):
+    """A mask of a row of booleans."""
+    bits = np.packbits(allowed, bitorder="little")
+    return np.concatenate([bits, np.zeros(-len(bits) % 4, np.uint8)]).view(np.uint32)
 
 
 def check(logits, states, tolerance=1e-8):
@@ -167,6 +181,34 @@ def test_penalties_and_bans(params, penalties, rng):
     logits = random_logits(rng, 16, vocab)
     logits[:, :300] += 4  # so that they matter
     check(logits, states)
+
+
+@pytest.mark.parametrize("params", DRAWS)
+@pytest.mark.parametrize("penalties", [{}, {"repetition_penalty": 1.3, "presence_penalty": 0.5}])
+def test_biases(params, penalties, rng):
+    """Of tokens that prompt and text hold, and of others, which have no penalty; some are banned too."""
+    vocab, states = 5003, []
+    for i in range(16):
+        prompt, generated = (rng.integers(0, 200, rng.integers(1, 300)).tolist() for _ in range(2))
+        tokens = rng.choice(400, rng.integers(1, 300), replace=False).tolist()
+        bias = dict(zip(tokens, rng.uniform(-9, 9, len(tokens)), strict=True))
+        states.append(state({**params, **penalties, "logit_bias": bias}, i, prompt, generated, tuple(tokens[: i % 3])))
+    check(random_logits(rng, 16, vocab), states)
+
+
+@pytest.mark.parametrize("params", DRAWS)
+@pytest.mark.parametrize("vocab", [1, 31, 33, 130, 3001, 32_000])
+def test_masks(params, vocab, rng):
+    """Of few and of most tokens, beside rows without one, and with penalties and bans."""
+    states = []
+    for i in range(16):
+        allowed = rng.random(vocab) < (0.001, 0.2, 0.97)[i % 3]
+        allowed[rng.integers(0, vocab)] = True
+        words = {"repetition_penalty": 1.5} if i % 2 and vocab > 2 else {}
+        banned = (0,) if i % 5 == 4 and allowed[1:].any() else ()
+        mask = None if i % 4 == 3 else packed(allowed)
+        states.append(state({**params, **words, "logprobs": True}, i, [0], [vocab - 1], banned, mask=mask))
+    check(random_logits(rng, 16, vocab), states)
 
 
 def test_the_likeliest_banned(rng):
@@ -270,7 +312,7 @@ def test_the_sampler_draws_step_after_step(rng):
     pytest.importorskip("cuda.bindings")
     from saw_trtllm.backends.tensorrt.sampler import GpuSampler
 
-    sampler, vocab = GpuSampler(6, 900), 900
+    sampler, vocab = GpuSampler(6, 30_000), 30_000  # whose masks are larger than what there is room for at first
     torch.cuda.synchronize()
     texts = [[] for _ in range(6)]
     params = [
@@ -281,7 +323,10 @@ def test_the_sampler_draws_step_after_step(rng):
     for step in range(30):
         used = [i for i in range(6) if (step + i) % 5]
         logits = random_logits(rng, len(used), vocab, 1.0)
-        states = [SamplingState(params[i], prompts[i], texts[i], (i,) if step < 9 else ()) for i in used]
+        masks = {i: packed(rng.random(vocab) < 0.5) for i in used if step > 20 and i % 2}
+        states = [
+            SamplingState(params[i], prompts[i], texts[i], (i,) if step < 9 else (), mask=masks.get(i)) for i in used
+        ]
         on_gpu = torch.from_numpy(logits).cuda()
         sampler.prepare(states)
         sampler.enqueue(on_gpu.data_ptr(), 0, len(used), stream)

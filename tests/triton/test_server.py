@@ -621,3 +621,45 @@ def test_port_in_use(server, engine_dir, tmp_path):
     rejected = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert rejected.returncode == 2
     assert rejected.stderr.startswith(f"error: --grpc_port {server.grpc} cannot be used on 127.0.0.1")
+
+
+# Triton's own OpenAI front-end
+
+
+def front_end_inputs(prompt, stream, max_tokens=12, exclude_input=None, **options):
+    """What ``openai_frontend`` sends for a request: TensorRT-LLM's tensors, all with its defaults filled in."""
+    inputs = {"text_input": prompt, "stream": stream, "max_tokens": max_tokens, "temperature": 0.0, "top_p": 1.0}
+    inputs |= {"frequency_penalty": 0.0, "presence_penalty": 0.0, **options}
+    if exclude_input is not None:  # of /v1/completions alone
+        inputs["exclude_input_in_output"] = exclude_input
+    return {**inputs, "return_num_input_tokens": True, "return_num_output_tokens": True}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_openai_front_end_of_triton_finds_what_it_counts_on(server, llm, stream):
+    """One text in a response, one response or a last empty one beside it, counts as INT32 that add up to the usage."""
+    expected = llm.generate(PROMPT, SamplingParams(max_tokens=12)).outputs[0]
+    with Client(server) as client:
+        client.send("ensemble", **front_end_inputs(PROMPT, stream, exclude_input=True))
+        responses = client.all()
+    assert stream or len(responses) == 1
+    assert all(response.as_numpy("text_output").size == 1 for response in responses)
+    assert_text("".join(map(text_of, responses)), llm, PROMPT, 12)
+    counts = {name: [r.as_numpy(name) for r in responses] for name in ("num_input_tokens", "num_output_tokens")}
+    assert {count.dtype for values in counts.values() for count in values} == {np.dtype(np.int32)}
+    assert counts["num_input_tokens"][0].item() == len(llm.tokenizer.encode(PROMPT))
+    assert GIVEN or sum(count.item() for count in counts["num_output_tokens"]) == len(expected.token_ids)
+
+
+def test_the_front_ends_other_fields(server, llm):
+    schema = {"enum": ["Oslo", "Rome"]}
+    guide = {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": json.dumps(schema)}
+    seeded = {"seed": 7, "temperature": 0.8, "stop_words": ["zz", "\n\n"]}
+    with Client(server) as client:
+        texts = []
+        for options in ({"exclude_input": False}, guide, seeded, seeded):
+            client.send("ensemble", **front_end_inputs(PROMPT, False, **{"exclude_input": True, **options}))
+            texts += map(text_of, client.all())
+    assert texts[0].startswith(PROMPT)
+    assert json.loads(texts[1]) in schema["enum"]
+    assert texts[2] == texts[3]

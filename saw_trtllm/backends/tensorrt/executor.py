@@ -134,7 +134,7 @@ class TensorRTExecutor:
         rows = addresses[LAST_TOKEN_IDS.name] if self._every_token else 0
         self._sampler.enqueue(self.logits.address, rows, num_sequences, self._stream.handle)
         spans = self._wanted(step, sampling, context_logits)
-        return slot.take(self._stream, self._sampler, self.logits.address, spans, sampling)
+        return slot.take(self._stream, self._sampler, self.logits.address, spans)
 
     @property
     def num_ready_host_blocks(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -11,7 +10,6 @@ from saw_trtllm.backends.tensorrt.cuda import Event, PinnedBuffer, Stream
 from saw_trtllm.backends.tensorrt.sampler import GpuSampler
 from saw_trtllm.errors import KernelError
 from saw_trtllm.runtime.executor import StepOutput
-from saw_trtllm.runtime.sampling import SamplingState, sample
 
 _FLOAT = np.dtype(np.float32).itemsize
 
@@ -39,7 +37,6 @@ class ResultSlot:
         sampler: GpuSampler,
         logits: int,
         spans: list[slice | None],
-        sampling: Sequence[SamplingState | None],
     ) -> PendingResult:
         """Have a step's results copied here, after its last kernel.
 
@@ -52,8 +49,6 @@ class ResultSlot:
             Address of the step's logits, fp32 ``[rows, vocab_size]``.
         spans : list of slice or None
             Rows of them that each sequence asks for.
-        sampling : sequence of SamplingState or None
-            Of these, some are drawn here.
         """
         if self._pending is not None:
             self._pending.finish()
@@ -71,11 +66,10 @@ class ResultSlot:
                 stream.download(self._logits.address + at, logits + span.start * row_bytes, nbytes)
                 at += nbytes
         self._done.record(stream)
-        on_host = {i: state for i, state in enumerate(sampling) if state is not None and state.params.draws_on_host}
-        self._pending = PendingResult(self, spans, on_host)
+        self._pending = PendingResult(self, spans)
         return self._pending
 
-    def read(self, spans: list[slice | None], on_host: dict[int, SamplingState]) -> StepOutput:
+    def read(self, spans: list[slice | None]) -> StepOutput:
         """Wait for the step, and copy its results out."""
         self._done.synchronize()
         n, at = len(spans), 0
@@ -86,10 +80,7 @@ class ResultSlot:
                 taken = kept[i] = self._logits.array(np.float32, shape, at).copy()
                 at += taken.nbytes
         tokens, logprobs = self._tokens.array(np.int32, (n,)), self._logprobs.array(np.float64, (n,))
-        tokens, logprobs = tokens.tolist(), logprobs.tolist()
-        for i, state in on_host.items():
-            tokens[i], logprobs[i] = sample(cast(np.ndarray, kept[i])[-1], state)
-        return StepOutput(tokens, logprobs, kept)
+        return StepOutput(tokens.tolist(), logprobs.tolist(), kept)
 
     def close(self) -> None:
         """Free it."""
@@ -100,15 +91,15 @@ class ResultSlot:
 class PendingResult:
     """A step in flight; see :class:`saw_trtllm.runtime.executor.PendingStep`."""
 
-    def __init__(self, slot: ResultSlot, spans: list[slice | None], on_host: dict[int, SamplingState]) -> None:
-        self._slot, self._spans, self._on_host = slot, spans, on_host
+    def __init__(self, slot: ResultSlot, spans: list[slice | None]) -> None:
+        self._slot, self._spans = slot, spans
         self._output: StepOutput | KernelError | None = None
 
     def finish(self) -> None:
         """Wait, and keep the result: its slot is needed."""
         if self._output is None:
             try:
-                self._output = self._slot.read(self._spans, self._on_host)
+                self._output = self._slot.read(self._spans)
             except KernelError as e:
                 self._output = e
 

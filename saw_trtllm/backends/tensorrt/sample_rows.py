@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saw_trtllm.ops.sample import BANNED, BY_LIKELIHOOD, BY_TOKEN, GREEDY, LISTED, NOTHING, ROW
+from saw_trtllm.ops.sample import BANNED, BY_LIKELIHOOD, BY_TOKEN, GREEDY, LISTED, NOTHING, ROW, UNSEEN
 from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
@@ -28,7 +28,7 @@ class StagedRows:
         rows[:] = np.zeros((), ROW)
 
     def fill(self, sampling: Sequence[SamplingState | None]) -> None:
-        """Describe a step's draws; sequences beyond them draw nothing. Lists are left to :class:`TokenLists`."""
+        """Describe a step's draws; sequences beyond them draw nothing. Lists and masks are left to the caller."""
         count = len(sampling)
         for i, state in enumerate(sampling):
             params = None if state is None else state.params
@@ -40,6 +40,7 @@ class StagedRows:
             self._params[count:] = [None] * (len(self.rows) - count)
         self.rows["index"][:count] = [0 if state is None else state.draw for state in sampling]
         self.rows["num_listed"][:count] = 0
+        self.rows["mask"][:count] = 0
 
     def _row(self, params: SamplingParams | None) -> tuple:
         if params is None:
@@ -51,9 +52,11 @@ class StagedRows:
             0,
             1.0 if params.temperature is None else params.temperature,
             1.0 if params.top_p is None else params.top_p,
+            params.min_p or 0.0,
             params.repetition_penalty,
             params.presence_penalty,
             params.frequency_penalty,
+            0,
             0,
             0,
             min(params.top_k or 0, self._vocab_size),
@@ -75,7 +78,7 @@ class TokenLists:
             if state is None:
                 continue
             listed = None
-            if state.params.penalizes:
+            if state.params.penalizes or state.params.logit_bias:
                 # By its text: the list is the sequence's own, and lives as long as it does.
                 key = id(state.generated)
                 counts = self._counts.get(key) or _Counts(state)
@@ -90,15 +93,20 @@ class TokenLists:
 
 
 class _Counts:
-    """How often each token of a text, and of its prompt where that matters, has come."""
+    """How often each token of a text, and of its prompt where that matters, has come; and the biases."""
 
     def __init__(self, state: SamplingState) -> None:
-        self._text = state.generated
+        params = state.params
+        self._text = state.generated if params.penalizes else ()
         self._known = 0
-        prompt = state.prompt if state.params.repetition_penalty != 1.0 else ()
-        self._places = {token: i for i, token in enumerate(dict.fromkeys(prompt))}
+        prompt = dict.fromkeys(state.prompt if params.repetition_penalty != 1.0 else ())
+        bias = params.logit_bias or {}
+        self._places = {token: i for i, token in enumerate(dict.fromkeys((*prompt, *bias)))}
         self._listed = np.zeros(2 * len(self._places) + 64, LISTED)
         self._listed["token"][: len(self._places)] = list(self._places)
+        self._listed["count"][len(prompt) : len(self._places)] = UNSEEN
+        for token, value in bias.items():
+            self._listed["bias"][self._places[token]] = value
 
     def listed(self) -> np.ndarray:
         """The tokens so far: a view, to be copied."""
@@ -107,7 +115,7 @@ class _Counts:
             if place == len(self._listed):
                 self._listed = np.concatenate([self._listed, np.zeros_like(self._listed)])
             self._listed["token"][place] = token
-            self._listed["count"][place] += 1
+            self._listed["count"][place] = max(self._listed["count"][place], 0) + 1
         self._known = len(self._text)
         return self._listed[: len(self._places)]
 

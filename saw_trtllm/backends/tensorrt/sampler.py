@@ -54,7 +54,7 @@ class GpuSampler:
     @property
     def nbytes(self) -> int:
         """Bytes of the GPU's memory that it holds."""
-        return self._results.nbytes + self._rows.nbytes + sum(s.lists.nbytes for s in self._sets)
+        return self._results.nbytes + self._rows.nbytes + sum(s.nbytes for s in self._sets)
 
     def prepare(self, sampling: Sequence[SamplingState | None]) -> None:
         """Pack a step's draws. Nothing is launched; the last step may be in flight, not the one before it."""
@@ -122,46 +122,75 @@ class GpuSampler:
 
 
 class _Set:
-    """A step's rows and lists in pinned memory, and the lists' place on the GPU, which grows as they do."""
+    """What a step's draws read, in pinned memory, and where the lists and masks of them go on the GPU."""
 
     def __init__(self, max_sequences: int, vocab_size: int) -> None:
         self._pinned_rows = cuda.PinnedBuffer(max_sequences * ROW.itemsize)
         self._staged = StagedRows(self._pinned_rows.array(ROW, (max_sequences,)), vocab_size)
-        self._num_listed = 0
-        self._make_lists(1024)
+        self._lists, self._masks = _StagedArrays(LISTED), _StagedArrays(np.dtype(np.uint32))
+
+    @property
+    def nbytes(self) -> int:
+        return self._lists.nbytes + self._masks.nbytes
 
     def fill(self, sampling: Sequence[SamplingState | None], lists: dict[int, np.ndarray]) -> None:
         self._staged.fill(sampling)
-        self._num_listed = sum(map(len, lists.values()))
-        if self._num_listed > self._capacity:
-            self._close_lists()
-            self._make_lists(2 * self._num_listed)
-        start = 0
-        for i, listed in lists.items():
-            self._listed[start : start + len(listed)] = listed
-            row = self._staged.rows[i]
-            row["listed"], row["num_listed"] = self.lists.address + start * LISTED.itemsize, len(listed)
-            start += len(listed)
+        rows = self._staged.rows
+        for i, address, count in self._lists.fill(lists):
+            rows[i]["listed"], rows[i]["num_listed"] = address, count
+        masks = {i: s.mask for i, s in enumerate(sampling) if s is not None and s.mask is not None}
+        for i, address, _ in self._masks.fill(masks):
+            rows[i]["mask"] = address
 
     def upload(self, rows_ptr: int, stream: int) -> None:
         _upload(rows_ptr, self._pinned_rows.address, self._pinned_rows.nbytes, stream)
-        if self._num_listed:
-            nbytes = self._num_listed * LISTED.itemsize
-            _upload(self.lists.address, self._pinned_lists.address, nbytes, stream)
+        self._lists.upload(stream)
+        self._masks.upload(stream)
 
     def close(self) -> None:
         self._pinned_rows.close()
-        self._close_lists()
+        self._lists.close()
+        self._masks.close()
 
-    def _make_lists(self, capacity: int) -> None:
+
+class _StagedArrays:
+    """Arrays of a step, one after the other in pinned memory, and their place on the GPU, which grows as they do."""
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self._dtype = dtype
+        self._length = 0
+        self._make(1024)
+
+    @property
+    def nbytes(self) -> int:
+        return self._on_gpu.nbytes
+
+    def fill(self, arrays: dict[int, np.ndarray]) -> list[tuple[int, int, int]]:
+        """Take a step's arrays in, in the place of the last ones: each one's key, address on the GPU, and length."""
+        self._length = sum(map(len, arrays.values()))
+        if self._length > self._capacity:
+            self.close()
+            self._make(2 * self._length)
+        start, places = 0, []
+        for i, array in arrays.items():
+            self._staged[start : start + len(array)] = array
+            places.append((i, self._on_gpu.address + start * self._dtype.itemsize, len(array)))
+            start += len(array)
+        return places
+
+    def upload(self, stream: int) -> None:
+        if self._length:
+            _upload(self._on_gpu.address, self._pinned.address, self._length * self._dtype.itemsize, stream)
+
+    def close(self) -> None:
+        self._on_gpu.close()
+        self._pinned.close()
+
+    def _make(self, capacity: int) -> None:
         self._capacity = capacity
-        self.lists = cuda.DeviceBuffer(capacity * LISTED.itemsize)
-        self._pinned_lists = cuda.PinnedBuffer(capacity * LISTED.itemsize)
-        self._listed = self._pinned_lists.array(LISTED, (capacity,))
-
-    def _close_lists(self) -> None:
-        self.lists.close()
-        self._pinned_lists.close()
+        self._on_gpu = cuda.DeviceBuffer(capacity * self._dtype.itemsize)
+        self._pinned = cuda.PinnedBuffer(capacity * self._dtype.itemsize)
+        self._staged = self._pinned.array(self._dtype, (capacity,))
 
 
 def _upload(address: int, source: int, nbytes: int, stream: int) -> None:

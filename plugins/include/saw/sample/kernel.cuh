@@ -59,7 +59,7 @@ class RowSampler {
           want_(params.rows[row]),
           shared_(shared),
           logits_(params.logits + size_t(params.row_ends ? params.row_ends[row] - 1 : row) * params.vocab_size),
-          run_(logits_, params.vocab_size, warp_of_row(), warps_of_row()) {}
+          run_(logits_, want_.mask, params.vocab_size, warp_of_row(), warps_of_row()) {}
 
     __device__ void sample() {
         if (want_.draw == Draw::kNothing) {
@@ -83,9 +83,13 @@ class RowSampler {
         if (want_.num_listed > 0) {
             restore_listed();
             cluster_.sync();
-            if (want_.wants_logprob) find_top();
         }
-        if (want_.wants_logprob) write_logprob(token);
+        if (!want_.wants_logprob) return;
+        if (want_.num_listed > 0 || want_.mask != nullptr) {
+            run_.unmask();
+            find_top();
+        }
+        write_logprob(token);
     }
 
   private:
@@ -108,8 +112,9 @@ class RowSampler {
             float const logit = logits_[listed.token];
             listed.logit = logit;
             double const penalty = want_.repetition_penalty;
-            double value = logit;
-            if (penalty != 1) value = value > 0 ? value / penalty : __dmul_rn(value, penalty);
+            double value = __dadd_rn(double(logit), double(listed.bias));
+            if (penalty != 1 && listed.count != kUnseen)
+                value = value > 0 ? value / penalty : __dmul_rn(value, penalty);
             if (listed.count > 0) {
                 double const times = __dmul_rn(want_.frequency_penalty, double(listed.count));
                 value = __dsub_rn(value, __dadd_rn(want_.presence_penalty, times));
@@ -172,7 +177,21 @@ class RowSampler {
 
     __device__ int draw_by_token() {
         Weight const weight(top_, want_.temperature, shared_.powers);
-        return nth(weight, [&](uint64_t total) { return target(total); });
+        auto const kept = [&weight, least = least_mass()](float logit) { return at_least(least, weight(logit)); };
+        return nth(kept, [&](uint64_t total) { return target(total); });
+    }
+
+    // Of a token that min_p leaves.
+    __device__ uint64_t least_mass() const { return uint64_t(ceil(ldexp(want_.min_p, Config::kMassBits))); }
+
+    __device__ static uint64_t at_least(uint64_t least, uint64_t mass) { return mass < least ? 0 : mass; }
+
+    // Of all tokens that min_p leaves; of equals it leaves all or none.
+    __device__ uint64_t mass_at_least(Weight const& weight, uint64_t least) {
+        uint64_t sum = 0, none = 0;
+        run_.each([&](float logit, int) { sum += at_least(least, weight(logit)); });
+        over_row(sum, none, Plus{});
+        return sum;
     }
 
     __device__ int draw_by_likelihood() {
@@ -183,6 +202,7 @@ class RowSampler {
         Bins const bins = histogram(weight, AllBins{}, total);
         if (want_.top_k > 0 && want_.top_k < params_.vocab_size)
             total = find(weight, bins, By::kCount, uint64_t(want_.top_k)).mass;
+        if (want_.min_p > 0) total = min(total, mass_at_least(weight, least_mass()));
         if (want_.top_p < 1) {
             double const share = ceil(want_.top_p * double(total));
             total = find(weight, bins, By::kMass, min(max(uint64_t(share), uint64_t(1)), total)).mass;
@@ -408,7 +428,7 @@ class RowSampler {
     SampleShared& shared_;
     SampleCluster const cluster_{};
     float* const logits_;
-    SampleRun<Vector> const run_;
+    SampleRun<Vector> run_;
     float top_, least_, bin_scale_;
     int top_token_;
     int turn_ = 0;

@@ -11,10 +11,12 @@ namespace saw {
 // A token whose logit changes before the choice. Each token at most once in a sequence's list.
 struct ListedToken {
     int32_t token;
-    int32_t count;  // in the text so far; kBanned: the token may not come
+    int32_t count;  // in the text so far; or one of those below
+    float bias;     // added to the logit, before penalties
     float logit;    // scratch: what the kernel puts back
 };
-constexpr int kBanned = -1;
+constexpr int kBanned = -1;  // may not come
+constexpr int kUnseen = -2;  // neither in the prompt nor in the text: biased alone
 
 enum class Draw : int32_t {
     kNothing = 0,       // token -1
@@ -29,10 +31,13 @@ struct SampleRow {
     uint64_t index;  // number of the draw
     double temperature;
     double top_p;  // below 1: keep the likeliest tokens that hold this share
+    double min_p;  // keep the tokens that are at least so likely, times the likeliest; 0: all
     double repetition_penalty;
     double presence_penalty;
     double frequency_penalty;
-    ListedToken* listed;  // [num_listed]: the banned tokens, and where there are penalties those of prompt and text
+    // [num_listed]: the banned and the biased tokens, and where there are penalties those of prompt and text
+    ListedToken* listed;
+    uint32_t const* mask;  // [ceil(vocab_size / 32)]: bit i % 32 of word i / 32: whether token i may come; or null
     int32_t num_listed;
     int32_t top_k;  // 0: all
     Draw draw;

@@ -107,7 +107,8 @@ class SampleCluster {
 template <bool Vector>
 class SampleRun {
   public:
-    __device__ SampleRun(float const* logits, int vocab_size, int warp, int warps) : logits_(logits) {
+    __device__ SampleRun(float const* logits, uint32_t const* mask, int vocab_size, int warp, int warps)
+        : logits_(logits), mask_(mask) {
         constexpr int kStride = SampleConfig::kStride;
         int const length = ((vocab_size + warps - 1) / warps + kStride - 1) / kStride * kStride;
         begin_ = min(warp * length, vocab_size);
@@ -141,9 +142,16 @@ class SampleRun {
         float logits[kLoads][4];
 #pragma unroll
         for (int u = 0; u < kLoads; ++u) load(first + u * kStride, logits[u]);
+        if (mask_ != nullptr) {
+#pragma unroll
+            for (int u = 0; u < kLoads; ++u) apply_mask(first + u * kStride, logits[u]);
+        }
 #pragma unroll
         for (int u = 0; u < kLoads; ++u) f(logits[u], first + u * kStride);
     }
+
+    // From now on all tokens are there.
+    __device__ void unmask() { mask_ = nullptr; }
 
     __device__ int begin() const { return begin_; }
     __device__ int end() const { return end_; }
@@ -168,7 +176,18 @@ class SampleRun {
         }
     }
 
+    // Of four tokens that lie in one word, since a run and all its loads begin at multiples of four.
+    __device__ void apply_mask(int token, float (&logits)[4]) const {
+        if (token >= end_) return;
+        uint32_t const bits = mask_[token / 32] >> (token % 32);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (!(bits >> i & 1) && logits[i] == logits[i]) logits[i] = -INFINITY;
+        }
+    }
+
     float const* logits_;
+    uint32_t const* mask_;
     int begin_, end_;
 };
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from saw_trtllm.backends.tensorrt.sample_rows import StagedRows, TokenLists
-from saw_trtllm.ops.sample import BANNED, BY_LIKELIHOOD, BY_TOKEN, GREEDY, LISTED, NOTHING, ROW
+from saw_trtllm.ops.sample import BANNED, BY_LIKELIHOOD, BY_TOKEN, GREEDY, LISTED, NOTHING, ROW, UNSEEN
 from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
@@ -30,6 +30,7 @@ def as_dict(listed):
         ({"top_k": 1}, GREEDY),
         ({"temperature": 0.7}, BY_TOKEN),
         ({"top_k": 0}, BY_TOKEN),
+        ({"min_p": 0.1}, BY_TOKEN),
         ({"top_k": 2}, BY_LIKELIHOOD),
         ({"top_p": 1.0}, BY_LIKELIHOOD),
     ],
@@ -45,6 +46,7 @@ def test_every_field_of_a_row():
     params = {
         "temperature": 0.5,
         "top_p": 0.25,
+        "min_p": 0.125,
         "top_k": 10**12,
         "seed": 2**64 - 1,
         "repetition_penalty": 1.5,
@@ -54,9 +56,9 @@ def test_every_field_of_a_row():
     }
     rows.fill([None, state([5, 6, 7], **params), state([5, 6, 7], index=4, temperature=2.0), state(top_k=7)])
     assert rows.rows[0]["draw"] == NOTHING
-    assert rows.rows[1].tolist() == (2**64 - 1, 3, 0.5, 0.25, 1.5, -1.0, 2.0, 0, 0, VOCAB, BY_LIKELIHOOD, 1)
-    assert rows.rows[2].tolist() == (0, 4, 2.0, 1.0, 1.0, 0.0, 0.0, 0, 0, 0, BY_TOKEN, 0)
-    assert rows.rows[3].tolist() == (0, 0, 1.0, 1.0, 1.0, 0.0, 0.0, 0, 0, 7, BY_LIKELIHOOD, 0)
+    assert rows.rows[1].tolist() == (2**64 - 1, 3, 0.5, 0.25, 0.125, 1.5, -1.0, 2.0, 0, 0, 0, VOCAB, BY_LIKELIHOOD, 1)
+    assert rows.rows[2].tolist() == (0, 4, 2.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, 0, 0, 0, BY_TOKEN, 0)
+    assert rows.rows[3].tolist() == (0, 0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, 0, 0, 7, BY_LIKELIHOOD, 0)
 
 
 def test_rows_follow_the_sequences_that_come_and_go():
@@ -97,6 +99,22 @@ def test_lists_count_the_text_and_name_the_prompt():
             assert as_dict(given[place]) == expected if expected else place not in given
         for i in used:
             texts[i] += rng.integers(0, 300, rng.integers(0, 4)).tolist()
+
+
+def test_biases_stand_beside_the_counts():
+    """A token that neither prompt nor text holds has a bias and no penalty, until it comes."""
+    lists, text, bias = TokenLists(), [], {7: 2.0, 8: -1.0, 9: 0.5}
+    for params, prompt in ((SamplingParams(logit_bias=bias, repetition_penalty=1.5), {9: 0, 3: 0}),) * 2:
+        states = [SamplingState(params, [9, 3], text, (8,) if text else ())]
+        [listed] = lists.of(states).values()
+        seen = {7: text.count(7) or UNSEEN, 8: BANNED if text else UNSEEN, **prompt}
+        assert as_dict(listed) == seen
+        assert {t: b for t, b in zip(listed["token"].tolist(), listed["bias"].tolist(), strict=True) if b} == {
+            token: value for token, value in bias.items() if seen[token] != BANNED
+        }
+        text += [7, 7]
+    [listed] = TokenLists().of([SamplingState(SamplingParams(logit_bias=bias), [9], [7], ())]).values()
+    assert as_dict(listed) == dict.fromkeys(bias, UNSEEN)
 
 
 def test_a_list_is_not_taken_for_that_of_a_sequence_that_is_gone():
