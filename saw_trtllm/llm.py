@@ -322,6 +322,10 @@ class LLM:
         """
         return self._submit(self._requests(inputs, sampling_params, streaming))
 
+    def check(self, inputs: Prompt, sampling_params: SamplingParams | None = None) -> None:
+        """Raise what :meth:`generate_async` would raise, and begin nothing."""
+        self._requests(inputs, sampling_params, streaming=False)
+
     @property
     def alive(self) -> bool:
         """Whether it takes requests: not once it has been shut down, or has failed."""

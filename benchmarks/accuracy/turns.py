@@ -1,11 +1,12 @@
-"""What reuse costs the last turn of a conversation: next-token distributions over a 4-bit cache beside an fp16 one.
+"""What reuse costs the last answer of a conversation: next-token distributions over 4-bit caches beside an fp16 one.
 
-Conversations are held with the 4-bit engine. Then its executor is given the same tokens in the steps that the runtime
-makes of them: with reuse each turn is a prefill of what is new, after rows that earlier turns' prefills and decodes
-wrote; without it the last turn's prompt is prefilled whole, in chunks of 512. The last answer is decoded either way.
-With ``deterministic`` the runtime reuses only rows that a prefill of the whole prompt would write: it is as without.
+Conversations of ten turns are held with an engine that has an fp16 cache. Then the model is run over their tokens with
+each cache's rows as the runtime's steps write and read them (``steps_of``): with reuse a turn is a prefill of what is
+new, after rows that earlier turns' prefills and decodes wrote; without it, and with ``deterministic``, the last turn's
+prompt is prefilled whole, in chunks of 512. The last answer is decoded either way.
 
-    python -m benchmarks.accuracy.turns --exact engine_fp16 --engine_dir engine_saw_int4 --output turns.json
+    saw-build --model_dir SmolLM2-135M-Instruct --kv fp16 --output_dir engine
+    python -m benchmarks.accuracy.turns --model_dir SmolLM2-135M-Instruct --engine_dir engine --output turns.json
 """
 
 from __future__ import annotations
@@ -13,41 +14,28 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
-from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
+from saw_trtllm.backends.reference.quantizers import KVQuantizer
+from saw_trtllm.backends.reference.window import WindowModel
+from saw_trtllm.checkpoint import Checkpoint
+from saw_trtllm.checkpoint.calibration import Calibration
+from saw_trtllm.eval.session import open_model
+from saw_trtllm.eval.variants import grid
 from saw_trtllm.llm import PREFILL_CHUNK
-from saw_trtllm.runtime.sampling import SamplingState
 
 _TOPICS = (
-    "how bread rises",
-    "rivers and their deltas",
-    "the invention of printing",
-    "bees",
-    "glass",
-    "tides",
-    "the violin",
-    "copper",
-    "maps",
-    "vaccines",
-    "bridges",
-    "coffee",
-    "steam engines",
-    "coral reefs",
-    "chess",
-    "paper",
-    "earthquakes",
-    "silk",
-    "lighthouses",
-    "mushrooms",
-    "the calendar",
-    "salt",
-    "sailing ships",
-    "clocks",
+    *("how bread rises", "rivers and their deltas", "the invention of printing", "bees", "glass", "tides"),
+    *("the violin", "copper", "maps", "vaccines", "bridges", "coffee", "steam engines", "coral reefs", "chess"),
+    *("paper", "earthquakes", "silk", "lighthouses", "mushrooms", "the calendar", "salt", "sailing ships", "clocks"),
+    *("volcanoes", "honey", "the telescope", "windmills", "penguins", "rainbows", "rice", "the compass", "castles"),
+    *("olive oil", "glaciers", "trains", "the moon", "tea", "wool", "concrete"),
 )
 _QUESTIONS = (
     "Tell me about {}.",
@@ -61,6 +49,8 @@ _QUESTIONS = (
     "Which questions are still open?",
     "Sum up what you have said about {}.",
 )
+#: Conversations that are held at a time.
+_GROUP = 20
 
 
 class Turn(NamedTuple):
@@ -70,98 +60,140 @@ class Turn(NamedTuple):
     answer: list[int]
 
 
-def hold(llm: LLM, topic: str, answer_len: int) -> list[Turn]:
-    """A conversation of ten turns."""
-    messages: list[dict[str, str]] = []
-    turns: list[Turn] = []
+def hold(llm: LLM, topics: Sequence[str], answer_len: int) -> list[list[Turn]]:
+    """Conversations of ten turns, a turn of all of them at a time."""
+    messages: list[list[dict[str, str]]] = [[] for _ in topics]
+    turns: list[list[Turn]] = [[] for _ in topics]
     for question in _QUESTIONS:
-        new = [*messages, {"role": "user", "content": question.format(topic)}]
-        # What was said stays as its tokens are: a text may have other tokens than those that made it.
-        said = {"add_generation_prompt": False, "continue_final_message": True}
-        known = len(llm.chat_prompt(messages, **said)["prompt_token_ids"]) if messages else 0
-        rest = llm.chat_prompt(new)["prompt_token_ids"][known:]
-        prompt = [*turns[-1].prompt, *turns[-1].answer, *rest] if turns else rest
-        output = llm.generate(prompt, SamplingParams(max_tokens=answer_len, ignore_eos=True)).outputs[0]
-        turns.append(Turn(prompt, output.token_ids))
-        messages = [*new, {"role": "assistant", "content": output.text}]
+        prompts = []
+        for topic, said, before in zip(topics, messages, turns, strict=True):
+            # What was said stays as its tokens are: a text may have other tokens than those that made it.
+            as_is = {"add_generation_prompt": False, "continue_final_message": True}
+            known = len(llm.chat_prompt(said, **as_is)["prompt_token_ids"]) if said else 0
+            said.append({"role": "user", "content": question.format(topic)})
+            rest = llm.chat_prompt(said)["prompt_token_ids"][known:]
+            prompts.append([*before[-1].prompt, *before[-1].answer, *rest] if before else rest)
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=answer_len, ignore_eos=True))
+        for said, before, prompt, output in zip(messages, turns, prompts, outputs, strict=True):
+            before.append(Turn(prompt, output.outputs[0].token_ids))
+            said.append({"role": "assistant", "content": output.outputs[0].text})
     return turns
 
 
-def replay(llm: LLM, conversations: list[list[Turn]], reuse: bool) -> np.ndarray:
-    """Log-probabilities of the last answers' tokens, fp32 ``[conversations, tokens, vocab]``."""
-    size = llm.config.build_config.tokens_per_block
-    longest = max(len(turns[-1].prompt) + len(turns[-1].answer) for turns in conversations)
-    blocks = -(-longest // size)
-    tables = [list(range(i * blocks, (i + 1) * blocks)) for i in range(len(conversations))]
-    done = [0] * len(conversations)
-    found: list[np.ndarray] = []
-    for number in range(len(_QUESTIONS)) if reuse else [len(_QUESTIONS) - 1]:
-        turns = [conversation[number] for conversation in conversations]
-        first = []
-        for i, (prompt, answer) in enumerate(turns):
-            for start in [done[i], *range((done[i] // PREFILL_CHUNK + 1) * PREFILL_CHUNK, len(prompt), PREFILL_CHUNK)]:
-                end = min(len(prompt), (start // PREFILL_CHUNK + 1) * PREFILL_CHUNK)
-                logits = _run(llm, [StepSequence(prompt[start:end], start, len(prompt), PREFILL, tables[i])])
-            first.append(logits[0])
-            done[i] = len(prompt) + len(answer) - 1
-        found = [np.stack(first)]
-        for k in range(len(turns[0].answer) - 1):
-            found.append(
-                _run(
-                    llm,
-                    [
-                        StepSequence([answer[k]], len(prompt) + k, len(prompt), DECODE, table)
-                        for (prompt, answer), table in zip(turns, tables, strict=True)
-                    ],
-                )
-            )
-    logits = np.stack(found, axis=1)
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+def steps_of(turns: Sequence[Turn], history: str, chunk: int = PREFILL_CHUNK) -> np.ndarray:
+    """For each token, the first one that its step does not read from the cache: int64 ``[num_tokens]``.
+
+    A prefill sees its own chunk as it is; a decode reads its own token too.
+
+    Parameters
+    ----------
+    turns : sequence of Turn
+    history : str
+        "reuse": each turn prefills what is new. "prompts": and the answer before it, as where only prompts are found
+        again. "none": the last turn prefills everything. "decoded": every token is decoded.
+    chunk : int
+        A prefill's chunks end at its multiples.
+    """
+    last = turns[-1]
+    first = np.arange(len(last.prompt) + len(last.answer)) + 1
+    done = 0
+    for prompt, answer in {"none": [last], "decoded": []}.get(history, turns):
+        places = np.arange(done, len(prompt))
+        first[places] = np.maximum(done, places // chunk * chunk)
+        # A text's last token is drawn and never computed.
+        done = len(prompt) + (len(answer) - 1 if history == "reuse" else 0)
+    return first
 
 
-def _run(llm: LLM, parts: list[StepSequence]) -> np.ndarray:
-    """Compute a step; logits of each sequence's last token."""
-    params = SamplingParams(max_tokens=1, return_generation_logits=True)
-    states = [SamplingState(params, [], [], (), 0) for _ in parts]
-    step = StepInputs.pack(parts, *(len(pool.layers) for pool in llm.config.pools))
-    output = llm.executor.launch(step, states, [False] * len(parts)).result()
-    return np.stack([logits[-1] for logits in output.logits if logits is not None])
+class _Stepwise:
+    """A cache as queries of steps of both kinds see it: from ``first`` of each on they see what their step computed."""
+
+    tokenwise = False  # what a step computed is kept beside its rows
+
+    def __init__(self, rows: KVQuantizer, first: np.ndarray) -> None:
+        self.quantize, self.layer_bytes = rows.quantize, rows.layer_bytes
+        self._first = torch.from_numpy(first)
+
+    def first_exact(self, lengths: torch.Tensor) -> torch.Tensor:
+        return self._first[lengths.cpu() - 1].to(lengths.device)
 
 
-def compare(exact: np.ndarray, other: np.ndarray) -> dict[str, list[float]]:
-    """KL(exact | other) and the share of equal first choices: the mean over conversations, and its standard error."""
-    kl = (np.exp(exact) * (exact - other)).sum(-1).mean(-1)
-    top = (exact.argmax(-1) == other.argmax(-1)).mean(-1)
-    return {"kl": _mean(kl), "top1": _mean(top)}
+def answer_logprobs(model: WindowModel, turn: Turn, rows: KVQuantizer, first: np.ndarray) -> torch.Tensor:
+    """Log-probabilities where the answer's tokens are drawn, fp32 ``[tokens, vocab]``."""
+    prompt, answer = turn
+    # The last token is drawn, and nothing follows it.
+    hidden = model.hidden(torch.tensor([[*prompt, *answer[:-1]]]), _Stepwise(rows, first))
+    return model.logits(hidden[0, len(prompt) - 1 :]).log_softmax(-1)
+
+
+def compare(exact: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """KL(exact | other), and the share of equal first choices: means over an answer."""
+    kl = (exact.exp() * (exact - other)).sum(-1).mean()
+    return float(kl), float((exact.argmax(-1) == other.argmax(-1)).float().mean())
+
+
+def table(found: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    """Means over conversations with their standard errors; of each cache also what other histories differ by."""
+    rows: dict[str, Any] = {}
+    for name, values in found.items():
+        kl, top = np.array(values).T
+        rows[name] = {"kl": _mean(kl), "top1": _mean(top)}
+        base = found[f"{name.rsplit(', ', 1)[0]}, none"]
+        if base is not values:
+            difference = np.array(values) - np.array(base)
+            rows[name] |= {"kl_more": _mean(difference[:, 0]), "top1_more": _mean(difference[:, 1])}
+    return rows
 
 
 def _mean(values: np.ndarray) -> list[float]:
     return [float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))]
 
 
+def measure(
+    model: WindowModel,
+    conversations: Iterable[Sequence[Turn]],
+    caches: dict[str, KVQuantizer],
+    histories: Sequence[str],
+) -> dict[str, list[tuple[float, float]]]:
+    """What :func:`compare` gives for each cache and history, conversation by conversation."""
+    found: dict[str, list[tuple[float, float]]] = {f"{c}, {h}": [] for c in caches for h in histories}
+    for turns in conversations:
+        exact = answer_logprobs(model, turns[-1], model.exact, steps_of(turns, "none"))
+        for name, rows in caches.items():
+            for history in histories:
+                other = answer_logprobs(model, turns[-1], rows, steps_of(turns, history))
+                found[f"{name}, {history}"].append(compare(exact, other))
+    return found
+
+
 def main() -> int:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--exact", type=Path, required=True, metavar="DIR", help="engine with an fp16 cache")
-    parser.add_argument("--engine_dir", type=Path, required=True, metavar="DIR", help="engine with a 4-bit cache")
+    parser.add_argument("--model_dir", type=Path, required=True, metavar="DIR", help="Hugging Face folder")
+    parser.add_argument("--engine_dir", type=Path, required=True, metavar="DIR", help="its engine with an fp16 cache")
+    parser.add_argument("--kv", default="fp16,saw_int4,int4", metavar="NAMES", help="caches (default: %(default)s)")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="of another saw_int4 cache")
+    parser.add_argument("--history", default="reuse,prompts,none,decoded", metavar="NAMES", help="default: %(default)s")
     parser.add_argument("--conversations", type=int, default=len(_TOPICS), metavar="N")
-    parser.add_argument("--answer_len", type=int, default=40, metavar="N")
-    parser.add_argument("--max_tokens", type=int, default=1 << 16, metavar="N", help="of the KV cache")
+    parser.add_argument("--answer_len", type=int, default=48, metavar="N")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
 
-    cache = KvCacheConfig(args.max_tokens)
-    with LLM(args.engine_dir, kv_cache_config=cache) as llm:
-        conversations = [hold(llm, topic, args.answer_len) for topic in _TOPICS[: args.conversations]]
-        found = {"reuse": replay(llm, conversations, True), "without": replay(llm, conversations, False)}
-    with LLM(args.exact, kv_cache_config=cache) as llm:
-        exact = replay(llm, conversations, False)
-    table: dict[str, Any] = {name: compare(exact, rows) for name, rows in found.items()}
-    table["difference"] = {"kl": _mean((np.exp(exact) * (found["without"] - found["reuse"])).sum(-1).mean(-1))}
-    table["prompt_tokens"] = float(np.mean([len(turns[-1].prompt) for turns in conversations]))
-    args.output.write_text(json.dumps(table, indent=2) + "\n")
-    print(json.dumps(table))
+    topics = _TOPICS[: args.conversations]
+    with LLM(args.engine_dir, kv_cache_config=KvCacheConfig(_GROUP << 11)) as llm:
+        groups = [topics[i : i + _GROUP] for i in range(0, len(topics), _GROUP)]
+        conversations = [turns for group in groups for turns in hold(llm, group, args.answer_len)]
+    longest = max(len(turns[-1].prompt) + len(turns[-1].answer) for turns in conversations)
+    model = open_model(Checkpoint.open(args.model_dir), longest)
+    caches = {v.k_format.kv: v.quantizer(model.exact) for v in grid(model.config, args.kv.split(","))}
+    if args.calibration is not None:
+        [calibrated] = grid(model.config, ["saw_int4"], calibrations=[args.calibration])
+        caches["calibrated"] = calibrated.quantizer(model.exact, Calibration.load(args.calibration))
+    rows = table(measure(model, conversations, caches, args.history.split(",")))
+    prompt_tokens = float(np.mean([len(turns[-1].prompt) for turns in conversations]))
+    result = {"conversations": len(conversations), "prompt_tokens": prompt_tokens, "rows": rows}
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
     return 0
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from saw_trtllm.bench.workload import Conversation, Turn
+from saw_trtllm.errors import ConfigError, RequestError
 from saw_trtllm.llm import LLM
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
@@ -48,6 +49,12 @@ class Report(BaseModel):
         Of all requests.
     reused_tokens : int
         Of the input tokens those that were found in the cache.
+    hit_rates : dict of str to float
+        The share of the input tokens that was found in the "pool", came back from the "host" and from "disk".
+    moved_bytes : dict of str to int
+        Bytes of blocks "stored" to the host and "loaded" from it, "disk_written" and "disk_read".
+    evicted_blocks : int
+        Blocks that the pool gave up for others.
     duration_s : float
         From the first request's start to the last one's end.
     output_tokens_per_s, total_tokens_per_s, requests_per_s : float
@@ -66,6 +73,9 @@ class Report(BaseModel):
     input_tokens: int
     output_tokens: int
     reused_tokens: int
+    hit_rates: dict[str, float]
+    moved_bytes: dict[str, int]
+    evicted_blocks: int
     duration_s: float
     output_tokens_per_s: float
     total_tokens_per_s: float
@@ -99,6 +109,25 @@ class _Timing:
         return self.first * 1e3 <= limits.first_token_ms and between * 1e3 <= limits.between_tokens_ms
 
 
+def check_load(llm: LLM, conversations: Sequence[Conversation]) -> None:
+    """Look at all conversations before any is held.
+
+    Raises
+    ------
+    ConfigError
+        If the engine, or its KV cache, cannot hold one.
+    """
+    for number, conversation in enumerate(conversations, 1):
+        *before, last = conversation
+        params = SamplingParams(max_tokens=last.output_len, ignore_eos=True)
+        said = sum(len(_ids(llm, turn)) + turn.output_len for turn in before)
+        try:
+            llm.check([0] * said + _ids(llm, last) if before else last.prompt, params)
+        except RequestError as e:
+            turn = f" cannot come to its turn {len(conversation)}" if before else " cannot be held"
+            raise ConfigError(f"conversation {number}{turn}: {e}") from e
+
+
 def run_load(
     llm: LLM,
     conversations: Sequence[Conversation],
@@ -125,17 +154,25 @@ def run_load(
     RequestError
         If a request does not fit the engine.
     """
+    before = llm.stats()
     start = time.perf_counter()
     timings = asyncio.run(_hold(llm, conversations, concurrency, progress or (lambda: None)))
     duration = time.perf_counter() - start
     output_tokens = sum(t.output_tokens for t in timings)
     input_tokens = sum(t.input_tokens for t in timings)
+    stats = llm.stats().since(before)
     return Report(
         num_requests=len(timings),
         concurrency=concurrency,
         input_tokens=input_tokens,
         output_tokens=output_tokens,
         reused_tokens=sum(t.reused_tokens for t in timings),
+        hit_rates=stats.hit_rates,
+        moved_bytes={
+            name: getattr(stats, f"{name}_blocks_total") * stats.block_bytes
+            for name in ("stored", "loaded", "disk_written", "disk_read")
+        },
+        evicted_blocks=stats.evicted_blocks_total,
         duration_s=duration,
         output_tokens_per_s=output_tokens / duration,
         total_tokens_per_s=(input_tokens + output_tokens) / duration,
@@ -151,9 +188,12 @@ async def _hold(
     llm: LLM, conversations: Sequence[Conversation], concurrency: int, progress: Callable[[], None]
 ) -> list[_Timing]:
     free, start = asyncio.Semaphore(concurrency), time.perf_counter()
+    # Where a trace says when its requests came, they wait from then on, for a place among those in flight too.
+    timed = any(conversation[0].delay for conversation in conversations)
 
     async def one(conversation: Conversation) -> list[_Timing]:
-        await asyncio.sleep(start + conversation[0].delay - time.perf_counter())
+        due = start + conversation[0].delay
+        await asyncio.sleep(due - time.perf_counter())
         timings: list[_Timing] = []
         said: list[int] = []
         async with free:
@@ -162,7 +202,8 @@ async def _hold(
                     await asyncio.sleep(turn.delay)
                 # A text that stands for itself is tokenized as a user's would be, special tokens and all.
                 prompt = turn.prompt if len(conversation) == 1 else said + _ids(llm, turn)
-                timing, said = await _request(llm, prompt, turn.output_len)
+                sent = due if timed and i == 0 else time.perf_counter()
+                timing, said = await _request(llm, prompt, turn.output_len, sent)
                 timings.append(timing)
                 progress()
         return timings
@@ -177,10 +218,10 @@ def _ids(llm: LLM, turn: Turn) -> list[int]:
     return llm.tokenizer.encode(turn.prompt)
 
 
-async def _request(llm: LLM, prompt: str | list[int], output_len: int) -> tuple[_Timing, list[int]]:
-    """A request's times, and all that has been said by its end."""
+async def _request(llm: LLM, prompt: str | list[int], output_len: int, start: float) -> tuple[_Timing, list[int]]:
+    """A request's times since ``start``, and all that has been said by its end."""
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)
-    start = last = time.perf_counter()
+    last = start
     first, num_reused = 0.0, 0
     prompt_ids: list[int] = []
     text: list[int] = []

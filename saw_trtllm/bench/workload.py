@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError, model_validator
 
 from saw_trtllm.errors import ConfigError, first_error
 
@@ -57,7 +57,7 @@ class _Request(BaseModel):
 class _Mooncake(BaseModel):
     """A line of a trace in Mooncake's form: equal ids at the beginning are equal blocks of 512 tokens."""
 
-    timestamp: NonNegativeFloat
+    timestamp: FiniteFloat = Field(ge=0)
     input_length: PositiveInt
     output_length: PositiveInt
     hash_ids: list[int]
@@ -105,8 +105,9 @@ def read_dataset(
     """The first ``num_requests`` conversations of a file, or all of them.
 
     A line of JSONL is ``{"prompt": TEXT, "output_tokens": N}``, ``{"input_ids": [...], "output_tokens": N}``, or
-    Mooncake's ``{"timestamp": MS, "input_length": N, "output_length": N, "hash_ids": [...]}``. A JSON file is a list in
-    ShareGPT's form, of ``{"conversations": [{"from": "human", "value": TEXT}, {"from": "gpt", "value": TEXT}, ...]}``.
+    Mooncake's ``{"timestamp": MS, "input_length": N, "output_length": N, "hash_ids": [...]}``, or one of ShareGPT's
+    ``{"conversations": [{"from": "human", "value": TEXT}, {"from": "gpt", "value": TEXT}, ...]}``, of which a JSON file
+    is a list.
 
     Parameters
     ----------
@@ -142,8 +143,12 @@ def _parse(path: Path, text: str) -> Iterator[Any]:
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             entry = _loads(path, f", line {number}", line)
-            kind = _Mooncake if isinstance(entry, dict) and "hash_ids" in entry else _Request
-            yield _validate(path, f"line {number}", kind, entry)
+            yield _validate(path, f"line {number}", _kind(entry), entry)
+
+
+def _kind(entry: object) -> type[BaseModel]:
+    keys = entry if isinstance(entry, dict) else {}
+    return _Mooncake if "hash_ids" in keys else _ShareGPT if "conversations" in keys else _Request
 
 
 def _loads(path: Path, place: str, text: str) -> Any:

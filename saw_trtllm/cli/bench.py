@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from saw_trtllm.bench.load import Limits, Percentiles, Report, run_load
+from saw_trtllm.bench.load import Limits, Percentiles, Report, check_load, run_load
 from saw_trtllm.bench.workload import Conversation, Turn, random_conversations, read_dataset
 from saw_trtllm.cli.common import (
     TierOptions,
@@ -57,7 +57,10 @@ class LoadOptions(TierOptions):
         None, ge=1, description="requests, or conversations, in all; by default the dataset's, or 64"
     )
     concurrency: int | None = Field(
-        None, ge=1, description="requests in flight at a time; by default the engine's max_batch_size, for latency 1"
+        None,
+        ge=1,
+        description="requests in flight at a time; by default all of a trace with timestamps, of others the engine's "
+        "max_batch_size, and for latency 1",
     )
     kv_cache_max_tokens: int | None = Field(None, description="tokens of the KV cache; by default what fits")
     kv_cache_bytes: int | None = Field(None, ge=1, description="the KV cache in bytes instead")
@@ -96,7 +99,10 @@ def _bench(options: LoadOptions, parallel: ParallelConfig, command: str, as_json
     with LLM(options.engine_dir, kv_cache_config=_kv_cache(options), parallel_config=parallel) as llm:
         batch = llm.config.build_config.max_batch_size
         conversations = _conversations(options, llm)
-        concurrency = options.concurrency or (1 if command == "latency" else batch)
+        check_load(llm, conversations)
+        timed = any(conversation[0].delay for conversation in conversations)
+        most = 1 if command == "latency" else len(conversations) if timed else batch
+        concurrency = options.concurrency or most
         if options.warmup:
             turn = max((c[0] for c in conversations), key=lambda turn: turn.output_len)
             run_load(llm, [[Turn(turn.prompt, min(4, turn.output_len))]] * options.warmup, concurrency)
@@ -114,7 +120,11 @@ def _kv_cache(options: LoadOptions) -> KvCacheConfig:
     if options.kv_cache_bytes is not None:
         if tokens is not None:
             raise ConfigError("--kv_cache_bytes came with --kv_cache_max_tokens: give one of the two")
-        tokens = options.kv_cache_bytes // EngineConfig.load(options.engine_dir).bytes_per_token
+        config = EngineConfig.load(options.engine_dir)
+        tokens = options.kv_cache_bytes // config.bytes_per_token
+        if tokens < config.build_config.tokens_per_block:
+            block = config.build_config.tokens_per_block * config.bytes_per_token
+            raise ConfigError(f"--kv_cache_bytes {options.kv_cache_bytes} holds no block, of {block} bytes: give more")
     return KvCacheConfig(tokens, **options.model_dump(include=set(TierOptions.model_fields)))
 
 
@@ -122,9 +132,10 @@ def _conversations(options: LoadOptions, llm: LLM) -> list[Conversation]:
     input_len, output_len = options.input_len, options.output_len
     vocab_size = llm.config.pretrained_config.vocab_size
     if options.dataset is not None:
-        if input_len is not None or output_len is not None or options.turns > 1:
+        if input_len is not None or output_len is not None or options.turns > 1 or options.system_len:
             raise ConfigError(
-                "--dataset was given with --input_len, --output_len or --turns: give the one or the others"
+                "--dataset was given with --input_len, --output_len, --turns or --system_len: give the one or the "
+                "others"
             )
         return read_dataset(options.dataset, options.num_requests, vocab_size, lambda text: _encode(llm, text))
     if input_len is None or output_len is None:
@@ -148,12 +159,19 @@ def _encode(llm: LLM, text: str) -> list[int]:
     return llm.tokenizer.encode(text)
 
 
+_TIERS = {"pool": "the pool", "host": "host memory", "disk": "files"}
+
+
 def describe(report: Report) -> dict[str, str]:
     """A report, line by line."""
     return {
         "requests": f"{report.num_requests}, {report.concurrency} at a time, in {report.duration_s:.2f} s",
         "tokens": f"{report.input_tokens:,} in, {report.reused_tokens:,} of them from the cache, "
         f"{report.output_tokens:,} out",
+        "found": ", ".join(f"{100 * rate:.1f} % in {_TIERS[tier]}" for tier, rate in report.hit_rates.items()),
+        "moved": f"{report.moved_bytes['stored']:,} bytes to the host, {report.moved_bytes['loaded']:,} back, "
+        f"{report.moved_bytes['disk_written']:,} to files, {report.moved_bytes['disk_read']:,} back; "
+        f"{report.evicted_blocks:,} blocks of the pool given up",
         "throughput": f"{report.output_tokens_per_s:,.1f} tokens/s out, {report.total_tokens_per_s:,.1f} in all, "
         f"{report.requests_per_s:,.2f} requests/s",
         "goodput": f"{report.goodput_requests_per_s:,.2f} requests/s within the limits",

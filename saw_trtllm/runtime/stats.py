@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass
@@ -56,3 +56,20 @@ class Stats:
     generated_tokens_total: int = 0
     ttft_seconds_sum: float = 0.0
     ttft_count: int = 0
+
+    @property
+    def hit_rates(self) -> dict[str, float]:
+        """The share of all prompts' tokens that was found in each tier: "pool", "host" and "disk".
+
+        What came back from the host, and was read from the disk before, is counted by its blocks, once for all who find
+        them.
+        """
+        loaded = min(self.loaded_blocks_total * self.tokens_per_block, self.reused_tokens_total)
+        read = min(self.disk_read_blocks_total * self.tokens_per_block, loaded)
+        tokens = {"pool": self.reused_tokens_total - loaded, "host": loaded - read, "disk": read}
+        return {tier: count / max(self.prompt_tokens_total, 1) for tier, count in tokens.items()}
+
+    def since(self, before: Stats) -> Stats:
+        """The gauges as they are, and what the counters have counted since ``before``."""
+        counted = [f.name for f in fields(self) if f.name.endswith(("_total", "_sum", "_count"))]
+        return replace(self, **{name: getattr(self, name) - getattr(before, name) for name in counted})

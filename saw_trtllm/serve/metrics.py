@@ -14,6 +14,7 @@ GAUGE, COUNTER = "GAUGE", "COUNTER"
 
 REQUESTS = "nv_trt_llm_request_metrics"
 BLOCKS = "nv_trt_llm_kv_cache_block_metrics"
+HIT_RATE = "saw_hit_rate"
 
 
 class Metric(NamedTuple):
@@ -50,6 +51,10 @@ def _counter(name: str, value: Callable[[Stats], float], doc: str) -> Metric:
     return Metric(name, {}, COUNTER, value, doc)
 
 
+def _hit_rate(tier: str, doc: str) -> Metric:
+    return Metric(HIT_RATE, {"tier": tier}, GAUGE, lambda s: s.hit_rates[tier], doc)
+
+
 def _moved(name: str, blocks: Callable[[Stats], float], doc: str) -> tuple[Metric, Metric]:
     return (
         _counter(f"saw_{name}_blocks_total", blocks, f"blocks {doc}"),
@@ -76,6 +81,9 @@ METRICS = (
     _counter("saw_requests_total", lambda s: s.requests_total, "requests that were accepted"),
     _counter("saw_prompt_tokens_total", lambda s: s.prompt_tokens_total, "tokens of their prompts"),
     _counter("saw_reused_tokens_total", lambda s: s.reused_tokens_total, "those of them that were found in the cache"),
+    _hit_rate("pool", "share of the prompts' tokens that was found in the pool"),
+    _hit_rate("host", "and that came back from the host"),
+    _hit_rate("disk", "and that was read from files"),
     _counter("saw_generated_tokens_total", lambda s: s.generated_tokens_total, "tokens generated"),
     _counter("saw_preemptions_total", lambda s: s.preemptions_total, "requests put back for want of blocks"),
     _counter("saw_restarts_total", lambda s: s.restarts_total, "times that a rank, and all that had begun, was lost"),
@@ -85,7 +93,11 @@ METRICS = (
     _counter("saw_time_to_first_token_seconds_count", lambda s: s.ttft_count, "how many first tokens those are of"),
 )
 
-_FAMILY_DOCS = {REQUESTS: "Requests of the runtime", BLOCKS: "Blocks of the KV cache"}
+_FAMILY_DOCS = {
+    REQUESTS: "Requests of the runtime",
+    BLOCKS: "Blocks of the KV cache",
+    HIT_RATE: "Prompts' tokens found, by tier",
+}
 
 
 class MetricsReporter:

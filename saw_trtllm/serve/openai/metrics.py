@@ -12,18 +12,37 @@ from prometheus_client.registry import Collector
 from saw_trtllm.runtime.outputs import RequestOutput
 from saw_trtllm.runtime.stats import Stats
 
-_GAUGES: dict[str, tuple[str, Callable[[Stats], float]]] = {
+_Number = tuple[str, Callable[[Stats], float]]
+
+
+def _moved(name: str, doc: str, blocks: Callable[[Stats], float]) -> dict[str, _Number]:
+    """Blocks that were moved, and their bytes."""
+    return {
+        f"{name}_blocks": (f"Blocks {doc}", blocks),
+        f"{name}_bytes": (f"Bytes of the blocks {doc}", lambda s: blocks(s) * s.block_bytes),
+    }
+
+
+_GAUGES: dict[str, _Number] = {
     "saw_requests_running": ("Requests that run", lambda s: s.num_running),
     "saw_requests_waiting": ("Requests that wait for blocks or a place in the batch", lambda s: s.num_waiting),
     "saw_kv_blocks_used": ("Blocks of the KV cache that requests hold", lambda s: s.used_blocks),
     "saw_kv_blocks_max": ("Blocks of the KV cache", lambda s: s.max_blocks),
     "saw_kv_tokens_per_block": ("Tokens of a block", lambda s: s.tokens_per_block),
+    "saw_host_blocks": ("Blocks that the host holds", lambda s: s.host_blocks),
+    "saw_host_blocks_max": ("Blocks that it may hold", lambda s: s.max_host_blocks),
 }
-_COUNTERS: dict[str, tuple[str, Callable[[Stats], float]]] = {
+_COUNTERS: dict[str, _Number] = {
     "saw_requests": ("Requests that were accepted, one for each text", lambda s: s.requests_total),
     "saw_prompt_tokens": ("Tokens of their prompts", lambda s: s.prompt_tokens_total),
     "saw_reused_tokens": ("Those of them that were found in the cache", lambda s: s.reused_tokens_total),
     "saw_generation_tokens": ("Tokens generated", lambda s: s.generated_tokens_total),
+    **_moved("saw_stored", "copied to the host", lambda s: s.stored_blocks_total),
+    **_moved("saw_loaded", "that came back from it", lambda s: s.loaded_blocks_total),
+    **_moved("saw_disk_written", "written to files", lambda s: s.disk_written_blocks_total),
+    **_moved("saw_disk_read", "read from them", lambda s: s.disk_read_blocks_total),
+    "saw_evicted_blocks": ("Blocks of the pool given up for others", lambda s: s.evicted_blocks_total),
+    "saw_host_evicted_blocks": ("Blocks of the host given up", lambda s: s.host_evicted_blocks_total),
     "saw_preemptions": ("Requests put back for want of blocks", lambda s: s.preemptions_total),
     "saw_restarts": ("Times that a rank, and all that had begun, was lost", lambda s: s.restarts_total),
 }
@@ -60,6 +79,11 @@ class Metrics(Collector):
                 for model, numbers in stats.items():
                     metric.add_metric([model], value(numbers))
                 yield metric
+        hits = GaugeMetricFamily("saw_hit_rate", "Share of the prompts' tokens found in a tier", ["model", "tier"])
+        for model, numbers in stats.items():
+            for tier, rate in numbers.hit_rates.items():
+                hits.add_metric([model, tier], rate)
+        yield hits
 
     def _histogram(self, name: str, doc: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, doc, ["model"], buckets=buckets, registry=self.registry)

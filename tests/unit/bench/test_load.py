@@ -1,14 +1,19 @@
 """``saw-bench``: what it sends, and what it makes of the times."""
 
 import json
+from dataclasses import replace
+from itertools import cycle
+from types import SimpleNamespace
 
 import pytest
 
 from saw_trtllm import KvCacheConfig
+from saw_trtllm.bench import load
 from saw_trtllm.bench.load import Limits, Percentiles, run_load
 from saw_trtllm.bench.workload import Turn, random_conversations, read_dataset
 from saw_trtllm.cli.bench import main
 from saw_trtllm.errors import ConfigError
+from saw_trtllm.runtime.stats import Stats
 from tests.support.example import build_example
 
 
@@ -27,6 +32,9 @@ class Recorder:
 
     def generate_async(self, *args, **options):
         return self._count(self.llm.generate_async(*args, **options))
+
+    def stats(self):
+        return self.llm.stats()
 
 
 def test_a_load_keeps_to_its_concurrency_and_counts_all_tokens(open_llm):
@@ -102,6 +110,7 @@ def test_a_conversation_finds_what_it_has_said(open_llm):
     assert (report.num_requests, report.output_tokens) == (6, 36)
     assert report.input_tokens == 2 * (72 + 88 + 104)
     assert report.reused_tokens == 2 * (77 + 93) + 32
+    assert report.hit_rates == {"pool": report.reused_tokens / report.input_tokens, "host": 0, "disk": 0}
     assert report.goodput_requests_per_s == report.requests_per_s
     assert run_load(llm, conversations[:1], 1, limits=Limits(between_tokens_ms=1e-9)).goodput_requests_per_s == 0
 
@@ -118,6 +127,11 @@ def test_a_conversation_finds_what_it_has_said(open_llm):
         ("[" * 100_000, "requests.jsonl is not JSON"),
         ('[{"conversations": [{"from": "human"}]}]', "entry 1: conversations.0.value: Field required"),
         ('{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [1]}', "1 hash_ids of 512 tokens"),
+        ('{"timestamp": Infinity, "input_length": 6, "output_length": 1, "hash_ids": [1]}', "line 1: timestamp"),
+        ('{"timestamp": -1, "input_length": 6, "output_length": 1, "hash_ids": [1]}', "line 1: timestamp"),
+        ('{"timestamp": 0, "input_length": 0, "output_length": 1, "hash_ids": [1]}', "line 1: input_length"),
+        ('{"conversations": 5}', "line 1: conversations"),
+        ('[{"conversations": [{"from": "human", "value": "hi"}]}]', "holds 0 requests"),
     ],
 )
 def test_a_dataset_of_another_form(text, what, tmp_path):
@@ -136,6 +150,78 @@ def test_the_command_prints_a_report(command, engine, capsys):
     assert report["concurrency"] == (1 if command == "latency" else 64)
 
 
+def say(*texts):
+    return {"conversations": [{"from": who, "value": text} for who, text in zip(cycle(("human", "gpt")), texts)]}
+
+
+def arrive(timestamp, length, *ids):
+    return {"timestamp": timestamp, "input_length": length, "output_length": 4, "hash_ids": ids}
+
+
+#: Files as they are found, with what they come to on the example's engine: requests, tokens in and out.
+TRACES = {
+    "sharegpt.json": (json.dumps([say("def push(", "self):", "def pop(", "self):"), say("x = ", "1")]), 3),
+    "sharegpt.jsonl": ("\n".join(map(json.dumps, [say("def push(", "self):"), say("x = ", "1")])), 2),
+    "mooncake.jsonl": ("\n".join(map(json.dumps, [arrive(0, 600, 5, 6), arrive(20, 700, 5, 7)])), 2),
+    "requests.jsonl": ('{"prompt": "def push(", "output_tokens": 3}\n{"input_ids": [1, 2], "output_tokens": 3}\n', 2),
+}
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_a_trace_of_each_form_is_held(name, engine, tmp_path, capsys):
+    """From a file to goodput and hit rates, in a pool of so many bytes, which a block of the host's makes larger."""
+    text, count = TRACES[name]
+    (tmp_path / name).write_text(text)
+    flags = ["--dataset", str(tmp_path / name), "--kv_cache_bytes", str(1536 * 1088), "--concurrency", "1"]
+    flags += ["--host_cache_size", str(64 * 32 * 1088), "--max_ttft_ms", "1e9", "--warmup", "0", "--json"]
+    assert main(["throughput", "--engine_dir", str(engine("saw_int4")), *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["num_requests"] == count
+    assert report["goodput_requests_per_s"] == report["requests_per_s"] > 0
+    assert set(report["hit_rates"]) == {"pool", "host", "disk"}
+    if name == "mooncake.jsonl":
+        assert (report["input_tokens"], report["output_tokens"], report["reused_tokens"]) == (1300, 8, 512)
+        assert report["hit_rates"]["pool"] == 512 / 1300
+        assert report["moved_bytes"]["stored"] > 0
+
+
+class Slow:
+    """An LLM whose every text takes five seconds of a clock of its own."""
+
+    now = 0.0
+
+    def clock(self):
+        return self.now
+
+    def stats(self):
+        return Stats()
+
+    async def generate_async(self, prompt, params, streaming):
+        self.now += 5
+        text = SimpleNamespace(token_ids_diff=[1], token_ids=[1])
+        yield SimpleNamespace(outputs=[text], prompt_token_ids=prompt, num_reused_tokens=0)
+
+
+@pytest.mark.parametrize(("delay", "seconds"), [(0.0, [5, 5, 5]), (1e-9, [5, 10, 15])])
+def test_the_wait_for_a_place_counts_from_when_a_request_came(delay, seconds, monkeypatch):
+    """Three at once, one at a time: of a trace that says when they came the second and third have waited before."""
+    slow = Slow()
+    monkeypatch.setattr(load.time, "perf_counter", slow.clock)
+    conversations = [[Turn([1], 1, delay)] for _ in seconds]
+    report = run_load(slow, conversations, 1)
+    assert report.time_to_first_token_ms.mean == pytest.approx(1e3 * sum(seconds) / 3)
+
+
+def test_what_came_from_each_tier_is_a_share_of_the_prompts():
+    tokens = {"tokens_per_block": 10, "prompt_tokens_total": 200, "reused_tokens_total": 100}
+    before = Stats(**tokens, loaded_blocks_total=3)
+    after = Stats(10, prompt_tokens_total=600, reused_tokens_total=300, loaded_blocks_total=13, tokens_per_block=10)
+    counted = replace(after, disk_read_blocks_total=4).since(before)
+    assert (counted.num_running, counted.loaded_blocks_total) == (10, 10)
+    assert counted.hit_rates == {"pool": 0.25, "host": 60 / 400, "disk": 40 / 400}
+    assert Stats().hit_rates == {"pool": 0, "host": 0, "disk": 0}
+
+
 def test_an_engine_of_two_ranks_is_timed(tmp_path, capsys):
     folder = build_example(tmp_path, kv="fp16", tp_size=2)
     flags = ["--input_len", "8", "--output_len", "4", "--num_requests", "1", "--ranks", "processes", "--json"]
@@ -150,7 +236,12 @@ def test_an_engine_of_two_ranks_is_timed(tmp_path, capsys):
         (["--input_len", "8"], "neither --dataset nor both"),
         (["--dataset", "absent.jsonl"], "absent.jsonl cannot be read"),
         (["--dataset", "absent.jsonl", "--input_len", "3"], "give the one or the others"),
-        (["--input_len", "9000", "--output_len", "4"], "shorten it"),
+        (["--dataset", "absent.jsonl", "--system_len", "3"], "give the one or the others"),
+        (["--input_len", "9000", "--output_len", "4"], "conversation 1 cannot be held: "),
+        (["--input_len", "900", "--output_len", "4", "--turns", "3", "--turn_len", "900"], "cannot come to its turn 3"),
+        (["--input_len", "80", "--output_len", "4", "--kv_cache_max_tokens", "64"], "the KV cache has 2"),
+        (["--input_len", "8", "--output_len", "4", "--kv_cache_bytes", "9"], "9 holds no block, of 34816 bytes"),
+        (["--input_len", "8", "--output_len", "4", "--kv_cache_bytes", "9", "--kv_cache_max_tokens", "9"], "one of"),
     ],
 )
 def test_flags_that_do_not_fit_end_in_one_sentence(flags, what, engine, capsys):

@@ -777,6 +777,10 @@ def test_metrics_follow_the_stats():
         num_waiting=3,
         used_blocks=10,
         max_blocks=100,
+        tokens_per_block=10,
+        loaded_blocks_total=15,
+        disk_read_blocks_total=5,
+        reused_tokens_total=200,
         prompt_tokens_total=500,
         generated_tokens_total=60,
         ttft_seconds_sum=1.5,
@@ -786,7 +790,7 @@ def test_metrics_follow_the_stats():
     for s in (stats, stats, last):
         reporter.update(s)
         seen = {
-            (r.family.name, *[v for k, v in r.labels.items() if k.endswith("type")]): r.value
+            (r.family.name, *[v for k, v in r.labels.items() if k.endswith(("type", "tier"))]): r.value
             for r in SeriesRecorder.all
         }
         if s is stats:
@@ -796,6 +800,7 @@ def test_metrics_follow_the_stats():
             assert seen[metrics.BLOCKS, "used"] == 10
             assert seen[metrics.BLOCKS, "fraction"] == 0.1
             assert seen["saw_prompt_tokens_total",] == 500
+            assert [seen[metrics.HIT_RATE, tier] for tier in ("pool", "host", "disk")] == [0.1, 0.2, 0.1]
     assert seen[metrics.REQUESTS, "active"] == 0
     assert seen[metrics.BLOCKS, "max"] == 100
     assert seen["saw_generated_tokens_total",] == 90
