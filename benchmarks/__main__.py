@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: kernels beside their peers, whole engines, what 4-bit caches cost, and a loaded server."""
+"""``python -m benchmarks``: kernels beside their peers, whole engines, what 4-bit caches cost, loaded servers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from benchmarks.common import report
 from benchmarks.common.record import Record
 from benchmarks.engine import command as engine
 from benchmarks.engine.record import EngineResults
+from benchmarks.goodput import command as goodput
+from benchmarks.goodput.record import GoodputResults
 from benchmarks.kernels import command as kernels
 from benchmarks.kernels.record import Results
 from benchmarks.serving import command as serving
@@ -29,12 +31,14 @@ examples:
   python -m benchmarks engine --output benchmarks/results/engine_h200.json
   python -m benchmarks accuracy --output benchmarks/results/accuracy.json
   python -m benchmarks serving --engine_dir engine_fp16 engine_saw_int4 --output load.json
+  python -m benchmarks goodput --engine_dir engine_fp16 engine_saw_int4 --output goodput.json
   python -m benchmarks report benchmarks/results/*.json
 """
 
 #: The records that there are; each kind is named by its command, whose package has the report.
 RECORDS: dict[str, type[Record]] = {
-    record.model_fields["kind"].default: record for record in (Results, EngineResults, AccuracyResults, ServingResults)
+    record.model_fields["kind"].default: record
+    for record in (Results, EngineResults, AccuracyResults, ServingResults, GoodputResults)
 }
 
 
@@ -47,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (kernels, engine, accuracy, serving):
+    for command in (kernels, engine, accuracy, serving, goodput):
         command.add_parser(commands)
     reporting = commands.add_parser(
         "report",

@@ -135,6 +135,17 @@ def run_load(
     progress: Callable[[], None] | None = None,
     limits: Limits | None = None,
 ) -> Report:
+    """Do what :func:`hold_load` does, and wait for it."""
+    return asyncio.run(hold_load(llm, conversations, concurrency, progress, limits))
+
+
+async def hold_load(
+    llm: LLM,
+    conversations: Sequence[Conversation],
+    concurrency: int,
+    progress: Callable[[], None] | None = None,
+    limits: Limits | None = None,
+) -> Report:
     """Hold conversations, at most ``concurrency`` at a time, and time their requests.
 
     Every text has its full length: end tokens do not end it.
@@ -156,7 +167,7 @@ def run_load(
     """
     before = llm.stats()
     start = time.perf_counter()
-    timings = asyncio.run(_hold(llm, conversations, concurrency, progress or (lambda: None)))
+    timings = await _hold(llm, conversations, concurrency, progress or (lambda: None))
     duration = time.perf_counter() - start
     output_tokens = sum(t.output_tokens for t in timings)
     input_tokens = sum(t.input_tokens for t in timings)

@@ -79,7 +79,9 @@ class Metrics(Collector):
                 for model, numbers in stats.items():
                     metric.add_metric([model], value(numbers))
                 yield metric
-        hits = GaugeMetricFamily("saw_hit_rate", "Share of the prompts' tokens found in a tier", ["model", "tier"])
+        hits = GaugeMetricFamily(
+            "saw_hit_rate", "Share of the prompts' tokens found in a tier", labels=["model", "tier"]
+        )
         for model, numbers in stats.items():
             for tier, rate in numbers.hit_rates.items():
                 hits.add_metric([model, tier], rate)

@@ -1,0 +1,128 @@
+"""A load of conversations on servers with pools of several sizes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.record import Environment
+from benchmarks.goodput.record import GoodputResults, Load, Point
+from benchmarks.goodput.report import OURS
+from saw_trtllm import LLM, KvCacheConfig
+from saw_trtllm.bench.load import Limits, Report, check_load, hold_load
+from saw_trtllm.bench.workload import Conversation, random_conversations
+from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.errors import ConfigError
+
+#: Of a server before it is measured: its first steps compile, capture and touch memory.
+_WARMUP = (8, 64, 8)
+
+
+def conversations(load: Load, vocab_size: int) -> list[Conversation]:
+    """The load, the same for every server."""
+    lengths = (load.conversations, load.first_len, load.answer_len, vocab_size, 1)
+    return random_conversations(*lengths, load.turns, load.turn_len, load.system_len, load.think_time_s)
+
+
+async def measure(llm: Any, load: Load, vocab_size: int) -> Report:
+    """Hold the load once, all conversations at a time."""
+    count, prompt, answer = _WARMUP
+    await hold_load(llm, random_conversations(count, prompt, answer, vocab_size, 2), count)
+    limits = Limits(load.max_ttft_ms, load.max_tpot_ms)
+    return await hold_load(llm, conversations(load, vocab_size), load.conversations, limits=limits)
+
+
+def point(server: str, kv: str, pool_bytes: int, host_bytes: int, report: Report) -> Point:
+    """A report as it is kept."""
+    between = report.time_between_tokens_ms
+    assert between is not None  # an answer has several tokens
+    return Point(
+        server=server,
+        kv=kv,
+        pool_bytes=pool_bytes,
+        host_bytes=host_bytes,
+        duration_s=round(report.duration_s, 3),
+        goodput_requests_per_s=round(report.goodput_requests_per_s, 3),
+        requests_per_s=round(report.requests_per_s, 3),
+        output_tokens_per_s=round(report.output_tokens_per_s, 1),
+        input_tokens=report.input_tokens,
+        reused_tokens=report.reused_tokens,
+        host_tokens=round((report.hit_rates["host"] + report.hit_rates["disk"]) * report.input_tokens),
+        first_ms_p50=round(report.time_to_first_token_ms.p50, 2),
+        first_ms_p90=round(report.time_to_first_token_ms.p90, 2),
+        between_ms_p50=round(between.p50, 2),
+        between_ms_p90=round(between.p90, 2),
+    )
+
+
+def run_ours(engine: Path, pools: Sequence[int], host_bytes: int, load: Load) -> Iterator[Point]:
+    """An engine of ours with each pool in turn."""
+    config = EngineConfig.load(engine)
+    for pool_bytes in pools:
+        cache = KvCacheConfig(max(1, pool_bytes // config.bytes_per_token), host_cache_size=host_bytes)
+        with LLM(engine, kv_cache_config=cache) as llm:
+            vocab_size = config.pretrained_config.vocab_size
+            check_load(llm, conversations(load, vocab_size))
+            report = asyncio.run(measure(llm, load, vocab_size))
+        yield point(OURS, config.saw_int4.kv, pool_bytes, host_bytes, report)
+
+
+def run_goodput(
+    engines: Sequence[Path],
+    vllm: Sequence[str],
+    pools: Sequence[int],
+    host_bytes: int,
+    load: Load,
+    environment: Environment,
+    previous: GoodputResults | None,
+) -> Iterator[GoodputResults]:
+    """Measure servers one after the other.
+
+    Parameters
+    ----------
+    engines : sequence of Path
+        Of one shape.
+    vllm : sequence of str
+        Caches of vLLM's that are measured in place of the engines, of the first one's shape: "fp16", "fp8".
+    pools : sequence of int
+        Bytes.
+    host_bytes : int
+        Of the host's tier; vLLM has none here.
+    load : Load
+    environment : Environment
+    previous : GoodputResults, optional
+        Whose points stay.
+
+    Yields
+    ------
+    GoodputResults
+        What is known after each point.
+
+    Raises
+    ------
+    ConfigError
+        If ``previous`` is of another load or shape, or a conversation does not fit.
+    """
+    shape = EngineConfig.load(engines[0]).pretrained_config
+    model = f"{shape.architecture}, {shape.num_hidden_layers} layers of {shape.hidden_size}"
+    if previous is not None and (previous.model, previous.load) != (model, load):
+        raise ConfigError("--output holds another load, or another model: give another file")
+    points: list[Point] = []
+    if previous is not None:
+        points, environment = list(previous.points), previous.environment
+    if vllm:
+        from benchmarks.goodput.vllm import run_vllm
+
+        runs: list[Iterator[Point]] = [run_vllm(shape, kv, pools, load) for kv in vllm]
+    else:
+        runs = [run_ours(engine, pools, host_bytes, load) for engine in engines]
+    for run in runs:
+        for new in run:
+            points = [p for p in points if _place(p) != _place(new)] + [new]
+            yield GoodputResults(environment=environment, model=model, load=load, points=points)
+
+
+def _place(p: Point) -> tuple[str, str, int, int]:
+    return p.server, p.kv, p.pool_bytes, p.host_bytes
