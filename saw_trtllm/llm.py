@@ -412,6 +412,7 @@ class LLM:
         result = GenerationResult(ids[0], requests[0].outputs, abort, len(ids))
         try:
             for request in requests:
+                self._scheduler.prepare(request.sequence)
                 self._core.submit(request, wait)
         except SawError:
             result.abort()  # those that were taken before the queue was full

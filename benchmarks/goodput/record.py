@@ -54,5 +54,5 @@ class GoodputResults(Record):
 
     model: str
     """Whose shape the engines have."""
-    load: Load
+    workload: Load
     points: list[Point]

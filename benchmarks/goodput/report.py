@@ -28,7 +28,7 @@ _HEADER = [
 
 def report(results: GoodputResults) -> Report:
     """What the record says."""
-    load = results.load
+    load = results.workload
     said = (
         f"{load.conversations} conversations of {load.turns} turns, {load.system_len} tokens that all begin with, "
         f"{load.first_len} and then {load.turn_len} a turn, answers of {load.answer_len}, "

@@ -107,7 +107,7 @@ def run_goodput(
     """
     shape = EngineConfig.load(engines[0]).pretrained_config
     model = f"{shape.architecture}, {shape.num_hidden_layers} layers of {shape.hidden_size}"
-    if previous is not None and (previous.model, previous.load) != (model, load):
+    if previous is not None and (previous.model, previous.workload) != (model, load):
         raise ConfigError("--output holds another load, or another model: give another file")
     points: list[Point] = []
     if previous is not None:
@@ -121,7 +121,7 @@ def run_goodput(
     for run in runs:
         for new in run:
             points = [p for p in points if _place(p) != _place(new)] + [new]
-            yield GoodputResults(environment=environment, model=model, load=load, points=points)
+            yield GoodputResults(environment=environment, model=model, workload=load, points=points)
 
 
 def _place(p: Point) -> tuple[str, str, int, int]:

@@ -172,10 +172,7 @@ class BlockManager:
         """
         if not (self.enable_block_reuse and reuse):
             return 0
-        if table.digest is None:
-            table.digest = hashlib.sha256(salt.encode())
-            table.root = table.digest.digest()
-        self._extend(table, tokens)  # a sequence that waits is opened at every step, and has its keys
+        self.name(table, tokens, salt)  # a sequence that waits is opened at every step, and has its keys
         hits = 0
         while hits < len(table.keys) and table.keys[hits] in self._by_key:
             hits += 1
@@ -188,6 +185,14 @@ class BlockManager:
         table.blocks += map(self.hold, table.keys[:full])
         table.num_registered = full
         return num_tokens
+
+    def name(self, table: BlockTable, tokens: Sequence[int], salt: str = "") -> None:
+        """Work out the keys of a sequence's full blocks, as :meth:`open` does, in any thread before it is queued."""
+        if self.enable_block_reuse:
+            if table.digest is None:
+                table.digest = hashlib.sha256(salt.encode())
+                table.root = table.digest.digest()
+            self._extend(table, tokens)
 
     def grow(self, table: BlockTable, num_tokens: int) -> bool:
         """Make room for ``num_tokens`` in all. False, with nothing changed, when the free blocks do not suffice.

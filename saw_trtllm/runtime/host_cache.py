@@ -10,10 +10,11 @@ the host while the request waits.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Container, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -100,7 +101,7 @@ class _Load:
     fetched: list[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Batch:
     pending: PendingTransfer
     stores: list[_Store]
@@ -135,7 +136,7 @@ class HostCache:
         self._stores: dict[bytes, _Store] = {}  # not yet done
         self._loads: dict[bytes, _Load] = {}
         self._to_begin: tuple[list[_Store], list[_Load]] = ([], [])
-        self._under_way: deque[_Batch] = deque()
+        self._under_way: list[_Batch] = []
         self._moving = (self._loads, self._reads)
         blocks.adopt = self._adopt
 
@@ -231,15 +232,17 @@ class HostCache:
     def begin(self) -> None:
         """Begin the copies that have come up."""
         stores, loads = self._to_begin
-        if stores or loads:
-            pending = self._memory.transfer([m.copy for m in stores], [m.copy for m in loads])
-            self._under_way.append(_Batch(pending, stores, loads))
-            self._to_begin = ([], [])
+        self._to_begin = ([], [])
+        if stores:
+            self._begin(stores, [])
+        # Whoever waits for the first of them need not wait for those of others.
+        for _, its_loads in groupby(loads, lambda load: id(load.table)):
+            self._begin([], list(its_loads))
 
     def poll(self) -> None:
         """Take note of the copies that are made."""
-        while self._under_way and self._under_way[0].pending.done():
-            batch = self._under_way.popleft()
+        for batch in [batch for batch in self._under_way if batch.pending.done()]:
+            self._under_way.remove(batch)
             for store in batch.stores:
                 key = store.content.key
                 del self._stores[key]
@@ -293,6 +296,10 @@ class HostCache:
         self._to_begin = ([], [])
         self._free_slots.clear()
         self._num_used = 0
+
+    def _begin(self, stores: list[_Store], loads: list[_Load]) -> None:
+        pending = self._memory.transfer([m.copy for m in stores], [m.copy for m in loads])
+        self._under_way.append(_Batch(pending, stores, loads))
 
     def _adopt(self, index: int, content: Content) -> bool:
         """Keep a block that its last sequence lets go of, until it is copied."""

@@ -102,6 +102,11 @@ class Scheduler:
                 f"{self.blocks.num_blocks}: shorten them or give the cache more memory"
             )
 
+    def prepare(self, sequence: Sequence) -> None:
+        """Work out what finds a prompt's blocks, so that no step waits for it. Safe to call from any thread."""
+        if not sequence.params.needs_context_logits:
+            self.blocks.name(sequence.table, sequence.prompt, sequence.cache_salt)
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that :meth:`check` has let pass, at the end of the queue."""
         self.waiting.append(sequence)

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from benchmarks.__main__ import load_report, main
+from benchmarks.engine import moving
 from benchmarks.goodput import run
 from benchmarks.goodput.record import Load
 from benchmarks.goodput.vllm import VllmServer, hugging_face_config
@@ -89,3 +90,13 @@ def test_vllm_is_given_the_engines_shape(engine):
     config = transformers.LlamaConfig(**hugging_face_config(shape))
     assert config.head_dim == shape.head_size
     assert config.num_key_value_heads == shape.num_key_value_heads
+
+
+def test_steps_are_timed_while_blocks_move(engine, capsys):
+    flags = ["--batch", "2", "--context", "30", "--steps", "4", "--max_tokens", "2048", "--host_cache_size", "4000000"]
+    assert moving.main([str(engine("saw_int4")), *flags]) == 0
+    found = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert found.keys() == {"alone_us", "moving_us", "ratio", "gb_per_s"}
+    assert float(found["gb_per_s"]) > 0
+    assert moving.main([str(engine("saw_int4")), *flags[:-4], "--max_tokens", "64", *flags[-2:]]) == 2
+    assert "the KV cache has 2 blocks" in capsys.readouterr().err

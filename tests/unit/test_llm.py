@@ -13,6 +13,7 @@ import pytest
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.errors import ConfigError, EngineError, QueueFullError, RequestError, ShutdownError
+from saw_trtllm.runtime.block_manager import BlockManager
 from saw_trtllm.runtime.detokenizer import Detokenizer
 from saw_trtllm.runtime.outputs import GenerationResult, OutputQueue
 from saw_trtllm.runtime.request import Request
@@ -57,6 +58,21 @@ def test_batch_and_reuse_do_not_change_a_token(open_llm, kv, count):
     assert token_ids(llm.generate(prompts, params)) == alone
     assert token_ids(llm.generate(prompts, params)) == alone
     assert llm.stats().reused_tokens_total > 100
+
+
+def test_no_step_waits_for_a_prompts_keys(open_llm, monkeypatch):
+    """They are worked out in the thread that sends the prompt, whatever its length and salt."""
+    busy, extend = [], BlockManager._extend
+
+    def watched(self, table, tokens, start=0):
+        known = len(table.keys)
+        extend(self, table, tokens, start)
+        busy.extend([threading.current_thread().name] * (len(table.keys) - known))
+
+    monkeypatch.setattr(BlockManager, "_extend", watched)
+    llm = open_llm(kv_cache_config=KvCacheConfig())
+    llm.generate({"prompt_token_ids": [5] * 100, "cache_salt": "mine"}, SamplingParams(max_tokens=2))
+    assert busy == [threading.current_thread().name] * 3
 
 
 @pytest.mark.parametrize("kv", ["fp16", "saw_int4"])

@@ -116,12 +116,9 @@ class Stream:
             runtime.cudaMemcpyAsync, target, address, nbytes, runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost, self.handle
         )
 
-    def wait_for(self, other: Stream) -> None:
-        """Let what comes next wait for all that was put on another stream."""
-        event = Event()
-        event.record(other)
+    def wait_for(self, event: Event) -> None:
+        """Let what comes next wait until the GPU has come to an event, as it was recorded last; not if it never was."""
         call(runtime.cudaStreamWaitEvent, self.handle, event.handle, 0)
-        event.close()  # CUDA keeps it until it has been waited for
 
     @contextmanager
     def capture(self) -> Iterator[Graph]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from saw_trtllm.backends.tensorrt.cuda import ALIGNMENT, DeviceBuffer, Stream, call, memory_info, runtime
+from saw_trtllm.backends.tensorrt.cuda import ALIGNMENT, DeviceBuffer, Event, Stream, call, memory_info, runtime
 from saw_trtllm.backends.tensorrt.engine_checks import check_versions, read_engine
 from saw_trtllm.backends.tensorrt.graphs import DecodeGraphs, buckets
 from saw_trtllm.backends.tensorrt.host_pool import CopiesUnderWay, HostPool
@@ -121,7 +121,9 @@ class TensorRTExecutor:
         slot = self._free_slot()
         num_sequences = len(sampling)
         size = self._graphs.size_for(num_sequences) if _decodes_alone(step) else None
-        self._copy_rows(step.copies)
+        if step.copies:
+            self._copy_rows(step.copies)
+            self._rows_copied.record(self._stream)
         self._sampler.prepare(sampling)
         shape = self._staging.upload(step, self._stream, None if size is None else self._padded(size))
         addresses = self._staging.addresses(shape)
@@ -148,7 +150,7 @@ class TensorRTExecutor:
     def transfer(self, stores: Sequence[BlockCopy], loads: Sequence[BlockCopy]) -> CopiesUnderWay:
         """Begin to copy blocks to the host and from it; see :class:`saw_trtllm.runtime.host_cache.HostBlocks`."""
         call(runtime.cudaSetDevice, self._device)
-        return self._host_pool.transfer(stores, loads, self._stream)
+        return self._host_pool.transfer(stores, loads, self._rows_copied)
 
     def profile(self, step: StepInputs) -> list[tuple[str, float]]:
         """Run a step of known tokens under TensorRT's profiler, without a graph and without sampling.
@@ -197,6 +199,7 @@ class TensorRTExecutor:
         weights = before - memory_info()[0]
         self._stream = self._hold(Stream())
         self.stream = self._stream.handle
+        self._rows_copied = self._hold(Event())
         self._session = self._hold(Session(self._tensorrt, engine, logger))
         try:
             self._session.open(self._stream)

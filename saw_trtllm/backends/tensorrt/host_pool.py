@@ -47,7 +47,8 @@ class CopiesUnderWay:
 class HostPool:
     """Pinned memory for blocks, the parts of each pool one after the other.
 
-    It is pinned piece by piece in a thread of its own, while the first steps run.
+    It is pinned piece by piece in a thread of its own, while the first steps run. Copies to the host and copies from it
+    go at the same time, on a stream each.
 
     Parameters
     ----------
@@ -65,7 +66,7 @@ class HostPool:
 
     def __init__(self, pools: list[DeviceBuffer], block_bytes: list[int], num_blocks: int) -> None:
         self.num_ready = 0
-        self._stream = Stream()
+        self._to_host, self._from_host = Stream(), Stream()
         self._parts = list(zip(pools, accumulate(block_bytes, initial=0), block_bytes, strict=False))
         self._block_bytes = sum(block_bytes)
         self._per_piece = max(1, PIECE // self._block_bytes)
@@ -80,33 +81,37 @@ class HostPool:
         piece, place = divmod(slot, self._per_piece)
         return self._pieces[piece].array(np.uint8, (self._block_bytes,), place * self._block_bytes)
 
-    def transfer(self, stores: Sequence[BlockCopy], loads: Sequence[BlockCopy], steps: Stream) -> CopiesUnderWay:
+    def transfer(self, stores: Sequence[BlockCopy], loads: Sequence[BlockCopy], rows_copied: Event) -> CopiesUnderWay:
         """Begin to copy blocks to the host and from it, beside the steps.
 
-        A block that is stored is final. One that is loaded into may be read by what the stream of the steps has yet to
-        do, rows that are copied out of it; so loads come after that.
+        A block that is stored is final. One that is loaded into may be read by what the steps' stream has yet to do,
+        rows that are copied out of it; so loads come after ``rows_copied``.
         """
         for block, slot in stores:
             address = self._address(slot)
             for pool, offset, nbytes in self._parts:
-                self._stream.download(address + offset, pool.address + block * nbytes, nbytes)
+                self._to_host.download(address + offset, pool.address + block * nbytes, nbytes)
         if loads:
-            self._stream.wait_for(steps)
+            self._from_host.wait_for(rows_copied)
         for block, slot in loads:
             address = self._address(slot)
             for pool, offset, nbytes in self._parts:
-                self._stream.upload(pool.address + block * nbytes, address + offset, nbytes)
+                self._from_host.upload(pool.address + block * nbytes, address + offset, nbytes)
         event = Event()
-        event.record(self._stream)
+        if stores and loads:
+            event.record(self._to_host)
+            self._from_host.wait_for(event)
+        event.record(self._from_host if loads else self._to_host)
         return CopiesUnderWay(event)
 
     def close(self) -> None:
         """Free it, once nothing is copied any more."""
         self._closing = True
         self._thread.join()
-        with suppress(KernelError):  # after a failure of the GPU; the memory is freed all the same
-            self._stream.synchronize()
-        self._stream.close()
+        for stream in (self._to_host, self._from_host):
+            with suppress(KernelError):  # after a failure of the GPU; the memory is freed all the same
+                stream.synchronize()
+            stream.close()
         for piece in self._pieces:
             piece.close()
 

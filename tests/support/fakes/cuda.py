@@ -221,6 +221,8 @@ class Cuda:
         return (cudaError_t.cudaSuccess if done else cudaError_t.cudaErrorNotReady,)
 
     def cudaStreamWaitEvent(self, stream, event, flags):
+        if self.events[event] is None:  # never recorded
+            return (cudaError_t.cudaSuccess,)
         other, done = self.events[event]
 
         def wait():

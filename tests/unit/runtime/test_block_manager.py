@@ -96,6 +96,20 @@ def test_a_key_names_all_tokens_before_it():
     assert fill(manager, [0, 0, 0, 0, 1, 1, 1, 9, 2])[1] == 4
 
 
+def test_a_sequence_that_has_its_keys_is_opened_without_hashing():
+    """Its keys come of the thread that sends it: no step is to wait for the digests of a long prompt."""
+    manager, table = manager_of_whole_blocks(8, 4), BlockTable()
+    fill(manager, list(range(13)))
+    manager.name(table, range(13))
+    keys, table.digest = list(table.keys), "nothing that could be updated"
+    assert manager.open(table, list(range(13))) == 12
+    assert table.keys == keys
+    manager.close(table)
+    off, table = manager_of_whole_blocks(8, 4, enable_block_reuse=False), BlockTable()
+    off.name(table, range(13))
+    assert (table.keys, table.digest) == ([], None)
+
+
 def test_matches_are_cut_to_the_multiple():
     manager = manager_of_whole_blocks(16, 4, reuse_multiple=8)
     fill(manager, list(range(20)))

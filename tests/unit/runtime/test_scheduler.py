@@ -58,7 +58,7 @@ class FakeModel:
 
 
 class FakeHost:
-    """Copies that are made some time after they were begun, all at once: what is read or written too early shows."""
+    """Copies that are made some time after they were begun, in any order: what is read or written too early shows."""
 
     def __init__(self, model, rng, num_blocks):
         self.model, self.rng, self.under_way = model, rng, []
@@ -91,8 +91,9 @@ class FakeCopies:
 
     def wait(self):
         self.delay = -1
-        while self in self.transfers.under_way:
-            self.transfers.under_way.pop(0).make()
+        if self in self.transfers.under_way:
+            self.transfers.under_way.remove(self)
+            self.make()
 
     def make(self):
         pool, host = self.transfers.model.pool, self.transfers.host

@@ -1,0 +1,46 @@
+"""Copies between the GPU's pool and the host's: what they wait for."""
+
+import pytest
+
+from saw_trtllm.runtime.host_cache import BlockCopy
+from tests.support.fakes import cuda as fake
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    return fake.install(monkeypatch)
+
+
+def test_copies_wait_for_rows_that_are_copied_and_for_nothing_else(machine):
+    """Neither for the step that is under way, nor those to the host for those from it."""
+    from saw_trtllm.backends.tensorrt.cuda import DeviceBuffer, Event, Stream
+    from saw_trtllm.backends.tensorrt.host_pool import HostPool
+
+    pool, steps, rows_copied = DeviceBuffer(4 * 64), Stream(), Event()
+    host = HostPool([pool], [64], 4)
+    host._thread.join()
+    blocks = machine.array(pool.address, "u1", (4, 64))
+    blocks[:] = [[i] * 64 for i in range(4)]
+    host.transfer([], [BlockCopy(3, 1)], rows_copied).wait()  # no step has copied rows yet
+
+    done = []
+    work = machine.streams[steps.handle]
+    work.put(lambda: done.append("rows"))
+    rows_copied.record(steps)
+    work.put(lambda: done.append("step"))
+    load = host.transfer([], [BlockCopy(1, 0)], rows_copied)
+    host.transfer([BlockCopy(2, 0)], [], rows_copied).wait()
+    assert done == []
+    assert set(host.block(0)) == {2}
+    assert set(blocks[1]) == {1}
+    load.wait()
+    assert done == ["rows"]
+    assert set(blocks[1]) == {2}
+
+    both = host.transfer([BlockCopy(1, 2)], [BlockCopy(0, 0)], rows_copied)
+    both.wait()
+    assert set(host.block(2)) == set(blocks[0]) == {2}
+    host.close()
+    for resource in (pool, steps, rows_copied):
+        resource.close()
+    assert machine.everything() == []

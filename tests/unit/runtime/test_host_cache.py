@@ -1,0 +1,60 @@
+"""Blocks that outlive the pool: what is begun together, and who waits for what."""
+
+from saw_trtllm.runtime.block_manager import BlockManager, BlockTable
+from saw_trtllm.runtime.host_cache import HostCache
+
+PROMPTS = [[*range(start, start + 8), 1] for start in (0, 100)]
+
+
+class Copies:
+    made = False
+
+    def done(self):
+        return self.made
+
+
+class Memory:
+    """Copies that are made when a test says so."""
+
+    num_host_blocks = num_ready_host_blocks = 8
+
+    def __init__(self):
+        self.begun = []
+
+    def transfer(self, stores, loads):
+        self.begun.append((len(stores), len(loads), Copies()))
+        return self.begun[-1][-1]
+
+
+def test_each_waits_for_its_own_copies_alone():
+    """Two sequences of two blocks each, which the pool has given up: what the first waits for may come first."""
+    memory, blocks = Memory(), BlockManager(4, 4, enable_partial_reuse=False)
+    host = HostCache(blocks, memory)
+    for prompt in PROMPTS:
+        table = BlockTable()
+        blocks.open(table, prompt)
+        blocks.grow(table, 8)
+        blocks.register(table, prompt)
+        blocks.close(table)
+    host.begin()
+    assert [(stores, loads) for stores, loads, _ in memory.begun] == [(4, 0)]
+    memory.begun.pop()[-1].made = True
+    host.poll()
+    for index in blocks.take(4):  # something else, which nobody finds
+        blocks.release(index)
+
+    tables = [BlockTable(), BlockTable()]
+    for table, prompt in zip(tables, PROMPTS, strict=True):
+        assert blocks.open(table, prompt) == 0
+        assert host.fetch(table, 0)
+        blocks.close(table)
+    host.begin()
+    assert [(stores, loads) for stores, loads, _ in memory.begun] == [(0, 2), (0, 2)]
+    memory.begun[1][-1].made = True
+    host.poll()
+    assert [host.is_fetching(table) for table in tables] == [True, False]
+    assert [blocks.open(table, prompt) for table, prompt in zip(tables, PROMPTS, strict=True)] == [0, 8]
+    memory.begun[0][-1].made = True
+    host.poll()
+    blocks.check()
+    assert [host.is_fetching(table) for table in tables] == [False, False]
