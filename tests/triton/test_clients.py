@@ -1,6 +1,7 @@
 """Clients that wait for one response, as they come, against a real tritonserver with ``--decoupled_mode false``."""
 
 import asyncio
+import json
 import queue
 
 import numpy as np
@@ -12,6 +13,7 @@ from tests.triton.test_server import PROMPT, active, as_array, post, read_metric
 
 grpc = pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
 http = pytest.importorskip("tritonclient.http", reason="tritonclient is not installed")
+pytriton = pytest.importorskip("pytriton.client", reason="nvidia-pytriton is not installed")
 import tritonclient.grpc.aio  # noqa: E402
 import tritonclient.http.aio  # noqa: E402
 
@@ -116,6 +118,22 @@ def http_compressed(algorithm):
     return ask
 
 
+class Answer(dict):
+    """Named arrays, as PyTriton's client gives them, under the name that tritonclient has for it."""
+
+    as_numpy = dict.__getitem__
+
+
+def by_pytriton(scheme):
+    def ask(server, model):
+        with pytriton.ModelClient(f"{scheme}://127.0.0.1:{getattr(server, scheme)}", model) as client:
+            values = {"text_input": PROMPT.encode(), "exclude_input_in_output": True}
+            named = {name: np.array([[value]]) for name, value in values.items()}
+            return Answer(client.infer_batch(**named, max_tokens=np.array([[MAX_TOKENS]], np.int32)))
+
+    return ask
+
+
 CLIENTS = {
     "grpc": over_grpc,
     "grpc gzip": lambda *a: over_grpc(*a, compression_algorithm="gzip"),
@@ -129,9 +147,12 @@ CLIENTS = {
     "http deflate": http_compressed("deflate"),
     "http later": over_http_later,
     "http aio": over_http_with_asyncio,
+    "PyTriton http": by_pytriton("http"),
+    "PyTriton grpc": by_pytriton("grpc"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:tritonclient.grpc does")  # of PyTriton
 @pytest.mark.parametrize("model", ["ensemble", "tensorrt_llm_bls"])
 @pytest.mark.parametrize("ask", CLIENTS.values(), ids=CLIENTS)
 def test_every_client_gets_the_text(server, llm, ask, model):
@@ -146,6 +167,15 @@ def test_generate_over_http(server, llm):
         status, body = post(server, path, {"text_input": PROMPT, "max_tokens": MAX_TOKENS})
         assert status == 200
         assert expected.splitlines()[0] in body
+
+
+def test_options_may_be_parameters_of_generate(server, llm):
+    """Where litellm puts them, and examples of tensorrtllm_backend do; it sends empty words as well."""
+    expected = llm.generate(PROMPT, SamplingParams(max_tokens=MAX_TOKENS)).outputs[0].text
+    options = {"max_tokens": MAX_TOKENS, "bad_words": [""], "stop_words": [""]}
+    status, body = post(server, "generate", {"text_input": PROMPT, "parameters": options, "stream": False})
+    assert status == 200, body
+    assert json.loads(body)["text_output"] == PROMPT + expected
 
 
 def test_many_at_once(client, llm):
