@@ -49,4 +49,4 @@ def answers_of(args, pod, service, url):
     assert ports["http"] == args.port == service["spec"]["ports"][0]["port"]
     paths = {container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
     paths.add(service["metadata"]["annotations"]["prometheus.io/path"])
-    return [httpx.get(url + path).status_code for path in sorted(paths)]
+    return [httpx.get(url + path, timeout=60).status_code for path in sorted(paths)]

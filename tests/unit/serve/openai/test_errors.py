@@ -134,8 +134,12 @@ def test_a_key_is_asked_for(engine):
                 openai.OpenAI(base_url=f"{url}/v1", api_key=key).models.list()
             assert e.value.code == "invalid_api_key"
         assert openai.OpenAI(base_url=f"{url}/v1", api_key="other").models.list().data[0].id == "example"
-        assert httpx.get(f"{url}/v1/models", headers={"x-api-key": "secret"}).status_code == 200
-        assert [httpx.get(f"{url}/{path}").status_code for path in ("health", "metrics", "tokenize")] == [200, 200, 405]
+        assert httpx.get(f"{url}/v1/models", headers={"x-api-key": "secret"}, timeout=60).status_code == 200
+        assert [httpx.get(f"{url}/{path}", timeout=60).status_code for path in ("health", "metrics", "tokenize")] == [
+            200,
+            200,
+            405,
+        ]
 
 
 def test_a_full_queue_is_429(engine):

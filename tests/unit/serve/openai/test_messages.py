@@ -124,7 +124,7 @@ def test_blocks_become_messages():
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_have_the_shape_of_this_api(url, body, status, kind, said, stream):
-    response = httpx.post(f"{url}/v1/messages", json={**body, "stream": stream})
+    response = httpx.post(f"{url}/v1/messages", json={**body, "stream": stream}, timeout=60)
     answer = response.json()
     assert (response.status_code, answer["type"], answer["error"]["type"]) == (status, "error", kind)
     assert said in answer["error"]["message"]

@@ -44,9 +44,9 @@ def test_texts_over_tls(certificate, llms):
             streamed = client.post("/v1/completions", json={**body, "stream": True}).text
         assert text_of(streamed) == whole
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
-            httpx.get(f"{url}/health")
+            httpx.get(f"{url}/health", timeout=60)
         with pytest.raises(httpx.RemoteProtocolError):
-            httpx.get(f"{url.replace('https', 'http')}/health")
+            httpx.get(f"{url.replace('https', 'http')}/health", timeout=60)
 
 
 @pytest.mark.parametrize("wrong", ["missing", "another key", "no key"])

@@ -49,10 +49,10 @@ def test_metrics_count_what_was_served(http):
 
 def test_health_ends_with_the_engine(engine):
     with serving_engines({"example": engine("saw_int4")}) as (url, [model]):
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/health", timeout=60).status_code == 200
         model.llm.shutdown()
-        assert httpx.get(f"{url}/health").status_code == 503
-        response = httpx.post(f"{url}/v1/completions", json={"prompt": "x"})
+        assert httpx.get(f"{url}/health", timeout=60).status_code == 503
+        response = httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, timeout=60)
         assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
 
 
