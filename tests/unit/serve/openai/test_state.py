@@ -47,6 +47,21 @@ def test_metrics_count_what_was_served(http):
     assert (after["saw_requests_running", "exact"], after["saw_kv_blocks_max", "exact"]) == (0, 4096 // 32)
 
 
+def test_what_was_found_again_is_in_the_usage_and_the_metrics(http):
+    """A prompt that comes again is found but for its last token, whose logits are needed."""
+    body = {"model": "exact", "prompt": list(range(10, 90)), "max_tokens": 4}
+    http.post("/v1/completions", json=body)
+    before = samples(http)
+    usage = http.post("/v1/completions", json=body).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 79
+    after = samples(http)
+    assert after["saw_reused_tokens_total", "exact"] - before["saw_reused_tokens_total", "exact"] == 79
+    found = after["saw_reused_tokens_total", "exact"] / after["saw_prompt_tokens_total", "exact"]
+    assert after["saw_hit_rate", "exact"] == pytest.approx(found)
+    for name in ("stored", "loaded", "disk_written", "disk_read"):
+        assert after[f"saw_{name}_blocks_total", "exact"] == after[f"saw_{name}_bytes_total", "exact"] == 0
+
+
 def test_health_ends_with_the_engine(engine):
     with serving_engines({"example": engine("saw_int4")}) as (url, [model]):
         assert httpx.get(f"{url}/health", timeout=60).status_code == 200
