@@ -20,6 +20,8 @@ from benchmarks.kernels import command as kernels
 from benchmarks.kernels.record import Results
 from benchmarks.serving import command as serving
 from benchmarks.serving.record import ServingResults
+from benchmarks.streams import command as streams
+from benchmarks.streams.record import StreamsResults
 from saw_trtllm.cli.common import run, set_log_level
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.paths import is_folder, read_json
@@ -32,13 +34,14 @@ examples:
   python -m benchmarks accuracy --output benchmarks/results/accuracy.json
   python -m benchmarks serving --engine_dir engine_fp16 engine_saw_int4 --output load.json
   python -m benchmarks goodput --engine_dir engine_fp16 engine_saw_int4 --output goodput.json
+  python -m benchmarks streams --engine_dir engine --pace 5,0.02,0.03 --output streams.json
   python -m benchmarks report benchmarks/results/*.json
 """
 
 #: The records that there are; each kind is named by its command, whose package has the report.
 RECORDS: dict[str, type[Record]] = {
     record.model_fields["kind"].default: record
-    for record in (Results, EngineResults, AccuracyResults, ServingResults, GoodputResults)
+    for record in (Results, EngineResults, AccuracyResults, ServingResults, GoodputResults, StreamsResults)
 }
 
 
@@ -51,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (kernels, engine, accuracy, serving, goodput):
+    for command in (kernels, engine, accuracy, serving, goodput, streams):
         command.add_parser(commands)
     reporting = commands.add_parser(
         "report",

@@ -1,0 +1,100 @@
+"""An executor that computes nothing, at once or at a given pace: what a runtime and a server cost, on any machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+from saw_trtllm import LLM
+from saw_trtllm.engine.step import StepInputs
+from saw_trtllm.errors import ConfigError
+from saw_trtllm.runtime.executor import FinishedStep, PendingStep, StepOutput
+
+#: Tokens that the executor gives in turn: letters, in the example's vocabulary.
+_FIRST, _NUM = 70, 26
+
+
+class Pace(NamedTuple):
+    """How long a step takes: milliseconds for itself, for each of its sequences, and for each token of a prompt."""
+
+    step: float = 0.0
+    sequence: float = 0.0
+    prompt_token: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Pace:
+        """Read ``STEP,SEQUENCE,PROMPT_TOKEN``.
+
+        Raises
+        ------
+        ConfigError
+            If it is not three numbers.
+        """
+        try:
+            pace = cls(*map(float, text.split(",")))
+        except (ValueError, TypeError):
+            pace = cls(-1.0)
+        if not min(pace) >= 0:
+            raise ConfigError(
+                f"--pace is {text!r}: give milliseconds of a step, a sequence and a prompt's token: 5,0.02,0.03"
+            )
+        return pace
+
+    def seconds(self, step: StepInputs) -> float:
+        """What a step takes."""
+        count = len(step.last_token_ids)
+        return (self.step + self.sequence * count + self.prompt_token * (len(step.input_ids) - count)) / 1e3
+
+
+@dataclass(frozen=True)
+class _PacedStep:
+    output: StepOutput
+    due: float
+
+    def result(self) -> StepOutput:
+        time.sleep(max(0.0, self.due - time.monotonic()))
+        return self.output
+
+
+class NullExecutor:
+    """Gives each sequence its next letter; with a pace, as an engine beside the host does.
+
+    Parameters
+    ----------
+    pace : Pace
+    """
+
+    num_blocks = 1 << 16
+    num_host_blocks = 0
+
+    def __init__(self, pace: Pace = Pace()) -> None:  # noqa: B008
+        self._pace = pace
+        self._due = 0.0
+        self.asynchronous = any(pace)
+
+    def launch(self, step: StepInputs, sampling: Sequence[Any], context_logits: Sequence[bool], *_: Any) -> PendingStep:
+        """Begin a step."""
+        tokens = [-1 if state is None else _FIRST + state.draw % _NUM for state in sampling]
+        output = StepOutput(tokens, [0.0] * len(tokens), [None] * len(tokens))
+        if not self.asynchronous:
+            return FinishedStep(output)
+        self._due = max(self._due, time.monotonic()) + self._pace.seconds(step)
+        return _PacedStep(output, self._due)
+
+    def shutdown(self) -> None:
+        """Nothing is held."""
+
+
+def open_null(folder: Path, pace: Pace = Pace()) -> LLM:  # noqa: B008
+    """An engine whose steps cost nothing."""
+    with patched(pace):
+        return LLM(folder, verify=False)
+
+
+def patched(pace: Pace) -> Any:
+    """In this context, and from its ``start()`` on, every engine is one whose steps cost nothing."""
+    return mock.patch("saw_trtllm.llm.open_executor", side_effect=lambda *_: NullExecutor(pace))

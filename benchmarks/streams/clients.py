@@ -1,0 +1,153 @@
+"""Clients: each asks for one text after the other, and all begin at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import quantiles
+
+import psutil
+
+from benchmarks.common.null_executor import Pace, patched
+from saw_trtllm import LLM, SamplingParams
+from saw_trtllm.errors import EngineError
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the clients ask for.
+
+    Attributes
+    ----------
+    prompts : sequence of str
+    output_tokens : int
+        Of each text.
+    requests : int
+        Of each client, one after the other.
+    perf_analyzer : Path
+        The folder that the tool is in, or is put into.
+    """
+
+    prompts: Sequence[str]
+    output_tokens: int
+    requests: int
+    perf_analyzer: Path
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the clients saw: seconds from the first request to the last text's end, and to each text's first piece."""
+
+    span: float
+    first: list[float]
+    responses: int | None = None
+
+    def first_ms(self) -> tuple[float, float]:
+        """Median and 90th percentile of the milliseconds to a first piece."""
+        tenths = quantiles(self.first, n=10, method="inclusive")
+        return round(tenths[4] * 1e3, 2), round(tenths[8] * 1e3, 2)
+
+
+async def ask_all(texts: Texts, clients: int, ask: Callable[[str], Awaitable[float]]) -> Seen:
+    """Let so many clients ask; ``ask`` reads a text to its end and gives the seconds to its first piece."""
+    first: list[float] = []
+
+    async def client(index: int) -> None:
+        for turn in range(texts.requests):
+            first.append(await ask(texts.prompts[(index + turn * clients) % len(texts.prompts)]))
+
+    begin = time.perf_counter()
+    await asyncio.gather(*map(client, range(clients)))
+    return Seen(time.perf_counter() - begin, first)
+
+
+def run_llm(engine_dir: Path, pace: Pace | None, connection: Connection) -> None:
+    """The bare runtime in a process of its own: answers ``(Texts, clients)`` with :class:`Seen` until None comes."""
+    if pace is not None:
+        patched(pace).start()
+    with LLM(engine_dir, verify=False) as llm:
+        connection.send(None)
+        while (asked := connection.recv()) is not None:
+            texts, clients = asked
+            params = SamplingParams(max_tokens=texts.output_tokens, ignore_eos=True)
+
+            async def ask(prompt: str, params: SamplingParams = params) -> float:
+                begin, first = time.perf_counter(), None
+                async for _ in llm.generate_async(prompt, params, streaming=True):
+                    first = time.perf_counter() - begin if first is None else first
+                return first or 0.0
+
+            connection.send(asyncio.run(ask_all(texts, clients, ask)))
+
+
+async def ask_saw_serve(url: str, model: str, texts: Texts, clients: int) -> Seen:
+    """Streams of saw-serve's ``/v1/completions``, of which only the first piece is looked at."""
+    host, port = url.removeprefix("http://").split(":")
+    fixed = {"model": model, "max_tokens": texts.output_tokens, "ignore_eos": True, "stream": True, "temperature": 0}
+    count = 0
+
+    async def ask(prompt: str) -> float:
+        nonlocal count
+        reader, writer = await asyncio.open_connection(host, int(port))
+        data = json.dumps({"prompt": prompt, **fixed}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(data)}\r\n"
+        begin = time.perf_counter()
+        writer.write(f"{head}content-type: application/json\r\n\r\n".encode() + data)
+        await reader.readuntil(b'"text"')
+        first, count = time.perf_counter() - begin, count + 1
+        while chunk := await reader.read(1 << 16):
+            count += chunk.count(b'"text"')
+        writer.close()
+        return first
+
+    seen = await ask_all(texts, clients, ask)
+    return Seen(seen.span, seen.first, count)
+
+
+def ask_triton(grpc: str, texts: Texts, clients: int, stream: bool, folder: Path) -> Seen:
+    """The ensemble over gRPC by NVIDIA's perf_analyzer, whose clients cost little."""
+    fixed = {
+        "max_tokens": [texts.output_tokens],
+        "min_tokens": [texts.output_tokens],
+        "end_id": [-1],
+        "stream": [stream],
+    }
+    data, export = folder / "prompts.json", folder / "profile.json"
+    data.write_text(json.dumps({"data": [{"text_input": [prompt], **fixed} for prompt in texts.prompts]}))
+    export.unlink(missing_ok=True)
+    command = [
+        ROOT / "build_scripts" / "perf_analyzer",
+        texts.perf_analyzer,
+        "-m",
+        "ensemble",
+        "-i",
+        "grpc",
+        "-u",
+        grpc,
+    ]
+    command += ["--streaming", "--async", "--input-data", data, "--concurrency-range", clients, "--max-trials", 1]
+    command += ["--request-count", texts.requests * clients, "--profile-export-file", export]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise EngineError(f"perf_analyzer failed with {done.returncode}:\n{done.stdout}{done.stderr}")
+    requests = json.loads(export.read_text())["experiments"][0]["requests"]
+    ends = [r["response_timestamps"][-1] for r in requests]
+    span = (max(ends) - min(r["timestamp"] for r in requests)) / 1e9
+    first = [(r["response_timestamps"][0] - r["timestamp"]) / 1e9 for r in requests]
+    return Seen(
+        span * texts.requests * clients / len(requests), first, sum(len(r["response_timestamps"]) for r in requests)
+    )
+
+
+def cpu_seconds(processes: dict[str, psutil.Process]) -> dict[str, float]:
+    """CPU time of each process so far."""
+    times = {name: process.cpu_times() for name, process in processes.items()}
+    return {name: t.user + t.system for name, t in times.items()}
