@@ -35,8 +35,9 @@ class Pace(NamedTuple):
             If it is not three numbers.
         """
         try:
-            pace = cls(*map(float, text.split(",")))
-        except (ValueError, TypeError):
+            step, sequence, prompt_token = map(float, text.split(","))
+            pace = cls(step, sequence, prompt_token)
+        except ValueError:
             pace = cls(-1.0)
         if not min(pace) >= 0:
             raise ConfigError(

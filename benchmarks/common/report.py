@@ -62,7 +62,7 @@ def environment_table(environment: Environment, *rows: list[str]) -> Table:
     known = {
         "GPU": e.gpu,
         "CPU": e.cpu,
-        "cores": f"{e.cores}, of which {e.threads} compute" if e.cores else None,
+        "cores": e.cores and (f"{e.cores}, of which {e.threads} compute" if e.threads else f"{e.cores}"),
         "driver": e.driver,
         "CUDA": e.cuda,
         "TensorRT": e.tensorrt,

@@ -119,6 +119,53 @@ def _words(length: int, vocab_size: int, count: int) -> list[str]:
     return [" ".join(f"w{random.randrange(vocab_size)}" for _ in range(length)) for _ in range(count)]
 
 
+def profile(
+    perf_analyzer: Path,
+    grpc: str,
+    prompts: Sequence[str],
+    fixed: dict[str, list],
+    clients: int,
+    count: int,
+    folder: Path,
+) -> list[dict]:
+    """What perf_analyzer notes of requests to the ensemble by so many clients at once.
+
+    Parameters
+    ----------
+    perf_analyzer : Path
+        The folder that the tool is in, or is put into.
+    grpc : str
+        The server's address.
+    prompts : sequence of str
+    fixed : dict
+        The ensemble's other inputs, of all requests.
+    clients, count : int
+        How many there are, and requests of all of them.
+    folder : Path
+        For the tool's files.
+
+    Returns
+    -------
+    list of dict
+        ``timestamp`` and ``response_timestamps`` of each request, in nanoseconds, in the order of their beginnings.
+
+    Raises
+    ------
+    EngineError
+        If it fails.
+    """
+    data, export = folder / "prompts.json", folder / "profile.json"
+    data.write_text(json.dumps({"data": [{"text_input": [prompt], **fixed} for prompt in prompts]}))
+    export.unlink(missing_ok=True)
+    command = [ROOT / "build_scripts" / "perf_analyzer", perf_analyzer, "-m", "ensemble", "-i", "grpc"]
+    command += ["-u", grpc, "--streaming", "--async", "--input-data", data, "--concurrency-range", clients]
+    command += ["--request-count", count, "--profile-export-file", export, "--max-trials", 1]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise EngineError(f"perf_analyzer failed with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return sorted(json.loads(export.read_text())["experiments"][0]["requests"], key=lambda r: r["timestamp"])
+
+
 def _measure(load: Load, concurrency: int, prompts: Sequence[str], folder: Path) -> dict[str, float]:
     """What so many clients at once see, in ms; without the first request of each, which finds the server idle."""
     fixed = {
@@ -127,18 +174,8 @@ def _measure(load: Load, concurrency: int, prompts: Sequence[str], folder: Path)
         "end_id": [-1],
         "stream": [load.stream],
     }
-    data, export = folder / "prompts.json", folder / "profile.json"
-    data.write_text(json.dumps({"data": [{"text_input": [prompt], **fixed} for prompt in prompts]}))
-    export.unlink(missing_ok=True)
-    command = [ROOT / "build_scripts" / "perf_analyzer", load.perf_analyzer, "-m", "ensemble", "-i", "grpc"]
-    command += ["-u", f"127.0.0.1:{PORTS.grpc}", "--streaming", "--async", "--input-data", data]
-    command += ["--concurrency-range", concurrency, "--request-count", (load.requests + 1) * concurrency]
-    command += ["--profile-export-file", export, "--max-trials", 1]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    if done.returncode:
-        raise EngineError(f"perf_analyzer failed with {done.returncode}:\n{done.stdout}{done.stderr}")
-    requests = json.loads(export.read_text())["experiments"][0]["requests"]
-    requests = sorted(requests, key=lambda r: r["timestamp"])[concurrency:]
+    grpc, count = f"127.0.0.1:{PORTS.grpc}", (load.requests + 1) * concurrency
+    requests = profile(load.perf_analyzer, grpc, prompts, fixed, concurrency, count, folder)[concurrency:]
     span = (max(r["response_timestamps"][-1] for r in requests) - requests[0]["timestamp"]) / 1e9
     first, whole = (_percentiles([r["response_timestamps"][i] - r["timestamp"] for r in requests]) for i in (0, -1))
     return {

@@ -16,41 +16,11 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from saw_trtllm import LLM, SamplingParams
-from saw_trtllm.engine.step import StepInputs
-from saw_trtllm.runtime.executor import FinishedStep, StepOutput
-
-#: Tokens that the executor gives in turn: letters, in the example's vocabulary.
-_FIRST, _NUM = 70, 26
-
-
-class NullExecutor:
-    """Gives tokens at once."""
-
-    asynchronous = False
-    num_blocks = 1 << 16
-    num_host_blocks = 0
-
-    def launch(
-        self, step: StepInputs, sampling: Sequence[Any], context_logits: Sequence[bool], *_: Any
-    ) -> FinishedStep:
-        """Give each sequence its next letter."""
-        tokens = [-1 if state is None else _FIRST + state.draw % _NUM for state in sampling]
-        return FinishedStep(StepOutput(tokens, [0.0] * len(tokens), [None] * len(tokens)))
-
-    def shutdown(self) -> None:
-        """Nothing is held."""
-
-
-def open_llm(folder: Path) -> LLM:
-    """An engine whose steps cost nothing."""
-    with mock.patch("saw_trtllm.llm.open_executor", return_value=NullExecutor()):
-        return LLM(folder, verify=False)
+from benchmarks.common.null_executor import open_null
+from saw_trtllm import SamplingParams
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -66,7 +36,7 @@ def cpu_seconds() -> float:
 
 def measure_runtime(folder: Path, streams: int, length: int, repeats: int, results: Any) -> None:
     """The bare runtime: CPU microseconds a token, and milliseconds to the first token of one stream."""
-    with open_llm(folder) as llm:
+    with open_null(folder) as llm:
         params = SamplingParams(max_tokens=length, ignore_eos=True)
 
         async def read(result: Any) -> None:
@@ -98,7 +68,7 @@ def serve(folder: Path, port: Any, commands: Any, results: Any) -> None:
     from saw_trtllm.serve.openai.model import ServedModel
     from saw_trtllm.serve.openai.server import ServerOptions, listen, make_server
 
-    with open_llm(folder) as llm:
+    with open_null(folder) as llm:
         socket, url = listen(ServerOptions(port=0))
         server = make_server(make_app([ServedModel("null", llm, folder)]), ServerOptions(port=0))
 

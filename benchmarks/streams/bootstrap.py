@@ -11,18 +11,13 @@ from pathlib import Path
 from unittest import mock
 
 from benchmarks.common.null_executor import Pace, patched
+from saw_trtllm.cli import triton
 from saw_trtllm.serve import names, repository
 
 
 def main(argv: list[str]) -> int:
     """Run the command."""
     pace, command, *flags = argv
-    patched(Pace.parse(pace)).start()
-    if command == "saw-serve":
-        from saw_trtllm.cli import serve
-
-        return serve.main(flags)
-    from saw_trtllm.cli import triton
 
     def write(folder: Path, configs: dict) -> None:
         repository.write_repository(folder, configs)
@@ -30,8 +25,13 @@ def main(argv: list[str]) -> int:
         first = f"from benchmarks.common.null_executor import Pace, patched\n\npatched(Pace.parse({pace!r})).start()\n"
         model.write_text(first + model.read_text(encoding="utf-8"), encoding="utf-8")
 
-    with mock.patch("saw_trtllm.cli.triton.write_repository", write):
-        return triton.main(flags)
+    with patched(Pace.parse(pace)):
+        if command == "saw-serve":
+            from saw_trtllm.cli import serve
+
+            return serve.main(flags)
+        with mock.patch("saw_trtllm.cli.triton.write_repository", write):
+            return triton.main(flags)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,8 @@ from statistics import quantiles
 import psutil
 
 from benchmarks.common.null_executor import Pace, patched
+from benchmarks.serving.load import profile
 from saw_trtllm import LLM, SamplingParams
-from saw_trtllm.errors import EngineError
-
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -114,37 +111,14 @@ async def ask_saw_serve(url: str, model: str, texts: Texts, clients: int) -> See
 
 def ask_triton(grpc: str, texts: Texts, clients: int, stream: bool, folder: Path) -> Seen:
     """The ensemble over gRPC by NVIDIA's perf_analyzer, whose clients cost little."""
-    fixed = {
-        "max_tokens": [texts.output_tokens],
-        "min_tokens": [texts.output_tokens],
-        "end_id": [-1],
-        "stream": [stream],
-    }
-    data, export = folder / "prompts.json", folder / "profile.json"
-    data.write_text(json.dumps({"data": [{"text_input": [prompt], **fixed} for prompt in texts.prompts]}))
-    export.unlink(missing_ok=True)
-    command = [
-        ROOT / "build_scripts" / "perf_analyzer",
-        texts.perf_analyzer,
-        "-m",
-        "ensemble",
-        "-i",
-        "grpc",
-        "-u",
-        grpc,
-    ]
-    command += ["--streaming", "--async", "--input-data", data, "--concurrency-range", clients, "--max-trials", 1]
-    command += ["--request-count", texts.requests * clients, "--profile-export-file", export]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    if done.returncode:
-        raise EngineError(f"perf_analyzer failed with {done.returncode}:\n{done.stdout}{done.stderr}")
-    requests = json.loads(export.read_text())["experiments"][0]["requests"]
-    ends = [r["response_timestamps"][-1] for r in requests]
-    span = (max(ends) - min(r["timestamp"] for r in requests)) / 1e9
+    length = [texts.output_tokens]
+    fixed = {"max_tokens": length, "min_tokens": length, "end_id": [-1], "stream": [stream]}
+    count = texts.requests * clients
+    requests = profile(texts.perf_analyzer, grpc, texts.prompts, fixed, clients, count, folder)
+    responses = [r["response_timestamps"] for r in requests]
+    span = (max(r[-1] for r in responses) - requests[0]["timestamp"]) / 1e9
     first = [(r["response_timestamps"][0] - r["timestamp"]) / 1e9 for r in requests]
-    return Seen(
-        span * texts.requests * clients / len(requests), first, sum(len(r["response_timestamps"]) for r in requests)
-    )
+    return Seen(span, first, sum(map(len, responses)))
 
 
 def cpu_seconds(processes: dict[str, psutil.Process]) -> dict[str, float]:

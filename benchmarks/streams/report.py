@@ -44,5 +44,6 @@ def report(results: StreamsResults) -> Report:
         f"{results.output_tokens} tokens after prompts of {results.prompt_tokens}, {results.requests} of each client"
     )
     environment = environment_table(results.environment, ["engine of", results.model], *pace, ["texts", texts])
-    numbers = {"commit": results.environment.commit or "unknown", "command": results.environment.command}
+    cpu = f"{results.environment.cpu or 'unknown'}, {results.environment.cores} cores"
+    numbers = {"cpu": cpu, "commit": results.environment.commit or "unknown", "command": results.environment.command}
     return Report({"environment": environment, "streams": table(results)}, numbers)

@@ -100,16 +100,15 @@ class OutputQueue:
     def __init__(self) -> None:
         self.pieces: deque[Callable[[], RequestOutput] | Exception] = deque()
         self.changed = threading.Condition()
-        self.wakers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self.wakers: list[Callable[[], None]] = []
 
     def put(self, piece: Callable[[], RequestOutput] | Exception) -> None:
         """Called by the engine, from its thread; the output is made when it is read."""
         with self.changed:
             self.pieces.append(piece)
             self.changed.notify_all()
-            for loop, event in self.wakers:
-                with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits there
-                    loop.call_soon_threadsafe(event.set)
+            for wake in self.wakers:
+                wake()
 
 
 def require_process(pid: int) -> None:
@@ -181,6 +180,24 @@ class GenerationResult:
             joined = replace(joined, generation_logits=np.concatenate([part.generation_logits for part in parts]))
         return replace(pieces[-1], outputs=[joined])
 
+    def subscribe(self, wake: Callable[[], None]) -> None:
+        """Have ``wake`` called whenever a piece has come, from the engine's thread, which it must not hold up."""
+        with self._outputs.changed:
+            self._outputs.wakers.append(wake)
+            if self._outputs.pieces:
+                wake()
+
+    def drain(self) -> list[RequestOutput | Exception]:
+        """All pieces that have come since, without waiting; an error that ended the request is the last."""
+        pieces: list[RequestOutput | Exception] = []
+        with self._outputs.changed:
+            while self._outputs.pieces and not self._done:
+                try:
+                    pieces.append(cast(RequestOutput, self._pop()))
+                except Exception as e:
+                    pieces.append(e)
+        return pieces
+
     def result(self, timeout: float | None = None) -> RequestOutput:
         """Wait for the last piece.
 
@@ -208,9 +225,14 @@ class GenerationResult:
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
         require_process(self._pid)
         event, queue = asyncio.Event(), self._outputs
-        waker = (asyncio.get_running_loop(), event)
+        loop = asyncio.get_running_loop()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits there
+                loop.call_soon_threadsafe(event.set)
+
         with queue.changed:
-            queue.wakers.append(waker)
+            queue.wakers.append(wake)
         try:
             while True:
                 event.clear()
@@ -225,7 +247,7 @@ class GenerationResult:
                     yield piece
         finally:
             with queue.changed:
-                queue.wakers.remove(waker)
+                queue.wakers.remove(wake)
 
     async def _wait(self, event: asyncio.Event) -> None:
         """Wait for the next piece; the last that is cancelled while it does so ends the request."""

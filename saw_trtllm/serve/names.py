@@ -61,7 +61,7 @@ class Model(NamedTuple):
     parameters : tuple of str
         Fields of :class:`saw_trtllm.serve.parameters.Parameters`.
     steps : tuple of Step
-        Of an ensemble.
+        What Triton does in the model's place where each request has one response.
     may_stream : bool
         Whether ``--decoupled_mode true`` lets a request have several responses.
     """
@@ -168,7 +168,6 @@ STEPS = (
             "output_ids": "_TOKENS_BATCH",
             "sequence_length": "_SEQUENCE_LENGTH",
             "text": "_TEXT",
-            "request_key": "_REQUEST_KEY",
             **{t.name: t.name for t in RESULTS},
         },
     ),
@@ -178,7 +177,6 @@ STEPS = (
             "TOKENS_BATCH": "_TOKENS_BATCH",
             "SEQUENCE_LENGTH": "_SEQUENCE_LENGTH",
             "TEXT": "_TEXT",
-            "REQUEST_KEY": "_REQUEST_KEY",
         },
         outputs={"OUTPUT": "text_output"},
     ),
@@ -192,7 +190,15 @@ ENSEMBLE_MODEL = Model(
         *REQUEST_OPTIONS,
     ),
     outputs=(Tensor("text_output", "STRING", (-1,), "the text, or this piece of it"), *RESULTS),
+    parameters=(
+        "gpt_model_path",
+        "tokenizer_dir",
+        "add_special_tokens",
+        "exclude_input_in_output",
+        "cancellation_check_period_ms",
+    ),
     steps=STEPS,
+    may_stream=True,
 )
 
 #: TensorRT-LLM has a Python model here, which calls the same three models in turn. To its clients it is the ensemble
@@ -239,14 +245,12 @@ TENSORRT_LLM_MODEL = Model(
         _optional("embedding_bias", "FP32", "not supported: anything but an empty one is rejected", (-1,)),
         _optional("decoder_input_ids", "INT32", "accepted and not needed: there is no encoder", (-1,)),
         _optional("decoder_input_lengths", "INT32", "accepted and not needed"),
-        _optional("stop", "BOOL", "cancel the request that has this one's id, or `request_key`"),
-        _optional("request_key", "UINT64", "with `stop`: the `request_key` of a response"),
+        _optional("stop", "BOOL", "cancel the requests that have this one's id"),
     ),
     outputs=(
         Tensor("output_ids", "INT32", (-1, -1), "token ids `[1, tokens]`, new ones only when streaming"),
         Tensor("sequence_length", "INT32", (1,), "how many they are"),
         Tensor("text", "STRING", (-1,), "the tokens' text; none where the model has no tokenizer"),
-        Tensor("request_key", "UINT64", (1,), "0, or the key to cancel the request with: ask for cancellation now"),
         *RESULTS,
     ),
     parameters=(
@@ -280,7 +284,6 @@ POSTPROCESSING_MODEL = Model(
         # backend drops without an answer.
         Tensor("SEQUENCE_LENGTH", "INT32", (1,), "how many of them count"),
         _optional("TEXT", "STRING", "their text, to be handed on instead of detokenizing them", (-1,)),
-        _optional("REQUEST_KEY", "UINT64", "if not 0: see whether the client has gone, and cancel the request then"),
     ),
     outputs=(Tensor("OUTPUT", "STRING", (-1,), "the text"),),
     parameters=("tokenizer_dir",),

@@ -11,13 +11,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from saw_trtllm.errors import ConfigError, first_error
 from saw_trtllm.llm import MAX_QUEUE_SIZE
+from saw_trtllm.serve.names import TENSORRT_LLM
 
 
 class Parameters(BaseModel):
     """Values of ``parameters`` in ``config.pbtxt``, in the words of TensorRT-LLM's repository."""
 
-    model_config = ConfigDict(extra="ignore")  # Triton has parameters of its own, EXECUTION_ENV_PATH for one
+    model_config = ConfigDict(
+        extra="ignore", protected_namespaces=()
+    )  # Triton has parameters of its own, EXECUTION_ENV_PATH for one
 
+    model_name: str = Field(TENSORRT_LLM, description="the model's folder")
     gpt_model_path: Path | None = Field(None, description="the engine folder")
     tokenizer_dir: Path | None = Field(None, description="folder of tokenizer.json; by default the engine folder")
     add_special_tokens: bool = Field(True, description="whether the tokenizer adds its special tokens to a prompt")
@@ -53,8 +57,9 @@ class Parameters(BaseModel):
         config = json.loads(model_config)
         # An empty string is TensorRT-LLM's way to leave a parameter unset.
         strings = {k: v["string_value"] for k, v in config.get("parameters", {}).items() if v["string_value"]}
+        named = {"model_name": config["name"]} if "name" in config else {}
         decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
-        return cls.of(**{"decoupled_mode": decoupled, **strings})
+        return cls.of(**{"decoupled_mode": decoupled, **named, **strings})
 
     @classmethod
     def of(cls, **values: object) -> Parameters:

@@ -10,14 +10,11 @@ from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve import names
 from saw_trtllm.serve.parameters import Parameters
-from saw_trtllm.serve.triton import AnsweringModel, Tensors, to_triton
+from saw_trtllm.serve.triton import AnsweringModel, Tensors
 
 
 class PostprocessingModel(AnsweringModel):
     """Hands on the texts of ``tensorrt_llm``, and detokenizes what comes without one.
-
-    Triton does not tell the running step of an ensemble that its client has gone; only steps that begin later learn
-    it. This model's do, so it asks about a request now and then, and tells ``tensorrt_llm`` to stop.
 
     Parameters
     ----------
@@ -31,28 +28,8 @@ class PostprocessingModel(AnsweringModel):
         self._tokenizer = Tokenizer.load(parameters.tokenizer_folder)
 
     def answer(self, request: Any, tensors: Tensors) -> Tensors:
-        """Text of a request's tokens.
-
-        A cancelled request is answered like any other: Triton 2.51 never finishes an ensemble of which a step fails
-        while an earlier one still has responses to give.
-        """
-        key = int(tensors["REQUEST_KEY"].reshape(-1)[0]) if "REQUEST_KEY" in tensors else 0
-        if key and request.is_cancelled():
-            self._stop(key)
+        """Text of a request's tokens."""
         return {"OUTPUT": self.detokenize(tensors)}
-
-    def _stop(self, key: int) -> None:
-        """Ask ``tensorrt_llm`` to cancel a request."""
-        zero = np.zeros((1, 1), np.int32)
-        inputs = {"input_ids": zero, "input_lengths": zero, "request_output_len": zero}
-        inputs |= {"stop": np.array([[True]]), "request_key": np.array([[key]], np.uint64)}
-        request = self._pb_utils.InferenceRequest(
-            model_name=names.TENSORRT_LLM,
-            requested_output_names=[],
-            inputs=to_triton(self._pb_utils, inputs),
-        )
-        for _ in request.exec(decoupled=True):
-            pass
 
     def detokenize(self, tensors: Tensors) -> np.ndarray:
         """Text of a request's tokens.

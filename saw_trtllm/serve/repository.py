@@ -53,15 +53,13 @@ def _config(pb: Any, model: Model, parameters: Parameters, max_batch_size: int) 
         config.input.add(name=t.name, data_type=_dtype(pb, t), dims=t.dims, optional=t.optional)
     for t in model.outputs:
         config.output.add(name=t.name, data_type=_dtype(pb, t), dims=t.dims)
-    if model.steps:
+    if model.steps and not parameters.decoupled_mode:
         config.platform = "ensemble"
         for step in model.steps:
             entry = config.ensemble_scheduling.step.add(model_name=step.model, model_version=-1)
             entry.input_map.update(step.inputs)
             entry.output_map.update(step.outputs)
         return config
-    # One instance and no dynamic batching: that way an ensemble keeps the order of a stream's pieces, and a cancelled
-    # request reaches postprocessing instead of ending in a queue.
     config.backend = "python"
     config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
     config.model_transaction_policy.decoupled = model.may_stream and parameters.decoupled_mode

@@ -1,4 +1,4 @@
-"""Answers of the model ``tensorrt_llm``: the runtime's output to tensors."""
+"""Answers of the models that generate: parts of texts to tensors."""
 
 from __future__ import annotations
 
@@ -6,55 +6,61 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from saw_trtllm.runtime.outputs import RequestOutput
 from saw_trtllm.runtime.tokenizer import Tokenizer
+from saw_trtllm.serve.parts import Part
 from saw_trtllm.serve.request import Generation
 
 
-def answer(
-    generation: Generation, output: RequestOutput, tokenizer: Tokenizer | None, request_key: int = 0
-) -> dict[str, np.ndarray]:
-    """Outputs of ``tensorrt_llm`` for a piece.
+def tokens_and_text(generation: Generation, part: Part, tokenizer: Tokenizer | None) -> dict[str, np.ndarray]:
+    """Outputs of ``tensorrt_llm`` for a part of a text.
 
     Parameters
     ----------
     generation : Generation
         What was asked.
-    output : RequestOutput
+    part : Part
     tokenizer : Tokenizer or None
         The runtime's own; None gives no text.
-    request_key : int
-        Not 0 if ``postprocessing`` is to see whether the client is still there.
 
     Returns
     -------
     dict
         Each tensor with a batch dimension of 1 in front.
     """
-    piece = output.outputs[0]
-    ids = [*output.prompt_token_ids, *piece.token_ids_diff] if generation.include_input else piece.token_ids_diff
-    tensors = {
+    ids = [*generation.prompt, *part.token_ids] if generation.include_input else part.token_ids
+    return {
         "output_ids": np.array([[ids]], np.int32),
         "sequence_length": np.array([[len(ids)]], np.int32),
-        "text": np.array([[_text(generation, output, tokenizer).encode()] if tokenizer else []], object),
-        "request_key": np.array([[request_key]], np.uint64),
+        "text": np.array([[text(generation, part, tokenizer).encode()] if tokenizer else []], object),
+        **results(generation, part),
     }
+
+
+def results(generation: Generation, part: Part) -> dict[str, np.ndarray]:
+    """The outputs that a request asked for, each with a batch dimension of 1 in front."""
+    tensors: dict[str, np.ndarray] = {}
     if generation.return_num_input_tokens:
-        tensors["num_input_tokens"] = np.array([[len(output.prompt_token_ids)]], np.int32)
+        tensors["num_input_tokens"] = np.array([[len(generation.prompt)]], np.int32)
     if generation.return_num_output_tokens:
-        tensors["num_output_tokens"] = np.array([[len(piece.token_ids_diff)]], np.int32)
+        tensors["num_output_tokens"] = np.array([[len(part.token_ids)]], np.int32)
     if generation.return_num_reused_tokens:
-        tensors["num_reused_tokens"] = np.array([[output.num_reused_tokens]], np.int32)
+        tensors["num_reused_tokens"] = np.array([[part.num_reused_tokens]], np.int32)
     if generation.params.logprobs:
-        logprobs = piece.logprobs or []
-        new = logprobs[len(logprobs) - len(piece.token_ids_diff) :]
-        tensors["cum_log_probs"] = np.array([[piece.cumulative_logprob]], np.float32)
-        tensors["output_log_probs"] = np.array([[new]], np.float32)
-    if output.context_logits is not None:
-        tensors["context_logits"] = output.context_logits[None].astype(np.float32)
-    if piece.generation_logits is not None:
-        tensors["generation_logits"] = piece.generation_logits[None, None].astype(np.float32)
+        tensors["cum_log_probs"] = np.array([[part.cumulative_logprob]], np.float32)
+        tensors["output_log_probs"] = np.array([[part.logprobs or []]], np.float32)
+    if part.context_logits is not None:
+        tensors["context_logits"] = part.context_logits[None].astype(np.float32)
+    if part.generation_logits is not None:
+        tensors["generation_logits"] = part.generation_logits[None, None].astype(np.float32)
     return tensors
+
+
+def text(generation: Generation, part: Part, tokenizer: Tokenizer) -> str:
+    """The part's text, after the prompt as the client wrote it where the output has the prompt."""
+    if not generation.include_input:
+        return part.text
+    prompt = tokenizer.decode(generation.prompt) if generation.prompt_text is None else generation.prompt_text
+    return prompt + part.leading + part.text
 
 
 def stack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -63,7 +69,7 @@ def stack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     Parameters
     ----------
     rows : sequence of dict
-        What :func:`answer` gave for each prompt.
+        What :func:`tokens_and_text` gave for each prompt.
 
     Returns
     -------
@@ -80,12 +86,3 @@ def stack(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
             out[place] = array
         stacked[name] = out
     return stacked
-
-
-def _text(generation: Generation, output: RequestOutput, tokenizer: Tokenizer) -> str:
-    """The piece's text, after the prompt as the client wrote it where the output has the prompt."""
-    piece = output.outputs[0]
-    if not generation.include_input:
-        return piece.text_diff
-    prompt = tokenizer.decode(output.prompt_token_ids) if generation.prompt_text is None else generation.prompt_text
-    return prompt + piece.leading_space + piece.text_diff

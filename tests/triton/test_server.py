@@ -416,6 +416,13 @@ def gone_over_http(server):
         assert b"200 OK" in s.recv(4096)
 
 
+def gone_without_streaming(server):
+    with Client(server) as client:
+        client.send("ensemble", **LONG | {"stream": False})
+        wait_until(lambda: active(server) == 1)
+        client.cancel()
+
+
 def gone_from_tensorrt_llm(server):
     with Client(server) as client:
         client.send("tensorrt_llm", input_ids=[70] * 9, input_lengths=9, request_output_len=900, end_id=-1)
@@ -438,6 +445,7 @@ def stopped_by_another_request(server):
         gone_in_good_order,
         gone_with_its_process,
         gone_over_http,
+        gone_without_streaming,
         gone_from_tensorrt_llm,
         stopped_by_another_request,
     ],

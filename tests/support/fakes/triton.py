@@ -74,31 +74,21 @@ class Logger:
     log_info = log_warn = log_error = lines.append
 
 
-class InferenceRequest:
-    """A request that a model makes; records itself."""
-
-    made: list[InferenceRequest] = []  # noqa: RUF012
-
-    def __init__(self, model_name, requested_output_names, inputs):
-        self.model_name, self.inputs = model_name, {t.name(): t.as_numpy() for t in inputs}
-
-    def exec(self, decoupled):
-        InferenceRequest.made.append(self)
-        return iter(())
-
-
 class Sender:
     """A response sender that holds on to what was sent, and rejects what Triton would refuse."""
 
     def __init__(self):
         self.responses = []
         self.cancelled = False
+        self.taken = threading.Event()  # whether the next responses are
+        self.taken.set()
         self._final = threading.Event()
         self._arrived = threading.Condition()
 
     def send(self, response=None, flags=0):
         if self._final.is_set():
             raise RuntimeError("sent behind the final flag")
+        self.taken.wait()
         with self._arrived:
             if response is not None:
                 self.responses.append(response)
@@ -126,10 +116,9 @@ class Sender:
 class Request:
     """What a client sent."""
 
-    def __init__(self, tensors, request_id="", cancelled=False, **parameters):
+    def __init__(self, tensors, request_id="", **parameters):
         self.sender = Sender()
-        self.asked = 0
-        self._tensors, self._id, self._cancelled = tensors, request_id, cancelled
+        self._tensors, self._id = tensors, request_id
         self._parameters = json.dumps(parameters)
 
     def inputs(self):
@@ -144,16 +133,9 @@ class Request:
     def get_response_sender(self):
         return self.sender
 
-    def is_cancelled(self):
-        self.asked += 1
-        return self._cancelled
-
 
 pb_utils = SimpleNamespace(
-    **{
-        c.__name__: c
-        for c in (Tensor, TritonError, TritonModelException, InferenceResponse, MetricFamily, Logger, InferenceRequest)
-    },
+    **{c.__name__: c for c in (Tensor, TritonError, TritonModelException, InferenceResponse, MetricFamily, Logger)},
     TRITONSERVER_RESPONSE_COMPLETE_FINAL=TRITONSERVER_RESPONSE_COMPLETE_FINAL,
 )
 

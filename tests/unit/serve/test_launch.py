@@ -148,11 +148,12 @@ def test_config_files_are_what_protobuf_reads(tmp_path):
         read = text_format.Parse(text, model_config_pb2.ModelConfig())
         assert read == config
         assert (read.name, read.max_batch_size) == (name, 16)
-        assert (tmp_path / name / "1").is_dir()
-        assert (tmp_path / name / "1" / "model.py").is_file() == (name not in ("ensemble", "tensorrt_llm_bls"))
+        assert (tmp_path / name / "1" / "model.py").is_file()
     assert configs["tensorrt_llm"].model_transaction_policy.decoupled
     assert configs["tensorrt_llm"].parameters["gpt_model_path"].string_value == "/e"
-    assert configs["ensemble"].platform == "ensemble"
+    assert configs["ensemble"].backend == "python"
+    unary = repository.model_configs(Parameters(gpt_model_path="/e", decoupled_mode=False), 16)
+    assert unary["ensemble"].platform == unary["tensorrt_llm_bls"].platform == "ensemble"
 
 
 def test_repository_in_place_keeps_the_models(tmp_path, monkeypatch):

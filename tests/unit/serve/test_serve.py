@@ -1,6 +1,8 @@
 """The Triton models' logic, without Triton."""
 
+import itertools
 import logging
+import os
 import threading
 
 import numpy as np
@@ -10,7 +12,7 @@ from saw_trtllm import LLM, GuidedDecodingParams, KvCacheConfig, SamplingParams
 from saw_trtllm.errors import EngineError, RequestError
 from saw_trtllm.runtime.stats import Stats
 from saw_trtllm.runtime.tokenizer import Tokenizer
-from saw_trtllm.serve import metrics, names, tensorrt_llm
+from saw_trtllm.serve import ensemble, metrics, names, tensorrt_llm
 from saw_trtllm.serve.parameters import Parameters
 from saw_trtllm.serve.postprocessing import PostprocessingModel
 from saw_trtllm.serve.preprocessing import PreprocessingModel
@@ -18,7 +20,7 @@ from saw_trtllm.serve.request import parse
 from saw_trtllm.serve.tensorrt_llm import TensorrtLlmModel
 from saw_trtllm.serve.triton import load_model
 from tests.support.example import EXAMPLE
-from tests.support.fakes.triton import InferenceRequest, Request, SeriesRecorder, i32, model_config, pb_utils, strings
+from tests.support.fakes.triton import Request, SeriesRecorder, i32, model_config, pb_utils, strings
 from tests.support.tolerance import EPS
 
 PROMPT = "def read_config(path):"
@@ -40,6 +42,22 @@ def tokenizer():
 def llm(engine_dir):
     with LLM(engine_dir, kv_cache_config=KvCacheConfig(deterministic=True)) as llm:
         yield llm
+
+
+@pytest.fixture(scope="module", autouse=True)
+def addresses():
+    """Every model of these tests is a server of its own; an ensemble asks the one that was made last."""
+    numbers, address = itertools.count(), "\0saw_test_{}_{}"
+    with pytest.MonkeyPatch.context() as patch:
+        last = []
+
+        def made(model):
+            last[:] = [address.format(os.getpid(), next(numbers))]
+            return last[0]
+
+        patch.setattr(tensorrt_llm, "engine_address", made)
+        patch.setattr(ensemble, "engine_address", lambda model: last[0])
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -228,20 +246,6 @@ def test_a_failure_of_the_model_itself_is_one_sentence(postprocessing, monkeypat
     assert response.error.message == r"the model failed (KeyError: 'a\nb')"
 
 
-@pytest.mark.parametrize(("key", "cancelled", "asked", "stops"), [(0, True, 0, 0), (7, False, 1, 0), (7, True, 1, 1)])
-def test_a_gone_client_is_reported_to_tensorrt_llm(postprocessing, key, cancelled, asked, stops):
-    InferenceRequest.made.clear()
-    tensors = {"TOKENS_BATCH": i32([[66]]), "SEQUENCE_LENGTH": i32([1]), "REQUEST_KEY": np.array([[key]], np.uint64)}
-    request = Request(tensors, cancelled=cancelled)
-    [response] = postprocessing.execute([request])
-    assert response.error is None  # an error here would leave the ensemble unfinished
-    assert request.asked == asked
-    assert [(r.model_name, r.inputs["request_key"].tolist()) for r in InferenceRequest.made] == [
-        ("tensorrt_llm", [[7]])
-    ] * stops
-    assert all(r.inputs["stop"].all() for r in InferenceRequest.made)
-
-
 # Requests
 
 
@@ -413,9 +417,9 @@ def test_bad_input_is_answered_in_one_sentence(model, options, sentence):
 # tensorrt_llm
 
 
-def run(model, *requests):
+def run(model, *requests, waited_for=None):
     model.execute(list(requests))
-    return [r.sender.wait_final() for r in requests]
+    return [r.sender.wait_final() for r in (requests if waited_for is None else waited_for)]
 
 
 def text_of(postprocessing, responses):
@@ -478,22 +482,26 @@ def test_the_output_begins_with_the_prompt_as_it_was_sent(model, llm, postproces
     "options",
     [{}, {"stop_words": strings(["e", "zz"])}, SAMPLED],
 )
-def test_pieces_that_have_piled_up_go_out_as_one(model, llm, postprocessing, tokenizer, options, monkeypatch):
-    monkeypatch.setattr(tensorrt_llm, "_RESPONSES_PER_S", 1)
+def test_pieces_that_have_piled_up_go_out_as_one(model, llm, postprocessing, tokenizer, options):
+    """While Triton takes no response, a text goes on; its pieces make the next one."""
     ids, options = (
         tokenizer.encode(UNICODE),
         {**options, "end_id": -1, "return_log_probs": True, "return_generation_logits": True},
     )
     params = parse(llm_inputs(ids, 60, **options))[0].params
     expected = llm.generate(ids, params).outputs[0]
-    for streamed in run(model, *(Request(llm_inputs(ids, 60, streaming=True, **options)) for _ in range(2))):
-        assert text_of(postprocessing, streamed) == expected.text
-        assert [t for r in streamed for t in r.tensors["output_ids"][0, 0]] == expected.token_ids
-        logprobs = [x for r in streamed for x in r.tensors["output_log_probs"][0, 0]]
-        assert logprobs == pytest.approx(expected.logprobs, rel=EPS)
-        logits = np.concatenate([r.tensors["generation_logits"][0, 0] for r in streamed])
-        np.testing.assert_array_equal(logits, expected.generation_logits)
-        assert len(streamed) < max(3, len(expected.token_ids) // 2)
+    slow, fast = (Request(llm_inputs(ids, 60, streaming=True, **options)) for _ in range(2))
+    slow.sender.taken.clear()
+    run(model, slow, fast, waited_for=[fast])
+    slow.sender.taken.set()
+    streamed = slow.sender.wait_final()
+    assert text_of(postprocessing, streamed) == expected.text
+    assert [t for r in streamed for t in r.tensors["output_ids"][0, 0]] == expected.token_ids
+    logprobs = [x for r in streamed for x in r.tensors["output_log_probs"][0, 0]]
+    assert logprobs == pytest.approx(expected.logprobs, rel=EPS)
+    logits = np.concatenate([r.tensors["generation_logits"][0, 0] for r in streamed])
+    np.testing.assert_array_equal(logits, expected.generation_logits)
+    assert len(streamed) <= max(3, len(expected.token_ids) // 2)
 
 
 def test_results_that_were_asked_for(model, llm, tokenizer):
@@ -609,30 +617,22 @@ def test_many_requests_at_once(model, llm, postprocessing, tokenizer):
 LONG = {"max_tokens": 1500, "streaming": True, "end_id": -1}
 
 
-def cancel_by_sender(model, request, key):
+def cancel_by_sender(model, request):
     request.sender.cancelled = True
 
 
-def cancel_by_key(model, request, key):
-    run(model, Request(llm_inputs([1], stop=True, request_key=np.uint64(key))))
-
-
-def cancel_by_id(model, request, key):
+def cancel_by_id(model, request):
     run(model, Request(llm_inputs([1], stop=True), request_id="mine"))
 
 
-@pytest.mark.parametrize(
-    ("cancel", "code"), [(cancel_by_sender, "CANCELLED"), (cancel_by_key, None), (cancel_by_id, None)]
-)
+@pytest.mark.parametrize(("cancel", "code"), [(cancel_by_sender, "CANCELLED"), (cancel_by_id, None)])
 def test_cancellation(model, tokenizer, cancel, code):
     ids = tokenizer.encode(PROMPT)
     request = Request(llm_inputs(ids, **LONG), request_id="mine")
     other = Request(llm_inputs(ids, 40, streaming=True, end_id=-1), request_id="another")
     model.execute([request, other])
-    first = request.sender.wait_responses(3)[0]
-    key = first.tensors["request_key"].item()
-    assert key  # the first piece asks postprocessing to look
-    cancel(model, request, key)
+    request.sender.wait_responses(3)
+    cancel(model, request)
     responses = request.sender.wait_final()
     assert [code_of(r) for r in responses[:-1]] == [None] * (len(responses) - 1)
     assert code_of(responses[-1]) == code
@@ -642,7 +642,7 @@ def test_cancellation(model, tokenizer, cancel, code):
 
 
 def test_stop_of_an_unknown_request_is_harmless(model):
-    [[response]] = run(model, Request(llm_inputs([1], stop=True, request_key=np.uint64(10**9))))
+    [[response]] = run(model, Request(llm_inputs([1], stop=True), request_id="no such"))
     assert response.error is None
     assert response.tensors == {}
 
