@@ -28,7 +28,7 @@ def table(results: StreamsResults) -> Table:
 
 
 def _cpu(row: Row) -> str:
-    parts = {name: us for name, us in row.cpu_us_per_token.items() if us >= 0.05}
+    parts = {name: us for name, us in row.cpu_us_per_token.items() if us >= 0.5}
     shown = ", ".join(f"{name} {us:.1f}" for name, us in sorted(parts.items(), key=lambda part: -part[1]))
     return shown if len(parts) < 2 else f"{sum(parts.values()):.1f}: {shown}"
 
