@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 #: Share of a thread's time that asking Triton about cancellation may take. A question takes about 0.1 ms.
 _WATCH_SHARE = 0.1
 
+#: Seconds without a question at most. One may have taken long because the machine was busy, and others go away too.
+_MAX_PAUSE = 1.0
+
 #: Threads that send. Each waits for Triton to take a response before it sends the next.
 _SENDERS = 4
 
@@ -265,7 +268,7 @@ class GeneratingModel:
         """Abort requests whose clients have gone."""
         period = self._parameters.cancellation_check_period_ms / 1000
         spent = 0.0
-        while not self._closing.wait(max(period, spent / _WATCH_SHARE)):
+        while not self._closing.wait(max(period, min(spent / _WATCH_SHARE, _MAX_PAUSE))):
             with self._lock:
                 jobs = [job for job in self._jobs if not job.closed and not job.cancelled]
             start = time.monotonic()
