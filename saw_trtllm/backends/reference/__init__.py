@@ -1,8 +1,8 @@
 """The CPU reference in plain PyTorch: the oracle of the tests and the backend where there is no GPU.
 
-A step is many short calls. OpenMP's threads spin while they wait for each other at the end of each, so that one core
-that is busy with something else holds up all of them at every call. They sleep instead, unless ``OMP_WAIT_POLICY`` says
-otherwise; OpenMP reads it once, when PyTorch is loaded.
+Where several threads share a call (:mod:`threads`), OpenMP's spin while they wait for each other at its end, so that
+one core that is busy with something else holds up all of them at every call. They sleep instead, unless
+``OMP_WAIT_POLICY`` says otherwise; OpenMP reads it once, when PyTorch is loaded.
 """
 
 import os

@@ -13,9 +13,9 @@ from functools import reduce
 
 import torch
 
-from saw_trtllm.backends.reference.cache import KEY_TILE, K, PagedPool, StepPlan, V
+from saw_trtllm.backends.reference.cache import KEY_TILE, K, PagedPool, Prefill, StepPlan, V
 from saw_trtllm.backends.reference.gemm import products, row_sum
-from saw_trtllm.backends.reference.invariant import exp, pad_rows, tanh
+from saw_trtllm.backends.reference.invariant import aligned, exp, pad_rows, tanh
 
 #: Queries of a prefill that are attended at a time, so that scores do not grow with chunk x context.
 _QUERY_TILE = 512
@@ -60,8 +60,9 @@ def paged_attention(
     scale = softmax_scale or 1 / math.sqrt(q.shape[-1])
     out = torch.empty_like(q)
     for p in plan.prefills:
-        keys = _with_history(pool.read(layer, K, p.blocks), p.history, k[p.tokens])
-        values = _with_history(pool.read(layer, V, p.blocks), p.history, v[p.tokens])
+        keys, values = (
+            _with_history(pool, layer, which, p, x[p.tokens].float().transpose(0, 1)) for which, x in ((K, k), (V, v))
+        )
         for start in range(0, p.tokens.stop - p.tokens.start, _QUERY_TILE):
             tile = slice(p.tokens.start + start, min(p.tokens.start + start + _QUERY_TILE, p.tokens.stop))
             rows = q[tile].float().unflatten(1, (len(keys), -1)).permute(1, 2, 0, 3)
@@ -80,15 +81,17 @@ def paged_attention(
 
 
 def _decode_groups(plan: StepPlan, block_elements: int) -> Iterator[slice]:
-    """So many decodes at a time that their keys stay in a core's own cache."""
+    """So many decodes at a time that calls are not too short and that what they read stays in a cache."""
     num_decodes, num_blocks = plan.decode_blocks.shape
     size = max(1, _DECODE_ELEMENTS // max(1, num_blocks * block_elements))
     return (slice(start, start + size) for start in range(0, num_decodes, size))
 
 
-def _with_history(history: torch.Tensor, length: int, current: torch.Tensor) -> torch.Tensor:
-    """``length`` rows of the pool and the chunk's own, ``[num_kv_heads, keys, D]``, padded to whole tiles."""
-    return pad_rows(torch.cat([history[:, :length], current.float().transpose(0, 1)], dim=1), KEY_TILE)
+def _with_history(pool: PagedPool, layer: int, which: int, p: Prefill, current: torch.Tensor) -> torch.Tensor:
+    """The pool's rows and the chunk's own, fp32 ``[num_kv_heads, keys, D]``, padded to whole tiles."""
+    if p.history:
+        current = torch.cat([pool.read(layer, which, p.blocks)[:, : p.history], current], dim=1)
+    return aligned(pad_rows(current, KEY_TILE))
 
 
 def _attend(
