@@ -38,7 +38,10 @@ class _PluginV2(fake.IPluginV2DynamicExt):
     def __init__(self, plugin):
         super().__init__(plugin.plugin_type, plugin.plugin_namespace, plugin.fields)
         self._plugin = plugin
-        self.num_outputs = plugin.num_outputs
+
+    @property
+    def num_outputs(self):
+        return self._plugin.num_outputs
 
     def outputs(self, inputs):
         return self._plugin.outputs([self._as_int64(x) for x in inputs])
