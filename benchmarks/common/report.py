@@ -142,7 +142,7 @@ def write(folder: Path, reports: Mapping[str, Report]) -> Iterator[Path]:
     for record, report in reports.items():
         shown = "".join(texts[path] for path, there in records.items() if record in there)
         names = {f"{record}_{name}": plot for name, plot in report.plots.items()}
-        yield from _draw(folder / "plots", {n: p for n, p in names.items() if not shown or f"plots/{n}.svg" in shown})
+        yield from draw(folder / "plots", {n: p for n, p in names.items() if not shown or f"plots/{n}.svg" in shown})
     for path, text in filled.items():
         _write(path, text)
         yield path
@@ -172,7 +172,14 @@ _STYLE = {
 }
 
 
-def _draw(folder: Path, plots: dict[str, Callable[[Figure], None]]) -> list[Path]:
+def draw(folder: Path, plots: Mapping[str, Callable[[Figure], None]]) -> list[Path]:
+    """Draw ``NAME.svg`` of each plot into a folder.
+
+    Raises
+    ------
+    SawError
+        If matplotlib or scour is missing, or a file cannot be written.
+    """
     if not plots:
         return []
     try:

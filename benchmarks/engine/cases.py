@@ -10,7 +10,7 @@ from benchmarks.common.target import Limit
 from saw_trtllm.engine.config import BuildConfig, PluginConfig
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
-from saw_trtllm.plugins.library import ATTENTION, GEMM, QUANTIZED_GEMM, WRITE
+from saw_trtllm.plugins.library import ALL_GATHER, ALL_REDUCE, ATTENTION, GEMM, QUANTIZED_GEMM, WRITE
 
 #: Formats of the cache, in the order in which they are measured.
 KVS = ("fp16", "int4", "saw_int4")
@@ -26,36 +26,76 @@ LOOP_BATCH, LOOP_PROMPT, LOOP_TEXT = 64, 1024, 192
 
 _LAYER = "transformer.layers."
 
-#: Layers and words of the model whose shape the engines have.
+#: Layers and words of Llama 3 8B.
 LLAMA_LAYERS, LLAMA_VOCAB = 32, 128256
 
 #: Parts of a step. ``ends`` are the nodes with the embedding and with the logits: TensorRT joins GEMMs of the first and
 #: of the last layer to them.
-Part = Literal["attention", "kv_write", "gemm", "rest", "ends"]
+Part = Literal["attention", "kv_write", "gemm", "ranks", "rest", "ends"]
 PARTS: dict[Part, str] = {
     "attention": "attention",
     "kv_write": "KV write",
     "gemm": "GEMMs",
+    "ranks": "sums and gathers between ranks",
     "rest": "rest of the layers",
     "ends": "embedding, logits and what is joined to them",
 }
 
 
+_LLAMA_8B = ModelConfig(
+    architecture="LlamaForCausalLM",
+    hidden_size=4096,
+    num_hidden_layers=LLAMA_LAYERS,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_size=128,
+    intermediate_size=14336,
+    vocab_size=LLAMA_VOCAB,
+    max_position_embeddings=131072,
+    rotary_base=500000.0,
+)
+_LLAMA_70B = {
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "intermediate_size": 28672,
+}
+_QWEN_32B = {
+    "architecture": "Qwen3ForCausalLM",
+    "qk_layernorm": True,
+    "norm_epsilon": 1e-6,
+    "hidden_size": 5120,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 64,
+    "intermediate_size": 25600,
+    "vocab_size": 151936,
+    "rotary_base": 1e6,
+}
+#: Models whose shapes the engines may have, by the words that tables have for them.
+MODELS = {
+    "Llama 3 8B": _LLAMA_8B,
+    "Llama 3 70B": _LLAMA_8B.model_copy(update=_LLAMA_70B),
+    "Qwen3 32B": _LLAMA_8B.model_copy(update=_QWEN_32B),
+}
+
+
+def flag_of(model: str) -> str:
+    """What ``--model`` calls one of :data:`MODELS`."""
+    return model.lower().replace(" ", "-")
+
+
+def model_config(
+    model: str, num_layers: int | None = None, vocab_size: int | None = None, dtype: str = "float16"
+) -> ModelConfig:
+    """The shape of one of :data:`MODELS`, with another number of layers and words if given."""
+    shape = MODELS[model]
+    given = {"num_hidden_layers": num_layers, "vocab_size": vocab_size, "dtype": dtype}
+    return shape.model_copy(update={name: value for name, value in given.items() if value is not None}, deep=True)
+
+
 def llama_config(num_layers: int, vocab_size: int = LLAMA_VOCAB, dtype: str = "float16") -> ModelConfig:
     """The shape of Llama 3 8B with so many layers and words."""
-    return ModelConfig(
-        architecture="LlamaForCausalLM",
-        dtype=dtype,
-        hidden_size=4096,
-        num_hidden_layers=num_layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_size=128,
-        intermediate_size=14336,
-        vocab_size=vocab_size,
-        max_position_embeddings=131072,
-        rotary_base=500000.0,
-    )
+    return model_config("Llama 3 8B", num_layers, vocab_size, dtype)
 
 
 def build_limits() -> BuildConfig:
@@ -107,6 +147,8 @@ def classify(layer: str, gemm_plugin: bool = False) -> Part:
         return "attention"
     if WRITE in layer:
         return "kv_write"
+    if ALL_REDUCE in layer or ALL_GATHER in layer:
+        return "ranks"
     # A node of many layers is named by its first and its last one.
     node = re.fullmatch(r"\{ForeignNode\[(.*)\.\.\.(.*)\]\}", layer)
     if not all(_LAYER in name for name in (node.groups() if node else (layer,))):

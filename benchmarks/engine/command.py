@@ -19,23 +19,25 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     engine = commands.add_parser(
         "engine",
         help="time whole decode steps of TensorRT engines by the format of their cache",
-        description="Build TensorRT engines of Llama 3 8B's shape with random weights, one for each format of the "
+        description="Build TensorRT engines of a model's shape with random weights, one for each format of the "
         "cache, and time their decode steps, their parts, the whole runtime and the start.",
+    )
+    models = {cases.flag_of(model): model for model in cases.MODELS}
+    engine.add_argument(
+        "--model", choices=models, default=next(iter(models)), help="whose shape the engines have (default: %(default)s)"
     )
     engine.add_argument("--kv", default=",".join(cases.KVS), metavar="NAMES", help="default: %(default)s")
     engine.add_argument(
         "--num_layers",
         type=int,
-        default=cases.LLAMA_LAYERS,
         metavar="N",
-        help="of the engines; fewer are built sooner, and the record says how many (default: %(default)s)",
+        help="of the engines; fewer are built sooner, and the record says how many (default: the model's)",
     )
     engine.add_argument(
         "--vocab_size",
         type=int,
-        default=cases.LLAMA_VOCAB,
         metavar="N",
-        help="of the engines (default: %(default)s)",
+        help="of the engines (default: the model's)",
     )
     engine.add_argument(
         "--tp_size",
@@ -98,10 +100,11 @@ def _run(args: argparse.Namespace, command: str) -> None:
         chosen = few if args.quick else all_of
         numbers[name] = chosen if given is None else cases.parse_numbers(given, all_of, f"--{name}")
     for name in ("num_layers", "vocab_size", "tp_size", "build_workers"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(args, name)}: it must be at least 1")
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise ConfigError(f"--{name} is {number}: it must be at least 1")
     if args.output is not None:
         check_writable(args.output)
+    model = next(name for name in cases.MODELS if cases.flag_of(name) == args.model)
     choose_backend("tensorrt")
     from benchmarks.engine.plan import Plan
     from benchmarks.engine.report import report
@@ -111,7 +114,7 @@ def _run(args: argparse.Namespace, command: str) -> None:
         plan = Plan.of(
             args.engine_dir or Path(temporary),
             kvs,
-            split_over_ranks(cases.llama_config(args.num_layers, args.vocab_size, args.dtype), args.tp_size),
+            split_over_ranks(cases.model_config(model, args.num_layers, args.vocab_size, args.dtype), args.tp_size),
             batches=numbers["batch"],
             contexts=numbers["context"],
             optimization_level=args.builder_optimization_level,

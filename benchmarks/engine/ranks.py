@@ -9,13 +9,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine.processes import SECONDS, start_ranks
 from saw_trtllm.backends.tensorrt.executor import TensorRTExecutor
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import StepInputs
-from saw_trtllm.runtime.collectives import Collectives, Rendezvous, join
+from saw_trtllm.runtime.collectives import Collectives
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
-
-_SECONDS = 120.0
 
 
 class RankedExecutor:
@@ -34,18 +33,10 @@ class RankedExecutor:
     """
 
     def __init__(self, folder: Path, config: EngineConfig) -> None:
-        context, size = multiprocessing.get_context("spawn"), config.tp_size
-        self._others: list[Connection] = []
-        self._processes = []
-        with Rendezvous() as meeting:
-            for rank in range(1, size):
-                ours, theirs = context.Pipe()
-                arguments = (folder, meeting.address, rank, size, theirs)
-                process = context.Process(target=_follow, args=arguments, daemon=True)
-                process.start()
-                self._others.append(ours)
-                self._processes.append(process)
-            self._collectives = meeting.wait(size, _SECONDS)
+        pipes = [multiprocessing.Pipe() for _ in range(1, config.tp_size)]
+        self._others = [ours for ours, _ in pipes]
+        arguments = [(folder, theirs) for _, theirs in pipes]
+        self._collectives, self._processes = start_ranks(config.tp_size, _follow, arguments)
         self._executor = _open(folder, config, self._collectives)
         self.num_blocks, self.stream = self._executor.num_blocks, self._executor.stream
         self.memory = self._executor.memory
@@ -66,7 +57,7 @@ class RankedExecutor:
         self._executor.shutdown()
         self._collectives.close()
         for process in self._processes:
-            process.join(_SECONDS)
+            process.join(SECONDS)
             process.kill()
 
     def _tell(self, call: str, arguments: Sequence[Any]) -> None:
@@ -78,9 +69,9 @@ def _open(folder: Path, config: EngineConfig, collectives: Collectives) -> Tenso
     return TensorRTExecutor(folder, config, None, KvCacheConfig.free_gpu_memory_fraction, collectives=collectives)
 
 
-def _follow(folder: Path, address: bytes, rank: int, size: int, calls: Connection) -> None:
+def _follow(collectives: Collectives, folder: Path, calls: Connection) -> None:
     """Another rank's process: it makes the calls that it is told of until the first has ended."""
-    executor = _open(folder, EngineConfig.load(folder), join(address, rank, size, _SECONDS))
+    executor = _open(folder, EngineConfig.load(folder), collectives)
     with contextlib.suppress(EOFError):
         while True:
             call, arguments = calls.recv()

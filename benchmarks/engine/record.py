@@ -8,7 +8,7 @@ from pydantic import Field
 
 from benchmarks.common.record import Record, RecordPart
 from benchmarks.common.target import TargetResult
-from benchmarks.engine.cases import LLAMA_LAYERS, LOOP_BATCH, Part, llama_config
+from benchmarks.engine.cases import LOOP_BATCH, MODELS, Part, model_config
 from saw_trtllm.model.config import ModelConfig
 
 
@@ -41,14 +41,16 @@ class Shape(RecordPart):
         )
 
     @property
-    def is_llama(self) -> bool:
-        """Whether it is Llama 3 8B's, but for the number of layers."""
-        return self == Shape.of(llama_config(self.num_layers, dtype=self.dtype))
+    def model(self) -> str | None:
+        """Whose it is, but for the number of layers."""
+        mine = self.model_copy(update={"qformat": "full_prec"})
+        known = {name: Shape.of(model_config(name, self.num_layers, dtype=self.dtype)) for name in MODELS}
+        return next((name for name, shape in known.items() if shape == mine), None)
 
     def __str__(self) -> str:
-        if self.is_llama:
-            fewer = "" if self.num_layers == LLAMA_LAYERS else f", {self.num_layers} of {LLAMA_LAYERS} layers"
-            return "Llama 3 8B's shape" + fewer
+        if (model := self.model) is not None:
+            layers = MODELS[model].num_hidden_layers
+            return f"{model}'s shape" + ("" if self.num_layers == layers else f", {self.num_layers} of {layers} layers")
         heads = f"{self.num_heads}/{self.num_kv_heads}/{self.head_dim}"
         return f"{self.num_layers} layers of {self.hidden_size}, heads {heads}, vocabulary {self.vocab_size}"
 

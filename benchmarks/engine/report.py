@@ -60,12 +60,14 @@ def _grid(cells: dict[tuple[int, int], str], what: str) -> Table:
 
 def part_table(results: EngineResults) -> Table:
     """Parts of a step and their shares, its layers timed one by one, and the host's part that a step alone shows."""
-    columns = [*PARTS.values(), "host, not overlapped"]
+    there = {part for e in results.engines for p in e.profiles for part in p.parts}
+    known = {part: words for part, words in PARTS.items() if part in there}
+    columns = [*known.values(), "host, not overlapped"]
     rows = [["KV cache", "sequences x context", *(f"{words} µs" for words in columns)]]
     for e in results.engines:
         for p in e.profiles:
             total = sum(p.parts.values())
-            parts = [p.parts.get(part, 0.0) for part in PARTS]
+            parts = [p.parts.get(part, 0.0) for part in known]
             step = e.find(p.batch, p.context)
             host = "-" if step is None else f"{step.alone_us - step.gpu_us:.0f}"
             shares = [f"{us:.0f} ({100 * us / total:.0f} %)" for us in parts]

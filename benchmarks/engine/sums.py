@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -12,9 +11,10 @@ from statistics import median
 
 import numpy as np
 
+from benchmarks.engine.processes import start_ranks
 from saw_trtllm.cli.common import print_table, run
 from saw_trtllm.errors import KernelError
-from saw_trtllm.runtime.collectives import Collectives, Rendezvous, join
+from saw_trtllm.runtime.collectives import Collectives
 
 #: Sums in a graph, and launches of it that are timed after others.
 CHAIN, WARM_UP, LAUNCHES = 64, 3, 9
@@ -92,10 +92,6 @@ def time_sums(collectives: Collectives, width: int) -> dict[str, str]:
     return found
 
 
-def _follow(address: bytes, rank: int, size: int, width: int) -> None:
-    time_sums(join(address, rank, size), width)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine.sums", description=__doc__)
@@ -104,12 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def time_them() -> None:
-        context = multiprocessing.get_context("spawn")
-        with Rendezvous() as meeting:
-            for rank in range(1, args.tp_size):
-                arguments = (meeting.address, rank, args.tp_size, args.width)
-                context.Process(target=_follow, args=arguments, daemon=True).start()
-            collectives = meeting.wait(args.tp_size)
+        collectives, _ = start_ranks(args.tp_size, time_sums, [(args.width,)] * (args.tp_size - 1))
         print_table(time_sums(collectives, args.width))
 
     return run(time_them)

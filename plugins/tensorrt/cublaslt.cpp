@@ -8,6 +8,7 @@
 #include <dlfcn.h>
 
 #include "adapter/op.h"
+#include "adapter/symbols.h"
 
 namespace saw::trt::cublaslt {
 
@@ -23,28 +24,23 @@ void* open() {
         "add the library's folder to LD_LIBRARY_PATH");
 }
 
-template <typename Function>
-void find(void* library, char const* name, Function& function) {
-    function = reinterpret_cast<Function>(dlsym(library, name));
-    if (function == nullptr)
-        throw PluginError(std::string("libcublasLt has no ") + name + ": install that of CUDA 12 or 13");
-}
-
 Library load() {
-    void* const from = open();
+    auto const find = [from = open()](char const* name, auto& function) {
+        find_symbol(from, "libcublasLt", "install that of CUDA 12 or 13", name, function);
+    };
     Library l{};
-    find(from, "cublasLtCreate", l.create);
-    find(from, "cublasLtGetStatusName", l.status_name);
-    find(from, "cublasLtMatmulDescCreate", l.product_create);
-    find(from, "cublasLtMatmulDescSetAttribute", l.product_set);
-    find(from, "cublasLtMatmulDescDestroy", l.product_destroy);
-    find(from, "cublasLtMatrixLayoutCreate", l.matrix_create);
-    find(from, "cublasLtMatrixLayoutDestroy", l.matrix_destroy);
-    find(from, "cublasLtMatmulPreferenceCreate", l.preference_create);
-    find(from, "cublasLtMatmulPreferenceSetAttribute", l.preference_set);
-    find(from, "cublasLtMatmulPreferenceDestroy", l.preference_destroy);
-    find(from, "cublasLtMatmulAlgoGetHeuristic", l.heuristic);
-    find(from, "cublasLtMatmul", l.matmul);
+    find("cublasLtCreate", l.create);
+    find("cublasLtGetStatusName", l.status_name);
+    find("cublasLtMatmulDescCreate", l.product_create);
+    find("cublasLtMatmulDescSetAttribute", l.product_set);
+    find("cublasLtMatmulDescDestroy", l.product_destroy);
+    find("cublasLtMatrixLayoutCreate", l.matrix_create);
+    find("cublasLtMatrixLayoutDestroy", l.matrix_destroy);
+    find("cublasLtMatmulPreferenceCreate", l.preference_create);
+    find("cublasLtMatmulPreferenceSetAttribute", l.preference_set);
+    find("cublasLtMatmulPreferenceDestroy", l.preference_destroy);
+    find("cublasLtMatmulAlgoGetHeuristic", l.heuristic);
+    find("cublasLtMatmul", l.matmul);
     return l;
 }
 

@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 
 #include "adapter/op.h"
+#include "adapter/symbols.h"
 
 namespace saw::trt::nccl {
 
@@ -12,22 +13,18 @@ namespace {
 
 constexpr char kLibrary[] = "libnccl.so.2";
 
-template <typename Function>
-void find_symbol(void* library, char const* name, Function& function) {
-    function = reinterpret_cast<Function>(dlsym(library, name));
-    if (function == nullptr)
-        throw PluginError(std::string(kLibrary) + " has no " + name + ": install NCCL 2.18 or newer");
-}
-
 Library load_library() {
     void* const from = dlopen(kLibrary, RTLD_NOW | RTLD_LOCAL);
     if (from == nullptr)
         throw PluginError(std::string(kLibrary) +
                           " cannot be loaded: pip install nvidia-nccl-cu12 or nvidia-nccl-cu13");
+    auto const find = [from](char const* name, auto& function) {
+        find_symbol(from, kLibrary, "install NCCL 2.18 or newer", name, function);
+    };
     Library l{};
-    find_symbol(from, "ncclGetErrorString", l.error_string);
-    find_symbol(from, "ncclAllReduce", l.all_reduce);
-    find_symbol(from, "ncclAllGather", l.all_gather);
+    find("ncclGetErrorString", l.error_string);
+    find("ncclAllReduce", l.all_reduce);
+    find("ncclAllGather", l.all_gather);
     return l;
 }
 

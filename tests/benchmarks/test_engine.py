@@ -16,7 +16,7 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks.common.record import Environment
 from benchmarks.common.report import write
-from benchmarks.engine import cases, compare, loop, random_engine, run
+from benchmarks.engine import cases, compare, loop, random_engine, run, scaling
 from benchmarks.engine.cases import BATCHES, CONTEXTS, KVS, classify, parse_numbers
 from benchmarks.engine.plan import Plan
 from benchmarks.engine.record import Engine, EngineResults, Loop, Profile, Shape, StartUp, Step
@@ -533,6 +533,39 @@ def test_tables_show_what_was_measured(results):
     assert "300 (28 %)" in text
     assert str(Shape.of(cases.llama_config(32))) == "Llama 3 8B's shape"
     assert str(Shape.of(cases.llama_config(8, 1000))) == "8 layers of 4096, heads 32/8/128, vocabulary 1000"
+
+
+def test_steps_are_compared_over_ranks(results, tmp_path, capsys):
+    """Of two records, the second of which has its steps in 0.6 of the time, a fifth of it between ranks."""
+    paths = []
+    for tp_size in (1, 2):
+        engines = []
+        for e in results.engines:
+            steps = [s.model_copy(update={"median_us": s.median_us * (0.6 if tp_size == 2 else 1)}) for s in e.steps]
+            profile = Profile(batch=64, context=8192, parts={"attention": 400.0, "ranks": 100.0})
+            engines.append(e.model_copy(update={"steps": steps, "profiles": [profile] * (tp_size - 1)}))
+        paths.append(tmp_path / f"tp{tp_size}.json")
+        results.model_copy(update={"tp_size": tp_size, "engines": engines, "targets": []}).save(paths[-1])
+    assert scaling.main([str(path) for path in reversed(paths)] + ["--plots", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    us = results.engine("saw_int4").find(64, 8192).median_us
+    (row,) = [line for line in text.splitlines() if line.startswith("saw_int4") and " 64x8192 " in line]
+    assert row.split("  ")[-1].strip() == "-, 20 %"
+    assert f"{us:.0f} µs" in row
+    assert f"{0.6 * us:.0f} µs (0.60x)" in row
+    assert "saw_int4, 64x8192" in (tmp_path / "scaling.svg").read_text()
+    assert scaling.main([str(paths[0]), str(paths[0])]) == 2
+    assert "two records have engines of the same number of ranks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("model", "parameters"), [("Llama 3 70B", 70_553_706_496), ("Qwen3 32B", 32_762_123_264)])
+def test_shapes_are_those_of_their_models(model, parameters):
+    config = cases.model_config(model)
+    assert sum(int(np.prod(shape)) for shape in random_engine.expected_shapes(config).values()) == parameters
+    assert str(Shape.of(config)) == f"{model}'s shape"
+    assert (
+        str(Shape.of(cases.model_config(model, 8), "fp8")) == f"{model}'s shape, 8 of {config.num_hidden_layers} layers"
+    )
 
 
 def test_the_plot_is_of_the_record(results, tmp_path):

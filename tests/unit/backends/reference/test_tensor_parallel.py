@@ -1,5 +1,7 @@
 """An engine of several ranks computes what that of one rank does: logits, the rows of its cache, texts."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,7 @@ from tests.support.models import make_hf_model
 from tests.support.ranks import RankThreads, on_ranks
 from tests.support.tolerance import model_rounding
 
-#: 2 KV heads, so that 4 ranks have each of them twice; 203 tokens, which neither 2 nor 4 divides.
+#: 2 KV heads, so that 4 ranks have each of them twice, and 8 four times; 203 tokens, which none of them divides.
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2")
 PROMPT = np.random.default_rng(3).integers(3, 203, 40).tolist()
 CACHE = KvCacheConfig(max_tokens=128)
@@ -54,8 +56,7 @@ def run(executor, pools, *spans):
     return np.concatenate(found)
 
 
-@pytest.mark.parametrize("tp_size", [2, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "tp_size"), [*product(FAMILIES, (2, 4)), ("llama", 8)])
 def test_logits_are_those_of_one_rank(family, tp_size, models, tmp_path):
     """In fp32, cache and all, where only the order of sums differs: chunks with history, and a decode."""
     options = {"kv": "fp16", "dtype": "float32", "gather_all_token_logits": True}
