@@ -12,12 +12,20 @@ from tests.engines.cases import RANK_CASES, STEPS, decoded_rows
 from tests.engines.ranks import WAYS, run_ranks
 from tests.engines.test_steps import MOVED_CODE, ROUNDING, assert_codes, assert_rows
 
+#: Ranks that one GPU can take by itself.
+MOST_ON_ONE = 4
+
 
 @pytest.fixture(scope="module", params=RANK_CASES, ids=lambda case: case.name)
 def run(request, work, reference, supported):
     """A case's config, what the reference gives, and what each rank does."""
     case = request.param
     supported(case)
+    from saw_trtllm.backends.tensorrt.cuda import call, runtime
+
+    size = dict(case.options)["tp_size"]
+    if size > MOST_ON_ONE and call(runtime.cudaGetDeviceCount) < size:
+        pytest.skip(f"{size} ranks want {size} GPUs: so many processes on one stand still")
     expected, config = reference(case), EngineConfig.load(case.engine(work))
     return config, expected, run_ranks(work, case, config.tp_size)
 
