@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +51,8 @@ _QUESTIONS = (
     "Which questions are still open?",
     "Sum up what you have said about {}.",
 )
+#: Of a line of code that asks for more.
+_BEGINNINGS = ("def ", "class ", "if ", "for ", "return ")
 #: Conversations that are held at a time.
 _GROUP = 20
 
@@ -77,6 +81,26 @@ def hold(llm: LLM, topics: Sequence[str], answer_len: int) -> list[list[Turn]]:
         for said, before, prompt, output in zip(messages, turns, prompts, outputs, strict=True):
             before.append(Turn(prompt, output.outputs[0].token_ids))
             said.append({"role": "assistant", "content": output.outputs[0].text})
+    return turns
+
+
+def hold_code(llm: LLM, paths: Sequence[Path], count: int, answer_len: int) -> list[list[Turn]]:
+    """Conversations with a model that has no chat template, in Python: of two lines of some files a turn."""
+    assert llm.tokenizer is not None
+    text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
+    lines = [line for line in text.split("\n") if line.strip().startswith(_BEGINNINGS)]
+    random.Random(3).shuffle(lines)
+    questions = cycle(lines)
+    turns: list[list[Turn]] = [[] for _ in range(count)]
+    for _ in _QUESTIONS:
+        prompts = []
+        for before in turns:
+            question = f"\n\n{next(questions)}\n{next(questions)}\n"
+            new = llm.tokenizer.encode(question, add_special_tokens=not before)
+            prompts.append([*before[-1].prompt, *before[-1].answer, *new] if before else new)
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=answer_len, ignore_eos=True))
+        for before, prompt, output in zip(turns, prompts, outputs, strict=True):
+            before.append(Turn(prompt, output.outputs[0].token_ids))
     return turns
 
 
@@ -175,6 +199,7 @@ def main() -> int:
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="of another saw_int4 cache")
     parser.add_argument("--history", default="reuse,prompts,none,decoded", metavar="NAMES", help="default: %(default)s")
     parser.add_argument("--conversations", type=int, default=len(_TOPICS), metavar="N")
+    parser.add_argument("--code", type=Path, nargs="+", metavar="FILE", help="Python, for a model of code")
     parser.add_argument("--answer_len", type=int, default=48, metavar="N")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
@@ -182,7 +207,11 @@ def main() -> int:
     topics = _TOPICS[: args.conversations]
     with LLM(args.engine_dir, kv_cache_config=KvCacheConfig(_GROUP << 11)) as llm:
         groups = [topics[i : i + _GROUP] for i in range(0, len(topics), _GROUP)]
-        conversations = [turns for group in groups for turns in hold(llm, group, args.answer_len)]
+        conversations = (
+            hold_code(llm, args.code, args.conversations, args.answer_len)
+            if args.code
+            else [turns for group in groups for turns in hold(llm, group, args.answer_len)]
+        )
     longest = max(len(turns[-1].prompt) + len(turns[-1].answer) for turns in conversations)
     model = open_model(Checkpoint.open(args.model_dir), longest)
     caches = {v.k_format.kv: v.quantizer(model.exact) for v in grid(model.config, args.kv.split(","))}
