@@ -7,11 +7,12 @@ j and o_i the sum of values, and W_o takes it to the model's stream. So keys and
     Σ_ij s_ij (k_jᵀ A k_j) (q_iᵀ A⁻¹ q_i),   A = T Tᵀ
 
 Where that is least, ``C = Σ s_ij (q_iᵀ A⁻¹ q_i) k_j k_jᵀ`` and ``M = Σ s_ij (k_jᵀ A k_j) q_i q_iᵀ`` are balanced: in
-the frame both are the same. Each pass over a text takes the weights from the frames of the one before, the first from
-the plain rotation. In them stands, in place of ``k_jᵀ A k_j``, the square of the row's range ``(max - min)²`` about the
-center, to which the noise of a quantizer is proportional. With ``N = C^½``, ``G = M^½`` and the singular values
-``G N = U S Vᵀ`` the frame is ``T = N⁻¹ V S^½``. A Hadamard matrix spreads S evenly over the channels, but for the
-largest: that one moves all channels alike, which the row's lo takes up, so it is scaled up and costs next to nothing.
+the frame both are the same. Each pass takes the weights from the frames of the one before, the first from the plain
+rotation; all but the last are over a part of the text. In them stands, in place of ``k_jᵀ A k_j``, the square of the
+row's range ``(max - min)²`` about the center, to which the noise of a quantizer is proportional. With ``N = C^½``,
+``G = M^½`` and the singular values ``G N = U S Vᵀ`` the frame is ``T = N⁻¹ V S^½``. A Hadamard matrix spreads S evenly
+over the channels, but for the largest: that one moves all channels alike, which the row's lo takes up, so it is scaled
+up and costs next to nothing.
 Values have a frame by the same formula, C being their moment with the weights ``Σ_i p_ij² tr(W_oᵀ W_o)``, summed over
 the group's heads, and M what W_o makes of an error.
 """
@@ -33,8 +34,9 @@ from saw_trtllm.format import hadamard
 
 #: Tokens of calibration text that are needed, for each channel of a head.
 MIN_TOKENS_PER_CHANNEL = 4
-#: Passes over a text. A third changes KL by less than its error.
-NUM_PASSES = 2
+#: Passes over some of a text's windows that find the weights for the one over all of them, and of how many windows one
+#: is enough for that.
+_NUM_FIRST_PASSES, _FIRST_PASS_STRIDE = 3, 4
 #: Of the mean eigenvalue, added to all: what a text shows nothing of is not taken to be nothing.
 _RIDGE = 1e-3
 #: Factor on the channel that a row's lo takes up: its noise falls by the square, and lo's own rounding stays small.
@@ -132,7 +134,7 @@ class Statistics:
         self.num_tokens = 0
 
     def gather(self, windows: torch.Tensor, progress: Callable[[int], None] | None = None) -> None:
-        """Run sequences int64 ``[n, T]`` through the exact model, :data:`NUM_PASSES` times.
+        """Run sequences int64 ``[n, T]`` through the exact model, n at least 2, as :func:`passes` says.
 
         In turn they are for the one half and the other. What an earlier call gathered is forgotten.
         """
@@ -140,13 +142,13 @@ class Statistics:
         c = self._model.config
         k_center = np.zeros((c.num_hidden_layers, c.num_key_value_heads, c.head_size))
         k_frame = np.broadcast_to(orthogonal_mixing(c.head_size), (*k_center.shape, c.head_size))
-        for number in range(NUM_PASSES):
+        for number, chosen in enumerate(passes(windows)):
             if number:
                 k_center, k_frame = self._key_levers(centered=True)
             on_device = [torch.tensor(x, dtype=torch.float32, device=self._model.device) for x in (k_center, k_frame)]
             bases = [Basis(*x) for x in zip(*on_device, self._outputs, strict=True)]
             self._halves = [[Moments() for _ in range(c.num_hidden_layers)] for _ in range(2)]
-            for i, window in enumerate(windows):
+            for i, window in enumerate(chosen):
                 self._model.hidden(window[None], observe=partial(_add, self._halves[i % 2], bases))
                 if progress is not None:
                     progress(len(window))
@@ -203,6 +205,12 @@ class Statistics:
         dense = torch.from_numpy(self.checkpoint.load(name).astype(np.float32)).to(self._model.device)
         heads = dense.unflatten(1, (c.num_key_value_heads, -1, c.head_size)).movedim(0, -2)
         return heads.mT @ heads
+
+
+def passes(windows: torch.Tensor) -> list[torch.Tensor]:
+    """What of windows ``[n, T]`` is run through the model in each pass: a few, again and again, and at last all."""
+    few = windows[:: max(1, min(_FIRST_PASS_STRIDE, len(windows) // 2))]
+    return [few] * _NUM_FIRST_PASSES + [windows]
 
 
 def calibrate(

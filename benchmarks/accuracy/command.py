@@ -40,6 +40,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     real.add_argument(
         "--max_seq_len", type=int, default=2048, metavar="N", help="tokens of a window (default: %(default)s)"
     )
+    real.add_argument(
+        "--calibration_tokens", type=int, default=16384, metavar="N", help="of that text (default: %(default)s)"
+    )
     finish(accuracy, _run)
 
 
@@ -59,7 +62,7 @@ def _run(args: argparse.Namespace, command: str) -> None:
     if args.model_dir is not None:
         if args.text is None or args.calibration_text is None:
             raise ConfigError("--model_dir needs two texts: give --text and --calibration_text")
-        lengths = (args.max_tokens, args.max_seq_len)
+        lengths = (args.max_tokens, args.max_seq_len, args.calibration_tokens)
         results = run_real(
             args.model_dir, args.text, args.calibration_text, *lengths, args.device, command, args.commit
         )

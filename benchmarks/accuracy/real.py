@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -15,16 +16,24 @@ from benchmarks.accuracy.record import AccuracyResults
 from benchmarks.accuracy.run import rounded
 from benchmarks.common.environment import cpu_name, describe
 from saw_trtllm.backends.reference.quantizers import Fp8, KVQuantizer, QuantizedRows
+from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.calibrate import Statistics
 from saw_trtllm.checkpoint import Checkpoint
+from saw_trtllm.checkpoint.calibration import Calibration
 from saw_trtllm.eval.analysis import analyse
-from saw_trtllm.eval.metrics import differences, measure, qualities
+from saw_trtllm.eval.metrics import Sums, differences, measure, qualities
 from saw_trtllm.eval.session import choose_device, open_model
 from saw_trtllm.eval.tables import rms
-from saw_trtllm.eval.text import load_tokenizer, make_windows, read_text
+from saw_trtllm.eval.text import (
+    GENERATED_LENGTH,
+    generated_windows,
+    load_tokenizer,
+    make_windows,
+    prefix_token,
+    read_text,
+)
 from saw_trtllm.format import END_CUTS, RANGE_FACTORS, KVFormat
 
-CALIBRATION_TOKENS = 16384
 #: Windows whose layers are looked at, one by one.
 _LAYER_WINDOWS = 2
 
@@ -35,6 +44,7 @@ def run_real(
     calibration_text: Path,
     max_tokens: int,
     max_seq_len: int,
+    calibration_tokens: int,
     device: str,
     command: str,
     commit: str | None,
@@ -51,6 +61,8 @@ def run_real(
         Tokens of ``text``.
     max_seq_len : int
         Tokens of a window, of both texts.
+    calibration_tokens : int
+        Tokens of ``calibration_text``, and of the text that the model makes up.
     device : str
         As ``saw-eval --device``.
     command : str
@@ -63,22 +75,16 @@ def run_real(
     tokenizer, longest = load_tokenizer(checkpoint), checkpoint.config.max_positions
     windows = make_windows(tokenizer.encode(read_text(text)), longest, max_seq_len, max_tokens)
     calibration_ids = tokenizer.encode(read_text(calibration_text, "--calibration_text"))
-    calibration_windows = make_windows(calibration_ids, longest, max_seq_len, CALIBRATION_TOKENS)
+    calibration_windows = make_windows(calibration_ids, longest, max_seq_len, calibration_tokens)
     model = open_model(checkpoint, max_seq_len, choose_device(device))
-    statistics = Statistics(checkpoint, model)
+    own, statistics = (Statistics(checkpoint, model) for _ in range(2))
+    length = min(GENERATED_LENGTH, max_seq_len)
+    own.gather(generated_windows(model, prefix_token(tokenizer), calibration_tokens // length, length))
     statistics.gather(calibration_windows)
-    caches = _caches(checkpoint.config.head_size, statistics)
+    caches = caches_of(checkpoint.config.head_size, statistics.calibration(), own.calibration())
     with tqdm(total=len(windows) * (1 + len(caches)), unit="window", disable=not sys.stderr.isatty()) as bar:
         measured = measure(model, windows, {"fp16": model.exact} | caches, bar.update)
-    found = qualities(model, {"fp16": model.exact} | caches, measured)
-    errors, _ = analyse(model, windows[:_LAYER_WINDOWS], caches)
-    entry = {
-        "caches": {name: dataclasses.asdict(q) for name, q in found.items()},
-        "differences": {
-            one: {other: dataclasses.asdict(d) for other, d in others.items()}
-            for one, others in differences(measured).items()
-        },
-        "layers": {name: [rms(heads) for heads in e.outputs] for name, e in errors.items()},
+    entry = entry_of(model, windows, caches, measured) | {
         "split_half_excess": statistics.split_half_excess(),
         "seconds": time.monotonic() - start,
     }
@@ -101,22 +107,35 @@ def run_real(
     )
 
 
-def _caches(head_dim: int, statistics: Statistics) -> dict[str, KVQuantizer]:
-    """What is compared, by name: the peers, the default and what a calibration adds."""
+def caches_of(head_dim: int, calibration: Calibration, own: Calibration) -> dict[str, KVQuantizer]:
+    """What is compared, by name: the peers, the default, and what calibrations on a text and on the model's own add."""
     rows, wide = KVFormat("saw_int4", head_dim), KVFormat("saw_k8v4", head_dim)
-    centered, plain = statistics.calibration(), statistics.calibration(centered=False)
     return {
         "fp8 e4m3, no scales": Fp8(),
         "plain int4, min-max": QuantizedRows(KVFormat("int4", head_dim, range_factor=1.0)),
         "the paper's recipe": QuantizedRows(KVFormat("saw_int4", head_dim, range_factor=1.0)),
         "saw_int4": QuantizedRows(rows),
-        "saw_int4, centers": QuantizedRows(rows, k_center=torch.from_numpy(centered.k_center)),
-        "saw_int4, frames": QuantizedRows.calibrated(rows, rows, plain),
-        "saw_int4, frames of K, centers": QuantizedRows(
-            rows, rows, *map(torch.from_numpy, (centered.k_center, centered.k_frame))
-        ),
-        "saw_int4, calibrated": QuantizedRows.calibrated(rows, rows, centered),
-        "saw_int4, calibrated, ends chosen": QuantizedRows.calibrated(rows, rows, centered, END_CUTS),
+        "saw_int4, calibrated on its own text": QuantizedRows.calibrated(rows, rows, own),
+        "saw_int4, calibrated": QuantizedRows.calibrated(rows, rows, calibration),
+        "saw_int4, calibrated, ends chosen": QuantizedRows.calibrated(rows, rows, calibration, END_CUTS),
         "saw_k8v4": QuantizedRows(wide),
-        "saw_k8v4, calibrated": QuantizedRows.calibrated(wide, wide, centered),
+        "saw_k8v4, calibrated": QuantizedRows.calibrated(wide, wide, calibration),
+    }
+
+
+def entry_of(
+    model: WindowModel, windows: torch.Tensor, caches: dict[str, KVQuantizer], measured: dict[str, Sums]
+) -> dict[str, Any]:
+    """What the record says of caches that were measured on windows."""
+    errors, _ = analyse(model, windows[:_LAYER_WINDOWS], caches)
+    return {
+        "caches": {
+            name: dataclasses.asdict(q)
+            for name, q in qualities(model, {"fp16": model.exact} | caches, measured).items()
+        },
+        "differences": {
+            one: {other: dataclasses.asdict(d) for other, d in others.items()}
+            for one, others in differences(measured).items()
+        },
+        "layers": {name: [rms(heads) for heads in e.outputs] for name, e in errors.items()},
     }

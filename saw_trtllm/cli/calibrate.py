@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Tokens of a text that a model makes up.
-_GENERATED_LENGTH = 1024
-
 _EXAMPLES = """\
 examples:
   saw-calibrate --model_dir Qwen2.5-7B --text sample.txt --output calib.safetensors
@@ -177,13 +174,13 @@ def _open(options: CalibrateOptions) -> tuple[Checkpoint, torch.Tensor]:
 def _generated(checkpoint: Checkpoint, tokenizer: Tokenizer, options: CalibrateOptions) -> torch.Tensor:
     """Windows of the model's own."""
     from saw_trtllm.eval.session import open_model
-    from saw_trtllm.eval.text import generated_windows
+    from saw_trtllm.eval.text import GENERATED_LENGTH, generated_windows, prefix_token
 
-    length = min(checkpoint.config.max_positions, options.max_seq_len or _GENERATED_LENGTH)
+    length = min(checkpoint.config.max_positions, options.max_seq_len or GENERATED_LENGTH)
     count = max(4, options.max_tokens // length)
-    first = tokenizer.bos_id if tokenizer.bos_id is not None else next(iter(tokenizer.eos_ids), 0)
     with progress(count * (length - 1), "saw-calibrate: texts", "tokens") as bar:
-        return generated_windows(open_model(checkpoint, length, options.device), first, count, length, bar.update)
+        model = open_model(checkpoint, length, options.device)
+        return generated_windows(model, prefix_token(tokenizer), count, length, bar.update)
 
 
 def _names(text: str | None) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 
 from saw_trtllm.backends.reference.quantizers import QuantizedRows
 from saw_trtllm.backends.reference.window import WindowModel
-from saw_trtllm.calibrate import NUM_PASSES, Statistics, check_length
+from saw_trtllm.calibrate import Statistics, check_length, passes
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.checkpoint.calibration import Calibration
 from saw_trtllm.errors import ConfigError
@@ -70,8 +70,8 @@ class Measured:
 
 def num_steps(windows: torch.Tensor) -> int:
     """Tokens that :func:`measured_calibration` reports as progress for windows ``[n, T]``."""
-    kept = int(_held_out(windows).sum())
-    return windows.shape[1] * (NUM_PASSES * (len(windows) - kept) + _NUM_CACHES * kept)
+    kept = _held_out(windows)
+    return windows.shape[1] * (sum(map(len, passes(windows[~kept]))) + _NUM_CACHES * int(kept.sum()))
 
 
 def measured_calibration(

@@ -16,6 +16,9 @@ from saw_trtllm.errors import ConfigError, RequestError
 from saw_trtllm.runtime.chat_template import ChatTemplate
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
+#: Tokens of a text that a model makes up.
+GENERATED_LENGTH = 1024
+
 
 def read_text(path: Path, flag: str = "--text") -> str:
     """A UTF-8 file's text; ``-`` is stdin. A file that cannot be read is one of ``flag``."""
@@ -57,6 +60,11 @@ def read_chats(path: Path, tokenizer_dir: Path) -> list[str]:
 def load_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> Tokenizer:
     """The checkpoint's tokenizer, or the one in ``folder``."""
     return Tokenizer.load(folder or checkpoint.folder)
+
+
+def prefix_token(tokenizer: Tokenizer) -> int:
+    """What a text without a context begins with: the BOS token, or an end token where there is none."""
+    return tokenizer.bos_id if tokenizer.bos_id is not None else next(iter(tokenizer.eos_ids), 0)
 
 
 def generated_windows(

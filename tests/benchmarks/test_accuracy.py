@@ -1,20 +1,22 @@
 """Caches of a checkpoint on two texts, from the command to the tables and plots that documents show."""
 
 import argparse
+import json
+import re
 import typing
 
 from matplotlib.figure import Figure
 
 from benchmarks.__main__ import load_report, main
-from benchmarks.accuracy import real
+from benchmarks.accuracy import tasks
 from tests.support.example import EXAMPLE
 
 
-def test_a_checkpoint_on_two_texts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(real, "CALIBRATION_TOKENS", 1024)
+def test_a_checkpoint_on_two_texts(tmp_path, capsys):
     output = tmp_path / "accuracy_example.json"
     argv = ["accuracy", "--model_dir", EXAMPLE, "--text", typing.__file__, "--calibration_text", argparse.__file__]
     argv += ["--max_tokens", 256, "--max_seq_len", 128, "--device", "cpu", "--output", output]
+    argv += ["--calibration_tokens", 1024]
     assert main([str(a) for a in argv]) == 0
     assert "saw_k8v4, calibrated" in capsys.readouterr().out
     report = load_report(output)
@@ -35,3 +37,32 @@ def test_a_checkpoint_on_two_texts(tmp_path, monkeypatch, capsys):
 def test_a_checkpoint_needs_two_texts(capsys):
     assert main(["accuracy", "--model_dir", str(EXAMPLE), "--text", "x"]) == 2
     assert "give --text and --calibration_text" in capsys.readouterr().err
+
+
+def test_tasks_have_one_answer(tmp_path):
+    """A number that the text has once, and the end of a chain of sums."""
+    text = tmp_path / "text"
+    text.write_text("word " * 50)
+    argv = ["--text", text, "--words", 40, "--count", 20, "--output_dir", tmp_path]
+    assert tasks.main([str(a) for a in argv]) == 0
+    documents = {
+        name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("saw_needle", "saw_chain")
+    }
+    assert {name: len(found) for name, found in documents.items()} == {"saw_needle": 20, "saw_chain": 20}
+    for d in documents["saw_needle"]:
+        asked = d["prompt"].rpartition("A: ")[2]
+        assert d["prompt"].count(f"{asked}{d['answer']}.") == 1
+        assert d["prompt"].count("word") == 40
+    for d in documents["saw_chain"]:
+        sums = [tuple(map(int, s)) for s in re.findall(r"(\d+) \+ (\d+) = (\d+)", d["prompt"] + d["answer"])]
+        assert all(a + b == total for a, b, total in sums)
+        assert len(sums) == 5 * 3
+    assert f"test: {tmp_path / 'saw_chain.jsonl'}" in (tmp_path / "saw_chain.yaml").read_text()
+
+
+def test_a_text_may_be_too_short_to_hide_a_fact_in(tmp_path, capsys):
+    (tmp_path / "text").write_text("one two")
+    argv = ["--text", tmp_path / "text", "--words", 3, "--output_dir", tmp_path]
+    assert tasks.main([str(a) for a in argv]) == 2
+    assert "the text has 2 words and --words is 3: give a longer text" in capsys.readouterr().err
