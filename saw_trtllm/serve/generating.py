@@ -167,7 +167,7 @@ class GeneratingModel:
         for key, g in zip(job.keys, generations, strict=True):
             try:
                 self._engine.begin(key, Asked(g.prompt, g.params, g.streaming, g.cache_salt, job.request_id))
-            except SawError as e:
+            except Exception as e:
                 self.deliver([(key, [e])])
         if job.closed:  # the first has failed while the others had not begun
             self._abort(job)
@@ -234,7 +234,10 @@ class GeneratingModel:
     def _close(self, job: Job, response: Any) -> None:
         with job.asking:  # what Triton is asked about must not have ended
             job.closed = True
-            self._send(job.sender, response, final=True)
+            try:
+                self._send(job.sender, response, final=True)
+            except Exception:  # nobody is left to be told, and others wait for this thread
+                logger.exception("the last response of a request could not be sent")
 
     def _fail(self, job: Job, error: Exception) -> None:
         """End a request with an error; what its other prompts still give is dropped."""

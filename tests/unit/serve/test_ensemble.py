@@ -8,7 +8,7 @@ import pytest
 
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
 from saw_trtllm.runtime.tokenizer import Tokenizer
-from saw_trtllm.serve import engine_link, ensemble, tensorrt_llm
+from saw_trtllm.serve import engine_link, ensemble, generating, tensorrt_llm
 from saw_trtllm.serve.ensemble import EnsembleModel
 from saw_trtllm.serve.parameters import Parameters
 from saw_trtllm.serve.tensorrt_llm import TensorrtLlmModel
@@ -147,6 +147,17 @@ def test_an_engine_that_ends_is_one_sentence(open_models):
     [late] = answers(model, Request(asked(PROMPT)))
     assert error_of(late)[0] == "UNAVAILABLE"
     assert "the model tensorrt_llm cannot be reached" in error_of(late)[1]
+
+
+def test_responses_that_triton_does_not_take_hold_up_nobody(open_models, llm):
+    """As many as there are threads that send."""
+    _, model = open_models
+    lost = [Request(asked(PROMPT, stream=True)) for _ in range(generating._SENDERS)]
+    for request in lost:
+        request.sender.send = lambda response, flags: 1 / 0
+    model.execute(lost)
+    [answer] = answers(model, Request(asked(PROMPT, stream=True)))
+    assert text_of(answer) == llm.generate(PROMPT, SamplingParams(max_tokens=8)).outputs[0].text
 
 
 def test_another_users_process_is_no_engine(open_models, monkeypatch):
