@@ -14,6 +14,8 @@ from benchmarks.common import report
 from benchmarks.common.record import Record
 from benchmarks.engine import command as engine
 from benchmarks.engine.record import EngineResults
+from benchmarks.gemm import command as gemm
+from benchmarks.gemm.record import GemmResults
 from benchmarks.goodput import command as goodput
 from benchmarks.goodput.record import GoodputResults
 from benchmarks.kernels import command as kernels
@@ -22,6 +24,8 @@ from benchmarks.serving import command as serving
 from benchmarks.serving.record import ServingResults
 from benchmarks.streams import command as streams
 from benchmarks.streams.record import StreamsResults
+from benchmarks.weights import command as weights
+from benchmarks.weights.record import WeightsResults
 from saw_trtllm.cli.common import run, set_log_level
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.paths import is_folder, read_json
@@ -30,8 +34,10 @@ _EXAMPLES = """\
 examples:
   python -m benchmarks kernels --official sglang-fork --output benchmarks/results/kernels_h200.json
   python -m benchmarks kernels --suite decode --peers none --quick
+  python -m benchmarks gemm --output benchmarks/results/gemm_h200.json
   python -m benchmarks engine --output benchmarks/results/engine_h200.json
   python -m benchmarks accuracy --output benchmarks/results/accuracy.json
+  python -m benchmarks weights --model_dir Llama-3.2-1B --quantized Llama-3.2-1B-W4A16 --text book.txt
   python -m benchmarks serving --engine_dir engine_fp16 engine_saw_int4 --output load.json
   python -m benchmarks goodput --engine_dir engine_fp16 engine_saw_int4 --output goodput.json
   python -m benchmarks streams --engine_dir engine --pace 5,0.02,0.03 --output streams.json
@@ -41,7 +47,16 @@ examples:
 #: The records that there are; each kind is named by its command, whose package has the report.
 RECORDS: dict[str, type[Record]] = {
     record.model_fields["kind"].default: record
-    for record in (Results, EngineResults, AccuracyResults, ServingResults, GoodputResults, StreamsResults)
+    for record in (
+        Results,
+        GemmResults,
+        EngineResults,
+        AccuracyResults,
+        WeightsResults,
+        ServingResults,
+        GoodputResults,
+        StreamsResults,
+    )
 }
 
 
@@ -54,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (kernels, engine, accuracy, serving, goodput, streams):
+    for command in (kernels, gemm, engine, accuracy, weights, serving, goodput, streams):
         command.add_parser(commands)
     reporting = commands.add_parser(
         "report",
