@@ -25,11 +25,13 @@ def planned(capsys, *argv):
     return json.loads(capsys.readouterr().out)
 
 
-def test_counts_are_saw_builds(capsys, monkeypatch):
-    found = planned(capsys, EXAMPLE, "--gpu", "L4", "--context", 256, "--concurrency", 3)
-    gpu = GPUS["L4"]
+@pytest.mark.parametrize("name", GPUS)
+def test_counts_are_saw_builds(name, capsys, monkeypatch):
+    found = planned(capsys, EXAMPLE, "--gpu", name, "--context", 256, "--concurrency", 3)
+    gpu = GPUS[name]
+    formats = ("full_prec", "fp8", "int4_wo") if gpu.capability >= (8, 9) else ("full_prec", "int4_wo")
     assert [(c["qformat"], c["kv"]) for c in found["choices"]] == [
-        (qformat, kv) for qformat in ("full_prec", "fp8", "int4_wo") for kv in ("fp16", "saw_int4")
+        (qformat, kv) for qformat in formats for kv in ("fp16", "saw_int4")
     ]
     for choice in found["choices"]:
         options = BuildOptions(model_dir=EXAMPLE, kv=choice["kv"], qformat=choice["qformat"])
