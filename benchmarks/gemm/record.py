@@ -8,8 +8,8 @@ from benchmarks.common.record import Record, RecordPart
 from benchmarks.common.target import TargetResult
 from benchmarks.kernels.record import Bandwidth
 
-#: Outputs and inputs of an 8B Llama's linear layers; the MLP's first two are one.
-SHAPES = {"qkv": (6144, 4096), "dense": (4096, 4096), "gate and fc": (28672, 4096), "proj": (4096, 14336)}
+#: Outputs and inputs of an 8B Llama's linear layers.
+SHAPES = {"qkv": (6144, 4096), "dense": (4096, 4096), "fc": (14336, 4096), "proj": (4096, 14336)}
 ROWS = (1, 8, 16, 32, 64, 2048)
 #: What multiplies, by its name in the record.
 LABELS = {
@@ -21,7 +21,7 @@ LABELS = {
     "tensorrt_fp8": "TensorRT FP8",
 }
 PEERS = tuple(LABELS)[2:]
-#: The most µs of a product with ``proj``, by contender and rows.
+#: The most µs of a product with ``fc``, by contender and rows.
 LIMITS = {("int4", 1): 10, ("int4", 16): 11, ("int4", 64): 18, ("fp8", 1): 17, ("fp8", 64): 18}
 #: The most that a product of many rows takes, in cuBLAS's times.
 MANY_ROWS, MANY_LIMIT = 2048, 1.1

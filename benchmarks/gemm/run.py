@@ -231,7 +231,7 @@ def targets(case: ProductCase) -> list[TargetResult]:
     """The limits of a case, and whether they were met."""
     found = []
     for (name, rows), limit in LIMITS.items():
-        if case.name == "proj" and case.rows == rows:
+        if case.name == "fc" and case.rows == rows:
             p = case.find(name)
             found.append(Limit(limit, least=False).judge(f"{name} at most {limit} µs", p and p.median_us, "µs"))
     dense = case.find("cublas")

@@ -26,6 +26,8 @@ class QuantizedModel(RecordPart):
     ours: Divergence
     theirs: Divergence
     """Of transformers' own class, with the weights that the checkpoint's library dequantizes."""
+    w8a8: Divergence | None = None
+    """Ours, where FP8 layers round their inputs token by token as the checkpoint says."""
     kl_difference: float
     """Ours less theirs, mean."""
     kl_difference_error: float

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.common.environment import cpu_name, describe
 from benchmarks.weights.record import Divergence, QuantizedModel, WeightsResults
+from saw_trtllm.backends.reference.quantized_input import round_input
 from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.errors import ConfigError
@@ -81,6 +82,9 @@ def measure_model(folder: Path, windows: torch.Tensor, original: torch.Tensor) -
     checkpoint = Checkpoint.open(folder)
     shapes = {name: checkpoint.shape(name) for name in checkpoint.formats}
     ours = Compared.of(original, _predict(_saw(checkpoint, windows.shape[1]), windows))
+    rounded = None
+    if {format.activation for format in checkpoint.formats.values()} == {"token"}:
+        rounded = Compared.of(original, _predict(_saw(checkpoint, windows.shape[1], _W8A8Model), windows)).divergence()
     theirs = Compared.of(original, _predict(_transformers(folder, dequantize=True), windows))
     difference, top1 = pieces(ours.kl - theirs.kl), pieces(ours.top1 - theirs.top1)
     return QuantizedModel(
@@ -88,6 +92,7 @@ def measure_model(folder: Path, windows: torch.Tensor, original: torch.Tensor) -
         weights=", ".join(sorted({f.describe(shapes[name]) for name, f in checkpoint.formats.items()})) or "16 bits",
         ours=ours.divergence(),
         theirs=theirs.divergence(),
+        w8a8=rounded,
         kl_difference=difference[0],
         kl_difference_error=difference[1],
         top1_difference=top1[0],
@@ -124,8 +129,15 @@ def _predict(logits: Logits, windows: torch.Tensor) -> torch.Tensor:
         return torch.cat([logits(window[None]).float().log_softmax(-1) for window in windows])
 
 
-def _saw(checkpoint: Checkpoint, max_seq_len: int) -> Logits:
-    model = WindowModel(checkpoint.config, checkpoint.load_finite, max_seq_len)
+class _W8A8Model(WindowModel):
+    """All of whose layers but ``lm_head`` round their inputs, each token by its own scale."""
+
+    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(x if weight is self._lm_head else round_input(x, "token"), weight, bias)
+
+
+def _saw(checkpoint: Checkpoint, max_seq_len: int, kind: type[WindowModel] = WindowModel) -> Logits:
+    model = kind(checkpoint.config, checkpoint.load_finite, max_seq_len)
     return lambda ids: model.logits(model.hidden(ids))
 
 

@@ -41,7 +41,7 @@ def recorded(rows: int, times: dict[str, float]) -> GemmResults:
         return Setup(lambda: times[name], 1000, exact.half(), exact)
 
     problem = Problem.make(64, 256, rows, "cpu")
-    case = measure_case("proj", problem, ["int4", "fp8", "cublas", "tensorrt"], _Timer(), set_up)
+    case = measure_case("fc", problem, ["int4", "fp8", "cublas", "tensorrt"], _Timer(), set_up)
     environment = {"saw_trtllm": "1", "commit": None, "command": "x", "date": None}
     bandwidth = Bandwidth(read_gbps=4000.0, copy_gbps=4000.0)
     return GemmResults(environment=environment, flush="x", bandwidth=bandwidth, cases=[case])
@@ -53,7 +53,7 @@ def test_a_record_says_which_limits_were_met(tmp_path):
     assert few.cases[0].missing == {"tensorrt": "is not here"}
     few.save(tmp_path / "gemm.json")
     report = load_report(tmp_path / "gemm.json")
-    assert report.tables["products"][1] == ["proj, 64 x 256", "1", "9.0", "20.0", "40.0"]
+    assert report.tables["products"][1] == ["fc, 64 x 256", "1", "9.0", "20.0", "40.0"]
     assert report.notes == ["TensorRT fp16: is not here"]
     many = recorded(2048, {"int4": 44.0, "fp8": 50.0, "cublas": 40.0})
     assert [(t.value, t.met) for t in many.cases[0].targets] == [(1.1, True), (1.25, False)]

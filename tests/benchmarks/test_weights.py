@@ -45,5 +45,6 @@ def test_a_model_is_the_same_both_ways(tmp_path, capsys):
     assert found.ours.kl > 1e-4
     # Scales are fp32 here: the same weights, and fp32's rounding.
     assert found.theirs.kl == pytest.approx(found.ours.kl, rel=1e-3)
+    assert found.w8a8 is None
     assert abs(found.kl_difference) < 1e-3 * found.ours.kl
     assert load_report(tmp_path / "weights.json").tables["divergence"][1][1] == "INT4 in groups of 32"
