@@ -62,8 +62,18 @@ def build(plan: BuildPlan, progress: Callable[[str], None] | None = None, phases
         ) from e
 
 
-def tokens_that_fit(plan: BuildPlan, kv: str | None = None) -> int:
-    """Tokens of KV cache that the free memory holds beside the weights, as the runtime will have it, about."""
+def tokens_that_fit(plan: BuildPlan, kv: str | None = None, context: int | None = None) -> int:
+    """Tokens of KV cache that the free memory holds beside the weights, as the runtime will have it, about.
+
+    Parameters
+    ----------
+    plan : BuildPlan
+    kv : str, optional
+        Another cache than the plan's.
+    context : int, optional
+        Tokens of each sequence, by default the engine's most: windows bound what the longer ones hold.
+    """
+    context = plan.config.build_config.max_seq_len if context is None else context
     weights = sum(plan.weights.of_rank(0).bytes_by_kind(plan.backend.weight_dtype()).values())
     free = max(0, plan.backend.free_memory(plan.config.tp_size) - weights)
-    return int(KvCacheConfig.free_gpu_memory_fraction * free) // plan.bytes_per_token(kv)
+    return int(KvCacheConfig.free_gpu_memory_fraction * free) * context // plan.sequence_bytes(context, kv)

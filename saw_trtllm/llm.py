@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.engine.step import StepPacker
 from saw_trtllm.errors import ConfigError, ContextLengthError, EngineError, RequestError, SawError
 from saw_trtllm.model.end_ids import read_end_ids
 from saw_trtllm.parallel.config import ParallelConfig
@@ -50,11 +51,6 @@ _ADVICE = {
     "max_model_len": "build the engine with saw-build --max_seq_len",
     "max_num_seqs": "build the engine with saw-build --max_batch_size",
 }
-
-
-#: Tokens of a prefill chunk at most. Long enough to fill a GPU's matrix units, short enough that decodes beside it do
-#: not stall, and the grain in which a 4-bit cache's prefixes are reused where the text must be deterministic.
-PREFILL_CHUNK = 512
 
 
 #: Requests that may wait. A prompt that waits holds about 40 bytes for each of its tokens.
@@ -148,14 +144,16 @@ class LLM:
             kv_cache_config.enable_block_reuse,
             kv_cache_config.enable_partial_reuse,
             reuse_multiple=1 if interchangeable else chunk,
+            windows=self.config.windows,
+            step=chunk,
         )
         host = None
         if self.executor.num_host_blocks and kv_cache_config.enable_block_reuse:
             host = HostCache(blocks, self.executor, disk)
         self._scheduler = Scheduler(blocks, build.max_batch_size, build.max_num_tokens, chunk, interchangeable, host)
-        num_layers = [len(pool.layers) for pool in self.config.pools]
         interrupt = self.executor.interrupt if isinstance(self.executor, GroupExecutor) else None
-        self._core = EngineCore(self.executor, self._scheduler, num_layers, max_queue_size, interrupt)
+        packer = StepPacker(self.config.pool_layout)
+        self._core = EngineCore(self.executor, self._scheduler, packer, max_queue_size, interrupt)
         self._ids = itertools.count()
         # An interpreter that exits under a thread that computes would abort.
         self._shutdown = weakref.finalize(self, self._core.shutdown)
@@ -333,8 +331,7 @@ class LLM:
 
     def stats(self) -> Stats:
         """Gauges and counters for metrics."""
-        block_bytes = self.config.build_config.tokens_per_block * self.config.bytes_per_token
-        return replace(self._core.stats(), block_bytes=block_bytes)
+        return replace(self._core.stats(), block_bytes=self.config.block_bytes)
 
     def shutdown(self) -> None:
         """Cancel what runs and release the engine. It happens at exit too, and when nobody holds the LLM any more."""
@@ -464,9 +461,7 @@ def _load_tokenizer(folder: Path, tokenizer: Path | str | Tokenizer | None) -> T
 
 def _prefill_chunk(config: EngineConfig, asked: int | None) -> int:
     build = config.build_config
-    most = build.max_num_tokens - build.max_batch_size
-    most -= most % build.tokens_per_block
-    chunk = min(PREFILL_CHUNK, most) if asked is None else asked
+    most, chunk = build.most_prefill_chunk, build.prefill_chunk if asked is None else asked
     if chunk < 1 or chunk > most or chunk % build.tokens_per_block:
         raise EngineError(
             f"prefill_chunk is {chunk}: it must be a multiple of tokens_per_block {build.tokens_per_block} up to "

@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.engine.cases import Part, classify
 from benchmarks.engine.record import Profile, Step
 from saw_trtllm.engine.config import EngineConfig
-from saw_trtllm.engine.step import DECODE, StepInputs, StepSequence
+from saw_trtllm.engine.step import DECODE, StepInputs, StepPacker, StepSequence
 from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
@@ -80,12 +80,12 @@ class StepBench:
         self._executor, self._config, self._clock = executor, config, clock
         self._block = config.build_config.tokens_per_block
         self._gemm_plugin = config.build_config.plugin_config.gemm_plugin is not None
-        self._num_layers = [len(pool.layers) for pool in config.pools]
-        self._order = np.random.default_rng(1).permutation(executor.num_blocks)
+        self._layout = config.pool_layout
+        self._order = np.random.default_rng(1).permutation(executor.num_blocks // self._layout.num_tables)
 
     def fits(self, batch: int, context: int) -> bool:
         """Whether the cache holds so many sequences of so many tokens."""
-        return batch * -(-context // self._block) <= self._executor.num_blocks
+        return batch * -(-context // self._block) <= len(self._order)
 
     def gpu_us(self, launch: Callable[[], Any]) -> float:
         """Median of the GPU's time for a step that is launched while the GPU is busy with something else."""
@@ -122,8 +122,11 @@ class StepBench:
         """A decode of each sequence's last token, its blocks anywhere in the pool."""
         each = -(-context // self._block)
         tables = self._order[: batch * each].reshape(batch, each)
-        sequences = [StepSequence([5 + i], context - 1, context - 1, DECODE, table) for i, table in enumerate(tables)]
-        return StepInputs.pack(sequences, *self._num_layers)
+        sequences = [
+            StepSequence([5 + i], context - 1, context - 1, DECODE, self._layout.entries(table))
+            for i, table in enumerate(tables)
+        ]
+        return StepPacker(self._layout).pack(sequences)
 
     def launcher(self, batch: int, context: int) -> Callable[[], Any]:
         """What begins a decode of a batch."""

@@ -17,7 +17,8 @@ from itertools import count
 
 import numpy as np
 
-from saw_trtllm.runtime.block_manager import BlockManager, Content
+from saw_trtllm.runtime.block_manager import BlockManager
+from saw_trtllm.runtime.block_table import Content
 from saw_trtllm.runtime.sampling_params import SamplingParams
 from saw_trtllm.runtime.scheduler import Scheduler
 from saw_trtllm.runtime.sequence import Scheduled, Sequence

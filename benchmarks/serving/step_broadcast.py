@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.common.environment import cpu_name, describe
 from benchmarks.common.record import Record, RecordPart, check_writable
 from saw_trtllm.cli.common import print_table, run
-from saw_trtllm.engine.step import DECODE, StepPacker, StepSequence
+from saw_trtllm.engine.step import DECODE, PoolLayout, StepPacker, StepSequence
 from saw_trtllm.parallel.channel import LeaderChannel, RankChannel
 from saw_trtllm.parallel.codec import StepDecoder, StepEncoder
 from saw_trtllm.runtime.door import Address
@@ -66,7 +66,7 @@ class StepBroadcastResults(Record):
 
 def _rank(address: Address, rank: int, size: int, step_seconds: float) -> None:
     """Receive and unpack; what stands for the GPU ends a step so many seconds after its launch or the step before."""
-    channel, decoder = RankChannel(address, rank, size), StepDecoder([_LAYERS])
+    channel, decoder = RankChannel(address, rank, size), StepDecoder(PoolLayout([_LAYERS]))
     stamps: deque[tuple[int, int, float]] = deque()
     end = 0.0
     while True:
@@ -88,7 +88,7 @@ class _Decodes:
     """The steps of sequences that decode."""
 
     def __init__(self, sequences: int) -> None:
-        self._packer, self._params = StepPacker([_LAYERS]), SamplingParams(seed=1, temperature=1.0)
+        self._packer, self._params = StepPacker(PoolLayout([_LAYERS])), SamplingParams(seed=1, temperature=1.0)
         self._tables = [list(range(i * 1000, i * 1000 + _START // _BLOCK + 1)) for i in range(sequences)]
         self._texts: list[list[int]] = [[] for _ in self._tables]
 
@@ -113,7 +113,7 @@ def measure(ranks: int, sequences: int, steps: int, step_seconds: float) -> tupl
     while not leader.accept(1.0):
         pass
     leader.begin(60.0)
-    decodes, encoder = _Decodes(sequences), StepEncoder(_LAYERS)
+    decodes, encoder = _Decodes(sequences), StepEncoder(PoolLayout([_LAYERS]))
     times: dict[str, list[int]] = {name: [] for name in _PARTS}
     sent: deque[tuple[int, int]] = deque()
     smallest = sys.maxsize

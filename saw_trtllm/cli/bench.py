@@ -121,10 +121,12 @@ def _kv_cache(options: LoadOptions) -> KvCacheConfig:
         if tokens is not None:
             raise ConfigError("--kv_cache_bytes came with --kv_cache_max_tokens: give one of the two")
         config = EngineConfig.load(options.engine_dir)
-        tokens = options.kv_cache_bytes // config.bytes_per_token
-        if tokens < config.build_config.tokens_per_block:
-            block = config.build_config.tokens_per_block * config.bytes_per_token
-            raise ConfigError(f"--kv_cache_bytes {options.kv_cache_bytes} holds no block, of {block} bytes: give more")
+        num_blocks = options.kv_cache_bytes // config.block_bytes
+        if num_blocks == 0:
+            raise ConfigError(
+                f"--kv_cache_bytes {options.kv_cache_bytes} holds no block, of {config.block_bytes} bytes: give more"
+            )
+        tokens = config.tokens_of_blocks(num_blocks)
     return KvCacheConfig(tokens, **options.model_dump(include=set(TierOptions.model_fields)))
 
 

@@ -133,6 +133,13 @@ def describe(plan: BuildPlan) -> dict[str, str]:
         "KV per token": f"{ours:,} bytes"
         + (f", {fp16:,} in {model.dtype}: {fp16 / ours:.2f}x" if ours != fp16 else ""),
     }
+    if any(plan.config.windows):
+        longest = limits.max_seq_len
+        size, whole = plan.sequence_bytes(longest), longest * plan.bytes_per_token("fp16")
+        rows["KV per sequence"] = (
+            f"{format_bytes(size)} of {longest} tokens, bounded by windows; {format_bytes(whole)} in {model.dtype} "
+            f"without bounds: {whole / size:.1f}x"
+        )
     if plan.config.saw_int4.backend != "tensorrt_llm":  # whose executor goes by the memory of each rank's GPU
         rows["tokens that fit"] = f"{tokens_that_fit(plan):,}" + (
             f", {tokens_that_fit(plan, 'fp16'):,} in {model.dtype}" if ours != fp16 else ""

@@ -41,9 +41,9 @@ class Choice:
     weights : dict of str to int
         Bytes by kind.
     bytes_per_token : int
-        Of the cache.
+        Of the cache, of a sequence of the context, which windows bound.
     tokens : int
-        That fit, by ``saw-build``'s count.
+        That fit in such sequences, by ``saw-build``'s count.
     sequences : int
         Of the context that they make.
     step_microseconds : float
@@ -93,7 +93,7 @@ def _plan(args: argparse.Namespace) -> None:
         raise ConfigError(f"--context is {context}: it must be from 2 to the model's {longest} positions")
     if args.concurrency < 1:
         raise ConfigError(f"--concurrency is {args.concurrency}: it must be at least 1")
-    choices, left_out = _choices(checkpoint, gpu, context, args.concurrency)
+    choices, left_out = _choices(checkpoint, gpu, args.context, context, args.concurrency)
     if not choices:
         raise ConfigError(left_out[0])
     best = min(choices, key=lambda c: (not c.fits, c.step_microseconds if c.fits else -c.tokens))
@@ -112,12 +112,14 @@ def _plan(args: argparse.Namespace) -> None:
     print(f"\nbuild: {command}")
 
 
-def _choices(checkpoint: Checkpoint, gpu: GpuModel, context: int, concurrency: int) -> tuple[list[Choice], list[str]]:
-    """All pairs that the GPU has layers for, and sentences on the others."""
+def _choices(
+    checkpoint: Checkpoint, gpu: GpuModel, longest: int | None, context: int, concurrency: int
+) -> tuple[list[Choice], list[str]]:
+    """All pairs that the GPU has layers for, and sentences on the others; ``longest`` as ``--max_seq_len``."""
     choices, left_out = [], []
     for qformat in ("auto", "full_prec") if checkpoint.formats else ("full_prec", "fp8", "int4_wo"):
         for kv in ("fp16", "saw_int4"):
-            options = BuildOptions(kv=kv, qformat=qformat)
+            options = BuildOptions(kv=kv, qformat=qformat, max_seq_len=longest)
             try:
                 plan = plan_engine(options, PlannedGpu(gpu), gpu.name, checkpoint)
             except ConfigError as e:
@@ -128,15 +130,17 @@ def _choices(checkpoint: Checkpoint, gpu: GpuModel, context: int, concurrency: i
 
 
 def _choice(plan: BuildPlan, options: BuildOptions, gpu: GpuModel, context: int, concurrency: int) -> Choice:
-    weights, per_token, tokens = plan.weights.bytes_by_kind(), plan.bytes_per_token(), tokens_that_fit(plan)
-    read = sum(weights.values()) + concurrency * context * per_token
+    weights, cache = plan.weights.bytes_by_kind(), plan.sequence_bytes(context)
+    tokens = tokens_that_fit(plan, context=context)
+    read = sum(weights.values()) + concurrency * cache
     model = plan.config.pretrained_config
     if not model.share_embedding_table:
         # A step reads a row of it for each sequence, and all of a tied one as lm_head.
         read -= math.prod(plan.checkpoint.shape(EMBEDDING)) * NUMPY_DTYPES[model.dtype].itemsize
     sequences = tokens // context
     step = read / gpu.bandwidth * 1e6
-    return Choice(options.qformat, options.kv, weights, per_token, tokens, sequences, step, sequences >= concurrency)
+    per_token, fits = cache // context, sequences >= concurrency
+    return Choice(options.qformat, options.kv, weights, per_token, tokens, sequences, step, fits)
 
 
 def _row(choice: Choice, checkpoint: Checkpoint) -> list[str]:

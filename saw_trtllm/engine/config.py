@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from saw_trtllm.engine.executor_view import as_built
+from saw_trtllm.engine.step import PoolLayout
+from saw_trtllm.engine.windows import DECODES_AHEAD, most_blocks
 from saw_trtllm.errors import ConfigError, EngineError, first_error
 from saw_trtllm.format import FORMAT_VERSION, TOKENS_PER_BLOCK, KVFormat
 from saw_trtllm.model.config import MAX_POSITIONS, ModelConfig
@@ -25,6 +28,11 @@ _NOT_ENGINES = (
     ("model_type", "a Hugging Face model", "--model_dir"),
     ("architecture", "a checkpoint of TensorRT-LLM", "--checkpoint_dir"),
 )
+
+#: Tokens of a prefill chunk where no other number is asked for, at most. Long enough to fill a GPU's matrix units,
+#: short enough that decodes beside it do not stall, and the grain in which a 4-bit cache's prefixes are reused where the
+#: text must be deterministic.
+PREFILL_CHUNK = 512
 
 BackendName = Literal["tensorrt_llm", "tensorrt", "reference"]
 
@@ -105,6 +113,17 @@ class BuildConfig(BaseModel):
         """Tokens of a KV block."""
         return self.plugin_config.tokens_per_block
 
+    @property
+    def most_prefill_chunk(self) -> int:
+        """Tokens of the largest chunk that fits into a step beside any decodes."""
+        most = self.max_num_tokens - self.max_batch_size
+        return most - most % self.tokens_per_block
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Tokens of a prefill's chunk where no other number is asked for."""
+        return min(PREFILL_CHUNK, self.most_prefill_chunk)
+
 
 class StepLimits(NamedTuple):
     """What a step holds: the limits of :class:`BuildConfig` that bound one another."""
@@ -164,6 +183,9 @@ class SawSection(BaseModel):
     kv_skip_layers: list[int] = Field(default_factory=list)
     #: Layers of a cache of 4 bits whose keys have 8, in a pool of their own, ascending.
     k8_layers: list[int] = Field(default_factory=list)
+    #: Layers that share a block table, of each table: all of them have one window, or none. Without any, one table is
+    #: that of all layers, and holds all of a sequence's tokens.
+    kv_groups: list[list[int]] = Field(default_factory=list)
     #: Whether the engine file holds a center of the keys of each layer, ``[num_kv_heads, head_dim]`` in fp32.
     k_center: bool = False
     #: Whether it holds frames of keys and queries, ``[num_kv_heads, head_dim, head_dim]`` in fp32, in place of their
@@ -199,10 +221,39 @@ class SawSection(BaseModel):
 
 
 class Pool(NamedTuple):
-    """Layers whose rows have one format, and lie in one pool in this order."""
+    """Layers whose rows have one format and one block table, and lie in a block in this order.
+
+    Attributes
+    ----------
+    format : KVFormat
+    layers : sequence of int
+    table : int
+        Their block table.
+    region : int
+        The memory that they lie in, which they share with the pools of the same format of other tables: a block is
+        given to one table or to another.
+    """
 
     format: KVFormat
-    layers: list[int]
+    layers: Sequence[int]
+    table: int = 0
+    region: int = 0
+
+
+class Region(NamedTuple):
+    """Memory of blocks: rows of one format, of so many layers each."""
+
+    format: KVFormat
+    num_layers: int
+
+
+def regions_of(pools: Sequence[Pool]) -> list[Region]:
+    """The regions that pools lie in."""
+    most: dict[int, Region] = {}
+    for pool in pools:
+        known = most.get(pool.region, Region(pool.format, 0))
+        most[pool.region] = Region(pool.format, max(known.num_layers, len(pool.layers)))
+    return [most[i] for i in sorted(most)]
 
 
 class EngineConfig(BaseModel):
@@ -263,6 +314,13 @@ class EngineConfig(BaseModel):
                 f"{folder / CONFIG_FILE} is damaged: it skips the layers {skipped} of a model that has {len(layers)}, "
                 f"and keeps 8-bit keys of {wide}"
             )
+        groups = stored.kv_groups
+        if groups and sorted(i for group in groups for i in group) != list(layers):
+            raise EngineError(
+                f"{folder / CONFIG_FILE} is damaged: its kv_groups {groups} are not all layers, each once"
+            )
+        if any(len({config.window(i) for i in group}) != 1 for group in groups):
+            raise EngineError(f"{folder / CONFIG_FILE} is damaged: layers of one of its kv_groups have other windows")
         return config
 
     def save(self, folder: Path) -> None:
@@ -284,20 +342,48 @@ class EngineConfig(BaseModel):
         """How the engine's cache is stored, save for the layers that are named apart."""
         return self.saw_int4.kv_format(self.pretrained_config.dtype)
 
+    def window(self, layer: int) -> int | None:
+        """Tokens that a layer sees, or None if no sequence is longer."""
+        window = self.pretrained_config.window(layer)
+        return window if window is not None and window < self.build_config.max_seq_len else None
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Of each block table, the tokens that its layers see, by which a sequence's blocks are bounded."""
+        return [self.window(group[0]) for group in self.saw_int4.kv_groups] or [None]
+
     @property
     def pools(self) -> list[Pool]:
-        """The pools of the cache: the first has :attr:`kv_format`, further ones the layers that are named apart.
+        """The pools of the cache, those of the first block table first.
 
-        A block has the same index in every pool.
+        Of a table the first pool has :attr:`kv_format`, further ones the layers that are named apart; a block has the
+        same index in each of them.
         """
         model, saw = self.pretrained_config, self.saw_int4
         kept = [i for i in range(model.num_hidden_layers) if i not in (*saw.kv_skip_layers, *saw.k8_layers)]
-        pools = [Pool(self.kv_format, kept)]
+        formats = [(self.kv_format, kept)]
         if saw.k8_layers:
-            pools.append(Pool(self.kv_format.with_8bit_keys(), saw.k8_layers))
+            formats.append((self.kv_format.with_8bit_keys(), saw.k8_layers))
         if saw.kv_skip_layers:
-            pools.append(Pool(KVFormat("fp16", model.head_size, model.dtype), saw.kv_skip_layers))
+            formats.append((KVFormat("fp16", model.head_size, model.dtype), saw.kv_skip_layers))
+        pools = []
+        for table, group in enumerate(saw.kv_groups or [range(model.num_hidden_layers)]):
+            for region, (kv_format, layers) in enumerate(formats):
+                shared = [i for i in layers if i in group]
+                if shared:
+                    pools.append(Pool(kv_format, shared, table, region))
         return pools
+
+    @property
+    def regions(self) -> list[Region]:
+        """The memory of the pools."""
+        return regions_of(self.pools)
+
+    @property
+    def pool_layout(self) -> PoolLayout:
+        """How a step names the blocks of each pool."""
+        pools, regions = self.pools, self.regions
+        return PoolLayout([regions[pool.region].num_layers for pool in pools], [pool.table for pool in pools])
 
     def layer_format(self, layer: int) -> KVFormat:
         """How the cache of a layer is stored."""
@@ -315,3 +401,41 @@ class EngineConfig(BaseModel):
         """KV bytes of a token over all layers."""
         heads = self.pretrained_config.num_key_value_heads
         return sum(pool.format.bytes_per_token(len(pool.layers), heads) for pool in self.pools)
+
+    @property
+    def region_bytes(self) -> list[int]:
+        """Bytes of a block in each region."""
+        tokens, heads = self.build_config.tokens_per_block, self.pretrained_config.num_key_value_heads
+        return [tokens * region.format.bytes_per_token(region.num_layers, heads) for region in self.regions]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block, whatever table it is given to."""
+        return sum(self.region_bytes)
+
+    def blocks_for(self, num_tokens: int, step: int = DECODES_AHEAD) -> int:
+        """Blocks of a sequence of so many tokens; see :func:`saw_trtllm.engine.windows.most_blocks`."""
+        return most_blocks(num_tokens, self.windows, self.build_config.tokens_per_block, step)
+
+    def sequence_bytes(self, num_tokens: int) -> int:
+        """KV bytes of a sequence of so many tokens."""
+        return self.blocks_for(num_tokens) * self.block_bytes
+
+    def blocks_of_tokens(self, num_tokens: int) -> int:
+        """Blocks of a cache of so many tokens, in sequences as long as they may be.
+
+        They are enough for one sequence of them all, while it is computed too.
+        """
+        build = self.build_config
+        if self.windows == [None]:
+            return num_tokens // build.tokens_per_block
+        longest = build.max_seq_len
+        alone = self.blocks_for(min(num_tokens, longest), build.prefill_chunk)
+        return max(alone, num_tokens * self.blocks_for(longest) // longest)
+
+    def tokens_of_blocks(self, num_blocks: int) -> int:
+        """Tokens that so many blocks hold, in sequences as long as they may be."""
+        build = self.build_config
+        if self.windows == [None]:
+            return num_blocks * build.tokens_per_block
+        return num_blocks * build.max_seq_len // self.blocks_for(build.max_seq_len)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -29,8 +29,9 @@ class StepSequence:
     kind : int
         :data:`PREFILL` or :data:`DECODE`.
     block_table : sequence of int
-        Blocks that hold the sequence, at least up to its last token of this step. One and the same object from step to
-        step has only grown.
+        Blocks that hold the sequence, at least up to its last token of this step: its first block of each block table,
+        then its second of each, and so on. Those that nothing reads any more may be anyone's. One and the same object
+        from step to step has only grown.
     """
 
     token_ids: Sequence[int]
@@ -41,11 +42,55 @@ class StepSequence:
 
 
 class RowCopy(NamedTuple):
-    """Rows to copy within every pool: the first ``rows`` of each layer's and head's keys and values of a block."""
+    """Rows to copy: the first ``rows`` of the keys and values of each layer and head of a block."""
 
     source: int
     target: int
     rows: int
+
+
+class PoolLayout(NamedTuple):
+    """How the pools' block offsets come from blocks.
+
+    Attributes
+    ----------
+    num_layers : sequence of int
+        Layers that a block has room for, of each pool.
+    tables : sequence of int
+        The block table of each pool; by default one is that of all.
+    """
+
+    num_layers: Sequence[int]
+    tables: Sequence[int] = ()
+
+    @property
+    def num_tables(self) -> int:
+        """Block tables of a sequence."""
+        return 1 + max(self.tables, default=0)
+
+    @property
+    def first_pools(self) -> list[int]:
+        """The first pool of each table."""
+        return [self.tables.index(table) for table in range(self.num_tables)] if self.tables else [0]
+
+    @property
+    def per_block(self) -> np.ndarray:
+        """Offsets of a block in each pool: int32 ``[num_pools]``."""
+        return 2 * np.array(self.num_layers, dtype=np.int32)
+
+    def entries(self, blocks: Iterable[int]) -> list[int]:
+        """Entries of a sequence's block tables: of the pool's blocks so many in a row for each of these."""
+        return [int(block) * self.num_tables + table for block in blocks for table in range(self.num_tables)]
+
+    def offsets(self, blocks: np.ndarray) -> np.ndarray:
+        """``kv_cache_block_offsets`` of the entries of block tables: int32 ``[B, blocks · num_tables]``."""
+        by_pool = blocks[None]
+        if self.num_tables > 1:
+            by_pool = blocks.reshape(len(blocks), -1, self.num_tables).transpose(2, 0, 1)[list(self.tables)]
+        offsets = np.empty((len(self.num_layers), len(blocks), 2, by_pool.shape[-1]), dtype=np.int32)
+        np.multiply(by_pool, self.per_block[:, None, None], out=offsets[:, :, 0])
+        np.add(offsets[:, :, 0], 1, out=offsets[:, :, 1])
+        return offsets
 
 
 @dataclass(frozen=True)
@@ -65,8 +110,8 @@ class StepInputs:
     host_request_types : ``[B]``
         0 prefill, 1 decode.
     kv_cache_block_offsets : ``[num_pools, B, 2, max_blocks_per_seq]``
-        ``block · num_layers · 2 + (0 K, 1 V)``, num_layers being those of the pool; entries beyond a sequence's blocks
-        are not read. A block has the same index in every pool.
+        ``block · num_layers · 2 + (0 K, 1 V)``, num_layers being those that a block of the pool has room for; entries
+        beyond a sequence's blocks, and behind its window, are not read.
     copies : sequence of RowCopy
         To be made in this order, before the step.
     """
@@ -82,8 +127,8 @@ class StepInputs:
 
     @classmethod
     def pack(cls, sequences: Sequence[StepSequence], *num_layers: int) -> StepInputs:
-        """Pack a step's sequences, prefills first, for pools of so many layers each."""
-        return StepPacker(num_layers).pack(sequences)
+        """Pack a step's sequences, prefills first, for pools of so many layers each, and one block table."""
+        return StepPacker(PoolLayout(num_layers)).pack(sequences)
 
 
 class StepPacker:
@@ -91,13 +136,12 @@ class StepPacker:
 
     Parameters
     ----------
-    num_layers : sequence of int
-        Layers of each pool.
+    layout : PoolLayout
     """
 
-    def __init__(self, num_layers: Sequence[int]) -> None:
-        self._per_block = 2 * np.array(num_layers, dtype=np.int32)[:, None, None, None]
-        self._blocks = np.zeros((0, 1, 0), dtype=np.int32)
+    def __init__(self, layout: PoolLayout) -> None:
+        self._layout = layout
+        self._blocks = np.zeros((0, 0), dtype=np.int32)
         self._tables: list[Sequence[int]] = []
         self._known: list[int] = []  # how many entries of each are in its row
 
@@ -124,15 +168,12 @@ class StepPacker:
         count, widest = len(tables), max(map(len, tables))
         if count > len(self._blocks) or widest > self._blocks.shape[-1]:
             rows, width = max(count, len(self._blocks)), max(widest + 16, self._blocks.shape[-1])
-            self._blocks = np.zeros((rows, 1, width), dtype=np.int32)
+            self._blocks = np.zeros((rows, width), dtype=np.int32)
             self._tables, self._known = [()] * rows, [0] * rows
         for i, table in enumerate(tables):
             if table is not self._tables[i]:
                 self._tables[i], self._known[i] = table, 0
             if self._known[i] != len(table):
-                self._blocks[i, 0, self._known[i] : len(table)] = table[self._known[i] :]
+                self._blocks[i, self._known[i] : len(table)] = table[self._known[i] :]
                 self._known[i] = len(table)
-        offsets = np.empty((len(self._per_block), count, 2, widest), dtype=np.int32)
-        np.multiply(self._blocks[:count, :, :widest], self._per_block, out=offsets)
-        offsets[:, :, 1] += 1
-        return offsets
+        return self._layout.offsets(self._blocks[:count, :widest])

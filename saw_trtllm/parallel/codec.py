@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saw_trtllm.engine.step import RowCopy, StepInputs
+from saw_trtllm.engine.step import PoolLayout, RowCopy, StepInputs
 from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
@@ -50,13 +50,14 @@ class StepEncoder:
 
     Parameters
     ----------
-    num_layers : int
-        Layers of the first pool.
+    layout : PoolLayout
     """
 
-    def __init__(self, num_layers: int) -> None:
-        self._per_block = 2 * num_layers
-        self._offsets = np.zeros((0, 0), np.int32)  # as the ranks have them, of the first pool's keys
+    def __init__(self, layout: PoolLayout) -> None:
+        self._pools = layout.first_pools
+        self._per_block = layout.per_block[self._pools]
+        # As the ranks have them, of the keys of each table's first pool, in the order of the table's entries.
+        self._offsets = np.zeros((0, 0), np.int32)
         self._texts: dict[int, _Sent] = {}  # by the text's id
         self._num_texts = 0
 
@@ -64,12 +65,13 @@ class StepEncoder:
         self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
     ) -> bytes:
         """Sizes, the step's int32 arrays one after the other, and what only few steps have."""
-        offsets = step.kv_cache_block_offsets[0, :, 0]
+        offsets = step.kv_cache_block_offsets[self._pools, :, 0].transpose(1, 2, 0)
+        offsets = offsets.reshape(len(offsets), -1)
         count, width = offsets.shape
         self._offsets = _widened(self._offsets, count, width)
         known = self._offsets[:count, :width]
         places = np.flatnonzero(offsets != known)
-        blocks = offsets.reshape(-1)[places] // self._per_block
+        blocks = offsets.reshape(-1)[places] // self._per_block[places % width % len(self._pools)]
         known[:] = offsets
         keys, draws, more = self._states(sampling)
         rest = b""
@@ -115,12 +117,11 @@ class StepDecoder:
 
     Parameters
     ----------
-    num_layers : sequence of int
-        Layers of each pool.
+    layout : PoolLayout
     """
 
-    def __init__(self, num_layers: Sequence[int]) -> None:
-        self._per_block = 2 * np.array(num_layers, np.int32)[:, None, None]
+    def __init__(self, layout: PoolLayout) -> None:
+        self._layout = layout
         self._blocks = np.zeros((0, 0), np.int32)
         self._texts: dict[int, _Text] = {}
 
@@ -136,9 +137,7 @@ class StepDecoder:
         self._blocks = _widened(self._blocks, count, width)
         table = self._blocks[:count, :width]
         table[places // width, places % width] = blocks
-        offsets = np.empty((len(self._per_block), count, 2, width), np.int32)
-        np.multiply(table, self._per_block, out=offsets[:, :, 0])
-        np.add(offsets[:, :, 0], 1, out=offsets[:, :, 1])
+        offsets = self._layout.offsets(table)
         rows = [RowCopy(*copy) for copy in copies]
         inputs = StepInputs(ids, positions, ends, lengths, contexts, kinds, offsets, rows)
         wanted = [False] * count

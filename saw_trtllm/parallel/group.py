@@ -100,7 +100,7 @@ class RankGroup:
     ) -> None:
         self._size = size = config.tp_size
         self._options, self._ended = options, ended
-        self._encoder = StepEncoder(len(config.pools[0].layers))
+        self._encoder = StepEncoder(config.pool_layout)
         self._lock = threading.RLock()
         self._num_transfers = self._num_transferred = 0
         self._watcher: threading.Thread | None = None

@@ -133,7 +133,7 @@ def _serve(spec: RankSpec, channel: RankChannel, resources: ExitStack) -> None:
     resources.callback(executor.shutdown)
     host_blocks = (executor.num_host_blocks, executor.num_ready_host_blocks)
     channel.say(Opened(executor.num_blocks, *host_blocks, executor.asynchronous, os.getpid()))
-    _follow(executor, channel, StepDecoder([len(pool.layers) for pool in config.pools]), spec.rank)
+    _follow(executor, channel, StepDecoder(config.pool_layout), spec.rank)
 
 
 def _follow(executor: Executor, channel: RankChannel, decoder: StepDecoder, rank: int) -> None:

@@ -31,6 +31,7 @@ from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
 from saw_trtllm.plan.warnings import key_bias_warning, tokenizer_warning
 from saw_trtllm.plan.weights import EngineWeights
+from saw_trtllm.plan.windows import layer_groups
 from saw_trtllm.version import __version__
 
 
@@ -77,12 +78,20 @@ class BuildPlan:
 
     def bytes_per_token(self, kv: str | None = None) -> int:
         """KV bytes of a token over all layers of a rank, in the plan's format or in another."""
+        return self._stored_as(kv).bytes_per_token
+
+    def sequence_bytes(self, num_tokens: int, kv: str | None = None) -> int:
+        """KV bytes of a sequence of so many tokens on a rank, whose windows bound it, in the same formats."""
+        return self._stored_as(kv).sequence_bytes(num_tokens)
+
+    def _stored_as(self, kv: str | None) -> EngineConfig:
+        """A rank's config, with another cache for all layers if one is named."""
         config = self.config.of_rank()
         if kv is None:
-            return config.bytes_per_token
+            return config
         model = config.pretrained_config
-        fmt = KVFormat(kv, model.head_size, model.dtype)
-        return fmt.bytes_per_token(model.num_hidden_layers, model.num_key_value_heads)
+        saw = SawSection.of(KVFormat(kv, model.head_size, model.dtype), config.saw_int4.backend, __version__)
+        return config.model_copy(update={"saw_int4": saw.model_copy(update={"kv_groups": config.saw_int4.kv_groups})})
 
 
 def make_plan(options: BuildOptions, backend: BackendLimits, reason: str) -> BuildPlan:
@@ -138,6 +147,8 @@ def plan_engine(options: BuildOptions, backend: BackendLimits, reason: str, chec
             }
         ),
     )
+    if backend.name != "tensorrt_llm":  # whose executor has pools of its own, a window each
+        config.saw_int4.kv_groups = layer_groups(config)
     return BuildPlan(checkpoint, options.output_dir, config, backend, reason, calibration, network)
 
 

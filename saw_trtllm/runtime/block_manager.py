@@ -1,90 +1,26 @@
-"""The blocks of the KV pool: reference counts, prefix reuse, eviction."""
+"""The blocks of the KV pool: reference counts, prefix reuse, eviction.
+
+The blocks of all block tables are of one pool, so that the memory goes to whatever the sequences need.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
 
 import numpy as np
+
+from saw_trtllm.engine.step import RowCopy
+from saw_trtllm.engine.windows import DECODES_AHEAD, most_blocks
+from saw_trtllm.runtime.block_table import Block, BlockTable, Content, of_table
+from saw_trtllm.runtime.prefix_match import PrefixMatch
 
 #: Blocks that continue one prefix and are compared with a prompt that does too, the latest first: work must be bounded
 #: where thousands of prompts part at one place.
 MAX_CANDIDATES = 16
-
-
-@dataclass(slots=True)
-class Block:
-    """A block's owners and, once its content is known, what finds it.
-
-    Attributes
-    ----------
-    ref_count : int
-        Sequences that hold it.
-    key : bytes or None
-        Digest of all tokens up to its end, of a full block.
-    parent : bytes or None
-        Digest of all tokens before it; None while nobody can find it.
-    tokens : numpy.ndarray
-        int32, its own tokens: all of them, or the leading ones of a sequence's last block.
-    """
-
-    ref_count: int = 0
-    key: bytes | None = None
-    parent: bytes | None = None
-    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-
-
-class Content(NamedTuple):
-    """What a full block holds, wherever it lies.
-
-    Attributes
-    ----------
-    key, parent : bytes
-        Digests of all tokens up to its end, and before it.
-    tokens : sequence of int
-        Its own.
-    """
-
-    key: bytes
-    parent: bytes
-    tokens: Sequence[int] | np.ndarray
-
-
-@dataclass(slots=True)
-class BlockTable:
-    """The blocks of one sequence, in order.
-
-    Attributes
-    ----------
-    blocks : list of int
-    num_registered : int
-        How many leading blocks others can find.
-    keys : list of bytes
-        Keys of the leading full blocks.
-    digest : hashlib hash or None
-        Over the cache salt and the tokens that ``keys`` cover; None where nothing is to be found.
-    root : bytes
-        Digest of the salt: what is found before the first block.
-    partial : (int, int) or None
-        The block whose first rows continue the sequence, and how many rows, when it was opened.
-    fetched : list of int or None
-        Blocks that are held for the sequence since they came from the host; None while that is still to be asked.
-    sought : bool
-        Whether the disk has been asked for them.
-    """
-
-    blocks: list[int] = field(default_factory=list)
-    num_registered: int = 0
-    keys: list[bytes] = field(default_factory=list)
-    digest: Any = None
-    root: bytes = b""
-    partial: tuple[int, int] | None = None
-    fetched: list[int] | None = None
-    sought: bool = False
 
 
 class BlockManager:
@@ -103,9 +39,16 @@ class BlockManager:
         Whether a match may end within a block, whose rows are then copied.
     reuse_multiple : int
         A match is cut to a multiple of so many tokens.
+    windows : sequence of int or None
+        Of each block table, the tokens that a query sees, its own among them; None for all.
+    step : int
+        Tokens of a sequence that are computed in a step, at most.
 
     Attributes
     ----------
+    num_tables : int
+    tokens_per_entry : float
+        Tokens for each entry of a sequence's list of blocks.
     num_evicted : int
         Full blocks that could be found and were taken for something else.
     adopt : callable or None
@@ -120,12 +63,21 @@ class BlockManager:
         enable_block_reuse: bool = True,
         enable_partial_reuse: bool = True,
         reuse_multiple: int = 1,
+        windows: Sequence[int | None] = (None,),
+        step: int = DECODES_AHEAD,
     ) -> None:
         self.tokens_per_block = tokens_per_block
+        self.num_tables = len(windows)
+        self.tokens_per_entry = tokens_per_block / self.num_tables if self.num_tables > 1 else tokens_per_block
         self.enable_block_reuse = enable_block_reuse
         self.num_evicted = 0
         self.adopt: Callable[[int, Content], bool] | None = None
         self._grain = max(reuse_multiple, 1 if enable_partial_reuse else tokens_per_block)
+        self._windows = list(windows)
+        self._matches = PrefixMatch(windows, tokens_per_block, self._grain)
+        self._bounded = any(window is not None for window in windows)
+        self._step = max(step, DECODES_AHEAD)
+        self._num_promised = 0
         self._blocks = [Block() for _ in range(num_blocks)]
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._by_key: dict[bytes, int] = {}
@@ -138,12 +90,18 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
-        """Blocks that no sequence holds."""
-        return len(self._free)
+        """Blocks that no sequence holds, or is promised."""
+        return len(self._free) - self._num_promised
 
     def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks so many tokens fill."""
-        return -(-num_tokens // self.tokens_per_block)
+        """How many blocks a sequence of so many tokens holds at most."""
+        return most_blocks(num_tokens, self._windows, self.tokens_per_block, self._step)
+
+    def held(self, table: BlockTable) -> list[int]:
+        """The blocks that a sequence holds."""
+        if not self._bounded:
+            return table.blocks
+        return [b for i, b in enumerate(table.blocks) if i // self.num_tables >= table.dropped[i % self.num_tables]]
 
     def can_share(self, num_tokens: int) -> bool:
         """Whether two sequences with so many tokens in common may hold some of the same blocks."""
@@ -170,20 +128,24 @@ class BlockManager:
         int
             How many tokens are already computed.
         """
+        if self._bounded:
+            table.dropped = [0] * self.num_tables
         if not (self.enable_block_reuse and reuse):
+            self._plan_drop(table)
             return 0
         self.name(table, tokens, salt)  # a sequence that waits is opened at every step, and has its keys
-        hits = 0
-        while hits < len(table.keys) and table.keys[hits] in self._by_key:
-            hits += 1
-        source, rows = self._partial_match(table, hits, tokens)
-        num_tokens = min(hits * self.tokens_per_block + rows, len(tokens) - 1)
-        num_tokens -= num_tokens % self._grain
+        num_tokens, sources = self._match(table, tokens)
         full, rows = divmod(num_tokens, self.tokens_per_block)
         if rows:
-            table.partial = (self._by_key[table.keys[full]] if full < hits else source, rows)
-        table.blocks += map(self.hold, table.keys[:full])
+            table.partial = (sources, rows)
+        if self._bounded:
+            table.dropped = self._matches.first(num_tokens)
+            behind = (i // self.num_tables < table.dropped[i % self.num_tables] for i in range(full * self.num_tables))
+            table.blocks += [0 if gone else self.hold(key) for key, gone in zip(table.keys, behind, strict=False)]
+        else:
+            table.blocks += map(self.hold, table.keys[: full * self.num_tables])
         table.num_registered = full
+        self._plan_drop(table)
         return num_tokens
 
     def name(self, table: BlockTable, tokens: Sequence[int], salt: str = "") -> None:
@@ -194,6 +156,63 @@ class BlockManager:
                 table.root = table.digest.digest()
             self._extend(table, tokens)
 
+    def needed(self, table: BlockTable, found: Callable[[bytes], bool]) -> list[bytes]:
+        """Keys of the blocks that a sequence would begin with, if those were there that ``found`` is true of.
+
+        Parameters
+        ----------
+        table : BlockTable
+            Opened before, so that its keys are known.
+        found : callable
+        """
+        return self._matches.needed(table.keys, found)
+
+    def missing(self, table: BlockTable, num_tokens: int) -> int:
+        """Blocks that a sequence lacks to be computed up to ``num_tokens``."""
+        return self.blocks_for(num_tokens) - len(self.held(table))
+
+    def admit(self, table: BlockTable, num_tokens: int, end: int) -> list[RowCopy]:
+        """Make room for a sequence's ``num_tokens``, of which those up to ``end`` are computed next.
+
+        Where blocks come back while it is computed, the rest are promised to it and not taken yet.
+
+        Returns
+        -------
+        list of RowCopy
+            The rows of its match that are to be copied, in any order, before something writes to the blocks.
+        """
+        first = len(table.blocks)
+        self.grow(table, end if self._bounded else num_tokens)
+        if self._bounded:
+            table.promise = (num_tokens, self.blocks_for(num_tokens))
+            self._count_promised(table)
+            self._plan_drop(table)
+        if table.partial is None:
+            return []
+        sources, rows = table.partial
+        for place, source in enumerate(sources, first):
+            if source in table.blocks[first:]:  # free until now: its rows are where they are needed
+                taken = table.blocks.index(source, first)
+                table.blocks[place], table.blocks[taken] = source, table.blocks[place]
+        pairs = zip(sources, table.blocks[first:], strict=False)
+        return [RowCopy(source, target, rows) for source, target in pairs if source != target]
+
+    def drop(self, table: BlockTable, num_tokens: int) -> None:
+        """Give back the blocks that no query reads from the position ``num_tokens`` on.
+
+        Only those of whole chunks are worth a copy on the host: elsewhere a match ends with a sequence, whose last
+        window :meth:`close` gives back.
+        """
+        chunks = self._grain > self.tokens_per_block
+        for i, first in enumerate(self._matches.first(num_tokens)):
+            for place in range(table.dropped[i], first):
+                self.release(table.blocks[place * self.num_tables + i], outlives=chunks)
+            table.dropped[i] = max(first, table.dropped[i])
+        if num_tokens >= table.promise[0]:
+            table.promise = (0, 0)
+        self._count_promised(table)
+        self._plan_drop(table)
+
     def grow(self, table: BlockTable, num_tokens: int) -> bool:
         """Make room for ``num_tokens`` in all. False, with nothing changed, when the free blocks do not suffice.
 
@@ -202,13 +221,15 @@ class BlockManager:
         RuntimeError
             If a free block has an owner.
         """
-        held = len(table.blocks)
-        if num_tokens <= held * self.tokens_per_block:  # mostly so: a decode needs a block now and then
+        entries, tables = len(table.blocks), self.num_tables
+        if num_tokens * tables <= entries * self.tokens_per_block:  # mostly so: a decode needs a block now and then
             return True
-        missing = self.blocks_for(num_tokens) - held
-        if missing > len(self._free):
+        missing = -(-num_tokens // self.tokens_per_block) * tables - entries
+        if missing > self.num_free + table.promised:
             return False
         table.blocks += self.take(missing)
+        if table.promised:
+            self._count_promised(table)
         return True
 
     def take(self, count: int) -> list[int]:
@@ -276,16 +297,19 @@ class BlockManager:
         for i in range(table.num_registered, (start + len(computed)) // size):
             # A twin computed in the same step may have come first; its block serves, ours stays unnamed.
             own = computed[i * size - start : (i + 1) * size - start]
-            self.publish(table.blocks[i], Content(table.keys[i], self._parent(table, i), own))
+            for place in range(i * self.num_tables, (i + 1) * self.num_tables):
+                self.publish(table.blocks[place], Content(table.keys[place], self._parent(table, place), own))
             table.num_registered = i + 1
 
     def register_tail(self, table: BlockTable, tokens: Sequence[int]) -> None:
         """Let others find the rows of ``tokens`` that do not fill a block, when the sequence is about to be closed."""
         full, rows = divmod(len(tokens), self.tokens_per_block)
         # A match that ends within a block is what finds them.
-        if table.digest is None or rows < self._grain or full > len(table.keys):
+        if table.digest is None or rows < self._grain or full * self.num_tables > len(table.keys):
             return
-        self._continue(table.blocks[full], self._parent(table, full), tokens[full * self.tokens_per_block :])
+        for place in range(full * self.num_tables, (full + 1) * self.num_tables):
+            own = tokens[full * self.tokens_per_block :]
+            self._continue(table.blocks[place], self._parent(table, place), own)
 
     def close(self, table: BlockTable) -> None:
         """Give a sequence's blocks back. The last are evicted first: a prefix outlives its continuations.
@@ -295,13 +319,22 @@ class BlockManager:
         RuntimeError
             If a block has no owner: it has already been given back.
         """
-        for index in reversed(table.blocks):
+        for index in reversed(self.held(table)):
             self.release(index)
         table.blocks = []  # a new list: whoever keeps the old one's content must not take it for this
-        table.num_registered, table.partial = 0, None
+        table.num_registered, table.partial, table.due = 0, None, 0
+        if self._bounded:
+            table.promise = (0, 0)
+            self._count_promised(table)
 
-    def release(self, index: int) -> None:
+    def release(self, index: int, outlives: bool = True) -> None:
         """Give a block back.
+
+        Parameters
+        ----------
+        index : int
+        outlives : bool
+            Whether it may be kept elsewhere.
 
         Raises
         ------
@@ -311,7 +344,7 @@ class BlockManager:
         block = self._blocks[index]
         if block.ref_count < 1:
             raise RuntimeError(f"block {index} is given back and has no owner")
-        if block.ref_count == 1 and self._adopted(index, block):
+        if block.ref_count == 1 and outlives and self._adopted(index, block):
             return
         block.ref_count -= 1
         if block.ref_count == 0:
@@ -337,29 +370,70 @@ class BlockManager:
     def _extend(self, table: BlockTable, tokens: Sequence[int] | np.ndarray, start: int = 0) -> None:
         """Keys of all full blocks, each a digest over the salt and all tokens up to its end."""
         size = self.tokens_per_block
-        known, full = len(table.keys), (start + len(tokens)) // size
+        known, full = len(table.keys) // self.num_tables, (start + len(tokens)) // size
         if known < full:
             new = tokens[known * size - start : full * size - start]
             for block in np.asarray(new, dtype=np.int32).reshape(-1, size):
                 table.digest.update(block.tobytes())
-                table.keys.append(table.digest.digest())
+                key = table.digest.digest()
+                table.keys += [of_table(key, i) for i in range(self.num_tables)]
 
-    def _parent(self, table: BlockTable, i: int) -> bytes:
-        """What is found before a sequence's block ``i``: for the first one, the salt."""
-        return table.keys[i - 1] if i else table.root
+    def _parent(self, table: BlockTable, place: int) -> bytes:
+        """What is found before an entry of a sequence: for the first ones, the salt."""
+        if place < self.num_tables:
+            return of_table(table.root, place)
+        return table.keys[place - self.num_tables]
 
-    def _partial_match(self, table: BlockTable, hits: int, tokens: Sequence[int]) -> tuple[int, int]:
-        """The block that continues ``hits`` blocks for longest as ``tokens`` do, and for how many rows."""
-        best = (-1, 0)
-        if self._grain < self.tokens_per_block:
-            start = hits * self.tokens_per_block
-            due = np.asarray(tokens[start : start + self.tokens_per_block], dtype=np.int32)
-            candidates = self._continuations.get(self._parent(table, hits), {})
+    def _match(self, table: BlockTable, tokens: Sequence[int]) -> tuple[int, list[int]]:
+        """Tokens of the longest match, and if it ends within a block whose rows continue it in each table."""
+        size, found = self.tokens_per_block, self._by_key.__contains__
+        end = self._matches.longest(table.keys, found)
+        while True:
+            sources, rows = self._partial_match(table, end, tokens)
+            num_tokens = min(end * size + rows, len(tokens) - 1)
+            num_tokens -= num_tokens % self._grain
+            full, rows = divmod(num_tokens, size)
+            if full == end:
+                return num_tokens, sources
+            missing = self._matches.missing(table.keys, num_tokens, full + (rows > 0), found)
+            if missing < 0:
+                inside = table.keys[full * self.num_tables : (full + 1) * self.num_tables]
+                return num_tokens, [self._by_key[key] for key in inside] if rows else []
+            end = self._matches.within_windows(table.keys, missing, found)
+
+    def _partial_match(self, table: BlockTable, hits: int, tokens: Sequence[int]) -> tuple[list[int], int]:
+        """The block of each table that continues ``hits`` blocks as ``tokens`` do, and for how many rows all do."""
+        if self._grain >= self.tokens_per_block:
+            return [], 0
+        start = hits * self.tokens_per_block
+        due = np.asarray(tokens[start : start + self.tokens_per_block], dtype=np.int32)
+        sources, common = [], self.tokens_per_block
+        for place in range(hits * self.num_tables, (hits + 1) * self.num_tables):
+            best = (-1, 0)
+            candidates = self._continuations.get(self._parent(table, place), {})
             for index in islice(reversed(candidates), MAX_CANDIDATES):
                 rows = _common_prefix(self._blocks[index].tokens, due)
                 if rows > best[1]:
                     best = (index, rows)
-        return best
+            if best[1] == 0:
+                return [], 0
+            sources.append(best[0])
+            common = min(common, best[1])
+        return sources, common
+
+    def _count_promised(self, table: BlockTable) -> None:
+        left = max(0, table.promise[1] - len(self.held(table))) if table.promise[1] else 0
+        self._num_promised += left - table.promised
+        table.promised = left
+
+    def _plan_drop(self, table: BlockTable) -> None:
+        """Work out when a sequence has something to give back."""
+        ends = [
+            (dropped + 1) * self.tokens_per_block + window - 1
+            for dropped, window in zip(table.dropped, self._windows, strict=False)
+            if window is not None
+        ]
+        table.next_drop = min([*ends, *([table.promise[0]] if table.promise[0] else [])], default=sys.maxsize)
 
     def _adopted(self, index: int, block: Block) -> bool:
         if block.key is None or block.parent is None or self.adopt is None:

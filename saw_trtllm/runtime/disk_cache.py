@@ -26,7 +26,7 @@ import numpy as np
 
 from saw_trtllm.engine.config import CALIBRATION_FILE, EngineConfig
 from saw_trtllm.errors import ConfigError
-from saw_trtllm.runtime.block_manager import Content
+from saw_trtllm.runtime.block_table import Content
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def engine_fingerprint(config: EngineConfig, rule: object) -> bytes:
         raise ConfigError("disk_cache_dir needs an engine with checksums, and this one has none: build it anew")
     weights = section.weights.checksums if section.weights else {}
     model = config.pretrained_config.model_dump(mode="json")
-    pools = [(repr(pool.format), pool.layers) for pool in config.pools]
+    pools = [(repr(pool.format), pool.layers, config.windows[pool.table]) for pool in config.pools]
     what = [section.format_version, files, weights, model, pools, config.build_config.tokens_per_block, rule]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).digest()
 
@@ -136,7 +136,7 @@ class DiskCache:
             return None
         tokens = config.build_config.tokens_per_block
         fingerprint, folder = engine_fingerprint(config, rule), Path(cache.disk_cache_dir)
-        return cls(folder, cache.disk_cache_size, fingerprint, tokens * config.bytes_per_token, tokens)
+        return cls(folder, cache.disk_cache_size, fingerprint, config.block_bytes, tokens)
 
     def stats(self) -> dict[str, int]:
         """Its part of :class:`saw_trtllm.runtime.stats.Stats`."""

@@ -43,8 +43,8 @@ class EngineCore:
     ----------
     executor : Executor
     scheduler : Scheduler
-    num_layers : list of int
-        Layers of each pool, for the block offsets.
+    packer : StepPacker
+        For the engine's pools.
     max_queue_size : int
         Requests that may wait for their first step; 0 is any number.
     interrupt : callable, optional
@@ -55,14 +55,14 @@ class EngineCore:
         self,
         executor: Executor,
         scheduler: Scheduler,
-        num_layers: list[int],
+        packer: StepPacker,
         max_queue_size: int = 0,
         interrupt: Callable[[], object] | None = None,
     ) -> None:
         self._executor = executor
         self._interrupt = interrupt
         self._scheduler = scheduler
-        self._packer = StepPacker(num_layers)
+        self._packer = packer
         self._under_way: deque[_Step] = deque()
         self._requests: dict[int, Request] = {}
         self._max_queue_size = max_queue_size

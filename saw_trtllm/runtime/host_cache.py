@@ -19,7 +19,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from saw_trtllm.runtime.block_manager import BlockManager, BlockTable, Content
+from saw_trtllm.runtime.block_manager import BlockManager
+from saw_trtllm.runtime.block_table import BlockTable, Content
 from saw_trtllm.runtime.disk_cache import DiskCache
 
 
@@ -167,19 +168,19 @@ class HostCache:
         table.sought = True
         if self._disk is None:
             return
-        own = set(table.keys)
-        for key in table.keys:
+        own, on_disk = set(table.keys), self._disk.holds
+        for key in self._blocks.needed(table, lambda key: self._is_near(key) or key in self._reads or on_disk(key)):
             if key in self._held:
                 self._held.move_to_end(key)
-            if self._blocks.holds(key) or key in self._held or key in self._reads:
+            if self._is_near(key) or key in self._reads:
                 continue
-            if not self._disk.holds(key) or (slot := self._take_slot(own)) is None:
+            if (slot := self._take_slot(own)) is None:
                 break
             self._reads[key] = slot, self._disk.read(key, self._memory.host_block(slot))
 
     def has_more(self, table: BlockTable) -> bool:
         """Whether the host goes on where the pool ends with a sequence, whose keys are known."""
-        return next((key for key in table.keys if not self._blocks.holds(key)), None) in self._held
+        return not all(map(self._blocks.holds, self._blocks.needed(table, self._is_near)))
 
     def fetch(self, table: BlockTable, num_left: int) -> bool:
         """Hold what the pool has of a sequence and begin to bring back what the host has, until :meth:`let_go`.
@@ -196,18 +197,11 @@ class HostCache:
         bool
             Whether it is held.
         """
-        present, wanted = [], []
-        for key in table.keys:
-            if self._blocks.holds(key):
-                present.append(key)
-            elif key in self._held:
-                wanted.append(key)
-            elif key in self._reads:
-                return False
-            else:
-                break
-        wanted = [key for key in wanted if key not in self._loads]
-        table.fetched = [self._blocks.hold(key) for key in present]
+        needed = self._blocks.needed(table, lambda key: self._is_near(key) or key in self._reads)
+        if not all(map(self._is_near, needed)):
+            return False
+        wanted = [key for key in needed if not self._blocks.holds(key) and key not in self._loads]
+        table.fetched = [self._blocks.hold(key) for key in needed if self._blocks.holds(key)]
         if wanted and len(wanted) + num_left > self._blocks.num_free:
             self.let_go(table)
             return False
@@ -300,6 +294,10 @@ class HostCache:
     def _begin(self, stores: list[_Store], loads: list[_Load]) -> None:
         pending = self._memory.transfer([m.copy for m in stores], [m.copy for m in loads])
         self._under_way.append(_Batch(pending, stores, loads))
+
+    def _is_near(self, key: bytes) -> bool:
+        """Whether the pool or the host has a block."""
+        return self._blocks.holds(key) or key in self._held
 
     def _adopt(self, index: int, content: Content) -> bool:
         """Keep a block that its last sequence lets go of, until it is copied."""

@@ -26,7 +26,8 @@ from itertools import chain, islice
 
 from saw_trtllm.engine.step import DECODE, PREFILL, RowCopy
 from saw_trtllm.errors import RequestError
-from saw_trtllm.runtime.block_manager import BlockManager, BlockTable
+from saw_trtllm.runtime.block_manager import BlockManager
+from saw_trtllm.runtime.block_table import BlockTable
 from saw_trtllm.runtime.host_cache import HostCache
 from saw_trtllm.runtime.sequence import Scheduled, Sequence
 
@@ -80,6 +81,11 @@ class Scheduler:
         self._interchangeable_rows = interchangeable_rows
         self.host = host
         self._num_leaving = 0  # removed ones whose parts are in flight
+
+    @property
+    def _headroom(self) -> int:
+        """Free blocks for those that run, so that their next tokens do not preempt a newcomer at once."""
+        return len(self.running) * self.blocks.num_tables
 
     @property
     def has_work(self) -> bool:
@@ -146,6 +152,10 @@ class Scheduler:
                     return []
                 if not self._make_room(part):
                     continue
+                # Blocks that a prefill with windows was promised may be on their way to the host yet: then a decode of
+                # a later sequence has given way.
+                kept = [p for p in step[DECODE] if p.sequence.table.blocks]
+                budget, step[DECODE] = budget + len(step[DECODE]) - len(kept), kept
             budget -= len(part.token_ids)
             step[part.kind].append(part)
         while self.waiting and len(self.running) < self._max_batch_size and preemptions == self.num_preemptions:
@@ -169,7 +179,7 @@ class Scheduler:
         decodes: list[Scheduled] = []
         prefills: list[Scheduled] = []
         growing: list[Scheduled] = []
-        size = self.blocks.tokens_per_block
+        size = self.blocks.tokens_per_entry
         for s in self.running:
             last = s.in_flight
             if last is None or not last.samples:
@@ -207,7 +217,6 @@ class Scheduler:
 
     def advance(self, parts: Iterable[Scheduled]) -> None:
         """Note that a step's parts have been computed. With the next step they are no longer the caller's."""
-        size = self.blocks.tokens_per_block
         for part in parts:
             sequence, end = part.sequence, part.end
             if sequence.removed:
@@ -218,12 +227,20 @@ class Scheduler:
                 sequence.in_flight = None
             elif part.samples and part.kind == DECODE:
                 sequence.spare = part
-            if not self._interchangeable_rows:
-                end = min(end, len(sequence.prompt))
-            table = sequence.table
-            if end >= (table.num_registered + 1) * size and table.digest is not None:
-                start = table.num_registered * size
-                self.blocks.register(table, sequence.tokens(start, end), start)
+            if end >= sequence.table.due:  # mostly not so: a block is filled now and then
+                self._settle(sequence)
+
+    def _settle(self, sequence: Sequence) -> None:
+        """Let others find the blocks that a sequence has filled, and give back those that it reads no more."""
+        table, size, findable = sequence.table, self.blocks.tokens_per_block, self._findable(sequence)
+        start = table.num_registered * size
+        if table.digest is not None and findable >= start + size:
+            self.blocks.register(table, sequence.tokens(start, findable), start)
+        if sequence.num_computed >= table.next_drop:  # what is in flight or comes begins there
+            self.blocks.drop(table, sequence.num_computed)
+        filled = (table.num_registered + 1) * size
+        registers = table.digest is not None and (self._interchangeable_rows or filled <= len(sequence.prompt))
+        table.due = min(table.next_drop, filled) if registers else table.next_drop
 
     def done(self, scheduled: Scheduled) -> None:
         """Note that a sequence's part of a step is over, whatever became of it."""
@@ -338,7 +355,7 @@ class Scheduler:
                 self._open(sequence)
                 self.host.seek(sequence.table)
                 self.blocks.close(sequence.table)
-        spare = self.blocks.num_free - len(self.running)
+        spare = self.blocks.num_free - self._headroom
         for sequence in islice(self.waiting, NUM_FETCHED_AHEAD):
             table = sequence.table
             # Of those before it each must still find room, else what is held for the last would keep the first out.
@@ -347,7 +364,7 @@ class Scheduler:
                 break
             if table.fetched is None:
                 self._open(sequence)
-                self.host.fetch(table, len(self.running))
+                self.host.fetch(table, self._headroom)
                 self.blocks.close(table)
 
     def _grow(self, table: BlockTable, num_tokens: int) -> bool:
@@ -375,9 +392,7 @@ class Scheduler:
         table, reused = sequence.table, self._open(sequence)
         sequence.num_computed, sequence.num_reused = reused, reused
         part = self._next(sequence)
-        missing = self.blocks.blocks_for(sequence.num_tokens) - len(table.blocks)
-        # One free block for each running sequence, so that its next tokens do not preempt the newcomer at once.
-        headroom = len(self.running)
+        missing, headroom = self.blocks.missing(table, sequence.num_tokens), self._headroom
         fetching = self.host is not None and self.host.is_fetching(table)
         while missing + headroom > self.blocks.num_free and self._let_one_go(1):
             pass
@@ -391,20 +406,16 @@ class Scheduler:
                 else:
                     self.host.fetch(table, headroom)
                     fetching = self.host.is_fetching(table)
-            elif missing + headroom > self.blocks.num_free and set(table.fetched or ()) - set(table.blocks):
+            elif missing + headroom > self.blocks.num_free and set(table.fetched or ()) - set(self.blocks.held(table)):
                 # Of what is held for this one, whole chunks are open now; the rest may be what it lacks.
                 self.host.let_go(table)
                 table.fetched = []
         if fetching or len(part.token_ids) > budget or missing + headroom > self.blocks.num_free:
             self.blocks.close(table)
             return None
-        full = len(table.blocks)
-        self.blocks.grow(table, sequence.num_tokens)
+        self.copies += self.blocks.admit(table, sequence.num_tokens, part.end)
         if self.host is not None:
             self.host.let_go(table)
-        if table.partial is not None:
-            source, rows = table.partial
-            self.copies.append(RowCopy(source, table.blocks[full], rows))
         self.running.append(sequence)
         return part
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from saw_trtllm.engine.step import StepSequence
-from saw_trtllm.runtime.block_manager import BlockTable
+from saw_trtllm.runtime.block_table import BlockTable
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
 

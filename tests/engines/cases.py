@@ -13,7 +13,8 @@ import numpy as np
 
 from saw_trtllm.build import build, plan_build
 from saw_trtllm.checkpoint.calibration import Calibration
-from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
+from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.engine.step import DECODE, PREFILL, PoolLayout, StepInputs, StepPacker, StepSequence
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.plan import BuildPlan
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
@@ -138,38 +139,55 @@ STEPS = {
 _BLOCKS = [[6, 1, 5, 0, 3, 20], [9, 2, 14, 13, 4, 21], [7, 8, 10, 11, 12, 22]]
 
 
-def pack(name: str, num_layers: list[int]) -> StepInputs:
-    """A step, for pools of so many layers each."""
-    parts = [StepSequence(IDS[i][a : a + n], a, 60, kind, _BLOCKS[i]) for i, a, n, kind in STEPS[name]]
-    return StepInputs.pack(parts, *num_layers)
+def pack(name: str, layout: PoolLayout) -> StepInputs:
+    """A step, for an engine's pools."""
+    parts = [StepSequence(IDS[i][a : a + n], a, 60, kind, layout.entries(_BLOCKS[i])) for i, a, n, kind in STEPS[name]]
+    return StepPacker(layout).pack(parts)
 
 
-def decoded_rows(name: str) -> list[tuple[int, int]]:
-    """Block and row of each token that a step decodes."""
-    firsts = [(i, a) for i, a, _, kind in STEPS[name] if kind == DECODE]
-    return [(_BLOCKS[i][a // TOKENS_PER_BLOCK], a % TOKENS_PER_BLOCK) for i, a in firsts]
+def num_tokens(config: EngineConfig) -> int:
+    """Tokens of a cache that has the steps' blocks."""
+    needed = config.tokens_of_blocks(NUM_BLOCKS * config.pool_layout.num_tables)
+    return max(NUM_BLOCKS * TOKENS_PER_BLOCK, needed + config.build_config.max_seq_len)
+
+
+def tolerances(
+    name: str, config: EngineConfig, pools: list[np.ndarray], rounding: float, after: float
+) -> list[np.ndarray]:
+    """How far each row of each region may be off after a step.
+
+    It is ``after`` where a layer writes what comes of codes that the one before has read, of tokens that are decoded.
+    """
+    found = [np.full(pool.shape[:-1], rounding) for pool in pools]
+    tables = config.pool_layout.num_tables
+    for pool in config.pools:
+        places = [place for place, layer in enumerate(pool.layers) if layer > 0]
+        for i, a, _, kind in STEPS[name]:
+            if kind == DECODE:
+                block = _BLOCKS[i][a // TOKENS_PER_BLOCK] * tables + pool.table
+                found[pool.region][block, places, ..., a % TOKENS_PER_BLOCK] = after
+    return found
 
 
 #: Greedy texts of the example model: how many, tokens of each, and blocks that hold a prompt and them.
 TEXTS, TEXT_TOKENS, TEXT_BLOCKS = 8, 200, 16
 
 
-def text_steps(num_layers: list[int], tokens: np.ndarray) -> Iterator[StepInputs]:
+def text_steps(layout: PoolLayout, tokens: np.ndarray) -> Iterator[StepInputs]:
     """The texts' prompts in one step, and then a token of each in a step.
 
     ``tokens`` ``[TEXTS, TEXT_TOKENS]`` may be filled in as the steps are computed.
     """
     texts = prompts(TEXTS, TEXT_BLOCKS * TOKENS_PER_BLOCK - TEXT_TOKENS)
-    blocks = np.arange(TEXTS * TEXT_BLOCKS).reshape(TEXTS, TEXT_BLOCKS).tolist()
+    blocks = [layout.entries(row) for row in np.arange(TEXTS * TEXT_BLOCKS).reshape(TEXTS, TEXT_BLOCKS)]
     parts = [StepSequence(text, 0, len(text), PREFILL, blocks[i]) for i, text in enumerate(texts)]
-    yield StepInputs.pack(parts, *num_layers)
+    yield StepPacker(layout).pack(parts)
     for n in range(TEXT_TOKENS - 1):
-        yield StepInputs.pack(
+        yield StepPacker(layout).pack(
             [
                 StepSequence([int(tokens[i, n])], len(text) + n, len(text), DECODE, blocks[i])
                 for i, text in enumerate(texts)
-            ],
-            *num_layers,
+            ]
         )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from saw_trtllm.checkpoint.layout import kv_heads_of_rank
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.runtime.collectives import Collectives, Rendezvous, join
-from tests.engines.cases import NUM_BLOCKS, STEPS, TOKENS_PER_BLOCK, Case, pack
+from tests.engines.cases import STEPS, Case, num_tokens, pack
 
 _SECONDS = 120
 #: How a step is run: with sums by NCCL and without graphs, or by our kernel where it can and with them.
@@ -77,23 +77,20 @@ def _steps(
     config = EngineConfig.load(folder)
     model = config.pretrained_config
     heads = kv_heads_of_rank(model.num_key_value_heads, config.tp_size, collectives.rank)
-    layers = [len(pool.layers) for pool in config.pools]
     patches = [mock.patch.object(ranks, "ONE_SHOT_BYTES", 0)] if way == "nccl" else []
     if call(runtime.cudaGetDeviceCount) < config.tp_size:
         os.environ |= {"NCCL_HOSTID": f"rank{collectives.rank}", "NCCL_SOCKET_IFNAME": "lo"}
         patches.append(mock.patch.object(module, "use_gpu_of_rank", return_value=None))
     for patch in patches:
         patch.start()
-    executor = module.TensorRTExecutor(
-        folder, config, NUM_BLOCKS * TOKENS_PER_BLOCK, 0.4, **WAYS[way], collectives=collectives
-    )
+    executor = module.TensorRTExecutor(folder, config, num_tokens(config), 0.4, **WAYS[way], collectives=collectives)
     found, before = {}, None
     for name in STEPS:
         for i, pool in enumerate(executor.pools):
             rows = expected[f"{name if before is None else before}.pool{i}"][:, :, :, heads]
             pool.write(np.zeros_like(rows) if before is None else rows)
         count, before = len(STEPS[name]), name
-        executor.launch(pack(name, layers), [None] * count, [False] * count).result()
+        executor.launch(pack(name, config.pool_layout), [None] * count, [False] * count).result()
         shape = (len(expected[f"{name}.logits"]), model.vocab_size)
         found[f"{way}.{name}.logits"] = executor.logits.read(np.float32, shape)
         for i, pool in enumerate(executor.pools):

@@ -43,12 +43,15 @@ def steps(case: Case, folder: Path) -> dict[str, np.ndarray]:
     config = plan.config
     levers = calibrated_inputs(config, plan.weights.load)
     model = ReferenceModel(config.pretrained_config, plan.weights.load, config.build_config.max_seq_len, **levers)
-    cache = PagedCache(config.pools, NUM_BLOCKS, config.pretrained_config.num_key_value_heads, TOKENS_PER_BLOCK)
+    layout = config.pool_layout
+    cache = PagedCache(
+        config.pools, NUM_BLOCKS * layout.num_tables, config.pretrained_config.num_key_value_heads, TOKENS_PER_BLOCK
+    )
     for pool in cache.pools:
         pool.data.zero_()
     found = {}
     for name in STEPS:
-        step = pack(name, [len(pool.layers) for pool in config.pools])
+        step = pack(name, layout)
         found[f"{name}.logits"] = model.forward(
             step, cache, all_logits=config.build_config.gather_context_logits
         ).numpy()
@@ -73,11 +76,11 @@ def greedy(plan: BuildPlan, forced: np.ndarray | None = None) -> tuple[np.ndarra
     """Tokens ``[n, TEXT_TOKENS]`` after the prompts, and the logits of each; ``forced`` ones are not chosen."""
     config = plan.config
     model = ReferenceModel(config.pretrained_config, plan.weights.load, config.build_config.max_seq_len)
-    blocks = TEXT_BLOCKS * TEXTS
+    layout = config.pool_layout
+    blocks = TEXT_BLOCKS * TEXTS * layout.num_tables
     cache = PagedCache(config.pools, blocks, config.pretrained_config.num_key_value_heads, TOKENS_PER_BLOCK)
-    layers = [len(pool.layers) for pool in config.pools]
     tokens, logits = np.zeros((TEXTS, TEXT_TOKENS), np.int64), []
-    for step in text_steps(layers, tokens if forced is None else forced):
+    for step in text_steps(layout, tokens if forced is None else forced):
         logits.append(model.forward(step, cache).numpy())
         tokens[:, len(logits) - 1] = logits[-1].argmax(axis=1)
     return tokens, np.stack(logits, axis=1)

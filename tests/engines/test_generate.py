@@ -56,12 +56,12 @@ def test_200_greedy_tokens_are_the_references(served, expected):
     """Each step is given the reference's tokens, so that all 200 can be compared, and not those before a close one."""
     _, folder = served
     config = EngineConfig.load(folder)
-    layers = [len(pool.layers) for pool in config.pools]
     greedy = [SamplingState(SamplingParams(return_generation_logits=True), [1], [])] * TEXTS
     executor = open_executor(folder, config, KvCacheConfig(max_tokens=TEXTS * TEXT_BLOCKS * TOKENS_PER_BLOCK))
     try:
         outputs = [
-            executor.launch(step, greedy, [False] * TEXTS).result() for step in text_steps(layers, expected["tokens"])
+            executor.launch(step, greedy, [False] * TEXTS).result()
+            for step in text_steps(config.pool_layout, expected["tokens"])
         ]
     finally:
         executor.shutdown()

@@ -13,7 +13,7 @@ from saw_trtllm.checkpoint import NUMPY_DTYPES
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import DECODE
 from saw_trtllm.format import ROW_TAIL_BYTES
-from tests.engines.cases import NUM_BLOCKS, STEP_CASES, STEPS, TOKENS_PER_BLOCK, decoded_rows, pack
+from tests.engines.cases import STEP_CASES, STEPS, num_tokens, pack, tolerances
 
 #: Of the largest logit, by dtype. Two layers of some ten roundings to 11 bits each, one upon the other, come to a third
 #: of it; bfloat16 has 8 bits.
@@ -33,10 +33,7 @@ def run(request, work, reference, supported):
     supported(case)
     expected = reference(case)
     config = EngineConfig.load(case.engine(work))
-    executors = [
-        TensorRTExecutor(case.engine(work), config, NUM_BLOCKS * TOKENS_PER_BLOCK, 0.5, graphs=g) for g in (0, 1)
-    ]
-    layers = [len(pool.layers) for pool in config.pools]
+    executors = [TensorRTExecutor(case.engine(work), config, num_tokens(config), 0.5, graphs=g) for g in (0, 1)]
 
     def step(name, executor):
         before = list(STEPS)[list(STEPS).index(name) - 1] if name != next(iter(STEPS)) else None
@@ -45,7 +42,7 @@ def run(request, work, reference, supported):
             pool.write(np.zeros_like(data) if before is None else expected[f"{before}.pool{i}"])
         rows = len(expected[f"{name}.logits"])
         count = len(STEPS[name])
-        executor.launch(pack(name, layers), [None] * count, [False] * count).result()
+        executor.launch(pack(name, config.pool_layout), [None] * count, [False] * count).result()
         logits = executor.logits.read(np.float32, (rows, config.pretrained_config.vocab_size))
         pools = [pool.read(np.uint8, expected[f"{name}.pool{i}"].shape) for i, pool in enumerate(executor.pools)]
         return logits, pools
@@ -70,14 +67,10 @@ def test_a_step_is_the_references(name, run):
         own_4bit = rounding + (MOVED_CODE if config.kv_format.quantized else 0)
         assert (error[: len(error) - decodes] <= rounding).all()
         assert (error[len(error) - decodes :] <= own_4bit).all()
-        for i, (pool, found) in enumerate(zip(config.pools, pools, strict=True)):
-            # A layer after one whose attention has read a code that was moved writes what comes of it.
-            tolerance = np.full(found.shape[:-1], rounding)
-            after = [place for place, layer in enumerate(pool.layers) if layer > 0]
-            for block, row in decoded_rows(name):
-                tolerance[block, after, ..., row] = own_4bit
-            check = assert_codes if pool.format.quantized else assert_rows
-            check(found, expected[f"{name}.pool{i}"], tolerance[..., None], dtype)
+        allowed = tolerances(name, config, pools, rounding, own_4bit)
+        for i, (region, found) in enumerate(zip(config.regions, pools, strict=True)):
+            check = assert_codes if region.format.quantized else assert_rows
+            check(found, expected[f"{name}.pool{i}"], allowed[i][..., None], dtype)
 
 
 def assert_codes(found, want, tolerance, dtype):

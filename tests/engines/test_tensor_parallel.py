@@ -8,7 +8,7 @@ import pytest
 from saw_trtllm.checkpoint.layout import kv_heads_of_rank
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import DECODE
-from tests.engines.cases import RANK_CASES, STEPS, decoded_rows
+from tests.engines.cases import RANK_CASES, STEPS, tolerances
 from tests.engines.ranks import WAYS, run_ranks
 from tests.engines.test_steps import MOVED_CODE, ROUNDING, assert_codes, assert_rows
 
@@ -47,11 +47,8 @@ def test_a_step_is_the_references(name, way, run):
         assert (error[: len(error) - decodes] <= rounding).all()
         assert (error[len(error) - decodes :] <= own_4bit).all()
         heads = kv_heads_of_rank(model.num_key_value_heads, config.tp_size, rank)
-        for i, pool in enumerate(config.pools):
-            rows, due = found[f"{way}.{name}.pool{i}"], expected[f"{name}.pool{i}"][:, :, :, heads]
-            tolerance = np.full(rows.shape[:-1], rounding)
-            behind = [place for place, layer in enumerate(pool.layers) if layer > 0]
-            for block, row in decoded_rows(name):
-                tolerance[block, behind, ..., row] = own_4bit
-            check = assert_codes if pool.format.quantized else assert_rows
-            check(rows, due, tolerance[..., None], model.dtype)
+        pools = [found[f"{way}.{name}.pool{i}"] for i in range(len(config.regions))]
+        allowed = tolerances(name, config, pools, rounding, own_4bit)
+        for i, (region, rows) in enumerate(zip(config.regions, pools, strict=True)):
+            check = assert_codes if region.format.quantized else assert_rows
+            check(rows, expected[f"{name}.pool{i}"][:, :, :, heads], allowed[i][..., None], model.dtype)

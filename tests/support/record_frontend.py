@@ -26,6 +26,7 @@ from saw_trtllm.backends.tensorrt_llm.options import SwapOptions
 from saw_trtllm.build import build, plan_build
 from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
+from saw_trtllm.engine.config import Pool
 from saw_trtllm.engine.step import StepInputs
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.plan import BuildPlan
@@ -99,10 +100,6 @@ class _Reference(ReferenceModel):
         super().__init__(model, plan.weights.load, ALL, **calibrated_inputs(plan.config, plan.weights.load))
         self.plans: list[StepPlan] = []
 
-    def _attention(self, layer, w, x, plan, cache):
-        pool, _ = cache.place(layer)
-        return super()._attention(layer, w, x, self.plans[cache.pools.index(pool)], cache)
-
 
 def _half(x: torch.Tensor) -> torch.Tensor:
     return x.half().float()
@@ -126,8 +123,8 @@ class _HalfReference(_Reference):
         normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.norm_epsilon)
         return _half(_half(normed) * weight)
 
-    def _attention(self, layer, w, x, plan, cache):
-        return _half(super()._attention(layer, w, x, plan, cache)[: len(x)])
+    def _attention(self, layer, w, x, plans, cache):
+        return _half(super()._attention(layer, w, x, plans, cache)[: len(x)])
 
 
 class _Run:
@@ -135,7 +132,7 @@ class _Run:
 
     def __init__(self, model: _Reference, plan: BuildPlan, executor: Executor) -> None:
         self.model = model
-        pools = [(plan.config.kv_format, layers) for layers in executor.layers]
+        pools = [Pool(plan.config.kv_format, layers, i, i) for i, layers in enumerate(executor.layers)]
         heads = plan.config.pretrained_config.num_key_value_heads
         self.cache = PagedCache(pools, executor.num_blocks[PRIMARY], heads, executor.tokens_per_block)
         self.memory = []
@@ -147,7 +144,8 @@ class _Run:
     def logits(self, step: Step, fed: Sequence[StepInputs]) -> np.ndarray:
         for copy in step.copies:
             copy.apply(self.memory[copy.pool])
-        self.model.plans = [StepPlan.make(x, pool) for x, pool in zip(fed, self.cache.pools, strict=True)]
+        plans = [StepPlan.make(x, pool) for x, pool in zip(fed, self.cache.pools, strict=True)]
+        self.model.plans, self.cache.plans = plans, lambda step: plans
         with torch.inference_mode():
             return self.model.forward(fed[0], self.cache).numpy()
 

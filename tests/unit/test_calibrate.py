@@ -23,7 +23,7 @@ from saw_trtllm.checkpoint.calibration import Calibration, is_invertible
 from saw_trtllm.cli import build as saw_build
 from saw_trtllm.cli import calibrate as saw_calibrate
 from saw_trtllm.engine.config import EngineConfig, Pool
-from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
+from saw_trtllm.engine.step import DECODE, PREFILL, PoolLayout, StepPacker, StepSequence
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.eval.levers import measured_calibration, num_steps
 from saw_trtllm.eval.outliers import PlantedCheckpoint, plant_key_bias, scale_key_pairs
@@ -83,12 +83,13 @@ def logits_of(plan, rows=None):
     """Of a prompt in two chunks and a decode, by the reference with an engine's tensors and a cache of ``rows``."""
     config, model = plan.config, plan.config.pretrained_config
     pools = config.pools if rows is None else [Pool(rows, list(range(model.num_hidden_layers)))]
-    cache = PagedCache(pools, 8, model.num_key_value_heads, 16)
+    layout = config.pool_layout if rows is None else PoolLayout([model.num_hidden_layers])
+    cache = PagedCache(pools, 8 * layout.num_tables, model.num_key_value_heads, 16)
     reference = ReferenceModel(model, plan.weights.load, 128, **calibrated_inputs(config, plan.weights.load))
     found = []
     for start, count, kind in ((0, 40, PREFILL), (40, 29, PREFILL), (69, 1, DECODE)):
-        sequence = StepSequence(PROMPT[start : start + count], start, 70, kind, list(range(5)))
-        step = StepInputs.pack([sequence], *(pool.num_layers for pool in cache.pools))
+        sequence = StepSequence(PROMPT[start : start + count], start, 70, kind, layout.entries(range(5)))
+        step = StepPacker(layout).pack([sequence])
         found.append(reference.forward(step, cache, all_logits=True))
     return torch.cat(found)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from saw_trtllm.backends.reference.int4 import decode_rows, encode_rows
+from saw_trtllm.engine.config import Pool, regions_of
 from saw_trtllm.engine.step import PREFILL, SECONDARY_POOL_BIT, RowCopy, StepInputs
 from saw_trtllm.format import KVFormat
 
@@ -67,7 +68,14 @@ class PagedPool:
         """
         self.rows(which)[blocks, layer, :, offsets] = encode_rows(rows, self.format, wide=self._wide(which))
 
-    def read(self, layer: int, which: int, blocks: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+    def read(
+        self,
+        layer: int,
+        which: int,
+        blocks: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        starts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Dequantize whole blocks.
 
         Parameters
@@ -78,6 +86,8 @@ class PagedPool:
             int64 ``[..., n]``.
         lengths : torch.Tensor, optional
             int64 ``[...]``: rows that are in use. The others, which may hold anything, NaN too, come as zeros.
+        starts : torch.Tensor, optional
+            int64 ``[...]``: the first of them. Rows before it are nobody's or another's.
 
         Returns
         -------
@@ -88,35 +98,45 @@ class PagedPool:
         rows = self.rows(which)[:, layer].index_select(0, blocks.flatten()).unflatten(0, blocks.shape)
         rows = rows.transpose(-4, -3).flatten(-3, -2)
         if lengths is not None:
-            used = torch.arange(rows.shape[-2]) < lengths[..., None]
+            place = torch.arange(rows.shape[-2])
+            used = place < lengths[..., None]
+            if starts is not None:
+                used &= place >= starts[..., None]
             rows *= used[..., None, :, None]
         return decode_rows(rows, self.format, wide=self._wide(which))
 
 
 class PagedCache:
-    """The pools of an engine. A block has the same index in each.
+    """The pools of an engine.
 
     Parameters
     ----------
-    pools : sequence of (KVFormat, sequence of int)
-        Each pool's format and its layers.
+    pools : sequence of Pool
     num_blocks, num_kv_heads, tokens_per_block : int
         Every pool's shape.
+
+    Attributes
+    ----------
+    pools : list of PagedPool
+        One for each region of memory.
     """
 
     def __init__(
         self,
-        pools: Sequence[tuple[KVFormat, Sequence[int]]],
+        pools: Sequence[Pool],
         num_blocks: int,
         num_kv_heads: int,
         tokens_per_block: int,
     ) -> None:
-        self.pools = [PagedPool(fmt, num_blocks, len(layers), num_kv_heads, tokens_per_block) for fmt, layers in pools]
+        self.pools = [
+            PagedPool(region.format, num_blocks, region.num_layers, num_kv_heads, tokens_per_block)
+            for region in regions_of(pools)
+        ]
+        self._tables = [pool.table for pool in pools]
         self._places = {
-            layer: (pool, i)
-            for pool, (_, layers) in zip(self.pools, pools, strict=True)
-            for i, layer in enumerate(layers)
+            layer: (self.pools[pool.region], i, pool.table) for pool in pools for i, layer in enumerate(pool.layers)
         }
+        self._regions = [pool.region for pool in pools]
 
     def copy(self, copies: Sequence[RowCopy]) -> None:
         """Copy rows from block to block, in this order."""
@@ -125,8 +145,13 @@ class PagedCache:
                 for kind in (pool.rows(K), pool.rows(V)):
                     kind[target, ..., :rows, :] = kind[source, ..., :rows, :]
 
-    def place(self, layer: int) -> tuple[PagedPool, int]:
-        """The pool that holds a layer, and the layer's index in it."""
+    def plans(self, step: StepInputs) -> list[StepPlan]:
+        """A step's plan for each block table."""
+        firsts = [self._tables.index(table) for table in range(max(self._tables) + 1)]
+        return [StepPlan.make(step, self.pools[self._regions[first]], first) for first in firsts]
+
+    def place(self, layer: int) -> tuple[PagedPool, int, int]:
+        """The memory that holds a layer, the layer's index in it, and its block table."""
         return self._places[layer]
 
 
@@ -170,13 +195,13 @@ class StepPlan:
     decode_blocks: torch.Tensor
 
     @classmethod
-    def make(cls, step: StepInputs, pool: PagedPool) -> StepPlan:
-        """Resolve block offsets and lengths of ``step`` against ``pool``, the first; others have the same blocks."""
+    def make(cls, step: StepInputs, pool: PagedPool, index: int = 0) -> StepPlan:
+        """Resolve block offsets and lengths of ``step`` against its pool of an index; its table is that of others."""
         tokens_per_block = pool.tokens_per_block
         ends = torch.from_numpy(step.last_token_ids).long()
         counts = ends.diff(prepend=ends.new_zeros(1))
         lengths = torch.from_numpy(step.sequence_length).long()
-        offsets = torch.from_numpy(step.kv_cache_block_offsets[0, :, K]).long() & (SECONDARY_POOL_BIT - 1)
+        offsets = torch.from_numpy(step.kv_cache_block_offsets[index, :, K]).long() & (SECONDARY_POOL_BIT - 1)
         table = offsets // (2 * pool.num_layers)
 
         sequence = torch.repeat_interleave(counts)

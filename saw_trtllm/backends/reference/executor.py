@@ -85,10 +85,10 @@ class ReferenceExecutor:
             raise EngineError(f"{path} cannot be read as an engine ({e}): build it anew with saw-build") from e
         if max_tokens is None:
             free = psutil.virtual_memory().available // collectives.size
-            fitting = int(memory_fraction * free) // ours.bytes_per_token
+            fitting = ours.tokens_of_blocks(int(memory_fraction * free) // ours.block_bytes)
             fitting = min(int(n) for n in collectives.all_gather(np.array(fitting)))
             max_tokens = min(fitting, build.max_batch_size * build.max_seq_len)
-        self.num_blocks = max_tokens // build.tokens_per_block
+        self.num_blocks = ours.blocks_of_tokens(max_tokens)
         if self.num_blocks == 0:
             raise EngineError(
                 f"the KV cache would hold {max_tokens} tokens and a block has {build.tokens_per_block}: give it more "
@@ -97,9 +97,8 @@ class ReferenceExecutor:
         try:
             shape = (self.num_blocks, ours.pretrained_config.num_key_value_heads, build.tokens_per_block)
             self.cache = PagedCache(config.pools, *shape)
-            block_bytes = ours.bytes_per_token * build.tokens_per_block
-            self.num_host_blocks = host_cache_size // block_bytes
-            self._host = torch.empty(self.num_host_blocks, block_bytes, dtype=torch.uint8)
+            self.num_host_blocks = host_cache_size // ours.block_bytes
+            self._host = torch.empty(self.num_host_blocks, ours.block_bytes, dtype=torch.uint8)
             # glibc gives a freed block back to the system, and faults it in anew at the next step, unless a larger one
             # was freed before: keeping blocks of up to 31 MiB makes steps of 16 sequences 2 to 3 times as fast.
             torch.empty(31 << 20, dtype=torch.uint8)

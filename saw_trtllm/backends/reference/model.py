@@ -156,8 +156,9 @@ class ReferenceModel:
         torch.Tensor
             fp32 ``[B, vocab_size]``, or ``[num_tokens, vocab_size]``.
         """
-        plan = StepPlan.make(step, cache.pools[0])
-        x = self._decode(torch.from_numpy(step.input_ids).long(), lambda i, w, x: self._attention(i, w, x, plan, cache))
+        plans = cache.plans(step)
+        ids = torch.from_numpy(step.input_ids).long()
+        x = self._decode(ids, lambda i, w, x: self._attention(i, w, x, plans, cache))
         if not all_logits:
             x = x[torch.from_numpy(step.last_token_ids).long() - 1]
         return self._logits(self._norm(x, self._ln_f))
@@ -212,11 +213,12 @@ class ReferenceModel:
         return tuple(t.to(self.dtype) for t in (q, k, v))
 
     def _attention(
-        self, layer: int, w: dict[str, torch.Tensor], x: torch.Tensor, plan: StepPlan, cache: PagedCache
+        self, layer: int, w: dict[str, torch.Tensor], x: torch.Tensor, plans: list[StepPlan], cache: PagedCache
     ) -> torch.Tensor:
         c = self.config
         q, k, v = self._qkv(w, x)
-        pool, index = cache.place(layer)
+        pool, index, table = cache.place(layer)
+        plan = plans[table]
         center = None if self._k_center is None else self._k_center[layer]
         k_frame, q_frame = self._frames.get(layer, (None, None))
         q, k, v = rotate_quantize_kv(

@@ -61,7 +61,8 @@ def paged_attention(
     out = torch.empty_like(q)
     for p in plan.prefills:
         keys, values = (
-            _with_history(pool, layer, which, p, x[p.tokens].float().transpose(0, 1)) for which, x in ((K, k), (V, v))
+            _with_history(pool, layer, which, p, x[p.tokens].float().transpose(0, 1), window)
+            for which, x in ((K, k), (V, v))
         )
         for start in range(0, p.tokens.stop - p.tokens.start, _QUERY_TILE):
             tile = slice(p.tokens.start + start, min(p.tokens.start + start + _QUERY_TILE, p.tokens.stop))
@@ -71,7 +72,8 @@ def paged_attention(
             out[tile] = heads.unflatten(1, rows.shape[1:3]).permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
     for group in _decode_groups(plan, k[0].numel() * pool.tokens_per_block):
         lengths, blocks = plan.decode_lengths[group], plan.decode_blocks[group]
-        keys, values = pool.read(layer, K, blocks, lengths), pool.read(layer, V, blocks, lengths)
+        seen = None if window is None else lengths - window
+        keys, values = (pool.read(layer, which, blocks, lengths, seen) for which in (K, V))
         first = plan.decode_tokens.start
         tokens = slice(first + group.start, first + group.start + len(lengths))
         rows = q[tokens].float().unflatten(1, (keys.shape[1], -1))
@@ -87,10 +89,13 @@ def _decode_groups(plan: StepPlan, block_elements: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, num_decodes, size))
 
 
-def _with_history(pool: PagedPool, layer: int, which: int, p: Prefill, current: torch.Tensor) -> torch.Tensor:
+def _with_history(
+    pool: PagedPool, layer: int, which: int, p: Prefill, current: torch.Tensor, window: int | None
+) -> torch.Tensor:
     """The pool's rows and the chunk's own, fp32 ``[num_kv_heads, keys, D]``, padded to whole tiles."""
     if p.history:
-        current = torch.cat([pool.read(layer, which, p.blocks)[:, : p.history], current], dim=1)
+        seen = [] if window is None else [torch.tensor(p.history), torch.tensor(p.history - window + 1)]
+        current = torch.cat([pool.read(layer, which, p.blocks, *seen)[:, : p.history], current], dim=1)
     return aligned(pad_rows(current, KEY_TILE))
 
 

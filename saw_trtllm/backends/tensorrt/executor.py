@@ -23,7 +23,7 @@ from saw_trtllm.backends.tensorrt.session import Session
 from saw_trtllm.backends.tensorrt.staging import HostTensors, Staging, StepShape
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.engine.config import EngineConfig
-from saw_trtllm.engine.step import DECODE, RowCopy, StepInputs, StepSequence
+from saw_trtllm.engine.step import DECODE, RowCopy, StepInputs, StepPacker, StepSequence
 from saw_trtllm.engine.tensors import LAST_TOKEN_IDS, LOGITS, POOL_MAPPING, POOL_POINTERS, WINDOW_SIZES
 from saw_trtllm.errors import EngineError, KernelError
 from saw_trtllm.runtime.collectives import ALONE, Collectives
@@ -66,7 +66,8 @@ class TensorRTExecutor:
     buckets : list of int
         Batch sizes of decodes that have a CUDA graph.
     pools, logits : list of DeviceBuffer, DeviceBuffer
-        The KV cache, and the logits of the last step: fp32 ``[B, vocab_size]``, or of all its tokens.
+        The KV cache, a buffer for each region of its pools, and the logits of the last step: fp32 ``[B, vocab_size]``,
+        or of all its tokens.
 
     Raises
     ------
@@ -219,8 +220,7 @@ class TensorRTExecutor:
         free = memory_info()[0] if pool_memory is None else pool_memory.nbytes
         fitting = plan_blocks(config, free, max_tokens, memory_fraction)
         self.num_blocks = min(int(n) for n in self._collectives.all_gather(np.array(fitting)))
-        tokens, heads = self.num_blocks * build.tokens_per_block, model.num_key_value_heads
-        sizes = [tokens * pool.format.bytes_per_token(len(pool.layers), heads) for pool in pools]
+        sizes = [self.num_blocks * size for size in config.region_bytes]
         if pool_memory is None:
             self.pools = [self._hold(DeviceBuffer(size)) for size in sizes]
         else:
@@ -238,19 +238,16 @@ class TensorRTExecutor:
         )
 
     def _open_host_pool(self, host_cache_size: int) -> None:
-        config = self._config
-        tokens, heads = config.build_config.tokens_per_block, config.pretrained_config.num_key_value_heads
-        sizes = [tokens * pool.format.bytes_per_token(len(pool.layers), heads) for pool in config.pools]
-        self.num_host_blocks = host_cache_size // sum(sizes)
+        self.num_host_blocks = host_cache_size // self._config.block_bytes
         if self.num_host_blocks:
-            self._host_pool = self._hold(HostPool(self.pools, sizes, self.num_host_blocks))
+            self._host_pool = self._hold(HostPool(self.pools, self._config.region_bytes, self.num_host_blocks))
 
     def _host_arrays(self) -> dict[str, np.ndarray]:
         """The inputs that stay on the host and are the same in every step."""
         config, pools = self._config, self._config.pools
         layers = config.pretrained_config.num_hidden_layers
         dtype, shape = self._tensorrt.pool_pointers(len(pools))
-        addresses = np.array([[pool.address, 0] for pool in self.pools], np.int64)
+        addresses = np.array([[self.pools[pool.region].address, 0] for pool in pools], np.int64)
         places = {layer: (p, i) for p, pool in enumerate(pools) for i, layer in enumerate(pool.layers)}
         return {
             POOL_POINTERS.name: addresses.view(dtype).reshape(shape),
@@ -264,8 +261,8 @@ class TensorRTExecutor:
         self._graphs = self._hold(DecodeGraphs())
         self.buckets = self._graphs.sizes
         if graphs:
-            layers = [len(pool.layers) for pool in self._config.pools]
-            step = StepInputs.pack([StepSequence([0], 0, 1, DECODE, [0])], *layers)
+            layout = self._config.pool_layout
+            step = StepPacker(layout).pack([StepSequence([0], 0, 1, DECODE, layout.entries([0]))])
 
             def enqueue(size: int) -> None:
                 self._session.enqueue(self._decode_profile, self._tensors(None, self._padded(size)), self._stream)
@@ -288,11 +285,11 @@ class TensorRTExecutor:
     def _copy_rows(self, copies: Sequence[RowCopy]) -> None:
         """Copy rows from block to block, in this order, after the step in flight and before the next."""
         tokens, heads = self._config.build_config.tokens_per_block, self._config.pretrained_config.num_key_value_heads
-        for pool, memory in zip(self._config.pools, self.pools, strict=True):
-            region, regions = tokens * pool.format.row_bytes, len(pool.layers) * 2 * heads
+        for (kv_format, layers), memory in zip(self._config.regions, self.pools, strict=True):
+            size, count = tokens * kv_format.row_bytes, layers * 2 * heads
             for source, target, rows in copies:
-                start, end = (memory.address + block * regions * region for block in (source, target))
-                self._stream.copy_rows(end, start, region, rows * pool.format.row_bytes, regions)
+                start, end = (memory.address + block * count * size for block in (source, target))
+                self._stream.copy_rows(end, start, size, rows * kv_format.row_bytes, count)
 
     @property
     def _decode_profile(self) -> int:
@@ -303,7 +300,7 @@ class TensorRTExecutor:
         return self._decode_profile if _decodes_alone(step) else 0
 
     def _padded(self, size: int) -> StepShape:
-        return StepShape(size, size, len(self.pools), self._max_blocks)
+        return StepShape(size, size, len(self._config.pools), self._max_blocks)
 
     def _tensors(self, step: StepInputs | None, shape: StepShape) -> dict[str, tuple[int, Sequence[int] | None]]:
         addresses, shapes = self._staging.addresses(shape), shape.tensors

@@ -60,10 +60,10 @@ def plan_blocks(config: EngineConfig, free: int, max_tokens: int | None, fractio
     EngineError
         If the tokens asked for do not fit; or if those that fit are less than one sequence of ``max_seq_len``.
     """
-    build, per_token = config.build_config, config.bytes_per_token
-    fitting = int(fraction * free) // (per_token * build.tokens_per_block)
+    build, size = config.build_config, config.block_bytes
+    fitting = int(fraction * free) // size
     if max_tokens is not None:
-        num_blocks = max_tokens // build.tokens_per_block
+        num_blocks = config.blocks_of_tokens(max_tokens)
         if num_blocks == 0:
             raise EngineError(
                 f"the KV cache would hold {max_tokens} tokens and a block has {build.tokens_per_block}: give it more "
@@ -71,17 +71,17 @@ def plan_blocks(config: EngineConfig, free: int, max_tokens: int | None, fractio
             )
         if num_blocks > fitting:
             raise EngineError(
-                f"a KV cache of {max_tokens} tokens takes {gib(max_tokens * per_token)} and may have "
+                f"a KV cache of {max_tokens} tokens takes {gib(num_blocks * size)} and may have "
                 f"{gib(int(fraction * free))}, {fraction:.0%} of what the GPU has free beside the engine: give it at "
-                f"most {fitting * build.tokens_per_block} tokens, or raise {_FLAG}"
+                f"most {config.tokens_of_blocks(fitting)} tokens, or raise {_FLAG}"
             )
         return num_blocks
-    longest = -(-build.max_seq_len // build.tokens_per_block)
+    longest = config.blocks_for(build.max_seq_len, build.prefill_chunk)
     if fitting < longest:
         raise EngineError(
             f"the KV cache gets {gib(int(fraction * free))}, {fraction:.0%} of the {gib(free)} that the GPU has free "
             f"beside the engine, and one sequence of max_seq_len {build.max_seq_len} takes "
-            f"{gib(longest * build.tokens_per_block * per_token)}: raise {_FLAG}, free memory there, or build the "
+            f"{gib(longest * size)}: raise {_FLAG}, free memory there, or build the "
             "engine with a smaller --max_seq_len"
         )
     return min(fitting, build.max_batch_size * longest)

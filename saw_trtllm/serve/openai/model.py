@@ -143,16 +143,16 @@ class ServedModel:
         model = config.pretrained_config
         heads, layers = model.num_key_value_heads, model.num_hidden_layers
         fp16 = 2 * 2 * heads * layers * model.head_size
-        tokens, size = stats.used_blocks * stats.tokens_per_block, config.bytes_per_token
+        tokens, size = config.tokens_of_blocks(stats.used_blocks), config.bytes_per_token
         return {
             "id": self.name,
             "kv": config.saw_int4.kv,
             "kv_bytes_per_token": size,
             "fp16_bytes_per_token": fp16,
-            "kv_bytes_used": tokens * size,
+            "kv_bytes_used": stats.used_blocks * config.block_bytes,
             "fp16_bytes_used": tokens * fp16,
             "tokens_used": tokens,
-            "tokens_free": stats.free_blocks * stats.tokens_per_block,
+            "tokens_free": config.tokens_of_blocks(stats.free_blocks),
             "requests_running": stats.num_running,
             "requests_waiting": stats.num_waiting,
             "max_seq_len": self.llm.max_seq_len,

@@ -206,7 +206,10 @@ def _cache(config: EngineConfig, cuda: Cuda, addresses: list[int]) -> PagedCache
     """The reference's cache over pools that lie in the GPU's memory."""
     model, build = config.pretrained_config, config.build_config
     cache = PagedCache(config.pools, 0, model.num_key_value_heads, build.tokens_per_block)
-    for pool, address in zip(cache.pools, addresses, strict=True):
+    regions = [pool.region for pool in config.pools]
+    assert all(address == addresses[regions.index(r)] for r, address in zip(regions, addresses, strict=True))
+    for region, pool in enumerate(cache.pools):
+        address = addresses[regions.index(region)]
         shape = pool.data.shape[1:]
         memory = np.frombuffer(cuda.rest(address), np.uint8)
         pool.data = torch.from_numpy(memory[: len(memory) // math.prod(shape) * math.prod(shape)].reshape(-1, *shape))

@@ -32,7 +32,7 @@ from saw_trtllm.build import plan_build
 from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.cli import eval as saw_eval
-from saw_trtllm.engine.step import DECODE, StepInputs, StepSequence
+from saw_trtllm.engine.step import DECODE, StepPacker, StepSequence
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
 from saw_trtllm.eval.analysis import analyse
 from saw_trtllm.eval.baselines import PerChannelKeys
@@ -99,11 +99,11 @@ def decoded(plan):
     """Logits of an engine that reads every token from its pool: IDS decoded one by one, the first one too."""
     model = plan.config.pretrained_config
     reference = ReferenceModel(model, plan.weights.load, 64, **calibrated_inputs(plan.config, plan.weights.load))
-    cache = PagedCache(plan.config.pools, 4, model.num_key_value_heads, 16)
-    layers = len(plan.config.pools[0].layers)
+    layout = plan.config.pool_layout
+    cache = PagedCache(plan.config.pools, 4 * layout.num_tables, model.num_key_value_heads, 16)
     logits = []
     for i, token in enumerate(IDS.tolist()):
-        step = StepInputs.pack([StepSequence([token], i, 1, DECODE, [2, 0, 3])], layers)
+        step = StepPacker(layout).pack([StepSequence([token], i, 1, DECODE, layout.entries([2, 0, 3]))])
         logits.append(reference.forward(step, cache))
     return torch.cat(logits)
 

@@ -3,8 +3,9 @@
 from dataclasses import fields
 
 import numpy as np
+import pytest
 
-from saw_trtllm.engine.step import DECODE, PREFILL, RowCopy, StepInputs, StepPacker, StepSequence
+from saw_trtllm.engine.step import DECODE, PREFILL, PoolLayout, RowCopy, StepInputs, StepPacker, StepSequence
 from saw_trtllm.parallel.codec import StepDecoder, StepEncoder
 from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.sampling_params import SamplingParams
@@ -21,10 +22,11 @@ class Text:
         self.blocks = []
 
 
-def test_each_step_arrives_as_it_was_sent():
+@pytest.mark.parametrize("layout", [PoolLayout((3, 2)), PoolLayout((3, 2, 3, 2, 3), (0, 0, 1, 1, 2))])
+def test_each_step_arrives_as_it_was_sent(layout):
     rng = np.random.default_rng(0)
-    layers = (3, 2)
-    packer, encoder, decoder = StepPacker(layers), StepEncoder(layers[0]), StepDecoder(layers)
+    packer, encoder, decoder = StepPacker(layout), StepEncoder(layout), StepDecoder(layout)
+    tables = layout.num_tables
     texts = [Text(rng, i) for i in range(12)]
     for number in range(200):
         chosen = [texts[i] for i in sorted(rng.choice(12, rng.integers(1, 9), replace=False))]
@@ -32,7 +34,7 @@ def test_each_step_arrives_as_it_was_sent():
         for text in chosen:
             if rng.random() < 0.05:  # preempted: other blocks, in a new list
                 text.blocks = rng.integers(0, 500, len(text.blocks)).tolist()
-            text.blocks += rng.integers(0, 500, rng.integers(0, 3) + (not text.blocks)).tolist()
+            text.blocks += rng.integers(0, 500, tables * (rng.integers(0, 3) + (not text.blocks))).tolist()
             kind = DECODE if text.generated else PREFILL
             ids = [-1] if text.generated else text.prompt
             parts.append(StepSequence(ids, len(text.generated), len(text.prompt), kind, text.blocks))
@@ -44,7 +46,7 @@ def test_each_step_arrives_as_it_was_sent():
         copies = [RowCopy(1, 2, 3)] if number % 7 == 0 else []
         step = packer.pack(parts, copies)
         arrived = decoder.decode(bytearray(encoder.encode(step, sampling, wanted)))
-        assert_same(arrived.inputs, step, [len(text.blocks) for text in chosen])
+        assert_same(arrived.inputs, step, [len(text.blocks) // tables for text in chosen])
         assert arrived.context_logits == wanted
         for theirs, ours in zip(arrived.sampling, sampling, strict=True):
             assert (theirs is None) == (ours is None)
@@ -70,7 +72,8 @@ def assert_same(arrived: StepInputs, sent: StepInputs, num_blocks: list[int]) ->
 
 
 def test_a_decode_costs_little_and_its_prompt_is_not_sent():
-    packer, encoder = StepPacker([32]), StepEncoder(32)
+    layout = PoolLayout([32])
+    packer, encoder = StepPacker(layout), StepEncoder(layout)
     blocks = [list(range(i * 256, i * 256 + 256)) for i in range(64)]
     params, prompt = SamplingParams(seed=1, temperature=1.0), list(range(8000))
     texts = [[] for _ in blocks]

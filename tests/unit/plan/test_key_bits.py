@@ -12,7 +12,7 @@ from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.backends.tensorrt.backend import TensorRTBackend
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.cli import build as saw_build
-from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.engine.config import EngineConfig, Pool
 from saw_trtllm.engine.step import DECODE, StepInputs, StepSequence
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.format import KVFormat
@@ -28,7 +28,7 @@ def test_layers_are_stored_as_they_are_evaluated(tmp_path):
     prompt = np.random.default_rng(3).integers(3, 203, 40).tolist()
     narrow = KVFormat("saw_int4", 64, "float32", rotate_v=False)
     wide = narrow.with_8bit_keys()
-    pools = [(narrow, [0, 2]), (wide, [1])]
+    pools = [Pool(narrow, [0, 2]), Pool(wide, [1], region=1)]
     cache = PagedCache(pools, 8, checkpoint.config.num_key_value_heads, 16)
     model, logits = ReferenceModel(checkpoint.config, checkpoint.load, 128), []
     for start, token in enumerate(prompt):
@@ -58,7 +58,7 @@ def test_rows_of_two_sizes_lie_apart_and_move_as_bytes(rng):
     for which, levels in ((K, 255), (V, 15)):
         error = (pool.read(1, which, torch.tensor([1])) - x.transpose(0, 1)).abs().max()
         assert step / levels / 4 < error < step / levels
-    cache = PagedCache([(pool.format, [0, 1])], 3, 2, 16)
+    cache = PagedCache([Pool(pool.format, [0, 1])], 3, 2, 16)
     cache.pools[0].data.copy_(pool.data)
     cache.copy([(1, 2, 5)])
     for which in (K, V):

@@ -15,7 +15,7 @@ from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.build import build, plan_build
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.cli import build as saw_build
-from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.engine.config import EngineConfig, Pool
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import ConfigError, EngineError
 from saw_trtllm.format import KVFormat
@@ -81,7 +81,7 @@ def cache_and_logits(checkpoint, pools, steps, prompt):
     for count in steps:
         kind = DECODE if count == 1 else PREFILL
         sequence = StepSequence(prompt[start : start + count], start, len(prompt), kind, [6, 1, 5, 0, 3])
-        inputs = StepInputs.pack([sequence], *(len(layers) for _, layers in pools))
+        inputs = StepInputs.pack([sequence], *(len(pool.layers) for pool in pools))
         logits.append(model.forward(inputs, cache, all_logits=True))
         start += count
     return cache, torch.cat(logits)
@@ -93,9 +93,15 @@ def test_each_layer_is_stored_in_its_own_format(kv, tmp_path):
     checkpoint = Checkpoint.open(make_hf_model(tmp_path, "llama")[0])
     prompt = np.random.default_rng(3).integers(3, 203, 40).tolist()
     quantized, exact = KVFormat(kv, 64, "float32", rotate_v=False), KVFormat("fp16", 64, "float32")
-    cache, logits = cache_and_logits(checkpoint, [(quantized, [0, 2]), (exact, [1])], [1] * 40, prompt)
+    cache, logits = cache_and_logits(
+        checkpoint, [Pool(quantized, [0, 2]), Pool(exact, [1], region=1)], [1] * 40, prompt
+    )
     assert [pool.data.shape[1] for pool in cache.pools] == [2, 1]
-    assert [cache.place(i) for i in range(3)] == [(cache.pools[0], 0), (cache.pools[1], 0), (cache.pools[0], 1)]
+    assert [cache.place(i) for i in range(3)] == [
+        (cache.pools[0], 0, 0),
+        (cache.pools[1], 0, 0),
+        (cache.pools[0], 1, 0),
+    ]
     assert all((pool.data[[6, 1]] != 0xFF).any(-1).all() for pool in cache.pools)
     assert all((pool.data[[2, 4, 7]] == 0xFF).all() for pool in cache.pools)
 
@@ -113,8 +119,8 @@ def test_chunks_read_the_history_of_both_pools(tmp_path):
     prompt = np.random.default_rng(3).integers(3, 203, 60).tolist()
     quantized, exact = KVFormat("int4", 64, "float32"), KVFormat("fp16", 64, "float32")
     steps = [25, 20, 1, 1, 13]
-    first = cache_and_logits(checkpoint, [(quantized, [2]), (exact, [0, 1])], steps, prompt)[1]
-    whole = cache_and_logits(checkpoint, [(exact, [0, 1, 2])], steps, prompt)[1]
+    first = cache_and_logits(checkpoint, [Pool(quantized, [2]), Pool(exact, [0, 1], region=1)], steps, prompt)[1]
+    whole = cache_and_logits(checkpoint, [Pool(exact, [0, 1, 2])], steps, prompt)[1]
     torch.testing.assert_close(first[:25], whole[:25], atol=model_rounding(whole), rtol=0)  # no history yet
     difference = (first - whole)[25:].abs().amax(-1)
     assert (difference > 1e-4).all()

@@ -3,7 +3,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from saw_trtllm.runtime.block_manager import BlockManager, BlockTable
+from saw_trtllm.runtime.block_manager import BlockManager
+from saw_trtllm.runtime.block_table import BlockTable
 
 
 def manager_of_whole_blocks(num_blocks, tokens_per_block, **options):
@@ -122,14 +123,14 @@ def test_a_match_within_a_block_is_copied():
     manager = BlockManager(16, 4)
     a, _ = fill(manager, list(range(10)))
     b, reused = fill(manager, [0, 1, 2, 3, 4, 5, 99, 98, 97])
-    assert (reused, b.partial, b.blocks[0]) == (6, (a.blocks[1], 2), a.blocks[0])
+    assert (reused, b.partial, b.blocks[0]) == (6, ([a.blocks[1]], 2), a.blocks[0])
     assert b.blocks[1] != a.blocks[1]
     manager.register_tail(a, list(range(10)))
     last = a.blocks[2]
     manager.close(a)
     manager.check()
     c, reused = fill(manager, list(range(14)))
-    assert (reused, c.partial) == (10, (last, 2))
+    assert (reused, c.partial) == (10, ([last], 2))
     assert fill(manager, [0, 1, 2, 3, 77])[1] == 4
     assert fill(manager, [0, 1, 55])[1] == 2
     manager.check()
@@ -140,7 +141,7 @@ def test_the_longest_continuation_is_taken():
     tables = [fill(manager, [1, 1, 1, 1, *rest])[0] for rest in ([2, 3, 4, 5], [2, 3, 9, 9], [2, 8, 8, 8])]
     table = BlockTable()
     assert manager.open(table, [1, 1, 1, 1, 2, 3, 9, 0]) == 7
-    assert table.partial == (tables[1].blocks[1], 3)
+    assert table.partial == ([tables[1].blocks[1]], 3)
 
 
 def test_rows_that_are_taken_for_something_else_are_not_found():

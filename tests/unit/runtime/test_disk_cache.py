@@ -14,7 +14,7 @@ import pytest
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.runtime import disk_cache
-from saw_trtllm.runtime.block_manager import Content
+from saw_trtllm.runtime.block_table import Content
 from saw_trtllm.runtime.disk_cache import DiskCache
 from tests.support import ROOT
 

@@ -15,8 +15,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from saw_trtllm.engine.step import DECODE, PREFILL
+from saw_trtllm.engine.windows import most_blocks
 from saw_trtllm.errors import RequestError
-from saw_trtllm.runtime.block_manager import BlockManager, Content
+from saw_trtllm.runtime.block_manager import BlockManager
+from saw_trtllm.runtime.block_table import Content
 from saw_trtllm.runtime.host_cache import HostCache
 from saw_trtllm.runtime.sampling_params import SamplingParams
 from saw_trtllm.runtime.scheduler import Scheduler
@@ -29,12 +31,14 @@ VOCAB = 5  # few, so that prompts share beginnings
 class FakeModel:
     """A pool of numbers. A row is the hash of its token, its position and all rows that it sees through the table.
 
+    For each table, whose window bounds what it sees, a layer takes the rows of the one below for its tokens.
+
     In a cache that is not exact, a row in the pool is another number than the same row within its own chunk, as a
     4-bit cache would have it.
     """
 
-    def __init__(self, exact, tokens_per_block):
-        self.exact, self.tokens_per_block = exact, tokens_per_block
+    def __init__(self, exact, tokens_per_block, windows=(None,)):
+        self.exact, self.tokens_per_block, self.windows = exact, tokens_per_block, windows
         self.pool = {}
 
     def stored(self, row):
@@ -45,16 +49,20 @@ class FakeModel:
             self.pool.update({(target, i): self.pool[source, i] for i in range(rows)})
 
     def compute(self, inputs):
-        table, end = list(inputs.block_table), inputs.start + len(inputs.token_ids)
-        slots = [(table[i // self.tokens_per_block], i % self.tokens_per_block) for i in range(end)]
-        seen = [self.pool[slot] for slot in slots[: inputs.start]]
-        for position, token in enumerate(inputs.token_ids, inputs.start):
-            row = hash((token, position, tuple(seen)))
-            if inputs.kind == DECODE and not self.exact:
-                row = hash(("reads itself from the pool", row))
-            seen.append(row)
-            self.pool[slots[position]] = self.stored(row)
-        return seen[-1] % VOCAB
+        tokens, start, end = list(inputs.token_ids), inputs.start, inputs.start + len(inputs.token_ids)
+        for i, window in enumerate(self.windows):
+            table = inputs.block_table[i :: len(self.windows)]
+            slots = [(table[i // self.tokens_per_block], i % self.tokens_per_block) for i in range(end)]
+            low = [0 if window is None else max(0, place - window + 1) for place in range(end)]
+            seen = [None] * low[start] + [self.pool[slot] for slot in slots[low[start] : start]]
+            for position, token in enumerate(tokens, start):
+                row = hash((token, position, tuple(seen[low[position] :])))
+                if inputs.kind == DECODE and not self.exact:
+                    row = hash(("reads itself from the pool", row))
+                seen.append(row)
+                self.pool[slots[position]] = self.stored(row)
+            tokens = seen[start:]
+        return tokens[-1] % VOCAB
 
 
 class FakeHost:
@@ -150,10 +158,11 @@ class Runtime:
         host_slots=0,
         disk=False,
         ids=None,
+        windows=(None,),
     ):
         multiple = 1 if exact else prefill_chunk
-        self.blocks = BlockManager(num_blocks, tokens_per_block, reuse, partial, multiple)
-        self.model = FakeModel(exact, tokens_per_block)
+        self.blocks = BlockManager(num_blocks, tokens_per_block, reuse, partial, multiple, windows, prefill_chunk)
+        self.model = FakeModel(exact, tokens_per_block, windows)
         self.host = None
         if host_slots and reuse:
             rng = random.Random(host_slots)
@@ -217,7 +226,7 @@ class Runtime:
             assert list(inputs.token_ids) == known[inputs.start : end]
             assert inputs.start == sequence.num_computed
             assert inputs.prompt_len == len(sequence.prompt)
-            assert len(inputs.block_table) * self.blocks.tokens_per_block >= end
+            assert len(inputs.block_table) * self.blocks.tokens_per_block >= end * self.blocks.num_tables
             assert inputs.block_table is sequence.table.blocks, "a sequence of the step was preempted by it"
             if inputs.kind == DECODE:
                 assert len(inputs.token_ids) == 1
@@ -240,9 +249,9 @@ class Runtime:
         raise AssertionError("it does not end")
 
 
-def alone(prompt, max_tokens, prefill_chunk=8, exact=False):
+def alone(prompt, max_tokens, prefill_chunk=8, exact=False, windows=(None,)):
     """What a request gives with the whole machine for itself."""
-    runtime = Runtime(prefill_chunk=prefill_chunk, exact=exact, reuse=False)
+    runtime = Runtime(500, prefill_chunk=prefill_chunk, exact=exact, reuse=False, windows=windows)
     runtime.add(prompt, max_tokens)
     return runtime.run()[0]
 
@@ -516,6 +525,7 @@ LOADS = {
     "max_batch_size": st.integers(1, 9),
     "spare": st.integers(0, 30),
     "spare_blocks": st.integers(0, 20),
+    "windows": st.sampled_from([(None,)] * 4 + [(3,), (11,), (None, 3), (6, None), (1, None, 9), (4, 4, 17)]),
 }
 many_loads = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -524,9 +534,9 @@ def check_random_load(make_runtime, load, cancelled_share, penalized_share=0.0, 
     """Requests come and go at random; each that stays gives what it gives alone, as ``expected`` has it."""
     rng, longest = random.Random(load["seed"]), 40
     tokens_per_block, max_batch_size, exact = load["tokens_per_block"], load["max_batch_size"], load["exact"]
-    chunk = load["chunk_blocks"] * tokens_per_block
+    chunk, windows = load["chunk_blocks"] * tokens_per_block, load["windows"]
     runtime = make_runtime(
-        num_blocks=-(-longest // tokens_per_block) + load["spare_blocks"],
+        num_blocks=most_blocks(longest, windows, tokens_per_block, max(chunk, 2)) + load["spare_blocks"],
         tokens_per_block=tokens_per_block,
         max_batch_size=max_batch_size,
         max_num_tokens=max_batch_size + chunk + load["spare"],
@@ -537,6 +547,7 @@ def check_random_load(make_runtime, load, cancelled_share, penalized_share=0.0, 
         host_slots=load["host_slots"],
         disk=load["disk"],
         ids=iter(rng.sample(range(1000), 25)),
+        windows=windows,
     )
     stem = [rng.randrange(VOCAB) for _ in range(30)]
     requests, cancelled = {}, set()
@@ -557,13 +568,13 @@ def check_random_load(make_runtime, load, cancelled_share, penalized_share=0.0, 
     finished = runtime.run()
     assert set(finished) == set(requests) - cancelled
     for request_id, tokens in finished.items():
-        assert tokens == expected(alone(*requests[request_id], prefill_chunk=chunk, exact=exact))
+        assert tokens == expected(alone(*requests[request_id], chunk, exact, windows))
     assert runtime.blocks.num_free == runtime.blocks.num_blocks
 
 
 #: A sequence that needs the whole pool, and of which more is held than the whole chunks that it opens.
 WHOLE_POOL = {"exact": False, "reuse": True, "partial": False, "host_slots": 3, "disk": False, "tokens_per_block": 4}
-WHOLE_POOL |= {"chunk_blocks": 4, "max_batch_size": 1, "spare": 0, "spare_blocks": 0}
+WHOLE_POOL |= {"chunk_blocks": 4, "max_batch_size": 1, "spare": 0, "spare_blocks": 0, "windows": (None,)}
 
 
 @many_loads
@@ -608,11 +619,11 @@ class AheadRuntime(Runtime):
     def launch(self, step):
         """Compute at once: later steps see what earlier ones wrote, as in one stream of a GPU."""
         last, last_tokens = self.under_way[0] if self.under_way else ([], [])
-        written = [(p, self.written(p)) for p in last]
+        written, held = [(p, self.written(p)) for p in last], self.blocks.held
         for scheduled in step:
             for part, blocks in written:
                 other = part.sequence is not scheduled.sequence
-                assert not (other and blocks & set(scheduled.block_table)), "a block is given away too early"
+                assert not (other and blocks & set(held(scheduled.sequence.table))), "a block is given away too early"
         self.scheduler.launched(step)
         self.model.copy(self.scheduler.copies)
         tokens = []
@@ -622,8 +633,8 @@ class AheadRuntime(Runtime):
         self.under_way.append((step, tokens))
 
     def written(self, part):
-        size = self.blocks.tokens_per_block
-        return set(part.block_table[part.start // size : (part.end - 1) // size + 1])
+        size, tables = self.blocks.tokens_per_block, self.blocks.num_tables
+        return set(part.block_table[part.start // size * tables : ((part.end - 1) // size + 1) * tables])
 
     def finish(self, step, tokens):
         for scheduled, token in zip(step, tokens, strict=True):

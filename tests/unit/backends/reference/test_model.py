@@ -11,6 +11,7 @@ from saw_trtllm.backends.reference.cache import PagedCache
 from saw_trtllm.backends.reference.model import ReferenceModel
 from saw_trtllm.build import build, plan_build
 from saw_trtllm.checkpoint import Checkpoint
+from saw_trtllm.engine.config import Pool
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.format import KVFormat, rotate
@@ -152,7 +153,7 @@ def run_model(checkpoint, load, steps, kv_format):
     """All logits of a sequence that goes through ``steps`` of so many tokens."""
     config = checkpoint.config
     model = ReferenceModel(config, load, 128)
-    cache = PagedCache([(kv_format, range(config.num_hidden_layers))], 8, config.num_key_value_heads, 16)
+    cache = PagedCache([Pool(kv_format, range(config.num_hidden_layers))], 8, config.num_key_value_heads, 16)
     logits, start = [], 0
     for count in steps:
         ids, kind = PROMPT[start : start + count], DECODE if count == 1 else PREFILL
@@ -228,7 +229,7 @@ def test_a_sequence_is_the_same_in_any_batch(family, tmp_path):
     )
     config = checkpoint.config
     model = ReferenceModel(config, checkpoint.load, 128)
-    cache = PagedCache([(KVFormat("saw_int4", 128, "float32"), range(config.num_hidden_layers))], 40, 1, 16)
+    cache = PagedCache([Pool(KVFormat("saw_int4", 128, "float32"), range(config.num_hidden_layers))], 40, 1, 16)
     tables = [list(range(5 * i, 5 * i + 5)) for i in range(8)]
 
     def forward(*parts):

@@ -14,7 +14,7 @@ from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.checkpoint.calibration import Calibration, model_shape, probe_weights
 from saw_trtllm.checkpoint.layout import kv_heads_of_rank
 from saw_trtllm.engine.config import EngineConfig, engine_file
-from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
+from saw_trtllm.engine.step import DECODE, PREFILL, StepPacker, StepSequence
 from saw_trtllm.errors import ConfigError, EngineError
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.runtime.collectives import local_group
@@ -44,13 +44,14 @@ def engine(output_dir, model_dir, tp_size, **options):
     return output_dir, EngineConfig.load(output_dir)
 
 
-def run(executor, pools, *spans):
+def run(executor, config, *spans):
     """Logits of the prompt's tokens, computed in so many at a time, and of a decode after each."""
     found, done = [], 0
     for count in spans:
         kind = DECODE if count == 1 else PREFILL
-        sequence = StepSequence(PROMPT[done : done + count], done, 40, kind, [0, 1, 2])
-        step = StepInputs.pack([sequence], *(len(pool.layers) for pool in pools))
+        layout = config.pool_layout
+        sequence = StepSequence(PROMPT[done : done + count], done, 40, kind, layout.entries([0, 1, 2]))
+        step = StepPacker(layout).pack([sequence])
         found.append(executor.launch(step, [SamplingState(SamplingParams(), PROMPT, [])], [True]).result().logits[0])
         done += count
     return np.concatenate(found)
@@ -61,10 +62,10 @@ def test_logits_are_those_of_one_rank(family, tp_size, models, tmp_path):
     """In fp32, cache and all, where only the order of sums differs: chunks with history, and a decode."""
     options = {"kv": "fp16", "dtype": "float32", "gather_all_token_logits": True}
     whole, config = engine(tmp_path / "1", models[family], 1, **options)
-    expected = run(open_executor(whole, config, CACHE), config.pools, 20, 19, 1)
+    expected = run(open_executor(whole, config, CACHE), config, 20, 19, 1)
     split, config = engine(tmp_path / "n", models[family], tp_size, **options)
     ranks = RankThreads(split, config, CACHE)
-    logits = run(ranks, config.pools, 20, 19, 1)
+    logits = run(ranks, config, 20, 19, 1)
     ranks.shutdown()
     assert np.abs(expected).max() > 1
     assert logits.shape == expected.shape == (40, 203)
@@ -77,10 +78,10 @@ def test_quantized_weights_are_split_between_groups(qformat, tp_size, tmp_path):
     folder = make_hf_model(tmp_path, "llama", intermediate_size=512)[0]
     options = {"kv": "fp16", "dtype": "float32", "qformat": qformat, "gather_all_token_logits": True}
     whole, config = engine(tmp_path / "1", folder, 1, **options)
-    expected = run(open_executor(whole, config, CACHE), config.pools, 20, 19, 1)
+    expected = run(open_executor(whole, config, CACHE), config, 20, 19, 1)
     split, config = engine(tmp_path / "n", folder, tp_size, **options)
     ranks = RankThreads(split, config, CACHE)
-    logits = run(ranks, config.pools, 20, 19, 1)
+    logits = run(ranks, config, 20, 19, 1)
     ranks.shutdown()
     assert np.abs(logits - expected).max() <= model_rounding(expected)
 
@@ -103,8 +104,8 @@ def test_codes_are_those_of_one_rank(family, tp_size, options, models, tmp_path)
     one = open_executor(whole, config, CACHE)
     split, config = engine(tmp_path / "n", models[family], tp_size, **options)
     ranks = RankThreads(split, config, CACHE)
-    run(one, config.pools, 40)
-    run(ranks, config.pools, 40)
+    run(one, config, 40)
+    run(ranks, config, 40)
     heads = config.pretrained_config.num_key_value_heads
     for rank, executor in enumerate(ranks.ranks):
         for ours, theirs in zip(executor.cache.pools, one.cache.pools, strict=True):

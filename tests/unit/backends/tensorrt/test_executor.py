@@ -12,16 +12,19 @@ import pytest
 
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
 from saw_trtllm.backends.tensorrt import device
+from saw_trtllm.build import build, plan_build
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import BackendUnavailableError, EngineError, KernelError
 from saw_trtllm.model.quantization import WeightFormat
+from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plugins.kernels import KernelsLibrary
 from saw_trtllm.runtime.sampling import SamplingState
 from tests.support.example import build_example
 from tests.support.fakes import cuda as fake_cuda
 from tests.support.fakes import engine as fake_engine
 from tests.support.fakes.cuda import cudaError_t
+from tests.support.models import make_hf_model
 
 LIMITS = {"max_batch_size": 16, "max_num_tokens": 128, "max_seq_len": 256}
 TOKENS = {"max_tokens": 2048}
@@ -156,6 +159,39 @@ def test_skipped_layers_have_a_pool_of_their_own(folders, machine):
     machine(folder)
     found, _, _ = generate(folder, prompts, params, **TOKENS)
     assert [o.token_ids for o in found] == [o.token_ids for o in expected]
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_skip_layers": "0"}])
+def test_block_tables_share_the_memory_and_windows_bound_them(options, machine, tmp_path):
+    """Conversations that do not fit the pool: blocks go to the host and come back, and rows are copied."""
+    model_dir = make_hf_model(tmp_path, "gemma3", num_hidden_layers=5, sliding_window_pattern=3)[0]
+    reference, folder = tmp_path / "reference", tmp_path / "tensorrt"
+    common = {"model_dir": model_dir, "dtype": "float16", "tokens_per_block": 16}
+    build(plan_build(BuildOptions(output_dir=reference, backend="reference", **common, **LIMITS, **options)))
+    shutil.copytree(reference, folder)
+    fake_engine.as_tensorrt(folder)
+    config = EngineConfig.load(folder)
+    assert len(config.windows) > 1
+    params = SamplingParams(max_tokens=10, ignore_eos=True)
+
+    def converse(folder, **cache):
+        prompts = [list(range(i, i + 100)) for i in (3, 50, 90)]
+        with LLM(folder, kv_cache_config=KvCacheConfig(**cache)) as llm:
+            for _ in range(3):
+                outputs = llm.generate(prompts, params)
+                texts = [o.outputs[0].token_ids for o in outputs]
+                prompts = [[*p, *t, 7, 8, 9] for p, t in zip(prompts, texts, strict=True)]
+            return prompts, llm.stats()
+
+    expected, _ = converse(reference, max_tokens=4096, deterministic=True)
+    cuda, _ = machine(folder)
+    found, stats = converse(folder, max_tokens=300, deterministic=True, host_cache_size=1 << 24)
+    assert found == expected
+    assert (stats.used_blocks, stats.free_blocks) == (0, config.blocks_of_tokens(300))
+    assert cuda.everything() == []
+    exact, _ = converse(reference, max_tokens=300, host_cache_size=1 << 24)
+    machine(folder)
+    assert converse(folder, max_tokens=300, host_cache_size=1 << 24)[0] == exact
 
 
 def test_logits_come_to_the_host_for_those_who_ask(folders, machine):

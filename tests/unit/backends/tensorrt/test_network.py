@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from saw_trtllm.backends.reference.cache import PagedCache, StepPlan
+from saw_trtllm.backends.reference.cache import PagedCache
 from saw_trtllm.backends.reference.int4 import TORCH_DTYPES
 from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs
 from saw_trtllm.backends.reference.paged_attention import paged_attention
@@ -24,7 +24,7 @@ from saw_trtllm.build import plan_build
 from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.engine.config import EngineConfig
-from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
+from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepPacker, StepSequence
 from saw_trtllm.errors import BackendUnavailableError, CheckpointError, ConfigError, EngineError
 from saw_trtllm.model.quantization import WeightFormat
 from saw_trtllm.plan.options import BuildOptions
@@ -115,7 +115,7 @@ class Execution:
             monkeypatch.setattr(fake_tensorrt_execute._Layers, "cast", staticmethod(self._cast))
 
     def run(self, step):
-        self.plan = StepPlan.make(step, self.cache.pools[0])
+        self.plans = self.cache.plans(step)
         layers, pools = self.config.pretrained_config.num_hidden_layers, self.config.pools
         places = [next([p, x.layers.index(i)] for p, x in enumerate(pools) if i in x.layers) for i in range(layers)]
         fed = {name: getattr(step, name) for name in StepInputs.__dataclass_fields__}
@@ -134,22 +134,22 @@ class Execution:
         assert qkv.dtype == self.dtype
         D, H, Hkv = fields["head_dim"], fields["num_heads"], fields["num_kv_heads"]
         q, k, v = qkv.unflatten(-1, (-1, D)).split([H, Hkv, Hkv], dim=1)
-        pool, index = self._pool(fields, mapping)
+        pool, index, plan = self._pool(fields, mapping)
         assert fields["hadamard_order"] == pool.format.hadamard_order
         assert fields["range_factor"] == pytest.approx(pool.format.range_factor)
         center = x[8] if fields["use_k_center"] else None
         k_frame, q_frame = fake_tensorrt_execute.frames(x) if fields["use_k_frame"] else (None, None)
         levers = {"k_center": center, "k_frame": k_frame, "q_frame": q_frame}
         rotate_v = bool(fields["rotate_v"])
-        rows = rotate_quantize_kv(q, k, v, x[7], pool, index, self.plan, rotate_v=rotate_v, **levers)
+        rows = rotate_quantize_kv(q, k, v, x[7], pool, index, plan, rotate_v=rotate_v, **levers)
         return [*(a.flatten(1) for a in rows), torch.zeros(len(x[2]), Hkv, dtype=torch.int64)]
 
     def _attention(self, fields, x):
         q, k, v = (a.unflatten(-1, (-1, fields["head_dim"])) for a in x[:3])
-        pool, index = self._pool(fields, x[9])
+        pool, index, plan = self._pool(fields, x[9])
         window = min(fields["window"] or 1 << 30, int(x[10][fields["layer_idx"]]))
         limits = {"window": window, "softcap": fields["softcap"] or None}
-        rows = paged_attention(q, k, v, pool, index, self.plan, softmax_scale=fields["softmax_scale"], **limits)
+        rows = paged_attention(q, k, v, pool, index, plan, softmax_scale=fields["softmax_scale"], **limits)
         return [rows.flatten(1)]
 
     def _all_reduce(self, fields, x):
@@ -163,10 +163,10 @@ class Execution:
 
     def _pool(self, fields, mapping):
         which, index = mapping[fields["layer_idx"]].tolist()
-        pool = self.cache.pools[which]
+        pool, table = self.cache.pools[self.config.pools[which].region], self.config.pools[which].table
         assert (fields["kv"], fields["head_dim"]) == (pool.format.kv, pool.format.head_dim)
         assert fields["tokens_per_block"] == pool.tokens_per_block
-        return pool, index
+        return pool, index, self.plans[table]
 
     @staticmethod
     def _constant(layer):
@@ -184,8 +184,10 @@ class Execution:
 def make_cache(plan, dtype):
     """Pools as the plan's, with rows of ``dtype`` where they are not quantized."""
     config = plan.config
-    pools = [(replace(pool.format, dtype=dtype), pool.layers) for pool in config.pools]
-    cache = PagedCache(pools, 16, config.pretrained_config.num_key_value_heads, TOKENS_PER_BLOCK)
+    pools = [pool._replace(format=replace(pool.format, dtype=dtype)) for pool in config.pools]
+    cache = PagedCache(
+        pools, 16 * config.pool_layout.num_tables, config.pretrained_config.num_key_value_heads, TOKENS_PER_BLOCK
+    )
     for pool in cache.pools:
         pool.data.zero_()  # so that two caches can be compared
     return cache
@@ -199,8 +201,9 @@ def reference(plan, dtype):
 
 
 def pack(plan, parts):
-    sequences = [StepSequence(IDS[i][a : a + n], a, 60, kind, BLOCKS[i]) for i, a, n, kind in parts]
-    return StepInputs.pack(sequences, *(len(pool.layers) for pool in plan.config.pools))
+    layout = plan.config.pool_layout
+    sequences = [StepSequence(IDS[i][a : a + n], a, 60, kind, layout.entries(BLOCKS[i])) for i, a, n, kind in parts]
+    return StepPacker(layout).pack(sequences)
 
 
 def differences(graph, plan, monkeypatch, own_types=False):

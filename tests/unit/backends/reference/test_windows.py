@@ -1,0 +1,112 @@
+"""Windows bound what a sequence holds, and change nothing of what is computed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from saw_trtllm import LLM, KvCacheConfig, SamplingParams
+from saw_trtllm.build import build, plan_build
+from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.plan.options import BuildOptions
+from tests.support.models import make_hf_model
+
+WINDOWED = {
+    "mistral": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    "gemma2": {},
+    "gemma3": {"num_hidden_layers": 7, "sliding_window_pattern": 3},
+}
+LIMITS = {"max_batch_size": 4, "max_num_tokens": 64, "max_seq_len": 200, "tokens_per_block": 16, "dtype": "float32"}
+LIMITS |= {"gather_all_token_logits": True, "backend": "reference"}
+#: What the pool holds at a time: two sequences of max_seq_len, about.
+TOKENS = 400
+
+
+@pytest.fixture(scope="module", params=WINDOWED)
+def family(request, tmp_path_factory):
+    """Its name, the model of transformers, and engines by their cache: bounded, and with one table for all layers."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model_dir, model = make_hf_model(folder, request.param, **WINDOWED[request.param])
+    engines = {}
+    for kv in ("fp16", "saw_int4"):
+        for bounded in (True, False):
+            engine = engines[kv, bounded] = folder / f"{kv}-{bounded}"
+            build(plan_build(BuildOptions(model_dir=model_dir, output_dir=engine, kv=kv, **LIMITS)))
+            if not bounded:
+                config = json.loads((engine / "config.json").read_text())
+                assert config["saw_int4"]["kv_groups"]
+                config["saw_int4"]["kv_groups"] = []
+                (engine / "config.json").write_text(json.dumps(config))
+    return request.param, model, engines
+
+
+def turns(llm, deterministic):
+    """Conversations of three turns whose prompts begin alike, several at a time, beside each other."""
+    rng = np.random.default_rng(5)
+    system = rng.integers(3, 203, 70).tolist()
+    prompts = [[*system, *rng.integers(3, 203, 5 + 9 * i).tolist()] for i in range(3)]
+    params = SamplingParams(max_tokens=12, ignore_eos=True, return_generation_logits=True)
+    found, reused = [], 0
+    for _ in range(3):
+        outputs = llm.generate(prompts, params)
+        reused += sum(o.num_reused_tokens for o in outputs)
+        found += [(o.outputs[0].token_ids, o.outputs[0].generation_logits) for o in outputs]
+        prompts = [[*p, *o.outputs[0].token_ids, 7] for p, o in zip(prompts, outputs, strict=True)]
+    return found, reused
+
+
+@pytest.mark.parametrize("kv", ["fp16", "saw_int4"])
+def test_texts_and_logits_are_those_of_unbounded_tables(kv, family):
+    """To the last bit, where nothing is found and where prefixes are reused in whole chunks."""
+    _, _, engines = family
+    for options in ({"enable_block_reuse": False}, {"deterministic": True, "host_cache_size": 1 << 22}):
+        found = {}
+        for bounded in (True, False):
+            cache = KvCacheConfig(max_tokens=TOKENS, **options)
+            with LLM(engines[kv, bounded], kv_cache_config=cache, prefill_chunk=32) as llm:
+                found[bounded], reused = turns(llm, True)
+                stats = llm.stats()
+            assert stats.used_blocks == 0
+            assert (reused > 0) == ("deterministic" in options)
+        for (ours, logits), (theirs, expected) in zip(found[True], found[False], strict=True):
+            assert ours == theirs
+            assert np.array_equal(logits, expected)
+
+
+def test_texts_are_those_of_transformers(family):
+    """A prompt and a text of several windows, in chunks, found again in part: greedy, from an exact cache."""
+    _, model, engines = family
+    rng = np.random.default_rng(8)
+    prompts = [rng.integers(3, 203, n).tolist() for n in (100, 60)]
+    with LLM(engines["fp16", True], kv_cache_config=KvCacheConfig(max_tokens=TOKENS), prefill_chunk=32) as llm:
+        params = SamplingParams(max_tokens=40, ignore_eos=True)
+        for turn in range(2):
+            outputs = llm.generate(prompts, params)
+            for i, output in enumerate(outputs):
+                assert turn == 0 or output.num_reused_tokens >= len(prompts[i]) - 42
+                ids = torch.tensor([[*prompts[i], *output.outputs[0].token_ids]])
+                with torch.no_grad():
+                    logits = model(ids).logits[0, len(prompts[i]) - 1 : -1]
+                best = logits.max(-1).values - logits.gather(1, ids[0, len(prompts[i]) :, None])[:, 0]
+                assert best.max() < 1e-4  # the largest, or one as large
+                prompts[i] = [*prompts[i], *output.outputs[0].token_ids, 5]
+            prompts = [p[:150] for p in prompts]
+            params = SamplingParams(max_tokens=20, ignore_eos=True)
+
+
+def test_a_sequence_holds_its_windows_and_no_more(family):
+    """While it decodes: of tables with a window that and a block, of others all."""
+    _, _, engines = family
+    config = EngineConfig.load(engines["saw_int4", True])
+    assert any(config.windows)
+    with LLM(engines["saw_int4", True], kv_cache_config=KvCacheConfig(max_tokens=TOKENS)) as llm:
+        result = llm.generate_async([5] * 120, SamplingParams(max_tokens=60, ignore_eos=True), streaming=True)
+        used = []
+        for output in result:
+            used.append((120 + len(output.outputs[0].token_ids), llm.stats().used_blocks))
+    for tokens, blocks in used[3:-1]:
+        assert blocks <= config.blocks_for(tokens + 2)
+    unbounded = -(-180 // 16) * len(config.windows)
+    assert max(blocks for _, blocks in used) < unbounded
