@@ -20,8 +20,8 @@ class KvCacheConfig:
     Parameters
     ----------
     max_tokens : int, optional
-        Tokens that the pool holds. By default what the memory allows, and at most what ``max_batch_size`` sequences of
-        ``max_seq_len`` need.
+        Tokens that the pool holds; where windows bound what a sequence holds, in sequences of ``max_seq_len``. By
+        default what the memory allows, and at most what ``max_batch_size`` such sequences need.
     free_gpu_memory_fraction : float
         Share of the free memory (the host's, for the reference backend) that the pool may take.
     enable_block_reuse : bool

