@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from random import Random
 
 from saw_trtllm import SamplingParams
-from saw_trtllm.engine.step import StepInputs
+from saw_trtllm.engine.step import PoolLayout, StepInputs, StepPacker
 from saw_trtllm.errors import EngineError, QueueFullError
 from saw_trtllm.runtime.block_manager import BlockManager
 from saw_trtllm.runtime.detokenizer import Detokenizer
@@ -199,7 +199,7 @@ def _one_engine(ids: range, number: int, seed: int, failures: float) -> Counter[
     executor = FaultyExecutor(num_blocks, size, asynchronous, failures, rng)
     blocks = BlockManager(num_blocks, size, reuse, number % 3 != 1, 1 if exact else chunk)
     scheduler = Scheduler(blocks, 16, 16 + 2 * chunk, chunk, exact)
-    core = EngineCore(executor, scheduler, [1], max_queue_size=32)
+    core = EngineCore(executor, scheduler, StepPacker(PoolLayout([1])), max_queue_size=32)
     clients = [_Client(core, scheduler, ids[i::_CLIENTS], Random(rng.random())) for i in range(_CLIENTS)]
     for client in clients:
         client.join()
