@@ -226,12 +226,14 @@ class HostCache:
     def begin(self) -> None:
         """Begin the copies that have come up."""
         stores, loads = self._to_begin
-        self._to_begin = ([], [])
         if stores:
             self._begin(stores, [])
+            self._to_begin = ([], loads)  # what a transfer that fails has not begun is left to reset
         # Whoever waits for the first of them need not wait for those of others.
-        for _, its_loads in groupby(loads, lambda load: id(load.table)):
-            self._begin([], list(its_loads))
+        for _, its_loads in groupby(list(loads), lambda load: id(load.table)):
+            batch = list(its_loads)
+            self._begin([], batch)
+            del loads[: len(batch)]
 
     def poll(self) -> None:
         """Take note of the copies that are made."""
