@@ -22,9 +22,10 @@ from saw_trtllm.runtime.sequence import Sequence
 from saw_trtllm.runtime.token_decoder import REPLACEMENT
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve.parameters import Parameters
+from saw_trtllm.serve.parts import Part
 from saw_trtllm.serve.postprocessing import PostprocessingModel
 from saw_trtllm.serve.request import parse
-from saw_trtllm.serve.response import answer
+from saw_trtllm.serve.response import tokens_and_text
 from tests.support.fakes.triton import i32, pb_utils
 from tests.support.tokenizers import BACKENDS, OTHERS, SPECIAL, TOKENIZERS, byte_level
 
@@ -96,7 +97,7 @@ def triton(name, model, ids, params, **options):
     [generation] = parse(tensors | {k: np.array([[v]], type(v)) for k, v in options.items()})
     texts = []
     for output in push_all(name, ids, params, streaming=generation.streaming):
-        out = answer(generation, output, TOKENIZERS[name])
+        out = tokens_and_text(generation, Part.of(output), TOKENIZERS[name])
         inputs = {"TOKENS_BATCH": out["output_ids"], "SEQUENCE_LENGTH": out["sequence_length"], "TEXT": out["text"]}
         texts.append(model.detokenize(inputs)[0].decode())
     return texts
