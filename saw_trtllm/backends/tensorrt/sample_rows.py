@@ -97,7 +97,8 @@ class _Counts:
 
     def __init__(self, state: SamplingState) -> None:
         params = state.params
-        self._text = state.generated if params.penalizes else ()
+        self._text = state.generated  # held, so that no other list has its id
+        self._penalizes = params.penalizes
         self._known = 0
         prompt = dict.fromkeys(state.prompt if params.repetition_penalty != 1.0 else ())
         bias = params.logit_bias or {}
@@ -110,7 +111,7 @@ class _Counts:
 
     def listed(self) -> np.ndarray:
         """The tokens so far: a view, to be copied."""
-        for token in self._text[self._known :]:
+        for token in self._text[self._known :] if self._penalizes else ():
             place = self._places.setdefault(token, len(self._places))
             if place == len(self._listed):
                 self._listed = np.concatenate([self._listed, np.zeros_like(self._listed)])

@@ -122,6 +122,9 @@ def test_a_list_is_not_taken_for_that_of_a_sequence_that_is_gone():
     for i in range(50):  # an id may come again
         [listed] = lists.of([state([i, i], prompt=[99], repetition_penalty=2.0)]).values()
         assert as_dict(listed) == {99: 0, i: 2}
+    for i in range(50):
+        [listed] = lists.of([state([i, i], logit_bias={i: 1.0})]).values()
+        assert as_dict(listed) == {i: UNSEEN}
 
 
 def test_sizes_and_the_generator_are_the_kernels():
