@@ -62,8 +62,9 @@ class GroupExecutor:
         group = RankGroup(folder, config, kv_cache, launch, options, self._ended)
         self.num_blocks, self.num_host_blocks = _least(group)
         self.asynchronous = all(opened.asynchronous for opened in group.opened)
-        # The same number when it starts anew, whatever the memory then looks like.
-        self._kv_cache = replace(kv_cache, max_tokens=self.num_blocks * config.build_config.tokens_per_block)
+        if kv_cache.max_tokens is None:
+            # The same number when it starts anew, whatever the memory then looks like: both directions round down.
+            self._kv_cache = replace(kv_cache, max_tokens=config.tokens_of_blocks(self.num_blocks) + 1)
         self._take_over(group)
 
     def launch(

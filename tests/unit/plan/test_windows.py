@@ -100,6 +100,15 @@ def test_groups_that_are_damaged_are_said(groups, said, tmp_path):
         EngineConfig.load(tmp_path)
 
 
+@pytest.mark.parametrize("max_seq_len", [1000, 4096, 5001, 131072])
+def test_a_pool_has_its_blocks_again_from_its_tokens(max_seq_len, tmp_path):
+    """Ranks that start anew are told of the tokens: one block less, and the group would not come back."""
+    config = grouped(engine_config(tmp_path, "saw_int4", max_seq_len))
+    least = config.blocks_for(max_seq_len, config.build_config.prefill_chunk)
+    for num_blocks in range(least, least + 500):
+        assert config.blocks_of_tokens(config.tokens_of_blocks(num_blocks) + 1) == num_blocks
+
+
 @pytest.mark.parametrize("tokens_per_block", [2, 16])
 def test_no_sequence_holds_more_than_is_counted(tokens_per_block):
     for window in (1, 2, 15, 16, 17, 40):
