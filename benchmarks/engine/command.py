@@ -24,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     models = {cases.flag_of(model): model for model in cases.MODELS}
     engine.add_argument(
-        "--model", choices=models, default=next(iter(models)), help="whose shape the engines have (default: %(default)s)"
+        "--model", choices=models, default=next(iter(models)), help="the shape of the engines (default: %(default)s)"
     )
     engine.add_argument("--kv", default=",".join(cases.KVS), metavar="NAMES", help="default: %(default)s")
     engine.add_argument(

@@ -29,9 +29,9 @@ _NOT_ENGINES = (
     ("architecture", "a checkpoint of TensorRT-LLM", "--checkpoint_dir"),
 )
 
-#: Tokens of a prefill chunk where no other number is asked for, at most. Long enough to fill a GPU's matrix units, short
-#: enough that decodes beside it do not stall, and the grain in which a 4-bit cache's prefixes are reused where the text
-#: must be deterministic.
+#: Tokens of a prefill chunk where no other number is asked for, at most. Long enough to fill a GPU's matrix units,
+#: short enough that decodes beside it do not stall, and the grain in which a 4-bit cache's prefixes are reused where
+#: the text must be deterministic.
 PREFILL_CHUNK = 512
 
 BackendName = Literal["tensorrt_llm", "tensorrt", "reference"]
