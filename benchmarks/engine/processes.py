@@ -33,7 +33,5 @@ def start_ranks(
         return meeting.wait(size, SECONDS), processes
 
 
-def _be(
-    address: Address, rank: int, size: int, follow: Callable[..., object], arguments: tuple[Any, ...]
-) -> None:
+def _be(address: Address, rank: int, size: int, follow: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     follow(join(address, rank, size, SECONDS), *arguments)
