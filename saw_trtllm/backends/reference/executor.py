@@ -70,6 +70,7 @@ class ReferenceExecutor:
     ) -> None:
         model, build = config.pretrained_config, config.build_config
         ours = config.of_rank()
+        self._num_threads = torch.get_num_threads()
         path = folder / engine_file(collectives.rank)
         if not is_file(path, EngineError):
             raise EngineError(f"{path} does not exist: build it anew with saw-build")
@@ -119,7 +120,7 @@ class ReferenceExecutor:
         """Like :meth:`launch`, and give what was computed."""
         self.cache.copy(step.copies)
         every = any(context_logits)
-        with one_thread():
+        with one_thread(self._num_threads):
             logits = self._model.forward(step, self.cache, all_logits=every).numpy()
         ends = step.last_token_ids if every else np.arange(1, len(sampling) + 1)
         starts = np.concatenate([[0], ends[:-1]])

@@ -1,7 +1,9 @@
 """How many of PyTorch's threads compute a call of a step: one, or all of them if the call is a large product.
 
 Threads that share a call meet at its end, and to wake one takes as long as most calls of a step do. The number may show
-in a product's last bits, so that it follows from the call's shape.
+in a product's last bits, so that it follows from the call's shape, and from how many threads there were when the
+executor was opened: a thread that first uses PyTorch while another computes a step would take that one's number for its
+own.
 """
 
 from __future__ import annotations
@@ -22,9 +24,14 @@ _step = _Step()
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """What this thread computes meanwhile is a step: one thread computes it, but for :func:`all_threads`."""
-    num_threads = torch.get_num_threads()
+def one_thread(num_threads: int) -> Iterator[None]:
+    """What this thread computes meanwhile is a step: one thread computes it, but for :func:`all_threads`.
+
+    Parameters
+    ----------
+    num_threads : int
+        Those of a large product, and of what this thread computes after the step.
+    """
     _step.num_threads = num_threads
     torch.set_num_threads(1)
     try:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saw_trtllm import SamplingParams
-from saw_trtllm.backends.reference import gemm, invariant
+from saw_trtllm.backends.reference import gemm, invariant, threads
 from saw_trtllm.backends.reference.executor import ReferenceExecutor
 from saw_trtllm.backends.reference.gemm import linear, products, row_sum
 from saw_trtllm.backends.reference.invariant import exp, tanh
@@ -229,6 +230,7 @@ class ThreadCounts(TorchDispatchMode):
 def test_a_calls_number_of_threads_follows_from_its_shape(executor, monkeypatch):
     """One, but for a large product; and the thread that ran the step has as many as before, whatever came."""
     monkeypatch.setattr(gemm, "_SHARED", 1 << 18)
+    monkeypatch.setattr(executor, "_num_threads", 3)
     before, sequences = torch.get_num_threads(), requests(3, 50)
     torch.set_num_threads(3)
     try:
@@ -241,6 +243,25 @@ def test_a_calls_number_of_threads_follows_from_its_shape(executor, monkeypatch)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_step_beside_another_has_all_its_threads():
+    """A thread that has not used PyTorch before takes the number of the last that set one, which may be in a step."""
+    before, found = torch.get_num_threads(), []
+
+    def step():
+        with threads.one_thread(3), threads.all_threads():
+            found.append(torch.get_num_threads())
+        found.append(torch.get_num_threads())
+
+    try:
+        with threads.one_thread(3):
+            other = threading.Thread(target=step)
+            other.start()
+            other.join()
+    finally:
+        torch.set_num_threads(before)
+    assert found == [3, 3]
 
 
 @pytest.mark.parametrize("kind", ["rows", "count", "place"])
