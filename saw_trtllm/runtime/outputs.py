@@ -195,7 +195,7 @@ class GenerationResult:
                 try:
                     pieces.append(cast(RequestOutput, self._pop()))
                 except Exception as e:
-                    pieces.append(e)
+                    return [*pieces, e]
         return pieces
 
     def result(self, timeout: float | None = None) -> RequestOutput:

@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,6 +20,9 @@ from saw_trtllm.errors import EngineError, SawError
 from saw_trtllm.serve.engine_host import Asked, Batch, Client, EngineHost
 
 logger = logging.getLogger(__name__)
+
+#: Seconds that a model may take nothing of what is sent to it, while the texts of all models wait.
+_PATIENCE = 10.0
 
 
 def engine_address(model: str) -> str:
@@ -52,6 +56,7 @@ class LinkServer:
 
     def __init__(self, host: EngineHost, address: str) -> None:
         self._host = host
+        self._closed = False
         self._listening = socket.socket(socket.AF_UNIX)
         try:
             self._listening.bind(address)
@@ -64,43 +69,68 @@ class LinkServer:
 
     def close(self) -> None:
         """Take no further models."""
+        self._closed = True
         with contextlib.suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            while True:
-                end, _ = self._listening.accept()
-                if _is_own(end):
-                    client = _RemoteClient(self._host, Connection(end.detach()))
-                    threading.Thread(target=client.run, name="saw-link", daemon=True).start()
-                else:
-                    end.close()
+        while not self._closed:
+            try:
+                self._let_in(self._listening.accept()[0])
+            except (OSError, RuntimeError) as e:
+                if not self._closed:  # too many open files or threads, for one: that may pass
+                    logger.warning("a model could not be let in: %s", e)
+                    time.sleep(0.1)
+
+    def _let_in(self, end: socket.socket) -> None:
+        if _is_own(end):
+            client = _RemoteClient(self._host, end)
+            threading.Thread(target=client.run, name="saw-link", daemon=True).start()
+        else:
+            end.close()
 
 
 class _RemoteClient:
     """A model of another process, as the host sees it."""
 
-    def __init__(self, host: EngineHost, connection: Connection) -> None:
-        self._host, self._connection = host, connection
+    def __init__(self, host: EngineHost, end: socket.socket) -> None:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", *divmod(int(_PATIENCE * 1e6), 10**6)))
+        self._host, self._end = host, end
+        self._connection = Connection(os.dup(end.fileno()))
+        self._lock = threading.Lock()  # held while something is sent, so that its descriptor stays its own
 
     def deliver(self, batch: Batch) -> None:
         """As :class:`Client` has it."""
-        with contextlib.suppress(OSError):  # it has gone, which run() notices
-            self._connection.send([(key, [_sendable(part) for part in parts]) for key, parts in batch])
+        with self._lock:
+            try:
+                self._connection.send([(key, [_sendable(part) for part in parts]) for key, parts in batch])
+            except Exception as e:
+                self._hang_up()  # a part of a message may have been sent, and texts lack what was in it
+                if not isinstance(e, OSError):
+                    raise
 
     def run(self) -> None:
         """Take what it asks for until it goes."""
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                key, asked = self._connection.recv()
-                if asked is None:
-                    self._host.abort(self, key)
-                else:
-                    self._host.begin(self, key, asked)
-        self._host.leave(self)
-        self._connection.close()
+        try:
+            with contextlib.suppress(EOFError, OSError):
+                while True:
+                    key, asked = self._connection.recv()
+                    if asked is None:
+                        self._host.abort(self, key)
+                    else:
+                        self._host.begin(self, key, asked)
+        finally:
+            self._hang_up()
+            self._host.leave(self)
+            with self._lock:
+                self._connection.close()
+                self._end.close()
+
+    def _hang_up(self) -> None:
+        """End both directions: run() notices, and the model answers its requests with an error."""
+        with contextlib.suppress(OSError):
+            self._end.shutdown(socket.SHUT_RDWR)
 
 
 def _sendable(part: Any) -> Any:
@@ -138,12 +168,13 @@ class RemoteEngine:
         with self._lock:
             if self._connection is None:
                 self._connection = self._connect()
+            self._send(key, asked)
             self._open.add(key)
-        self._send(key, asked)
 
     def abort(self, key: int) -> None:
         """As :class:`Engine` has it."""
-        self._send(key, None)
+        with self._lock:
+            self._send(key, None)
 
     def close(self) -> None:
         """As :class:`Engine` has it."""
@@ -153,7 +184,8 @@ class RemoteEngine:
             self.abort(key)
 
     def _send(self, key: int, asked: Asked | None) -> None:
-        with self._lock, contextlib.suppress(OSError):  # it has gone: whoever reads notices
+        """Send a message; the lock is held."""
+        with contextlib.suppress(OSError):  # it has gone: whoever reads notices
             if self._connection is not None:
                 self._connection.send((key, asked))
 
@@ -172,13 +204,17 @@ class RemoteEngine:
         return connection
 
     def _read(self, connection: Connection) -> None:
-        with contextlib.suppress(EOFError, OSError):
+        try:
             while True:
                 batch = connection.recv()
                 ended = [key for key, parts in batch if isinstance(parts[-1], Exception) or parts[-1].finished]
                 with self._lock:
                     self._open.difference_update(ended)
                 self._client.deliver(batch)
+        except (EOFError, OSError):
+            pass  # it has gone
+        except Exception:  # nobody may wait for what no thread reads
+            logger.exception("what the model tensorrt_llm sent cannot be taken")
         with self._lock:
             lost, self._open, self._connection = self._open, set(), None
         connection.close()

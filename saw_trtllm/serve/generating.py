@@ -126,7 +126,7 @@ class GeneratingModel:
             try:
                 self._begin(request, sender)
             except Exception as e:
-                self._send(sender, self._error(e), final=True)
+                self._send_last(sender, self._error(e))
 
     def finalize(self) -> None:
         """Cancel what is in flight, and release the engine."""
@@ -152,7 +152,7 @@ class GeneratingModel:
     def _begin(self, request: Any, sender: Any) -> None:
         generations = self._generations(request)
         if generations is None:
-            self._send(sender, self._pb_utils.InferenceResponse([]), final=True)
+            self._send_last(sender, self._pb_utils.InferenceResponse([]))
             return
         if self._closing.is_set():
             raise _shutting_down()
@@ -229,15 +229,12 @@ class GeneratingModel:
         if last:
             self._close(job, response)
         else:
-            self._send(job.sender, response)
+            job.sender.send(response, flags=0)
 
     def _close(self, job: Job, response: Any) -> None:
         with job.asking:  # what Triton is asked about must not have ended
             job.closed = True
-            try:
-                self._send(job.sender, response, final=True)
-            except Exception:  # nobody is left to be told, and others wait for this thread
-                logger.exception("the last response of a request could not be sent")
+            self._send_last(job.sender, response)
 
     def _fail(self, job: Job, error: Exception) -> None:
         """End a request with an error; what its other prompts still give is dropped."""
@@ -263,9 +260,11 @@ class GeneratingModel:
         for key in job.keys:
             self._engine.abort(key)
 
-    def _send(self, sender: Any, response: Any, final: bool = False) -> None:
-        flags = self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
-        sender.send(response, flags=flags)
+    def _send_last(self, sender: Any, response: Any) -> None:
+        try:
+            sender.send(response, flags=self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        except Exception:  # nobody is left to be told, and others wait for this thread
+            logger.exception("the last response of a request could not be sent")
 
     def _watch(self) -> None:
         """Abort requests whose clients have gone."""
@@ -276,10 +275,13 @@ class GeneratingModel:
                 jobs = [job for job in self._jobs if not job.closed and not job.cancelled]
             start = time.monotonic()
             for job in jobs:
-                with job.asking:
-                    job.cancelled = not job.closed and job.sender.is_cancelled()
-                if job.cancelled:
-                    self._abort(job)
+                try:
+                    with job.asking:
+                        job.cancelled = not job.closed and job.sender.is_cancelled()
+                    if job.cancelled:
+                        self._abort(job)
+                except Exception as e:  # the others are asked about, and this one the next time
+                    logger.warning("Triton could not be asked whether a client has gone: %s", e)
             spent = time.monotonic() - start
 
 

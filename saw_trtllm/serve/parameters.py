@@ -17,9 +17,8 @@ from saw_trtllm.serve.names import TENSORRT_LLM
 class Parameters(BaseModel):
     """Values of ``parameters`` in ``config.pbtxt``, in the words of TensorRT-LLM's repository."""
 
-    model_config = ConfigDict(
-        extra="ignore", protected_namespaces=()
-    )  # Triton has parameters of its own, EXECUTION_ENV_PATH for one
+    # Triton has parameters of its own, EXECUTION_ENV_PATH for one.
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
     model_name: str = Field(TENSORRT_LLM, description="the model's folder")
     gpt_model_path: Path | None = Field(None, description="the engine folder")
@@ -59,7 +58,7 @@ class Parameters(BaseModel):
         strings = {k: v["string_value"] for k, v in config.get("parameters", {}).items() if v["string_value"]}
         named = {"model_name": config["name"]} if "name" in config else {}
         decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
-        return cls.of(**{"decoupled_mode": decoupled, **named, **strings})
+        return cls.of(**{"decoupled_mode": decoupled, **strings, **named})
 
     @classmethod
     def of(cls, **values: object) -> Parameters:

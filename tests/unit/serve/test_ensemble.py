@@ -1,7 +1,11 @@
 """The ensemble as one model, which reaches the engine of tensorrt_llm by a socket, without Triton."""
 
 import os
+import queue
 import socket
+import threading
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +13,10 @@ import pytest
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve import engine_link, ensemble, generating, tensorrt_llm
+from saw_trtllm.serve.engine_host import Asked
 from saw_trtllm.serve.ensemble import EnsembleModel
 from saw_trtllm.serve.parameters import Parameters
+from saw_trtllm.serve.parts import Part
 from saw_trtllm.serve.tensorrt_llm import TensorrtLlmModel
 from tests.support.example import EXAMPLE
 from tests.support.fakes.triton import Request, i32, pb_utils, strings
@@ -158,6 +164,63 @@ def test_responses_that_triton_does_not_take_hold_up_nobody(open_models, llm):
     model.execute(lost)
     [answer] = answers(model, Request(asked(PROMPT, stream=True)))
     assert text_of(answer) == llm.generate(PROMPT, SamplingParams(max_tokens=8)).outputs[0].text
+
+
+def test_a_sentence_that_triton_does_not_take_keeps_no_other_request_from_beginning(open_models):
+    _, model = open_models
+    bad, good = Request(asked("")), Request(asked(PROMPT, stream=True))
+    bad.sender.send = lambda response, flags: 1 / 0
+    model.execute([bad, good])
+    assert text_of(good.sender.wait_final())
+
+
+def test_a_client_that_triton_does_not_know_of_hides_no_other(open_models):
+    _, model = open_models
+    odd, gone = Request(asked(PROMPT, stream=True, **LONG)), Request(asked(PROMPT, stream=True, **LONG))
+    odd.sender.is_cancelled = lambda: 1 / 0
+    model.execute([odd, gone])
+    odd.sender.wait_responses(1)
+    gone.sender.cancelled = True
+    assert error_of(gone.sender.wait_final())[0] == "CANCELLED"
+
+
+def test_a_model_that_takes_nothing_is_let_go(monkeypatch):
+    """The texts of all models wait for what is sent to one."""
+    monkeypatch.setattr(engine_link, "_PATIENCE", 0.1)
+    host, (end, other) = HostRecorder(), socket.socketpair()
+    client = engine_link._RemoteClient(host, end)
+    threading.Thread(target=client.run, daemon=True).start()
+    batch = [(1, [Part(0, "x" * (1 << 22), [], "")])]
+    threading.Thread(target=client.deliver, args=(batch,), daemon=True).start()
+    with other:
+        assert host.left.wait(60)
+    client.deliver(batch)  # what comes later is dropped
+
+
+def test_an_answer_that_cannot_be_read_ends_the_texts_that_wait_for_one():
+    address = f"\0saw_test_odd_{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(address)
+        listening.listen()
+        taken = queue.Queue()
+        engine = engine_link.RemoteEngine(SimpleNamespace(deliver=taken.put), address)
+        engine.begin(7, Asked([1], SamplingParams(), streaming=True))
+        end, _ = listening.accept()
+        with Connection(end.detach()) as connection:
+            assert connection.recv()[0] == 7
+            connection.send("no batch")
+            [(key, [error])] = taken.get(timeout=60)
+    assert (key, str(error)) == (7, "the model tensorrt_llm has gone: send the request again later")
+
+
+class HostRecorder:
+    """What a remote client asks of its host."""
+
+    def __init__(self):
+        self.left = threading.Event()
+
+    def leave(self, client):
+        self.left.set()
 
 
 def test_another_users_process_is_no_engine(open_models, monkeypatch):
