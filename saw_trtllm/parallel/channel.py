@@ -19,8 +19,8 @@ from typing import Any, Literal, NamedTuple, get_args
 from saw_trtllm.errors import RankError
 from saw_trtllm.runtime.door import Address, Door, Who, exactly, knock
 
-#: Before each message: its number, its command and its bytes.
-_HEAD = struct.Struct("!QBI")
+#: Before each message: its number, its command and its bytes, which of a prefill's logits may be over 4 GiB.
+_HEAD = struct.Struct("!QBQ")
 Command = Literal["open", "launch", "take", "transfer", "wait", "close"]
 _COMMANDS: tuple[Command, ...] = get_args(Command)
 #: What a connection is for.
@@ -70,17 +70,19 @@ class LeaderChannel:
             self._arrived[who.purpose, who.rank] = connection
         return len(self._arrived) == 2 * self._size
 
-    def begin(self, send_timeout: float) -> list[socket.socket]:
+    def begin(self, timeout: float) -> list[socket.socket]:
         """Once all have come, let in nobody else. The connections that end with the ranks' processes.
 
-        From then on a rank that takes nothing of a message for ``send_timeout`` seconds counts as lost.
+        From then on a rank that takes nothing of a message for ``timeout`` seconds, or stops for as long in one of its
+        own, counts as lost.
         """
         self._door.close()
         self._steps = [self._arrived[_STEPS, rank] for rank in range(self._size)]
         # In the kernel: a timeout of Python's would be one more call for each message.
-        limit = struct.pack("ll", int(send_timeout), int(send_timeout % 1 * 1e6))
+        limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
         for rank, connection in enumerate(self._steps):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
             self._answering.register(connection, selectors.EVENT_READ, rank)
         return [self._arrived[_LIFE, rank] for rank in range(self._size)]
 
@@ -107,7 +109,7 @@ class LeaderChannel:
         Raises
         ------
         RankError
-            If a rank has gone.
+            If a rank has gone, or hangs in the middle of an answer.
         """
         said = []
         for key, _ in self._answering.select(timeout):
@@ -115,7 +117,7 @@ class LeaderChannel:
             try:
                 number, _, answer = _receive(self._steps[rank])
             except OSError as e:
-                raise RankError(f"the process of rank {rank} has ended") from e
+                raise RankError(f"the process of rank {rank} has ended or hangs") from e
             said.append((rank, number, pickle.loads(answer)))
         return said
 

@@ -9,6 +9,7 @@ import shutil
 import socket
 import struct
 import tempfile
+import time
 from typing import NamedTuple
 
 #: Seconds that a stranger may keep a door from the next who knocks.
@@ -81,15 +82,16 @@ class Door:
         self._listener.settimeout(timeout)
         try:
             peer, _ = self._listener.accept()
-        except TimeoutError:
+        except (TimeoutError, ConnectionError):  # nobody, or one who did not wait
             return None
         peer.settimeout(PATIENCE)
+        deadline = time.monotonic() + PATIENCE
         ours = secrets.token_bytes(_NONCE)
         with contextlib.suppress(OSError):
             peer.sendall(ours)
-            said = exactly(peer, _WHO.size + _NONCE)
+            said = exactly(peer, _WHO.size + _NONCE, deadline)
             proof = _proof(self.address.key, ours, said)
-            if hmac.compare_digest(exactly(peer, len(proof)), proof):
+            if hmac.compare_digest(exactly(peer, len(proof), deadline), proof):
                 peer.sendall(_proof(self.address.key, said, ours))
                 return Who(*_WHO.unpack_from(said)), _ready(peer)
         peer.close()
@@ -110,6 +112,7 @@ def knock(address: Address, who: Who, timeout: float) -> socket.socket:
     OSError
         If they are not there within ``timeout`` seconds, or have another key.
     """
+    deadline = time.monotonic() + timeout
     if isinstance(address.endpoint, str):
         peer = socket.socket(socket.AF_UNIX)
         peer.settimeout(timeout)
@@ -118,11 +121,11 @@ def knock(address: Address, who: Who, timeout: float) -> socket.socket:
     try:
         if isinstance(address.endpoint, str):
             peer.connect(address.endpoint)
-        theirs = exactly(peer, _NONCE)
+        theirs = exactly(peer, _NONCE, deadline)
         said = _WHO.pack(*who) + secrets.token_bytes(_NONCE)
         peer.sendall(said + _proof(address.key, theirs, said))
         proof = _proof(address.key, said, theirs)
-        if not hmac.compare_digest(exactly(peer, len(proof)), proof):
+        if not hmac.compare_digest(exactly(peer, len(proof), deadline), proof):
             raise ConnectionRefusedError("it has another key")
     except BaseException:
         peer.close()
@@ -130,25 +133,27 @@ def knock(address: Address, who: Who, timeout: float) -> socket.socket:
     return _ready(peer)
 
 
-def fill(peer: socket.socket, target: memoryview) -> None:
+def fill(peer: socket.socket, target: memoryview, deadline: float | None = None) -> None:
     """Receive so many bytes.
 
     Raises
     ------
     OSError
-        If the peer has gone.
+        If the peer has gone, or has not sent all of them by ``deadline``, of :func:`time.monotonic`.
     """
     while len(target):
+        if deadline is not None:  # a byte now and then gets no further time
+            peer.settimeout(max(deadline - time.monotonic(), 1e-6))
         count = peer.recv_into(target)
         if count == 0:
             raise ConnectionResetError("it hung up")
         target = target[count:]
 
 
-def exactly(peer: socket.socket, count: int) -> bytearray:
+def exactly(peer: socket.socket, count: int, deadline: float | None = None) -> bytearray:
     """So many bytes; raises as :func:`fill`."""
     data = bytearray(count)
-    fill(peer, memoryview(data))
+    fill(peer, memoryview(data), deadline)
     return data
 
 

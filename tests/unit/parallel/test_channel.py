@@ -1,7 +1,9 @@
 """Nobody who says nothing, and no rank that reads nothing, holds up the leader."""
 
+import contextlib
 import socket
 import threading
+import time
 
 import pytest
 
@@ -39,6 +41,27 @@ def test_a_stranger_who_says_nothing_does_not_hold_up_the_start(leader, monkeypa
     assert rank.receive().command == "close"
 
 
+def test_a_stranger_who_says_a_byte_now_and_then_does_not_hold_up_the_start(leader, monkeypatch):
+    """Each would be in time, and all of what a rank says of itself take seconds."""
+    monkeypatch.setattr(door, "PATIENCE", 0.2)
+    said = []
+
+    def drip(stranger):
+        with contextlib.suppress(OSError):
+            while len(said) < 41:
+                stranger.sendall(b"x")
+                said.append(True)
+                time.sleep(0.05)
+
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(leader.address.endpoint)
+        thread = threading.Thread(target=drip, args=(stranger,))
+        thread.start()
+        assert not leader.accept(5.0)
+        thread.join()
+    assert len(said) < 41
+
+
 def test_messages_and_answers_arrive_whole_and_in_their_order(leader):
     rank = come(leader)
     leader.begin(5.0)
@@ -61,6 +84,22 @@ def test_a_rank_that_reads_nothing_is_lost_and_does_not_hang_the_leader(leader):
     with pytest.raises(RankError, match="the process of rank 0 has ended or hangs"):
         leader.send("launch", bytes(1 << 24))
     del rank
+
+
+def test_a_rank_that_stops_within_an_answer_is_lost_and_does_not_hang_the_leader(leader):
+    rank = come(leader)
+    leader.begin(0.1)
+    rank._steps.sendall(channel._packed(1, 0, bytes(100))[:50])
+    with pytest.raises(RankError, match="the process of rank 0 has ended or hangs"):
+        leader.receive(5.0)
+
+
+def test_a_message_may_have_more_than_four_gib():
+    class Huge(bytes):
+        def __len__(self):
+            return 5 << 30
+
+    assert channel._HEAD.unpack(channel._packed(1, 0, Huge())) == (1, 0, 5 << 30)
 
 
 def test_both_ends_tell_when_the_other_has_gone(leader):
