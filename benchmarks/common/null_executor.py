@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Pace(NamedTuple):
             pace = cls(step, sequence, prompt_token)
         except ValueError:
             pace = cls(-1.0)
-        if not min(pace) >= 0:
+        if not all(0 <= ms < math.inf for ms in pace):
             raise ConfigError(
                 f"--pace is {text!r}: give milliseconds of a step, a sequence and a prompt's token: 5,0.02,0.03"
             )

@@ -14,7 +14,7 @@ from statistics import median
 
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
 from saw_trtllm.cli.common import print_table, run
-from saw_trtllm.engine.step import DECODE, StepInputs, StepSequence
+from saw_trtllm.engine.step import DECODE, StepPacker, StepSequence
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.runtime.host_cache import BlockCopy, PendingTransfer
 from saw_trtllm.runtime.sampling import SamplingState
@@ -56,18 +56,19 @@ class Mover:
 
 def measure(llm: LLM, batch: int, context: int, gb_per_s: float, steps: int) -> dict[str, float]:
     """µs of a step, median over rounds in turn: without copies, with them, and GB/s that were moved."""
-    size = llm.config.build_config.tokens_per_block
+    size, layout = llm.config.build_config.tokens_per_block, llm.config.pool_layout
     blocks = -(-(context + steps + 1) // size)
-    if batch * blocks + 2 * _BLOCKS > llm.stats().max_blocks:
+    used = batch * blocks * layout.num_tables
+    if used + 2 * _BLOCKS > llm.stats().max_blocks:
         raise ConfigError(f"the KV cache has {llm.stats().max_blocks} blocks: give it more, or fewer sequences")
     while llm.executor.num_ready_host_blocks < 2 * _BLOCKS:
         time.sleep(0.01)
-    tables = [list(range(i * blocks, (i + 1) * blocks)) for i in range(batch)]
+    tables = [layout.entries(range(i * blocks, (i + 1) * blocks)) for i in range(batch)]
     times: dict[bool, list[float]] = {False: [], True: []}
     rates = []
     for _ in range(_ROUNDS):
         for moving in times:
-            mover = Mover(llm, batch * blocks, gb_per_s) if moving else None
+            mover = Mover(llm, used, gb_per_s) if moving else None
             times[moving] += _steps(llm, tables, context, steps, mover)
             if mover is not None:
                 rates.append(mover.gb_per_s)
@@ -79,14 +80,14 @@ def measure(llm: LLM, batch: int, context: int, gb_per_s: float, steps: int) -> 
 def _steps(llm: LLM, tables: list[list[int]], context: int, steps: int, mover: Mover | None) -> list[float]:
     """Seconds of each step, the next one being launched before its result is taken where the executor lets it."""
     params = SamplingParams(max_tokens=1, ignore_eos=True)
-    layers = [len(pool.layers) for pool in llm.config.pools]
+    packer = StepPacker(llm.config.pool_layout)
     pending, times, last = [], [], time.perf_counter()
     for step in range(steps):
         parts = [StepSequence([1], context + step, context, DECODE, table) for table in tables]
         states = [SamplingState(params, [], [], (), 0) for _ in parts]
         if mover is not None:
             mover.move()
-        pending.append(llm.executor.launch(StepInputs.pack(parts, *layers), states, [False] * len(parts)))
+        pending.append(llm.executor.launch(packer.pack(parts), states, [False] * len(parts)))
         if len(pending) > int(llm.executor.asynchronous):
             pending.pop(0).result()
             now = time.perf_counter()

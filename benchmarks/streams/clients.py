@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import quantiles
 
+import numpy as np
 import psutil
 
 from benchmarks.common.null_executor import Pace, patched
@@ -49,8 +49,8 @@ class Seen:
 
     def first_ms(self) -> tuple[float, float]:
         """Median and 90th percentile of the milliseconds to a first piece."""
-        tenths = quantiles(self.first, n=10, method="inclusive")
-        return round(tenths[4] * 1e3, 2), round(tenths[8] * 1e3, 2)
+        p50, p90 = np.percentile(self.first, [50, 90]) * 1e3
+        return round(p50, 2), round(p90, 2)
 
 
 async def ask_all(texts: Texts, clients: int, ask: Callable[[str], Awaitable[float]]) -> Seen:
@@ -67,13 +67,16 @@ async def ask_all(texts: Texts, clients: int, ask: Callable[[str], Awaitable[flo
 
 
 def run_llm(engine_dir: Path, pace: Pace | None, connection: Connection) -> None:
-    """The bare runtime in a process of its own: answers ``(Texts, clients)`` with :class:`Seen` until None comes."""
+    """The bare runtime in a process of its own: answers ``(Texts, clients)`` with :class:`Seen` while it is asked."""
     if pace is not None:
         patched(pace).start()
     with LLM(engine_dir, verify=False) as llm:
         connection.send(None)
-        while (asked := connection.recv()) is not None:
-            texts, clients = asked
+        while True:
+            try:
+                texts, clients = connection.recv()
+            except EOFError:
+                return
             params = SamplingParams(max_tokens=texts.output_tokens, ignore_eos=True)
 
             async def ask(prompt: str, params: SamplingParams = params) -> float:

@@ -55,6 +55,9 @@ def _run(args: argparse.Namespace, command: str) -> None:
     clients = args.clients.split(",")
     if not all(word.isdecimal() and int(word) for word in clients):
         raise ConfigError(f"--clients is {args.clients!r}: give numbers from 1 on, separated by commas")
+    for name in ("prompt_tokens", "output_tokens", "requests"):
+        if (number := getattr(args, name)) < 1:
+            raise ConfigError(f"--{name} is {number}: it must be at least 1")
     paths = args.paths.split(",")
     if unknown := next((path for path in paths if path not in PATHS), None):
         raise ConfigError(f"--paths names {unknown!r}: the paths are {', '.join(PATHS)}")

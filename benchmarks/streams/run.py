@@ -120,15 +120,22 @@ def _llm(engine_dir: Path, pace: Pace | None) -> Iterator[Way]:
     ours, theirs = context.Pipe()
     process = context.Process(target=run_llm, args=(engine_dir, pace, theirs), daemon=True)
     process.start()
-    ours.recv()
+    theirs.close()  # so that its end is seen
 
     def ask(texts: Texts, clients: int) -> Seen:
-        ours.send((texts, clients))
-        return ours.recv()
+        try:
+            ours.send((texts, clients))
+            return ours.recv()
+        except (EOFError, OSError) as e:
+            raise EngineError("the process of LLM has ended: see above") from e
 
-    yield Way(ask, {"llm": psutil.Process(process.pid)})
-    ours.send(None)
-    process.join()
+    try:
+        with contextlib.suppress(EOFError):  # the first question says so
+            ours.recv()
+        yield Way(ask, {"llm": psutil.Process(process.pid)})
+    finally:
+        ours.close()
+        process.join()
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ def test_a_pace_is_kept_and_said_in_three_numbers(engine):
         start = time.monotonic()
         assert len(llm.generate([1, 2], SamplingParams(max_tokens=20, ignore_eos=True)).outputs[0].token_ids) == 20
         assert time.monotonic() - start >= 0.2
-    for text in ("fast", "1,2", "1,2,3,4", "-1,0,0", "nan,0,0"):
+    for text in ("fast", "1,2", "1,2,3,4", "-1,0,0", "nan,0,0", "1,nan,0", "inf,0,0"):
         with pytest.raises(ConfigError, match=r"give milliseconds of a step, a sequence and a prompt's token"):
             Pace.parse(text)
 
@@ -71,6 +71,7 @@ def test_tritons_model_gets_the_executor_that_computes_nothing(engine, tmp_path)
         (["--clients", "0"], "--clients is '0': give numbers from 1 on"),
         (["--paths", "llm,vllm"], "--paths names 'vllm': the paths are llm, triton_stream"),
         (["--pace", "fast"], "--pace is 'fast'"),
+        (["--requests", "0"], "--requests is 0: it must be at least 1"),
     ],
 )
 def test_bad_flags_are_one_sentence(flags, sentence, tmp_path, capsys):
