@@ -94,10 +94,14 @@ class _Store:
 
 @dataclass(frozen=True)
 class _Load:
-    """A block on its way back, and whom it is for: a table, and the ``fetched`` that it had when it asked."""
+    """A block on its way back, and whom it is for: a table, and the ``fetched`` that it had when it asked.
+
+    It has the tokens ``number * tokens_per_block`` and on of the sequence.
+    """
 
     copy: BlockCopy
     content: Content
+    number: int
     table: BlockTable
     fetched: list[int]
 
@@ -122,10 +126,12 @@ class HostCache:
     ----------
     num_stored, num_loaded, num_evicted : int
         Blocks copied to the host and back, and those that were given up for others.
+    num_loaded_tokens : int
+        Tokens whose blocks were copied back.
     """
 
     def __init__(self, blocks: BlockManager, memory: HostBlocks, disk: DiskCache | None = None) -> None:
-        self.num_stored = self.num_loaded = self.num_evicted = 0
+        self.num_stored = self.num_loaded = self.num_loaded_tokens = self.num_evicted = 0
         self._blocks = blocks
         self._memory = memory
         self._disk = disk
@@ -149,6 +155,7 @@ class HostCache:
             "max_host_blocks": self.num_slots,
             "stored_blocks_total": self.num_stored,
             "loaded_blocks_total": self.num_loaded,
+            "loaded_tokens_total": self.num_loaded_tokens,
             "host_evicted_blocks_total": self.num_evicted,
         }
 
@@ -205,10 +212,12 @@ class HostCache:
         if wanted and len(wanted) + num_left > self._blocks.num_free:
             self.let_go(table)
             return False
+        places = {key: place for place, key in enumerate(table.keys)} if wanted else {}
         for key, block in zip(wanted, self._blocks.take(len(wanted)), strict=True):
             slot, content = self._held[key]
             self._held.move_to_end(key)
-            self._loads[key] = _Load(BlockCopy(block, slot), content, table, table.fetched)
+            number = places[key] // self._blocks.num_tables
+            self._loads[key] = _Load(BlockCopy(block, slot), content, number, table, table.fetched)
             self._to_begin[1].append(self._loads[key])
         return True
 
@@ -255,6 +264,7 @@ class HostCache:
                     self._blocks.release(load.copy.block)
             self.num_stored += len(batch.stores)
             self.num_loaded += len(batch.loads)
+            self.num_loaded_tokens += len({load.number for load in batch.loads}) * self._blocks.tokens_per_block
         for key in [key for key, (_, read) in self._reads.items() if read.done()]:
             slot, read = self._reads.pop(key)
             content = read.result()

@@ -19,6 +19,8 @@ class Stats:
         Blocks that the host holds, and may hold.
     stored_blocks_total, loaded_blocks_total : int
         Blocks copied to the host and back.
+    loaded_tokens_total : int
+        Tokens whose blocks came back, of one block table or of several.
     disk_written_blocks_total, disk_read_blocks_total : int
         Blocks written to files, and read from them.
     evicted_blocks_total, host_evicted_blocks_total : int
@@ -43,6 +45,7 @@ class Stats:
     max_host_blocks: int = 0
     stored_blocks_total: int = 0
     loaded_blocks_total: int = 0
+    loaded_tokens_total: int = 0
     disk_written_blocks_total: int = 0
     disk_read_blocks_total: int = 0
     evicted_blocks_total: int = 0
@@ -61,11 +64,11 @@ class Stats:
     def hit_rates(self) -> dict[str, float]:
         """The share of all prompts' tokens that was found in each tier: "pool", "host" and "disk".
 
-        What came back from the host, and was read from the disk before, is counted by its blocks, once for all who find
-        them.
+        What came back from the host is counted once for all who find it, and of that what was read from the disk before
+        by the share of its blocks.
         """
-        loaded = min(self.loaded_blocks_total * self.tokens_per_block, self.reused_tokens_total)
-        read = min(self.disk_read_blocks_total * self.tokens_per_block, loaded)
+        loaded = min(self.loaded_tokens_total, self.reused_tokens_total)
+        read = loaded * min(self.disk_read_blocks_total / max(self.loaded_blocks_total, 1), 1)
         tokens = {"pool": self.reused_tokens_total - loaded, "host": loaded - read, "disk": read}
         return {tier: count / max(self.prompt_tokens_total, 1) for tier, count in tokens.items()}
 

@@ -58,3 +58,26 @@ def test_each_waits_for_its_own_copies_alone():
     host.poll()
     blocks.check()
     assert [host.is_fetching(table) for table in tables] == [False, False]
+
+
+def test_tokens_that_come_back_are_counted_once_for_all_tables():
+    """Of two tables the second sees five tokens: of sixteen tokens four blocks and two come back."""
+    memory, blocks, prompt = Memory(), BlockManager(8, 4, enable_partial_reuse=False, windows=[None, 5]), [*range(16), 1]
+    host, table = HostCache(blocks, memory), BlockTable()
+    blocks.open(table, prompt)
+    blocks.admit(table, 16, 16)
+    blocks.register(table, prompt[:16])
+    blocks.close(table)
+    host.begin()
+    memory.begun.pop()[-1].made = True
+    host.poll()
+    for index in blocks.take(8):  # something else, which nobody finds
+        blocks.release(index)
+    assert blocks.open(table, prompt) == 0
+    assert host.fetch(table, 0)
+    blocks.close(table)
+    host.begin()
+    memory.begun.pop()[-1].made = True
+    host.poll()
+    assert (host.num_loaded, host.num_loaded_tokens) == (6, 16)
+    assert blocks.open(table, prompt) == 16

@@ -779,6 +779,7 @@ def test_metrics_follow_the_stats():
         max_blocks=100,
         tokens_per_block=10,
         loaded_blocks_total=15,
+        loaded_tokens_total=150,
         disk_read_blocks_total=5,
         reused_tokens_total=200,
         prompt_tokens_total=500,
