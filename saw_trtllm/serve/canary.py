@@ -1,4 +1,4 @@
-"""Asks a server for one token now and then, to know that requests still go through all of its models."""
+"""Asks a server's ensemble for one token now and then, to know that requests still go through it."""
 
 from __future__ import annotations
 

@@ -113,8 +113,8 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
         code = codes.get(error.status_code, "invalid_json")
         path = request.url.path
         if error.status_code == 400:  # FastAPI's own, which does not say what is wrong
-            deep = isinstance(error.__cause__, RecursionError)
-            why = "it is nested too deeply" if deep else "it is not UTF-8"
+            whys = {RecursionError: "it is nested too deeply", UnicodeDecodeError: "it is not UTF-8"}
+            why = whys.get(type(error.__cause__), "it holds a number of too many digits")
             return error_response(path, ApiError(code, f"the body cannot be read: {why}; send a JSON object"), metrics)
         return error_response(path, ApiError(code, f"{request.method} {path}: {error.detail}"), metrics)
 
