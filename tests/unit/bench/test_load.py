@@ -214,7 +214,8 @@ def test_the_wait_for_a_place_counts_from_when_a_request_came(delay, seconds, mo
 
 def test_what_came_from_each_tier_is_a_share_of_the_prompts():
     before = Stats(prompt_tokens_total=200, reused_tokens_total=100, loaded_blocks_total=3, loaded_tokens_total=30)
-    after = Stats(10, prompt_tokens_total=600, reused_tokens_total=300, loaded_blocks_total=13, loaded_tokens_total=130)
+    after = replace(before, num_running=10, prompt_tokens_total=600, reused_tokens_total=300)
+    after = replace(after, loaded_blocks_total=13, loaded_tokens_total=130)
     counted = replace(after, disk_read_blocks_total=4).since(before)
     assert (counted.num_running, counted.loaded_blocks_total) == (10, 10)
     assert counted.hit_rates == {"pool": 0.25, "host": 60 / 400, "disk": 40 / 400}

@@ -62,7 +62,11 @@ def test_each_waits_for_its_own_copies_alone():
 
 def test_tokens_that_come_back_are_counted_once_for_all_tables():
     """Of two tables the second sees five tokens: of sixteen tokens four blocks and two come back."""
-    memory, blocks, prompt = Memory(), BlockManager(8, 4, enable_partial_reuse=False, windows=[None, 5]), [*range(16), 1]
+    memory, blocks, prompt = (
+        Memory(),
+        BlockManager(8, 4, enable_partial_reuse=False, windows=[None, 5]),
+        [*range(16), 1],
+    )
     host, table = HostCache(blocks, memory), BlockTable()
     blocks.open(table, prompt)
     blocks.admit(table, 16, 16)
