@@ -169,7 +169,7 @@ class GeneratingModel:
                 self._engine.begin(key, Asked(g.prompt, g.params, g.streaming, g.cache_salt, job.request_id))
             except Exception as e:
                 self.deliver([(key, [e])])
-        if job.closed:  # the first has failed while the others had not begun
+        if job.closed or job.cancelled:  # while some had not begun, which an abort then did not know of
             self._abort(job)
 
     def _answer(self) -> None:
@@ -239,6 +239,7 @@ class GeneratingModel:
     def _fail(self, job: Job, error: Exception) -> None:
         """End a request with an error; what its other prompts still give is dropped."""
         if not job.closed:
+            job.closed = True  # before it aborts: see _begin
             self._abort(job)
             self._close(job, self._error(error))
 

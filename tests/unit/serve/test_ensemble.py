@@ -67,7 +67,8 @@ def text_of(responses):
 
 
 def error_of(responses):
-    return responses[-1].error.code, responses[-1].error.message
+    error = responses[-1].error
+    return error and (error.code, error.message)
 
 
 def test_texts_are_those_of_the_runtime(open_models, llm):
@@ -120,6 +121,27 @@ def test_a_client_that_goes_away_ends_its_text(open_models, stream):
     assert error_of(gone.sender.wait_final()) == ("CANCELLED", "the request was cancelled")
     assert all(r.error is None for r in other.sender.wait_final())
     assert holder._llm.stats().used_blocks == 0
+
+
+@pytest.mark.parametrize("model_of", [lambda holder, _: holder, lambda _, model: model], ids=["local", "remote"])
+def test_a_client_that_goes_away_while_its_request_begins_ends_its_text(open_models, model_of, monkeypatch):
+    model = model_of(*open_models)
+    inputs = {"input_ids": i32([1]), "input_lengths": i32([1]), "request_output_len": i32([900]), "end_id": i32([-1])}
+    request = Request(asked(PROMPT, **LONG) if isinstance(model, EnsembleModel) else inputs)
+    aborted, begin, abort = threading.Event(), model._engine.begin, model._engine.abort
+
+    def late_begin(key, asked):
+        request.sender.cancelled = True
+        assert aborted.wait(60)
+        begin(key, asked)
+
+    def noticed_abort(key):
+        abort(key)
+        aborted.set()
+
+    monkeypatch.setattr(model._engine, "begin", late_begin)
+    monkeypatch.setattr(model._engine, "abort", noticed_abort)
+    assert error_of(answers(model, request)[0]) == ("CANCELLED", "the request was cancelled")
 
 
 def test_a_request_is_stopped_by_its_id(open_models):
