@@ -86,10 +86,12 @@ class ReferenceExecutor:
             raise EngineError(f"{path} cannot be read as an engine ({e}): build it anew with saw-build") from e
         if max_tokens is None:
             free = psutil.virtual_memory().available // collectives.size
-            fitting = ours.tokens_of_blocks(int(memory_fraction * free) // ours.block_bytes)
+            fitting = int(memory_fraction * free) // ours.block_bytes
             fitting = min(int(n) for n in collectives.all_gather(np.array(fitting)))
-            max_tokens = min(fitting, build.max_batch_size * build.max_seq_len)
-        self.num_blocks = ours.blocks_of_tokens(max_tokens)
+            self.num_blocks = min(fitting, ours.blocks_of_tokens(build.max_batch_size * build.max_seq_len))
+            max_tokens = ours.tokens_of_blocks(self.num_blocks)
+        else:
+            self.num_blocks = ours.blocks_of_tokens(max_tokens)
         if self.num_blocks == 0:
             raise EngineError(
                 f"the KV cache would hold {max_tokens} tokens and a block has {build.tokens_per_block}: give it more "

@@ -1,8 +1,10 @@
 """Windows bound what a sequence holds, and change nothing of what is computed."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -104,3 +106,13 @@ def test_a_sequence_holds_its_windows_and_no_more(family):
         result = llm.generate_async([5] * 120, SamplingParams(max_tokens=60, ignore_eos=True), streaming=True)
         most = max(llm.stats().used_blocks for _ in result)
     assert 0 < most <= config.blocks_for(180) < -(-180 // 16) * len(config.windows)
+
+
+def test_a_pool_takes_its_share_of_the_memory_and_no_more(family, monkeypatch):
+    """Where that is less than a sequence of max_seq_len takes, too."""
+    _, _, engines = family
+    engine = engines["saw_int4", True]
+    available = 10 * EngineConfig.load(engine).block_bytes
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    with LLM(engine, kv_cache_config=KvCacheConfig(free_gpu_memory_fraction=0.5)) as llm:
+        assert llm.executor.num_blocks == 5
