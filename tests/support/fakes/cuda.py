@@ -314,6 +314,8 @@ def install(monkeypatch: Any, total: int = TOTAL) -> Cuda:
         # What is imported over the stand-in goes with it, also where nothing had been imported before.
         monkeypatch.setitem(sys.modules, f"saw_trtllm.backends.tensorrt.{name}", None)
         del sys.modules[f"saw_trtllm.backends.tensorrt.{name}"]
+        # And from the package, where the last stand-in's would be found first.
+        monkeypatch.delattr(f"saw_trtllm.backends.tensorrt.{name}", raising=False)
     package, bindings = types.ModuleType("cuda"), types.ModuleType("cuda.bindings")
     package.bindings, bindings.runtime = bindings, cuda
     for name, module in (("cuda", package), ("cuda.bindings", bindings), ("cuda.bindings.runtime", cuda)):
