@@ -111,7 +111,7 @@ class _HalfReference(_Reference):
     def forward(self, step, cache):
         x = F.embedding(torch.from_numpy(step.input_ids).long(), self._embedding)
         for i, w in enumerate(self._layers):
-            x = _half(x + self._attention(i, w, self._norm(x, w["input_layernorm.weight"]), None, cache))
+            x = _half(x + self._attention(i, w, self._norm(x, w["input_layernorm.weight"]), self.plans, cache))
             y = self._norm(x, w["post_layernorm.weight"])
             gate, up = (_half(F.linear(y, w[f"mlp.{name}.weight"])) for name in ("fc", "gate"))
             y = _half(_half(gate * _half(torch.sigmoid(gate))) * up)

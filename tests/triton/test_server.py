@@ -286,7 +286,9 @@ def test_http(server, llm):
     status, text = post(server, "generate", body)
     assert status == 200
     assert json.loads(text)["text_output"] == PROMPT + expected
-    status, text = post(server, "generate_stream", {**body, "stream": True})
+    # Long enough that the first piece is on its way before the last token: pieces that wait go out as one.
+    expected = llm.generate(PROMPT, SamplingParams(max_tokens=200)).outputs[0].text
+    status, text = post(server, "generate_stream", {**body, "max_tokens": 200, "stream": True})
     assert status == 200
     events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
     assert "".join(e["text_output"] for e in events) == expected

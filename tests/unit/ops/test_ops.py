@@ -160,7 +160,7 @@ def lookup_arguments() -> dict[str, Any]:
 def sample_arguments() -> dict[str, Any]:
     kinds = {
         "logits": ("float32", 40, 1001),
-        "rows": ("uint8", 80 * SEQUENCES),
+        "rows": ("uint8", 96 * SEQUENCES),
         "tokens": ("int32", SEQUENCES),
         "logprobs": ("float64", SEQUENCES),
         "row_ends": ("int32", SEQUENCES),
@@ -316,7 +316,7 @@ BAD_ROWS = {
     "another sum": (ops.rms_norm, {"sum_out": Fake("float16", TOKENS, 6, 128)}, "sum_out has dtype float16"),
     "another gate": (ops.silu_mul, {"b": Fake("float16", TOKENS, 95)}, r"b has shape \[11, 95\]"),
     "long rows": (ops.lookup, {"rows": Fake("int64", TOKENS)}, "rows has dtype int64"),
-    "short rows": (ops.sample, {"rows": Fake("uint8", 95)}, r"rows has shape \[95\]: it must be \[240\]"),
+    "short rows": (ops.sample, {"rows": Fake("uint8", 95)}, r"rows has shape \[95\]: it must be \[288\]"),
     "a large vocabulary": (ops.sample, {"logits": Fake("float32", 40, 1 << 19)}, "a vocabulary of 524288: .* 262144"),
     "few logits": (
         ops.sample,

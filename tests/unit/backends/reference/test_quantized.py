@@ -169,7 +169,7 @@ def test_ranks_compute_what_one_does(case, tp_size, tmp_path):
     build(plan)
     config = EngineConfig.load(tmp_path / "engine")
     ranks = RankThreads(tmp_path / "engine", config, CACHE)
-    logits = run(ranks, config.pools, 20, 19, 1)
+    logits = run(ranks, config, 20, 19, 1)
     ranks.shutdown()
     want = hf_logits(model, SPLIT_PROMPT)
     np.testing.assert_allclose(logits, want, rtol=0, atol=model_rounding(want))
