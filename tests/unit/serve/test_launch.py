@@ -183,7 +183,9 @@ def test_template_without_models_is_an_error(tmp_path, monkeypatch):
 
 
 def test_parameters_come_back_from_their_strings():
-    parameters = Parameters(gpt_model_path="/e", add_special_tokens=False, max_tokens_in_paged_kv_cache=4096)
+    parameters = Parameters(
+        model_name="m", gpt_model_path="/e", add_special_tokens=False, max_tokens_in_paged_kv_cache=4096
+    )
     strings = parameters.strings(tuple(Parameters.model_fields))
     assert strings["add_special_tokens"] == "false"
     assert strings["tokenizer_dir"] == ""
