@@ -8,7 +8,6 @@ from pathlib import Path
 
 from benchmarks.accuracy.record import AccuracyResults
 from benchmarks.common.command import finish
-from benchmarks.common.record import check_writable
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
 
 
@@ -47,8 +46,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace, command: str) -> None:
-    if args.output is not None:
-        check_writable(args.output)
     try:
         from benchmarks.accuracy.real import run_real
         from benchmarks.accuracy.run import MODELS, run_accuracy

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from benchmarks.common.command import finish
 from benchmarks.common.environment import cpu_name, describe, gpu_name
-from benchmarks.common.record import check_writable
 from benchmarks.goodput.record import GoodputResults, Load
 from benchmarks.goodput.report import report
 from saw_trtllm.errors import ConfigError
@@ -54,8 +53,6 @@ def _run(args: argparse.Namespace, command: str) -> None:
     from benchmarks.goodput.run import run_goodput
     from benchmarks.goodput.vllm import CACHES
 
-    if args.output is not None:
-        check_writable(args.output)
     for name, least in {"conversations": 1, "turns": 1, "first_len": 1, "turn_len": 1, "answer_len": 2}.items():
         if getattr(args, name) < least:
             raise ConfigError(f"--{name} is {getattr(args, name)}: give at least {least}")

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from benchmarks.common.command import finish
-from benchmarks.common.record import check_writable
 from benchmarks.kernels.cases import PEERS, SUITES
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, KernelError
 
@@ -38,8 +37,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def _run(args: argparse.Namespace, command: str) -> None:
     peers = _peers(args.peers, args.official)
     suites = args.suite.split(",")
-    if args.output is not None:
-        check_writable(args.output)
     try:
         from benchmarks.kernels.suite import run_kernels
     except ModuleNotFoundError as e:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.common.command import finish
+from benchmarks.common.command import finish, parse_counts
 from benchmarks.common.environment import describe, gpu_name
-from benchmarks.common.record import check_writable
 from benchmarks.serving.load import Load, run_load
 from benchmarks.serving.report import report
-from saw_trtllm.errors import ConfigError
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -55,14 +53,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace, command: str) -> None:
-    if args.output is not None:
-        check_writable(args.output)
-    words = args.concurrency.split(",")
-    if not all(word.isdecimal() and int(word) for word in words):
-        raise ConfigError(f"--concurrency is {args.concurrency!r}: give numbers from 1 on, separated by commas")
+    concurrency = parse_counts(args.concurrency, "--concurrency")
     load = Load(args.output_tokens, args.prompt_words, args.requests, not args.whole, args.perf_analyzer)
     environment = describe(command, args.commit, gpu=gpu_name())
-    for results in run_load(args.engine_dir, load, list(map(int, words)), environment):
+    for results in run_load(args.engine_dir, load, concurrency, environment):
         if args.output is not None:
             results.save(args.output)
     print(report(results).plain())

@@ -6,10 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
-from benchmarks.common.command import finish
+from benchmarks.common.command import finish, parse_counts
 from benchmarks.common.environment import cpu_name, describe, gpu_name
 from benchmarks.common.null_executor import Pace
-from benchmarks.common.record import check_writable
 from benchmarks.serving.load import Load
 from benchmarks.streams.clients import Texts
 from benchmarks.streams.report import report
@@ -50,11 +49,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace, command: str) -> None:
-    if args.output is not None:
-        check_writable(args.output)
-    clients = args.clients.split(",")
-    if not all(word.isdecimal() and int(word) for word in clients):
-        raise ConfigError(f"--clients is {args.clients!r}: give numbers from 1 on, separated by commas")
+    clients = parse_counts(args.clients, "--clients")
     for name in ("prompt_tokens", "output_tokens", "requests"):
         if (number := getattr(args, name)) < 1:
             raise ConfigError(f"--{name} is {number}: it must be at least 1")
@@ -64,8 +59,7 @@ def _run(args: argparse.Namespace, command: str) -> None:
     pace = None if args.pace is None else Pace.parse(args.pace)
     texts = Texts((), args.output_tokens, args.requests, args.perf_analyzer)
     environment = describe(command, args.commit, gpu=gpu_name(), cpu=cpu_name(), cores=os.cpu_count())
-    counts = list(map(int, clients))
-    for results in measure(args.engine_dir, texts, args.prompt_tokens, counts, paths, pace, environment):
+    for results in measure(args.engine_dir, texts, args.prompt_tokens, clients, paths, pace, environment):
         if args.output is not None:
             results.save(args.output)
     print(report(results).plain())

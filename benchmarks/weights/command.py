@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from benchmarks.common.command import finish
-from benchmarks.common.record import check_writable
 from saw_trtllm.errors import BackendUnavailableError
 
 
@@ -27,8 +26,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace, command: str) -> None:
-    if args.output is not None:
-        check_writable(args.output)
     try:
         from benchmarks.weights.run import run_weights
     except ModuleNotFoundError as e:

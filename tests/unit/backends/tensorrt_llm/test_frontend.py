@@ -61,13 +61,6 @@ PROMPTS = [[5, 17, 101, 3, 44, 90, 12, 66, 150, 7, 8, 21, 33, 2, 140, 61, 77, 9]
 
 
 @pytest.fixture(scope="module")
-def frontend():
-    with fake_tensorrt_frontend.frontend() as loaded:
-        fake_tensorrt.get_plugin_registry().saw = True
-        yield loaded
-
-
-@pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Hugging Face folders and models by family, with fp16 weights and computing in fp32."""
     made = {}

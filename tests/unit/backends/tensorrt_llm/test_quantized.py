@@ -57,13 +57,6 @@ PARTS = {
 
 
 @pytest.fixture(scope="module")
-def frontend():
-    with fake_tensorrt_frontend.frontend() as loaded:
-        fake_tensorrt.get_plugin_registry().saw = True
-        yield loaded
-
-
-@pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Hugging Face folders of quantized models, and the models that they stand for in float32."""
     made = {}
