@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -13,7 +12,7 @@ from unittest import mock
 from saw_trtllm import LLM
 from saw_trtllm.engine.step import StepInputs
 from saw_trtllm.errors import ConfigError
-from saw_trtllm.runtime.executor import FinishedStep, PendingStep, StepOutput
+from saw_trtllm.runtime.executor import StepOutput
 
 #: Tokens that the executor gives in turn: letters, in the example's vocabulary.
 _FIRST, _NUM = 70, 26
@@ -52,14 +51,18 @@ class Pace(NamedTuple):
         return (self.step + self.sequence * count + self.prompt_token * (len(step.input_ids) - count)) / 1e3
 
 
-@dataclass(frozen=True)
-class _PacedStep:
-    output: StepOutput
-    due: float
+class _NullStep:
+    def __init__(self, due: float) -> None:
+        self._due = due
+
+    def draw(self, sampling: Sequence[Any]) -> None:
+        tokens = [-1 if state is None else _FIRST + state.draw % _NUM for state in sampling]
+        self._output = StepOutput(tokens, [0.0] * len(tokens), [None] * len(tokens))
 
     def result(self) -> StepOutput:
-        time.sleep(max(0.0, self.due - time.monotonic()))
-        return self.output
+        if (left := self._due - time.monotonic()) > 0:
+            time.sleep(left)
+        return self._output
 
 
 class NullExecutor:
@@ -78,14 +81,14 @@ class NullExecutor:
         self._due = 0.0
         self.asynchronous = any(pace)
 
-    def launch(self, step: StepInputs, sampling: Sequence[Any], context_logits: Sequence[bool], *_: Any) -> PendingStep:
+    def launch(self, step: StepInputs, sampling: Sequence[Any] | None, *_: Any) -> _NullStep:
         """Begin a step."""
-        tokens = [-1 if state is None else _FIRST + state.draw % _NUM for state in sampling]
-        output = StepOutput(tokens, [0.0] * len(tokens), [None] * len(tokens))
-        if not self.asynchronous:
-            return FinishedStep(output)
-        self._due = max(self._due, time.monotonic()) + self._pace.seconds(step)
-        return _PacedStep(output, self._due)
+        if self.asynchronous:
+            self._due = max(self._due, time.monotonic()) + self._pace.seconds(step)
+        pending = _NullStep(self._due)
+        if sampling is not None:
+            pending.draw(sampling)
+        return pending
 
     def shutdown(self) -> None:
         """Nothing is held."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from random import Random
 
 from saw_trtllm import SamplingParams
@@ -47,7 +48,7 @@ def expected_text(prompt: Sequence[int], max_tokens: int) -> list[int]:
     return text
 
 
-class _FailedStep:
+class _FailedStep(FinishedStep):
     def result(self) -> StepOutput:
         raise RuntimeError("injected at the result")
 
@@ -66,9 +67,9 @@ class FaultyExecutor:
         self._last: list[int] = []
 
     def launch(
-        self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
-    ) -> FinishedStep | _FailedStep:
-        """Compute a step at once, or fail."""
+        self, step: StepInputs, sampling: Sequence[SamplingState | None] | None, context_logits: Sequence[bool]
+    ) -> FinishedStep:
+        """Compute a step's rows at once, or fail."""
         fault = self._rng.random() / self._failures if self._failures else 2.0
         if fault < 0.5:
             self.injected += 1
@@ -77,7 +78,7 @@ class FaultyExecutor:
         ids, size = step.input_ids.tolist(), self._tokens_per_block
         for source, target, rows in step.copies:
             self._rows[target * size : target * size + rows] = self._rows[source * size : source * size + rows]
-        drawn, first = [], 0
+        rows_of, first = [], 0
         for i, end in enumerate(step.last_token_ids.tolist()):
             table = (step.kv_cache_block_offsets[0, i, 0] // 2).tolist()
             position = int(step.sequence_length[i]) - (end - first)
@@ -86,14 +87,15 @@ class FaultyExecutor:
                 row = _row(row, token if token >= 0 else self._last[-1 - token], position) ^ wrong
                 self._rows[table[position // size] * size + position % size] = row
                 position += 1
-            drawn.append(-1 if sampling[i] is None else row % VOCAB)
+            rows_of.append(row)
             first = end
+        self.injected += wrong
+        return (_FailedStep if wrong else FinishedStep)(partial(self._draw, rows_of), sampling)
+
+    def _draw(self, rows: list[int], sampling: Sequence[SamplingState | None]) -> StepOutput:
+        drawn = [-1 if state is None else row % VOCAB for row, state in zip(rows, sampling, strict=True)]
         self._last = [max(token, 0) for token in drawn]
-        if wrong:
-            self.injected += 1
-            return _FailedStep()
-        count = len(drawn)
-        return FinishedStep(StepOutput(drawn, [0.0] * count, [None] * count))
+        return StepOutput(drawn, [0.0] * len(drawn), [None] * len(drawn))
 
     def shutdown(self) -> None:
         """Nothing is held."""
@@ -128,7 +130,9 @@ class _Client:
     def _send(self, request_id: int) -> tuple[GenerationResult, list[int]] | None:
         rng = self._rng
         prompt = self._stem[: rng.choice((0, 8, 16, 40))] + [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 9))]
-        params = SamplingParams(max_tokens=rng.randrange(1, MAX_TOKENS + 1))
+        # The executor knows no penalties: a text with one is drawn later, and the same.
+        penalty = rng.choice((0.0, 0.0, 0.0, 1.0))
+        params = SamplingParams(max_tokens=rng.randrange(1, MAX_TOKENS + 1), presence_penalty=penalty)
         sequence = Scheduled(request_id, prompt, params)
         self._scheduler.check(sequence)
         detokenizer = Detokenizer(None, [], False)

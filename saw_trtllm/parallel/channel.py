@@ -21,7 +21,7 @@ from saw_trtllm.runtime.door import Address, Door, Who, exactly, knock
 
 #: Before each message: its number, its command and its bytes, which of a prefill's logits may be over 4 GiB.
 _HEAD = struct.Struct("!QBQ")
-Command = Literal["open", "launch", "take", "transfer", "wait", "close"]
+Command = Literal["open", "launch", "draw", "take", "transfer", "wait", "close"]
 _COMMANDS: tuple[Command, ...] = get_args(Command)
 #: What a connection is for.
 _STEPS, _LIFE = 0, 1

@@ -23,7 +23,7 @@ class Step(NamedTuple):
     """The arguments of :meth:`saw_trtllm.runtime.executor.Executor.launch`."""
 
     inputs: StepInputs
-    sampling: list[SamplingState | None]
+    sampling: list[SamplingState | None] | None
     context_logits: list[bool]
 
 
@@ -62,7 +62,7 @@ class StepEncoder:
         self._num_texts = 0
 
     def encode(
-        self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
+        self, step: StepInputs, sampling: Sequence[SamplingState | None] | None, context_logits: Sequence[bool]
     ) -> bytes:
         """Sizes, the step's int32 arrays one after the other, and what only few steps have."""
         offsets = step.kv_cache_block_offsets[self._pools, :, 0].transpose(1, 2, 0)
@@ -73,9 +73,12 @@ class StepEncoder:
         places = np.flatnonzero(offsets != known)
         blocks = offsets.reshape(-1)[places] // self._per_block[places % width % len(self._pools)]
         known[:] = offsets
-        keys, draws, more = self._states(sampling)
+        keys = draws = [-1] * count
+        more: dict[int, Any] | None = None  # the draws come by themselves
+        if sampling is not None:
+            keys, draws, more = self._states(sampling)
         rest = b""
-        if more or step.copies or True in context_logits:
+        if more != {} or step.copies or True in context_logits:
             logits = [i for i, wanted in enumerate(context_logits) if wanted]
             rest = pickle.dumps(([tuple(copy) for copy in step.copies], logits, more), 5)
         sizes = (len(step.input_ids), count, width, len(places), len(rest))
@@ -84,6 +87,10 @@ class StepEncoder:
             *(step.context_lengths, step.host_request_types, keys, draws, places, blocks),
         )
         return np.concatenate(parts, dtype=np.int32, casting="unsafe").tobytes() + rest
+
+    def encode_draws(self, sampling: Sequence[SamplingState | None]) -> bytes:
+        """Those of the last step, which was sent without."""
+        return pickle.dumps(self._states(sampling), 5)
 
     def _states(self, sampling: Sequence[SamplingState | None]) -> tuple[list[int], list[int], dict[int, Any]]:
         """The key and the number of each draw, -1 where there is none, and what else some of them need."""
@@ -143,7 +150,12 @@ class StepDecoder:
         wanted = [False] * count
         for i in logits:
             wanted[i] = True
-        return Step(inputs, self._states(keys.tolist(), draws.tolist(), more), wanted)
+        sampling = None if more is None else self._states(keys.tolist(), draws.tolist(), more)
+        return Step(inputs, sampling, wanted)
+
+    def decode_draws(self, message: bytes | bytearray) -> list[SamplingState | None]:
+        """What :meth:`StepEncoder.encode_draws` packed."""
+        return self._states(*pickle.loads(message))
 
     def _states(self, keys: list[int], draws: list[int], more: dict[int, Any]) -> list[SamplingState | None]:
         states: list[SamplingState | None] = []

@@ -68,7 +68,7 @@ class GroupExecutor:
         self._take_over(group)
 
     def launch(
-        self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
+        self, step: StepInputs, sampling: Sequence[SamplingState | None] | None, context_logits: Sequence[bool]
     ) -> PendingGroupStep:
         """Have all ranks launch a step, once they are there.
 
@@ -211,6 +211,19 @@ class PendingGroupStep:
 
     executor: GroupExecutor
     group: RankGroup
+
+    def draw(self, sampling: Sequence[SamplingState | None]) -> None:
+        """Tell all ranks.
+
+        Raises
+        ------
+        RankError
+            If one of them has been lost.
+        """
+        try:
+            self.group.draw(sampling)
+        except RankError as e:
+            raise self.executor.lose(self.group, e) from e
 
     def result(self) -> StepOutput:
         """Wait for all ranks, and give what rank 0 computed.

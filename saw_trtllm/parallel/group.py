@@ -134,11 +134,16 @@ class RankGroup:
         self._watcher.start()
 
     def launch(
-        self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
+        self, step: StepInputs, sampling: Sequence[SamplingState | None] | None, context_logits: Sequence[bool]
     ) -> None:
         """Have a step launched; see :class:`saw_trtllm.runtime.executor.Executor`."""
         with self._lock:
             self._channel.send("launch", self._encoder.encode(step, sampling, context_logits))
+
+    def draw(self, sampling: Sequence[SamplingState | None]) -> None:
+        """Say how the tokens of the step are chosen that was launched last."""
+        with self._lock:
+            self._channel.send("draw", self._encoder.encode_draws(sampling))
 
     def take(self) -> StepOutput:
         """The result of the oldest step that it was not taken of."""

@@ -145,6 +145,8 @@ def _follow(executor: Executor, channel: RankChannel, decoder: StepDecoder, rank
         _, command, body = channel.receive()
         if command == "launch":
             steps.append(executor.launch(*decoder.decode(body)))
+        elif command == "draw":
+            steps[-1].draw(decoder.decode_draws(body))
         elif command == "take":
             output = steps.popleft().result()
             while transfers and transfers[0].done():

@@ -1,7 +1,8 @@
 """The loop that drives an executor: schedule, launch, hand out tokens.
 
 An asynchronous executor always has the next step before the result of the last one is taken: what the host does between
-two steps, it does while one of them runs.
+two steps, it does while one of them runs. Where a draw of the next step depends on a token of the last one, as with the
+mask of a guided text, the next step's layers run meanwhile, and its draws follow once that token has been handed out.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class _Step:
 
     parts: list[Scheduled]
     pending: PendingStep
+    draws_late: bool
 
 
 class EngineCore:
@@ -221,6 +223,8 @@ class EngineCore:
             if not begun and not self._under_way and self._scheduler.host is not None:
                 self._scheduler.host.wait()  # what the next request needs is on its way
             self._finish(steps_left=1 if begun and self._executor.asynchronous else 0)
+            if begun and self._under_way and (step := self._under_way[-1]).draws_late:
+                step.pending.draw(self._sampling(step.parts))
         return not closing
 
     def _settle(self) -> None:
@@ -271,7 +275,8 @@ class EngineCore:
         parts = self._scheduler.schedule()
         if not parts:
             return False
-        sampling = [self._sampling(s) if s.samples else None for s in parts]
+        draws_late = self._scheduler.draws_late
+        sampling = None if draws_late else self._sampling(parts)
         context = [self._wants_context(s) for s in parts]
         try:
             step = self._packer.pack(parts, self._scheduler.copies)
@@ -282,12 +287,17 @@ class EngineCore:
             self._fail(parts, e)
             return False
         self._scheduler.launched(parts)
-        self._under_way.append(_Step(parts, pending))
+        self._under_way.append(_Step(parts, pending, draws_late))
         return True
 
-    def _sampling(self, s: Scheduled) -> SamplingState:
+    def _sampling(self, parts: list[Scheduled]) -> list[SamplingState | None]:
+        return [self._draw_of(s) if s.samples else None for s in parts]
+
+    def _draw_of(self, s: Scheduled) -> SamplingState | None:
         sequence = s.sequence
-        request = self._requests[sequence.request_id]
+        request = self._requests.get(sequence.request_id)
+        if request is None:  # it ended while this was in flight
+            return None
         banned = request.banned(s.num_drawn) if sequence.params.bans else ()
         mask = request.guide.mask if request.guide else None
         return SamplingState(sequence.params, sequence.prompt, sequence.generated, banned, s.num_drawn, mask)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,20 +36,44 @@ class StepOutput:
 class PendingStep(Protocol):
     """A step that has been launched."""
 
+    def draw(self, sampling: Sequence[SamplingState | None]) -> None:
+        """Say how the tokens of a step are chosen that was launched without; before its result, and the next launch.
+
+        What that fails with its result raises, unless ranks are lost.
+        """
+        ...
+
     def result(self) -> StepOutput:
         """Wait for the step, and give what it computed or raise what it failed with. Called once."""
         ...
 
 
-@dataclass(frozen=True)
 class FinishedStep:
-    """A step that was computed when it was launched."""
+    """A step that is computed at one go, as soon as its draws are known.
 
-    output: StepOutput
+    Parameters
+    ----------
+    compute : callable
+    sampling : sequence of SamplingState or None, optional
+        Its draws; without, they come by :meth:`draw`.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[Sequence[SamplingState | None]], StepOutput],
+        sampling: Sequence[SamplingState | None] | None,
+    ) -> None:
+        self._compute = compute
+        if sampling is not None:
+            self.draw(sampling)
+
+    def draw(self, sampling: Sequence[SamplingState | None]) -> None:
+        """Compute it."""
+        self._output = self._compute(sampling)
 
     def result(self) -> StepOutput:
         """Give what was computed."""
-        return self.output
+        return self._output
 
 
 class Executor(HostBlocks, Protocol):
@@ -70,7 +94,7 @@ class Executor(HostBlocks, Protocol):
     asynchronous: bool
 
     def launch(
-        self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
+        self, step: StepInputs, sampling: Sequence[SamplingState | None] | None, context_logits: Sequence[bool]
     ) -> PendingStep:
         """Begin to compute a step.
 
@@ -79,9 +103,11 @@ class Executor(HostBlocks, Protocol):
         step : StepInputs
             B sequences. Its arrays are the caller's again once the result has been taken. Where the executor is
             asynchronous, an input id of ``-1 - j`` is the token that sequence j of the step launched just before draws.
-        sampling : sequence of SamplingState or None
+        sampling : sequence of SamplingState or None, optional
             How to choose each sequence's next token; None for one that only fills the cache. To be read now: its tokens
             grow once earlier steps are done. A sequence with penalties has no token that the caller does not know.
+            Where one of them depends on a token of the step in flight, all come later, by :meth:`PendingStep.draw`: the
+            layers, which take most of a step's time, run meanwhile.
         context_logits : sequence of bool
             Which sequences want the logits of all their tokens.
 

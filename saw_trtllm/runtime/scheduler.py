@@ -59,6 +59,8 @@ class Scheduler:
     ----------
     copies : list of RowCopy
         Rows that are to be copied, in this order, before the step that was scheduled last.
+    draws_late : bool
+        Whether a draw of the step that was scheduled last depends on a token of the one in flight.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.copies: list[RowCopy] = []
+        self.draws_late = False
         self.num_preemptions = 0
         self._max_batch_size = max_batch_size
         self._max_num_tokens = max_num_tokens
@@ -122,7 +125,7 @@ class Scheduler:
 
         Empty when there is nothing to do, or nothing before the step in flight is done.
         """
-        self.copies = []
+        self.copies, self.draws_late = [], False
         if self.host is not None:
             self.host.poll()
             self._fetch()
@@ -135,10 +138,7 @@ class Scheduler:
         budget = self._max_num_tokens
         preemptions = self.num_preemptions
         step: dict[int, list[Scheduled]] = {PREFILL: [], DECODE: []}
-        begun = self._begun()
-        if begun is None:
-            return []
-        decodes, prefills, growing = begun
+        decodes, prefills, growing = self._begun()
         rest: Iterable[Scheduled] = chain(decodes, prefills)
         if len(decodes) <= budget and all(self.blocks.grow(part.sequence.table, part.end) for part in growing):
             step[DECODE], budget, rest = decodes, budget - len(decodes), prefills  # as it mostly is
@@ -170,11 +170,11 @@ class Scheduler:
             _check_whole(chosen)
         return chosen
 
-    def _begun(self) -> tuple[list[Scheduled], list[Scheduled], list[Scheduled]] | None:
+    def _begun(self) -> tuple[list[Scheduled], list[Scheduled], list[Scheduled]]:
         """What those that run compute next: decodes, prefills, and the decodes that need another block.
 
-        None if one's next choice depends on a token that nobody knows yet. It is in each step's way, for every
-        sequence: hence no function is called for a decode that follows another, and nothing made.
+        It is in each step's way, for every sequence: hence no function is called for a decode that follows another, and
+        nothing made.
         """
         decodes: list[Scheduled] = []
         prefills: list[Scheduled] = []
@@ -189,9 +189,9 @@ class Scheduler:
                     continue
             elif last.num_drawn + 1 == s.max_tokens:  # its last token
                 continue
-            elif s.needs_last_token:
-                return None
             else:
+                if s.needs_last_token:
+                    self.draws_late = True
                 start = last.end
                 spare = s.spare
                 if spare is None:

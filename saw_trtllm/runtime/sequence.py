@@ -38,7 +38,7 @@ class Sequence:
     max_tokens : int
         Of its text.
     needs_last_token : bool
-        Whether its next token cannot be chosen before the last one is known.
+        Whether its next token cannot be chosen before the last one is known; it may be computed up to there.
     """
 
     request_id: int

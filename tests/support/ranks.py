@@ -11,10 +11,12 @@ import numpy as np
 
 from saw_trtllm.backends.registry import open_executor
 from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.engine.step import StepInputs
 from saw_trtllm.runtime.collectives import Collectives, local_group
 from saw_trtllm.runtime.executor import FinishedStep, StepOutput
 from saw_trtllm.runtime.host_cache import CopiesMade
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
+from saw_trtllm.runtime.sampling import SamplingState
 
 
 def on_ranks(group: Sequence[Collectives], work: Callable[[Collectives], Any]) -> list[Any]:
@@ -42,12 +44,20 @@ class RankThreads:
         (self.num_blocks,) = {executor.num_blocks for executor in self.ranks}
         (self.num_host_blocks,) = {executor.num_host_blocks for executor in self.ranks}
 
-    def launch(self, *step: Any) -> FinishedStep:
+    def launch(
+        self, step: StepInputs, sampling: Sequence[SamplingState | None] | None, context_logits: Sequence[bool]
+    ) -> FinishedStep:
         """Run a step on all ranks."""
-        outputs = on_ranks(self._group, lambda ours: self.ranks[ours.rank].launch(*step).result())
-        for output in outputs[1:]:
-            assert_same(output, outputs[0])
-        return FinishedStep(outputs[0])
+
+        def run(draws: Sequence[SamplingState | None]) -> StepOutput:
+            outputs = on_ranks(
+                self._group, lambda ours: self.ranks[ours.rank].launch(step, draws, context_logits).result()
+            )
+            for output in outputs[1:]:
+                assert_same(output, outputs[0])
+            return outputs[0]
+
+        return FinishedStep(run, sampling)
 
     def transfer(self, *copies: Any) -> CopiesMade:
         """Copy blocks on all ranks."""

@@ -111,15 +111,15 @@ class ReferenceExecutor:
             ) from e
 
     def launch(
-        self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
+        self, step: StepInputs, sampling: Sequence[SamplingState | None] | None, context_logits: Sequence[bool]
     ) -> FinishedStep:
         """Compute a step; see :class:`saw_trtllm.runtime.executor.Executor`."""
-        return FinishedStep(self.execute(step, sampling, context_logits))
+        return FinishedStep(lambda draws: self.execute(step, draws, context_logits), sampling)
 
     def execute(
         self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
     ) -> StepOutput:
-        """Like :meth:`launch`, and give what was computed."""
+        """Compute a step whose draws are known."""
         self.cache.copy(step.copies)
         every = any(context_logits)
         with one_thread(self._num_threads):

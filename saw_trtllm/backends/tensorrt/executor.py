@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ class TensorRTExecutor:
             raise
 
     def launch(
-        self, step: StepInputs, sampling: Sequence[SamplingState | None], context_logits: Sequence[bool]
+        self, step: StepInputs, sampling: Sequence[SamplingState | None] | None, context_logits: Sequence[bool]
     ) -> PendingResult:
         """Begin a step; see :class:`saw_trtllm.runtime.executor.Executor`.
 
@@ -119,13 +120,11 @@ class TensorRTExecutor:
             If TensorRT, a plugin or CUDA rejects it.
         """
         call(runtime.cudaSetDevice, self._device)
-        slot = self._free_slot()
-        num_sequences = len(sampling)
+        num_sequences = len(context_logits)
         size = self._graphs.size_for(num_sequences) if _decodes_alone(step) else None
         if step.copies:
             self._copy_rows(step.copies)
             self._rows_copied.record(self._stream)
-        self._sampler.prepare(sampling)
         shape = self._staging.upload(step, self._stream, None if size is None else self._padded(size))
         addresses = self._staging.addresses(shape)
         if step.input_ids.min() < 0:
@@ -135,9 +134,10 @@ class TensorRTExecutor:
         else:
             self._graphs.launch(size, self._stream)
         rows = addresses[LAST_TOKEN_IDS.name] if self._every_token else 0
-        self._sampler.enqueue(self.logits.address, rows, num_sequences, self._stream.handle)
-        spans = self._wanted(step, sampling, context_logits)
-        return slot.take(self._stream, self._sampler, self.logits.address, spans)
+        pending = self._free_slot().begin(partial(self._draw, step, context_logits, rows))
+        if sampling is not None:
+            pending.draw(sampling)
+        return pending
 
     @property
     def num_ready_host_blocks(self) -> int:
@@ -281,6 +281,21 @@ class TensorRTExecutor:
         self._stream.synchronize()
 
     # -- steps
+
+    def _draw(
+        self,
+        step: StepInputs,
+        context_logits: Sequence[bool],
+        rows: int,
+        slot: ResultSlot,
+        sampling: Sequence[SamplingState | None],
+    ) -> list[slice | None]:
+        """Put a step's draws after its layers, and after them what the host wants of it; the rows of its logits."""
+        self._sampler.prepare(sampling)
+        self._sampler.enqueue(self.logits.address, rows, len(sampling), self._stream.handle)
+        spans = self._wanted(step, sampling, context_logits)
+        slot.download(self._stream, self._sampler, self.logits.address, spans)
+        return spans
 
     def _copy_rows(self, copies: Sequence[RowCopy]) -> None:
         """Copy rows from block to block, in this order, after the step in flight and before the next."""

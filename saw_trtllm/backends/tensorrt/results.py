@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import numpy as np
@@ -10,8 +11,11 @@ from saw_trtllm.backends.tensorrt.cuda import Event, PinnedBuffer, Stream
 from saw_trtllm.backends.tensorrt.sampler import GpuSampler
 from saw_trtllm.errors import KernelError
 from saw_trtllm.runtime.executor import StepOutput
+from saw_trtllm.runtime.sampling import SamplingState
 
 _FLOAT = np.dtype(np.float32).itemsize
+#: Puts a step's draws on the stream, and what a slot takes of them; gives the rows of the logits that it takes.
+Enqueue = Callable[["ResultSlot", Sequence[SamplingState | None]], list[slice | None]]
 
 
 class ResultSlot:
@@ -31,13 +35,14 @@ class ResultSlot:
         self._vocab_size = vocab_size
         self._pending: PendingResult | None = None
 
-    def take(
-        self,
-        stream: Stream,
-        sampler: GpuSampler,
-        logits: int,
-        spans: list[slice | None],
-    ) -> PendingResult:
+    def begin(self, enqueue: Enqueue) -> PendingResult:
+        """Be for a step, whose layers have been launched and whose draws ``enqueue`` puts after them."""
+        if self._pending is not None:
+            self._pending.finish()
+        self._pending = PendingResult(self, enqueue)
+        return self._pending
+
+    def download(self, stream: Stream, sampler: GpuSampler, logits: int, spans: list[slice | None]) -> None:
         """Have a step's results copied here, after its last kernel.
 
         Parameters
@@ -50,8 +55,6 @@ class ResultSlot:
         spans : list of slice or None
             Rows of them that each sequence asks for.
         """
-        if self._pending is not None:
-            self._pending.finish()
         n, row_bytes = len(spans), self._vocab_size * _FLOAT
         stream.download(self._tokens.address, sampler.tokens_ptr, n * 4)
         stream.download(self._logprobs.address, sampler.logprobs_ptr, n * 8)
@@ -66,8 +69,6 @@ class ResultSlot:
                 stream.download(self._logits.address + at, logits + span.start * row_bytes, nbytes)
                 at += nbytes
         self._done.record(stream)
-        self._pending = PendingResult(self, spans)
-        return self._pending
 
     def read(self, spans: list[slice | None]) -> StepOutput:
         """Wait for the step, and copy its results out."""
@@ -91,9 +92,17 @@ class ResultSlot:
 class PendingResult:
     """A step in flight; see :class:`saw_trtllm.runtime.executor.PendingStep`."""
 
-    def __init__(self, slot: ResultSlot, spans: list[slice | None]) -> None:
-        self._slot, self._spans = slot, spans
-        self._output: StepOutput | KernelError | None = None
+    def __init__(self, slot: ResultSlot, enqueue: Enqueue) -> None:
+        self._slot, self._enqueue = slot, enqueue
+        self._spans: list[slice | None] = []
+        self._output: StepOutput | Exception | None = None
+
+    def draw(self, sampling: Sequence[SamplingState | None]) -> None:
+        """Launch the draws. What this fails with the result raises."""
+        try:
+            self._spans = self._enqueue(self._slot, sampling)
+        except Exception as e:
+            self._output = e
 
     def finish(self) -> None:
         """Wait, and keep the result: its slot is needed."""
@@ -112,6 +121,6 @@ class PendingResult:
             If the GPU failed.
         """
         self.finish()
-        if isinstance(self._output, KernelError):
+        if isinstance(self._output, Exception):
             raise self._output
         return cast(StepOutput, self._output)

@@ -42,6 +42,9 @@ class RememberingExecutor:
         ids = step.input_ids.copy()
         ids[ids < 0] = self._drawn[-1 - ids[ids < 0]]
         blocks = step.kv_cache_block_offsets[0, :, 0] // self._per_block
+        return FinishedStep(lambda draws: self._run(step, ids, blocks, draws), sampling)
+
+    def _run(self, step, ids, blocks, sampling):
         tokens, start = [], 0
         for i, (end, length, state) in enumerate(zip(step.last_token_ids, step.sequence_length, sampling, strict=True)):
             at = np.arange(length - (end - start), length)
@@ -56,7 +59,7 @@ class RememberingExecutor:
         total = self._collectives.all_reduce(drawn)
         assert (total == drawn * self._collectives.size).all()
         self._drawn = drawn
-        return FinishedStep(StepOutput(tokens, [0.0] * len(tokens), [None] * len(tokens)))
+        return StepOutput(tokens, [0.0] * len(tokens), [None] * len(tokens))
 
     def transfer(self, stores, loads):
         for block, slot in stores:

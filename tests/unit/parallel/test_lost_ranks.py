@@ -44,6 +44,10 @@ class Losing:
     def __init__(self, executor, step):
         self._executor, self._step, self._made = executor, step, False
 
+    def draw(self, sampling):
+        self._executor._lose()
+        self._step.draw(sampling)
+
     def result(self):
         self._executor._lose()
         return self._step.result()
@@ -81,7 +85,9 @@ def requests(count, max_tokens=40):
     rng = np.random.default_rng(3)
     stem = rng.integers(8, 1000, 150).tolist()
     prompts = [stem[: rng.integers(0, 150)] + rng.integers(8, 1000, 5).tolist() for _ in range(count)]
-    params = [SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=i) for i in range(count)]
+    # The executor knows no penalties: a text with one is drawn later, and the same.
+    late = [{"presence_penalty": 1.0} if i % 5 == 0 else {} for i in range(count)]
+    params = [SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=i, **late[i]) for i in range(count)]
     return prompts, params, [expected_text(p, s.seed, max_tokens, 1024) for p, s in zip(prompts, params, strict=True)]
 
 

@@ -42,7 +42,9 @@ def requests(count, max_tokens, vocab=1024):
     prompts = [
         stem[: rng.integers(0, 200)] + rng.integers(8, vocab, rng.integers(1, 30)).tolist() for _ in range(count)
     ]
-    params = [SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=i) for i in range(count)]
+    # The executor knows no penalties: a text with one is drawn later, and the same.
+    late = [{"presence_penalty": 1.0} if i % 5 == 0 else {} for i in range(count)]
+    params = [SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=i, **late[i]) for i in range(count)]
     return prompts, params, [expected_text(p, s.seed, max_tokens, vocab) for p, s in zip(prompts, params, strict=True)]
 
 

@@ -1,13 +1,15 @@
 """An executor that runs beside the host: the same outputs as one that does not, however requests end."""
 
 import logging
+import re
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from saw_trtllm import KvCacheConfig, SamplingParams
+from saw_trtllm import GuidedDecodingParams, KvCacheConfig, SamplingParams
 from saw_trtllm import llm as llm_module
 from saw_trtllm.errors import EngineError
 from tests.support.executor.asynchronous import AsyncExecutor
@@ -111,19 +113,66 @@ def test_texts_end_where_they_end(open_llm, open_async):
     assert_nothing_held(llm)
 
 
-def test_penalties_wait_for_what_they_depend_on(open_llm, open_async):
-    """The executor checks that none is asked for behind a token that is not known."""
-    params = [
-        SamplingParams(max_tokens=15, ignore_eos=True, repetition_penalty=1.3),
-        SamplingParams(max_tokens=15, ignore_eos=True, presence_penalty=1.0, temperature=1.0),
-        SamplingParams(max_tokens=15, ignore_eos=True, frequency_penalty=0.7, temperature=1.0, seed=8),
-        SamplingParams(max_tokens=30, ignore_eos=True),
-    ]
-    expected = [o.outputs[0] for o in open_llm().generate([STEM] * 4, params)]
-    assert len({tuple(o.token_ids[:15]) for o in expected}) == 4
+#: Texts whose draws depend on the token before, and one that ends late and does not.
+DEPENDENT = [
+    SamplingParams(max_tokens=15, ignore_eos=True, repetition_penalty=1.3),
+    SamplingParams(max_tokens=15, ignore_eos=True, presence_penalty=1.0, temperature=1.0),
+    SamplingParams(max_tokens=15, ignore_eos=True, frequency_penalty=0.7, temperature=1.0, seed=8),
+    SamplingParams(max_tokens=15, guided_decoding=GuidedDecodingParams(regex="[a-f]{2,40}"), temperature=1.0, seed=3),
+    SamplingParams(max_tokens=15, guided_decoding=GuidedDecodingParams(regex="(yes|no|perhaps)")),
+    SamplingParams(max_tokens=15, ignore_eos=True, bad=["e", "se"], top_p=0.9, temperature=1.5, seed=4),
+    SamplingParams(max_tokens=30, ignore_eos=True),
+]
+
+
+def test_what_depends_on_the_last_token_is_drawn_late_and_holds_nobody_up(open_llm, open_async):
+    """The executor checks that no draw is asked for that depends on a token that is not known."""
+    prompts = [STEM] * len(DEPENDENT)
+    expected = [o.outputs[0] for o in open_llm().generate(prompts, DEPENDENT)]
+    assert len({tuple(o.token_ids[:15]) for o in expected}) == len(DEPENDENT)
+    assert re.fullmatch("[a-f]{2,40}", expected[3].text)
+    assert expected[4].text in ("yes", "no", "perhaps")
     llm, executor = open_async()
-    assert [o.outputs[0] for o in llm.generate([STEM] * 4, params)] == expected
-    assert executor.num_ahead > 8  # once the last has no company
+    assert [o.outputs[0] for o in llm.generate(prompts, DEPENDENT)] == expected
+    assert executor.num_ahead >= 29  # each step but the first, as without them
+    assert 13 <= executor.num_late <= 15
+    assert_nothing_held(llm)
+
+
+def test_a_text_that_ends_before_its_late_draw_draws_nothing(open_async):
+    """It ends with the token that the draw would have depended on; those beside it are what they are alone."""
+    llm, executor = open_async("fp16")
+    alone = [llm.generate(STEM, p).outputs[0] for p in DEPENDENT]
+    end = alone[0].token_ids[6]
+    first = next(i for i, token in enumerate(alone[0].token_ids) if token == end)
+    params = [replace(DEPENDENT[0], ignore_eos=False, end_id=end), *DEPENDENT[1:]]
+    executor.num_rows = 0
+    found = [o.outputs[0] for o in llm.generate([STEM] * len(params), params)]
+    assert (found[0].token_ids, found[0].finish_reason) == (alone[0].token_ids[:first], "stop")
+    assert found[1:] == alone[1:]
+    assert_nothing_held(llm)
+
+
+@pytest.mark.parametrize("where", ["launch", "result"])
+def test_a_failing_step_ends_no_late_draw_of_others(open_async, caplog, where):
+    """The step before fails, or the next one: what is left of the step in flight is drawn."""
+    params = SamplingParams(max_tokens=12, ignore_eos=True, repetition_penalty=1.3)
+    llm, executor = open_async("fp16", kv_cache_config=KvCacheConfig(enable_block_reuse=False))
+    expected = llm.generate([8, 9], params)
+    executor.fail_in, executor.fail_on = where, 1000
+    with caplog.at_level(logging.CRITICAL):
+        executor.gate.clear()
+        broken = llm.generate_async([5, 1000], params)
+        if where == "result":
+            wait_until(lambda: len(executor._under_way) == 2)
+        good = llm.generate_async([8, 9], params)
+        executor.gate.set()
+        with pytest.raises(EngineError):
+            broken.result(60)
+        if where == "result":
+            assert good.result(60).outputs == expected.outputs
+    assert_nothing_held(llm)
+    assert llm.generate([8, 9], params).outputs == expected.outputs
 
 
 def test_logits_are_those_of_a_synchronous_one(open_llm, open_async):

@@ -594,7 +594,7 @@ class AheadRuntime(Runtime):
         super().__init__(**options)
         self.stop = stop
         self.under_way = []
-        self.num_ahead = self.num_thrown_away = 0
+        self.num_ahead = self.num_late = self.num_thrown_away = 0
 
     @property
     def has_work(self):
@@ -624,6 +624,9 @@ class AheadRuntime(Runtime):
             for part, blocks in written:
                 other = part.sequence is not scheduled.sequence
                 assert not (other and blocks & set(held(scheduled.sequence.table))), "a block is given away too early"
+        depends = [p.sequence.needs_last_token and p.num_drawn > len(p.sequence.generated) for p in step if p.samples]
+        assert self.scheduler.draws_late or not any(depends), "a draw does not wait for the token that it depends on"
+        self.num_late += any(depends)
         self.scheduler.launched(step)
         self.model.copy(self.scheduler.copies)
         tokens = []
@@ -686,18 +689,19 @@ def test_what_a_removed_sequence_holds_is_freed_behind_its_step():
     assert (first.table.blocks, second.table.blocks) == ([], [])
 
 
-def test_penalties_and_preemptions_wait_for_the_step_under_way():
-    for params, blocks in (({"repetition_penalty": 1.5}, 100), ({}, 6)):
-        runtime = AheadRuntime(stop=None, num_blocks=blocks, reuse=False)
-        for i in range(3):
-            runtime.add([i] * 4, 12, **params)
-        waited = []
-        while runtime.scheduler.has_work:
-            under_way = bool(runtime.under_way)
-            waited.append(not runtime.step() and under_way and bool(runtime.scheduler.running))
-        assert any(waited)
-        assert runtime.run() == {i: alone([i] * 4, 12) for i in range(3)}
-    assert runtime.scheduler.num_preemptions > 0
+@pytest.mark.parametrize(("params", "num_blocks"), [({"repetition_penalty": 1.5}, 100), ({}, 6)])
+def test_preemptions_wait_for_the_step_under_way_and_penalties_with_their_draws(params, num_blocks):
+    runtime = AheadRuntime(stop=None, num_blocks=num_blocks, reuse=False)
+    for i in range(3):
+        runtime.add([i] * 4, 12, **params)
+    waited = []
+    while runtime.scheduler.has_work:
+        under_way = bool(runtime.under_way)
+        waited.append(not runtime.step() and under_way and bool(runtime.scheduler.running))
+        assert params or not runtime.scheduler.draws_late
+    assert runtime.run() == {i: alone([i] * 4, 12) for i in range(3)}
+    assert (any(waited), runtime.scheduler.num_preemptions > 0) == (not params, not params)
+    assert runtime.num_late == (11 if params else 0), "each step but the prompts'"
 
 
 @many_loads

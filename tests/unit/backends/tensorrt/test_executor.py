@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from saw_trtllm import LLM, KvCacheConfig, SamplingParams
+from saw_trtllm import LLM, GuidedDecodingParams, KvCacheConfig, SamplingParams
 from saw_trtllm.backends.tensorrt import device
 from saw_trtllm.build import build, plan_build
 from saw_trtllm.engine.config import EngineConfig
@@ -213,8 +213,35 @@ def test_logits_come_to_the_host_for_those_who_ask(folders, machine):
                 np.testing.assert_array_equal(x, y)
 
 
+def test_texts_that_are_guided_or_depend_on_the_last_token_are_those_of_the_reference(folders, machine):
+    """In steps that are launched ahead, beside sequences that depend on nothing; some end early."""
+    reference, folder = folders()
+    prompts, params = requests(9, seed=6)
+    wanted = [{"json": {"enum": ["yes", "no"]}}, {"regex": "[a-z]{3,9}"}, {"grammar": 'start: "(" start ")" | "x"'}]
+    params[:3] = [SamplingParams(max_tokens=12, guided_decoding=GuidedDecodingParams(**w)) for w in wanted]
+    params[3] = SamplingParams(max_tokens=12, bad=["e", " t"], temperature=1.0, seed=1)
+    expected, _, _ = generate(reference, prompts, params, **TOKENS)
+    machine(folder)
+    launches = []
+    executor = importlib.import_module("saw_trtllm.backends.tensorrt.executor").TensorRTExecutor
+    launch = executor.launch
+
+    def counted(self, step, sampling, context_logits):
+        launches.append((bool((step.input_ids < 0).any()), sampling is None))
+        return launch(self, step, sampling, context_logits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "launch", counted)
+        found, _, _ = generate(folder, prompts, params, **TOKENS)
+    assert [(o.token_ids, o.finish_reason) for o in found] == [(o.token_ids, o.finish_reason) for o in expected]
+    assert found[0].text in ('"yes"', '"no"')
+    ahead = [late for unknown, late in launches if unknown]
+    assert len(ahead) >= 10, "each step but the prompts' is launched before the last one's tokens are known"
+    assert sum(ahead) >= 9, "and drawn after"
+
+
 def test_what_the_kernel_lacks_is_drawn_on_the_host(folders, machine):
-    """Beside sequences that the GPU draws: their next step is not begun before their last token is known."""
+    """Beside sequences of which the GPU gives the token alone."""
     reference, folder = folders()
     prompts, params = requests(6, seed=3)
     wanted = [{"min_p": 0.2, "temperature": 1.5}, {"logit_bias": {7: 5.0}, "top_logprobs": 2}, {"bad_token_ids": [7]}]
@@ -250,6 +277,43 @@ def test_a_step_takes_the_tokens_of_the_one_under_way(folders, open_executor):
     again.launch(pack(([5, 6, 7], 0, 3, PREFILL, [0]), ([9, 8], 0, 2, PREFILL, [1])), [None] * 2, [False] * 2).result()
     known = pack(([tokens[1]], 2, 2, DECODE, [1]), ([tokens[0]], 3, 3, DECODE, [0]))
     assert again.launch(known, [state()] * 2, [False] * 2).result().token_ids == found
+
+
+def test_late_draws_come_after_the_layers_and_before_the_next_step(folders, open_executor):
+    """The mask comes when the token before is known; the step after takes the token that it let pass."""
+    executor, cuda, _ = open_executor(folders()[1])
+    stream = cuda.streams[executor.stream]
+    first = executor.launch(pack(([5, 6, 7], 0, 3, PREFILL, [0])), [state()], [False])
+    late = executor.launch(pack(([-1], 3, 3, DECODE, [0])), None, [False])
+    enqueued = len(stream.work)
+    (token,) = first.result().token_ids
+    assert 0 < len(stream.work) < enqueued, "the layers are in the stream, and have not been waited for"
+    mask = np.zeros(32, np.uint32)
+    mask[3] = 1 << 7
+    late.draw([state()._replace(generated=[token], mask=mask)])
+    after = executor.launch(pack(([-1], 4, 3, DECODE, [0])), [state()], [False])
+    assert late.result().token_ids == [3 * 32 + 7]
+    again, _, _ = open_executor(folders()[1])
+    again.launch(pack(([5, 6, 7, token, 3 * 32 + 7], 0, 5, PREFILL, [0])), [None], [False]).result()
+    known = again.launch(pack(([3 * 32 + 7], 4, 3, DECODE, [0])), [state()], [False])
+    assert after.result().token_ids == known.result().token_ids
+
+
+def test_a_draw_that_fails_is_the_results(folders, open_executor, monkeypatch):
+    def no_room(sampling):
+        raise KernelError("no room")
+
+    executor, _, _ = open_executor(folders()[1])
+    first = executor.launch(pack(([5, 6, 7], 0, 3, PREFILL, [0])), [state()], [False])
+    late = executor.launch(pack(([-1], 3, 3, DECODE, [0])), None, [False])
+    token = first.result().token_ids[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(executor._sampler, "prepare", no_room)
+        late.draw([state()])
+    with pytest.raises(KernelError, match="no room"):
+        late.result()
+    again = executor.launch(pack(([token], 3, 3, DECODE, [0])), [state()], [False])
+    assert len(again.result().token_ids) == 1
 
 
 def test_a_third_launch_keeps_the_first_ones_result(folders, open_executor):
