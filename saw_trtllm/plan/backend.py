@@ -37,12 +37,16 @@ class BackendLimits(Protocol):
     ----------
     name : str
         As it stands in an engine's ``config.json``.
+    has_float32 : bool
+        Whether its engines compute in float32 too; a float32 model is built in float16 otherwise, where no dtype is
+        asked for, as in TensorRT-LLM.
     keeps_ranks : bool
         Whether the engine is split over the checkpoint's ranks where no other number is asked for; otherwise it is
         whole then.
     """
 
     name: BackendName
+    has_float32: bool
     keeps_ranks: bool
 
     def available(self) -> str:

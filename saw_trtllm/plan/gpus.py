@@ -90,6 +90,7 @@ class PlannedGpu:
     """A GPU that is not there; see :class:`saw_trtllm.plan.backend.BackendLimits`."""
 
     name: BackendName = "tensorrt"
+    has_float32 = False
     keeps_ranks = False
 
     def __init__(self, gpu: GpuModel) -> None:

@@ -67,7 +67,8 @@ class BuildOptions(BaseModel):
         None, description="layers of a saw_int4 cache with other bits of K and V, which are 8/4: as in 8/4:0,1,last"
     )
     dtype: Literal["auto"] | DTypeName = Field(
-        "auto", description="dtype of weights and activations; auto keeps the model's"
+        "auto",
+        description="dtype of weights and activations; auto keeps the model's, but has float16 for float32 on a GPU",
     )
     qformat: Literal["auto", "full_prec", "fp8", "int4_wo"] = Field(
         "auto",

@@ -113,6 +113,8 @@ def plan_engine(options: BuildOptions, backend: BackendLimits, reason: str, chec
     model = checkpoint.config.model_copy(deep=True)
     if options.dtype != "auto":
         model.dtype = options.dtype
+    elif model.dtype == "float32" and not backend.has_float32:
+        model.dtype = "float16"
     # What the checkpoint says of its weights is in the section of this project, layer by layer.
     model.quantization = ModelConfig.model_fields["quantization"].get_default(call_default_factory=True)
     formats = engine_formats(checkpoint, options.qformat)

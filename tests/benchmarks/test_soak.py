@@ -6,6 +6,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+pytest.importorskip("tritonclient", reason="the soak's server is asked by Triton's clients")
+
 from benchmarks.soak.__main__ import losses
 from benchmarks.soak.files import soak_files
 from benchmarks.soak.requests import FaultyExecutor, soak_requests

@@ -235,12 +235,12 @@ def assert_pool(step: Step, got: torch.Tensor, want: torch.Tensor) -> None:
     near = CODE_ROUNDING + errors / scale
     same_tail = (tails[0] == tails[1]).all(-1)
     different = (codes[0] != codes[1])[same_tail]
-    # Rows of 16-bit numbers that nothing rotates lie right between two codes now and then.
-    grid = torch.zeros_like(exact) if step.kv_format.rotate_v else spacing(exact, step.qkv.dtype) / scale
-    assert different.double().mean() <= changed_share((near + grid)[same_tail], 1.0)
+    quotient = ((exact - lo) / scale).clamp(0, 15)
+    # Rows of 16-bit numbers, turned by a factor of a power of two or not at all, lie between two codes now and then.
+    ties = quotient % 1 == 0.5
+    assert different.double().mean() <= changed_share(near[same_tail], 1.0) + ties[same_tail].double().mean()
 
     # Each code is the nearest to the exact row under the tail that is stored, but for quotients next to a half.
-    quotient = ((exact - lo) / scale).clamp(0, 15)
     assert ((codes[0].double() - quotient).abs() <= 0.5 + near).all()
 
 

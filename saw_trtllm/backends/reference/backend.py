@@ -26,6 +26,7 @@ class ReferenceBackend:
     """See :class:`saw_trtllm.plan.backend.Backend`."""
 
     name: BackendName = "reference"
+    has_float32 = True
     keeps_ranks = False
 
     def available(self) -> str:

@@ -26,6 +26,7 @@ class TensorRTBackend:
     """See :class:`saw_trtllm.plan.backend.Backend`."""
 
     name: BackendName = "tensorrt"
+    has_float32 = False
     keeps_ranks = False
 
     def available(self) -> str:

@@ -20,6 +20,7 @@ class TensorRTLLMLimits:
     """See :class:`saw_trtllm.plan.backend.BackendLimits`."""
 
     name: BackendName = "tensorrt_llm"
+    has_float32 = False
     keeps_ranks = True
 
     def available(self) -> str:

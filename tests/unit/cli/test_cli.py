@@ -427,7 +427,7 @@ def test_what_tensorrt_lacks_is_said_and_the_reference_taken(lacking, why, small
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("", "the model is in float32, and the plugins compute in 16 bits: give --dtype float16"),
+        ("--dtype float32", "the model is in float32, and the plugins compute in 16 bits: give --dtype float16"),
         ("--dtype float16 --input_timing_cache none", "--input_timing_cache none is not a file"),
         ("--dtype float16 --output_timing_cache none/here", "--output_timing_cache none/here cannot be written"),
         ("--dtype float16 --builder_optimization_level 6", "builder_optimization_level"),
@@ -441,6 +441,15 @@ def test_bad_flags_for_tensorrt_are_rejected(flags, said, small, tmp_path, monke
     argv = ["--model_dir", small, "--output_dir", tmp_path / "out", *flags.split()]
     assert said in rejected(capsys, saw_build.main, *argv)
     assert no_engine(tmp_path / "out")
+
+
+def test_a_float32_model_is_built_in_float16_on_a_gpu(small, tmp_path, monkeypatch, capsys):
+    pretend_gpu(monkeypatch)
+    argv = ["--model_dir", str(small), "--output_dir", str(tmp_path / "out"), "--dry_run", "--backend"]
+    for backend, dtype in (("tensorrt", "float16"), ("reference", "float32")):
+        assert saw_build.main([*argv, backend]) == 0
+        model = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("model"))
+        assert model.endswith(dtype)
 
 
 def test_phases_have_bars_of_their_own(monkeypatch, capsys):
