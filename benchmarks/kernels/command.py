@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.common.command import finish
-from benchmarks.kernels.cases import PEERS, SUITES
+from benchmarks.kernels.cases import FLASHINFER_PEERS, PEERS, SUITES
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, KernelError
 
 
@@ -15,8 +15,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     kernels = commands.add_parser(
         "kernels",
         help="time the CUDA kernels on this machine's GPU",
-        description="Time the CUDA kernels on this machine's GPU, beside FlashInfer and the SAW-INT4 paper's own "
-        "kernels: cold L2, CUDA graphs, all contenders of a case in turn.",
+        description="Time the CUDA kernels on this machine's GPU, beside FlashInfer, TensorRT-LLM's XQA and the "
+        "SAW-INT4 paper's own kernels: cold L2, CUDA graphs, all contenders of a case in turn.",
     )
     kernels.add_argument(
         "--suite", default=",".join(SUITES), metavar="NAMES", help="comma-separated (default: %(default)s)"
@@ -24,8 +24,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     kernels.add_argument(
         "--peers",
         metavar="NAMES",
-        help=f"comma-separated, of {', '.join(PEERS)}; or none (default: flashinfer, and official if --official is "
-        "given)",
+        help=f"comma-separated, of {', '.join(PEERS)}; or none (default: all, without official if --official is "
+        "not given)",
     )
     kernels.add_argument(
         "--official", type=Path, metavar="DIR", help="checkout that holds the paper's official Triton kernels"
@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace, command: str) -> None:
 def _peers(given: str | None, official: Path | None) -> list[str]:
     if given == "none":
         return []
-    names = given.split(",") if given is not None else ["flashinfer", *(["official"] if official else [])]
+    names = given.split(",") if given is not None else [*FLASHINFER_PEERS, *(["official"] if official else [])]
     if "official" in names and official is None:
         raise ConfigError("--peers official needs --official DIR: a checkout that holds the paper's Triton kernels")
     return names

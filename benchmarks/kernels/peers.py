@@ -1,15 +1,14 @@
-"""The other side: FlashInfer in bf16, and the SAW-INT4 paper's own Triton kernels."""
+"""The other side: FlashInfer and TensorRT-LLM's XQA, in bf16 and over fp8, and the SAW-INT4 paper's Triton kernels."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import importlib.util
-import itertools
 import math
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,13 +17,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels.cases import Case, Heads
+from benchmarks.kernels.cases import FLASHINFER_PEERS, FP8_PEERS, Case, Heads
 from benchmarks.kernels.problem import BYTES, DTYPE, Problem
 from benchmarks.kernels.run import Contender, Launch
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
 
-# "trtllm-gen" is never asked for: it waits for a download.
-FLASHINFER_BACKENDS = ("fa2", "fa3", "auto")
+FP8 = torch.float8_e4m3fn
+# "trtllm-gen" is never asked for: it waits for a download; fa3 does not compile for fp8 rows.
+FLASHINFER_BACKENDS = {DTYPE: ("fa2", "fa3", "auto"), FP8: ("fa2",)}
 FLASHINFER_WORKSPACE_BYTES = 512 << 20
 COMPILE_WORKSPACE_BYTES = 128 << 20
 
@@ -43,7 +43,7 @@ OFFICIAL_TAIL_BYTES = 8
 
 
 class FlashInfer:
-    """FlashInfer's paged and ragged attention in bf16, the fastest of its backends."""
+    """FlashInfer's paged and ragged attention, the fastest of its backends, and the XQA kernel that it carries."""
 
     def __init__(self) -> None:
         try:
@@ -54,46 +54,66 @@ class FlashInfer:
             ) from e
         self._workspace = torch.empty(FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
 
-    def compile(self, head_dims: Iterable[int]) -> None:
+    def compile(self, cases: Iterable[Case]) -> None:
         """Have all kernels compiled at once, which at first use would be one after the other."""
 
-        def plan(head_dim: int, backend: str) -> None:
-            heads = Heads(1, 1, head_dim)
+        def first_launch(name: str, heads: Heads, backend: str) -> None:
             problem = Problem.make(Case("decode", 1, 1, 63, (), heads))
+            workspace = torch.zeros(COMPILE_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
             # A backend that fails will say so where it is measured.
             with contextlib.suppress(Exception):
-                self._plan_decode(
-                    problem, backend, torch.empty(COMPILE_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
-                )
+                self._decode_launch(name, problem, backend, workspace, torch.empty_like(problem.q))()
 
+        kinds = {(name, case.heads) for case in cases for name in case.contenders if name in FLASHINFER_PEERS}
         with ThreadPoolExecutor() as pool:
-            list(pool.map(plan, *zip(*itertools.product(head_dims, ("fa2", "fa3")), strict=True)))
+            jobs = [
+                pool.submit(first_launch, name, heads, backend)
+                for name, heads in kinds
+                for backend in _backends(name)
+                if backend != "auto"
+            ]
+        for job in jobs:
+            job.result()
 
-    def decode(self, problem: Problem) -> Contender:
-        """``BatchDecodeWithPagedKVCacheWrapper`` on tensor cores."""
-        cache, out = _bf16_cache(problem), torch.empty_like(problem.q)
+    def decode(self, problem: Problem, name: str) -> Contender:
+        """``BatchDecodeWithPagedKVCacheWrapper`` on tensor cores, or XQA."""
+        out = torch.empty_like(problem.q)
+        variants = {
+            backend: partial(self._decode_launch, name, problem, backend, self._workspace, out)
+            for backend in _backends(name)
+        }
+        bytes_ = problem.rows * problem.case.heads.head_dim * _cache_dtype(name).itemsize + problem.io_bytes
+        return Contender(name, variants, bytes_, cosine=lambda: problem.cosine(out))
 
-        def plan(backend: str) -> Launch:
-            wrapper = self._plan_decode(problem, backend, self._workspace)
-            return lambda: wrapper.run(problem.q, cache, out=out)
-
-        bytes_ = problem.rows * problem.case.heads.head_dim * BYTES + problem.io_bytes
-        return _contender(problem, plan, out, bytes_)
-
-    def _plan_decode(self, problem: Problem, backend: str, workspace: torch.Tensor) -> Any:
-        heads = problem.case.heads
+    def _decode_launch(
+        self, name: str, problem: Problem, backend: str, workspace: torch.Tensor, out: torch.Tensor
+    ) -> Launch:
+        case, heads = problem.case, problem.case.heads
+        cache = _paged_cache(problem, _cache_dtype(name))
+        if backend == "xqa":
+            workspace.zero_()
+            lengths = torch.full((case.batch,), case.context, dtype=torch.int32, device="cuda")
+            return partial(
+                self._module.decode.trtllm_batch_decode_with_kv_cache,
+                *(problem.q, cache, workspace, problem.blocks.int(), lengths, case.context),
+                out=out,
+                bmm1_scale=1 / math.sqrt(heads.head_dim),
+                bmm2_scale=1.0,
+                backend=backend,
+                kv_layout="NHD",
+            )
         wrapper = self._module.BatchDecodeWithPagedKVCacheWrapper(
             workspace, "NHD", use_tensor_cores=True, backend=backend
         )
         wrapper.plan(
             *_page_table(problem),
-            *(heads.num_heads, heads.num_kv_heads, heads.head_dim, problem.case.tokens_per_block),
+            *(heads.num_heads, heads.num_kv_heads, heads.head_dim, case.tokens_per_block),
             q_data_type=DTYPE,
-            kv_data_type=DTYPE,
+            kv_data_type=cache.dtype,
         )
-        return wrapper
+        return partial(wrapper.run, problem.q, cache, out=out)
 
-    def prefill(self, problem: Problem) -> Contender:
+    def prefill(self, problem: Problem, name: str) -> Contender:
         """The ragged wrapper without history, the paged one with."""
         case, heads = problem.case, problem.case.heads
         out, ends = torch.empty_like(problem.q), _indptr(case.batch, case.chunk)
@@ -111,14 +131,19 @@ class FlashInfer:
             wrapper.plan(ends, *_page_table(problem), *shape, case.tokens_per_block, **dtypes)
             return lambda: wrapper.run(problem.q, cache, out=out)
 
-        cache = _bf16_cache(problem) if case.history else None
+        cache = _paged_cache(problem, DTYPE) if case.history else None
         bytes_ = problem.io_bytes + (problem.rows + 2 * case.tokens * heads.num_kv_heads) * heads.head_dim * BYTES
-        return _contender(problem, plan_paged if case.history else plan_ragged, out, bytes_)
+        plan = plan_paged if case.history else plan_ragged
+        variants = {backend: partial(plan, backend) for backend in _backends(name)}
+        return Contender(name, variants, bytes_, problem.flops, lambda: problem.cosine(out))
 
 
-def _contender(problem: Problem, plan: Callable[[str], Launch], out: torch.Tensor, bytes_: int) -> Contender:
-    variants = {backend: partial(plan, backend) for backend in FLASHINFER_BACKENDS}
-    return Contender("flashinfer", variants, bytes_, problem.flops, lambda: problem.cosine(out))
+def _cache_dtype(name: str) -> torch.dtype:
+    return FP8 if name in FP8_PEERS else DTYPE
+
+
+def _backends(name: str) -> tuple[str, ...]:
+    return ("xqa",) if name.startswith("xqa") else FLASHINFER_BACKENDS[_cache_dtype(name)]
 
 
 def _indptr(count: int, step: int) -> torch.Tensor:
@@ -133,14 +158,14 @@ def _page_table(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return _indptr(case.batch, problem.blocks.shape[1]), problem.blocks.flatten().int(), lengths
 
 
-def _bf16_cache(problem: Problem) -> torch.Tensor:
-    """``[pages, 2, tokens_per_block, num_kv_heads, head_dim]``: FlashInfer's layout NHD."""
+def _paged_cache(problem: Problem, dtype: torch.dtype) -> torch.Tensor:
+    """``[pages, 2, tokens_per_block, num_kv_heads, head_dim]``: FlashInfer's layout NHD. fp8 rows have no scales."""
     case, heads = problem.case, problem.case.heads
     shape = problem.blocks.numel(), 2, case.tokens_per_block, heads.num_kv_heads, heads.head_dim
     cache = torch.empty(shape, dtype=DTYPE, device="cuda")
     for which, x in enumerate((problem.k, problem.v)):
         cache[problem.blocks.flatten(), which] = x.reshape(-1, *shape[2:])
-    return cache
+    return cache.to(dtype)
 
 
 class Official:
@@ -174,7 +199,7 @@ class Official:
                 f"PyTorch and Triton installed"
             ) from e
 
-    def decode(self, problem: Problem) -> Contender:
+    def decode(self, problem: Problem, name: str) -> Contender:
         """Decode with the rotation of Q fused in, the best number of splits."""
         case, heads = problem.case, problem.case.heads
         pool = _OfficialPool(problem.blocks.numel() * case.tokens_per_block, case)
@@ -195,13 +220,13 @@ class Official:
 
         slots_flat = slots.flatten()
         return Contender(
-            "official",
+            name,
             {f"{splits} splits": partial(with_splits, splits) for splits in OFFICIAL_SPLITS},
             bytes=problem.rows * (heads.head_dim // 2 + OFFICIAL_TAIL_BYTES) + problem.io_bytes,
             cosine=lambda: problem.cosine(out),
         )
 
-    def write(self, case: Case) -> Contender:
+    def write(self, case: Case, name: str) -> Contender:
         """The fused rotation and write of K and V, which leaves RoPE and Q to others."""
         heads = case.heads
         shape = case.tokens, heads.num_kv_heads, heads.head_dim
@@ -214,7 +239,7 @@ class Official:
         slots = slots.flatten()
         row = heads.head_dim * BYTES + heads.head_dim // 2 + OFFICIAL_TAIL_BYTES
         return Contender(
-            "official",
+            name,
             {"": lambda: partial(self._fill, pool, k, v, slots, rotate_v=True)},
             bytes=2 * case.tokens * heads.num_kv_heads * row,
         )

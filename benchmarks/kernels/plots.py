@@ -19,6 +19,9 @@ _STYLES = {
     "folded": ("#E69F00", "p"),
     "int4": ("#56B4E9", "s"),
     "bf16": ("#009E73", "^"),
+    "xqa_fp8": ("#000000", "P"),
+    "flashinfer_fp8": ("#000000", "X"),
+    "xqa": ("#D55E00", "h"),
     "flashinfer": ("#D55E00", "D"),
     "official": ("#CC79A7", "v"),
 }
@@ -43,16 +46,15 @@ def _on_axes(plot: Callable[[Any, Results], None], results: Results, figure: Fig
     figure.legend(loc="outside right upper")
 
 
-def _lines(axes: Any, cases: list[CaseResult], x: list[float], scale: float = 1.0, spacing: float = 0.0) -> None:
+def _lines(axes: Any, cases: list[CaseResult], x: list[float], scale: float = 1.0, side_by_side: bool = False) -> None:
     """Medians over ``x``, with bars from p10 to p90; ``scale`` turns µs to the axis's unit.
 
-    With a ``spacing``, contenders stand side by side and no line joins their cases.
+    Where contenders stand ``side_by_side``, no line joins their cases.
     """
-    for i, (contender, (colour, marker)) in enumerate(_STYLES.items()):
-        shift = spacing * (i - (len(_STYLES) - 1) / 2)
+    shown = {c: style for c, style in _STYLES.items() if any(case.find(c) for case in cases)}
+    for i, (contender, (colour, marker)) in enumerate(shown.items()):
+        shift = 0.9 * ((i + 0.5) / len(shown) - 0.5) if side_by_side else 0.0
         found = [(at + shift, m) for at, case in zip(x, cases, strict=True) if (m := case.find(contender))]
-        if not found:
-            continue
         median = [m.median_us * scale for _, m in found]
         spread = [
             [(m.median_us - m.p10_us) * scale for _, m in found],
@@ -62,7 +64,7 @@ def _lines(axes: Any, cases: list[CaseResult], x: list[float], scale: float = 1.
             [at for at, _ in found],
             median,
             spread,
-            fmt=marker + ("" if spacing else "-"),
+            fmt=marker + ("" if side_by_side else "-"),
             color=colour,
             markersize=5,
             linewidth=1.2,
@@ -80,7 +82,7 @@ def _decode(axes: Any, results: Results) -> None:
     cases = [c for c in results.suite("decode") if (c.num_heads, c.num_kv_heads, c.head_dim) == (32, 8, 128)]
     cases.sort(key=lambda c: (c.batch * (c.history + 1), c.batch))
     x = [float(i) for i in range(len(cases))]
-    _lines(axes, cases, x, spacing=0.17)
+    _lines(axes, cases, x, side_by_side=True)
     for kv, style in (("saw_int4", "-"), ("fp16", ":")):
         fmt = KVFormat(kv, LLAMA.head_dim)
         floors = [

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from benchmarks.common.report import Report, Table, environment_table
 from benchmarks.common.target import target_table
-from benchmarks.kernels.cases import BOUNDS, LABELS, SUITES
+from benchmarks.kernels.cases import BOUNDS, FP8_PEERS, LABELS, SUITES
 from benchmarks.kernels.plots import plots
 from benchmarks.kernels.record import CaseResult, Measurement, Results
 
@@ -14,14 +14,19 @@ _SHAPES = {"decode": "sequences x context", "write": "tokens", "prefill": "token
 
 
 def suite_table(results: Results, suite: str) -> Table:
-    """Medians in µs by case and contender; rate, share and speedups of the first contender, ``saw_int4``."""
+    """Medians in µs by case and contender; rate, share and speedups of the first contender, ``saw_int4``.
+
+    The fp8 peer is the fastest of those that cache in 8 bits.
+    """
     cases = results.suite(suite)
     contenders = [c for c in LABELS if any(case.find(c) for case in cases)]
-    peers = [c for c in ("flashinfer", "official") if c in contenders and "saw_int4" in contenders]
+    rivals = {"the fp8 peer": FP8_PEERS, LABELS["flashinfer"]: ("flashinfer",), LABELS["official"]: ("official",)}
+    shown = set(contenders) if "saw_int4" in contenders else set()
+    rivals = {label: names for label, names in rivals.items() if shown.intersection(names)}
     rate = f"saw_int4 {'TFLOP/s' if suite == 'prefill' else 'GB/s'}"
     header = [_SHAPES[suite], *(f"{LABELS[c]} µs" for c in contenders), "saw_int4 p10 to p90", rate]
     header += [BOUNDS[suite]] if suite in BOUNDS else []
-    header += [f"speedup over {LABELS[peer]}" for peer in peers]
+    header += [f"speedup over {label}" for label in rivals]
     rows = [header]
     for case in cases:
         mine = case.find("saw_int4")
@@ -30,11 +35,16 @@ def suite_table(results: Results, suite: str) -> Table:
         row.append(_or_dash(mine, lambda m: f"{m.tflops:.0f}" if m.tflops else f"{m.gbps:.0f}"))
         if suite in BOUNDS:
             row.append(_or_dash(mine, lambda m: f"{100 * (m.share or 0):.1f} %"))
-        for peer in peers:
-            other = case.find(peer)
-            row.append(f"{other.median_us / mine.median_us:.2f}x" if mine and other else "-")
+        for names in rivals.values():
+            best = fastest(case, names)
+            row.append(f"{best / mine.median_us:.2f}x" if mine and best else "-")
         rows.append(row)
     return rows
+
+
+def fastest(case: CaseResult, contenders: Sequence[str]) -> float | None:
+    """The least median of some contenders in µs."""
+    return min((m.median_us for c in contenders if (m := case.find(c))), default=None)
 
 
 def _or_dash(measurement: Measurement | None, text: Callable[[Measurement], str]) -> str:
@@ -88,6 +98,10 @@ def _numbers(results: Results) -> dict[str, str]:
     for case in results.cases:
         for m in case.measurements:
             numbers[f"{case.suite} {case.name} {m.contender} µs"] = f"{m.median_us:.0f}"
+        mine, peer = case.find("saw_int4"), fastest(case, FP8_PEERS)
+        if mine and peer:
+            numbers[f"{case.suite} {case.name} fp8 peer µs"] = f"{peer:.0f}"
+            numbers[f"{case.suite} {case.name} over the fp8 peer"] = f"{peer / mine.median_us:.2f}x"
     return numbers
 
 

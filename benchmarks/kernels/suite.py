@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from benchmarks.common.environment import describe, version_of
 from benchmarks.kernels import paged_attention, rotate_quantize_kv
-from benchmarks.kernels.cases import OURS, Case, select_cases
+from benchmarks.kernels.cases import FLASHINFER_PEERS, OURS, Case, select_cases
 from benchmarks.kernels.peers import FlashInfer, Official
 from benchmarks.kernels.problem import Problem
 from benchmarks.kernels.record import Results
@@ -60,7 +60,7 @@ def run_kernels(
     if not torch.cuda.is_available():
         raise BackendUnavailableError("PyTorch sees no CUDA GPU: the kernels are measured on one; check nvidia-smi")
     kernels()
-    flashinfer = FlashInfer() if "flashinfer" in peers else None
+    flashinfer = FlashInfer() if set(FLASHINFER_PEERS) & set(peers) else None
     official = Official(official_dir) if "official" in peers and official_dir else None
     environment = describe(
         command,
@@ -74,7 +74,7 @@ def run_kernels(
     )
     with tqdm(total=len(cases), desc="compiling", unit="case", disable=None) as bar:
         if flashinfer:
-            flashinfer.compile({case.heads.head_dim for case in cases if "flashinfer" in case.contenders})
+            flashinfer.compile(cases)
         timer = CudaTimer(QUICK_REPETITIONS) if quick else CudaTimer()
         bandwidth = measure_bandwidth(timer)
         torch.cuda.empty_cache()
@@ -114,5 +114,5 @@ def _contenders(
             }[case.suite]
             yield name, partial(set_up, problem or case, name)
         else:
-            peer = flashinfer if name == "flashinfer" else official
-            yield name, partial(getattr(peer, case.suite), problem or case)
+            peer = flashinfer if name in FLASHINFER_PEERS else official
+            yield name, partial(getattr(peer, case.suite), problem or case, name)
