@@ -349,8 +349,9 @@ class EngineCore:
             self._stats.ttft_seconds_sum += time.monotonic() - request.arrival
             self._stats.ttft_count += 1
         self._stats.generated_tokens_total += 1
+        top = output.top_logprobs[i] if output.top_logprobs else ()
         try:
-            ended = request.push(output.token_ids[i], output.logprobs[i])
+            ended = request.push(output.token_ids[i], output.logprobs[i], top)
         except Exception as e:
             self._report_lost_text(request, e)
             ended = True

@@ -26,11 +26,15 @@ class StepOutput:
     logits : list of numpy.ndarray or None
         fp32 ``[n, vocab_size]`` of the sequences that asked for logits: of all their tokens of this step for those that
         want their prompt's, of the last one else.
+    top_logprobs : list of list of (int, float)
+        The likeliest tokens of each sequence under the model, the likeliest first, and their log-probabilities: so many
+        as its sampling parameters ask for. Empty where none asks.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     logits: list[np.ndarray | None]
+    top_logprobs: Sequence[list[tuple[int, float]]] = ()
 
 
 class PendingStep(Protocol):

@@ -12,7 +12,7 @@ import numpy as np
 from saw_trtllm.runtime.detokenizer import Detokenizer, Piece
 from saw_trtllm.runtime.guided_decoding import Guide
 from saw_trtllm.runtime.outputs import CompletionOutput, FinishReason, OutputQueue, RequestOutput
-from saw_trtllm.runtime.sampling import token_logprobs, top_logprobs
+from saw_trtllm.runtime.sampling import token_logprobs
 from saw_trtllm.runtime.sequence import Sequence as ScheduledSequence
 from saw_trtllm.runtime.stop_matcher import StopMatcher
 
@@ -101,16 +101,16 @@ class Request:
             if params.prompt_logprobs:
                 following = self.sequence.prompt[start + 1 : start + 1 + len(logits)]
                 self._prompt_logprobs += token_logprobs(logits[: len(following)], following)
-        if params.top_logprobs and samples:
-            self._top_logprobs.append(top_logprobs(logits[-1], params.top_logprobs))
         if params.return_generation_logits and samples:
             self._generation_logits.append(logits[-1:])
 
-    def push(self, token: int, logprob: float) -> bool:
+    def push(self, token: int, logprob: float, top_logprobs: Sequence[tuple[int, float]] = ()) -> bool:
         """Take the next token, hand out what it completes; True when the text has ended."""
         sequence, params = self.sequence, self.sequence.params
         sequence.generated.append(token)
         self._logprobs.append(logprob)
+        if params.top_logprobs:
+            self._top_logprobs.append(list(top_logprobs))
         count = len(sequence.generated)
         may_stop = count >= params.min_tokens
         if token in self.end_ids and may_stop:

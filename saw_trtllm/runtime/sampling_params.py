@@ -14,6 +14,9 @@ from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.guided_decoding import GuidedDecodingParams
 from saw_trtllm.runtime.keywords import check_keywords, is_number, shown
 
+#: Likeliest tokens of a place that a request may ask for.
+MAX_TOP_LOGPROBS = 100
+
 _LARGEST = sys.float_info.max
 
 
@@ -37,7 +40,7 @@ _RANGES = {
     "top_p": _Range(0, 1, "a number from 0 to 1", optional=True),
     "min_p": _Range(0, 1, "a number from 0 to 1", optional=True),
     "n": _Range(1, 128, "a whole number from 1 to 128", whole=True),
-    "top_logprobs": _Range(0, 100, "a whole number from 0 to 100", whole=True),
+    "top_logprobs": _Range(0, MAX_TOP_LOGPROBS, f"a whole number from 0 to {MAX_TOP_LOGPROBS}", whole=True),
     "seed": _Range(0, 2**64 - 1, "a whole number from 0 to 2**64 - 1", whole=True, optional=True),
     "repetition_penalty": _Range(1e-3, 1e3, "a number from 0.001 to 1000"),
     "presence_penalty": _Range(-1e3, 1e3, "a number from -1000 to 1000"),
@@ -255,7 +258,7 @@ class SamplingParams:
     @property
     def needs_logits(self) -> bool:
         """Whether the host needs the logits of each token that is generated."""
-        return self.return_generation_logits or self.top_logprobs > 0
+        return self.return_generation_logits
 
 
 def _as_tuple(values: Any) -> Any:

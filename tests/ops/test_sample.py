@@ -14,8 +14,8 @@ import torch
 from saw_trtllm import ops
 from saw_trtllm.backends.tensorrt.sample_rows import StagedRows, TokenLists
 from saw_trtllm.ops.sample import LISTED, ROW
-from saw_trtllm.runtime.sampling import SamplingState, sample
-from saw_trtllm.runtime.sampling_params import SamplingParams
+from saw_trtllm.runtime.sampling import SamplingState, sample, top_logprobs
+from saw_trtllm.runtime.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 
 _C = pytest.importorskip("saw_trtllm._C")
 
@@ -68,6 +68,9 @@ class Launch:
         self.row_ends = None if row_ends is None else torch.tensor(row_ends, dtype=torch.int32, device="cuda")
         self.tokens = torch.full((len(states) + 1,), -7, dtype=torch.int32, device="cuda")
         self.logprobs = torch.full((len(states) + 1,), torch.nan, dtype=torch.float64, device="cuda")
+        top = (len(states) + 1, MAX_TOP_LOGPROBS)
+        self.top_tokens = torch.full(top, -7, dtype=torch.int32, device="cuda")
+        self.top_logprobs = torch.full(top, torch.nan, dtype=torch.float64, device="cuda")
 
     def run(self):
         ops.sample(
@@ -75,6 +78,8 @@ class Launch:
             self.rows,
             tokens=self.tokens[:-1],
             logprobs=self.logprobs[:-1],
+            top_tokens=self.top_tokens[:-1],
+            top_logprobs=self.top_logprobs[:-1],
             row_ends=self.row_ends,
             stream=torch.cuda.current_stream(),
         )
@@ -86,8 +91,8 @@ class Launch:
         return self.tokens[:-1].tolist(), self.logprobs[:-1].cpu().numpy()
 
 
-def draw(logits, states, row_ends=None):
-    """Tokens and log-probabilities; the logits must be as they were, and what lies around them is poison."""
+def launched(logits, states, row_ends=None):
+    """A launch that is done; the logits must be as they were, and what lies around them is poison."""
     surrounded = torch.full((len(logits) + 2, logits.shape[1]), torch.nan)
     surrounded[1:-1] = torch.from_numpy(logits)
     before = surrounded.clone()
@@ -95,9 +100,14 @@ def draw(logits, states, row_ends=None):
     ends = [i + 2 for i in range(len(states))] if row_ends is None else [e + 1 for e in row_ends]
     launch = Launch(on_gpu, states, ends)
     launch.run()
-    results = launch.results()
+    torch.cuda.synchronize()
     assert torch.equal(on_gpu.cpu().view(torch.int32), before.view(torch.int32))
-    return results
+    return launch
+
+
+def draw(logits, states, row_ends=None):
+    """Tokens and log-probabilities."""
+    return launched(logits, states, row_ends).results()
 
 
 def state(params, i=0, prompt=(), generated=(), banned=(), index=None, mask=None):
@@ -209,6 +219,28 @@ def test_masks(params, vocab, rng):
         mask = None if i % 4 == 3 else packed(allowed)
         states.append(state({**params, **words, "logprobs": True}, i, [0], [vocab - 1], banned, mask=mask))
     check(random_logits(rng, 16, vocab), states)
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 129, 3001, 32_000, 128_256])
+@pytest.mark.parametrize("changes", [{}, {"repetition_penalty": 1.5}, {"top_p": 0.7, "temperature": 2.0}])
+def test_the_likeliest_tokens_and_their_logprobs_are_the_cpus(vocab, changes, rng):
+    """Of the logits as they came, equals by token; beside rows that want none, and nothing after what is wanted."""
+    counts = [0, 1, 5, 20, MAX_TOP_LOGPROBS]
+    logits = random_logits(rng, len(counts), vocab, dtype=np.float16)  # with equals
+    masks = [packed(rng.random(vocab) < 0.5) if i % 2 else None for i in range(len(counts))]
+    for mask in masks:
+        if mask is not None:
+            mask[0] |= 1
+    prompt = rng.integers(0, vocab, 9).tolist()
+    states = [state({**changes, "top_logprobs": n}, i, prompt, mask=masks[i]) for i, n in enumerate(counts)]
+    launch = launched(logits, states)
+    tokens, logprobs = launch.top_tokens.tolist(), launch.top_logprobs.cpu().numpy()
+    for row, count in enumerate(counts):
+        expected = top_logprobs(logits[row], count) if count else []
+        assert tokens[row][: len(expected)] == [token for token, _ in expected]
+        np.testing.assert_allclose(logprobs[row, : len(expected)], [x for _, x in expected], rtol=0, atol=1e-8)
+        assert set(tokens[row][len(expected) :]) <= {-7}
+    assert set(tokens[-1]) == {-7}
 
 
 def test_the_likeliest_banned(rng):

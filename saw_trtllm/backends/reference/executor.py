@@ -19,7 +19,7 @@ from saw_trtllm.paths import is_file
 from saw_trtllm.runtime.collectives import ALONE, Collectives
 from saw_trtllm.runtime.executor import FinishedStep, StepOutput
 from saw_trtllm.runtime.host_cache import BlockCopy, CopiesMade
-from saw_trtllm.runtime.sampling import SamplingState, sample
+from saw_trtllm.runtime.sampling import SamplingState, sample, top_logprobs
 
 try:
     import torch  # the lack of it is said here in one sentence rather than by whoever imports it first
@@ -126,16 +126,18 @@ class ReferenceExecutor:
             logits = self._model.forward(step, self.cache, all_logits=every).numpy()
         ends = step.last_token_ids if every else np.arange(1, len(sampling) + 1)
         starts = np.concatenate([[0], ends[:-1]])
-        tokens, logprobs, kept = [], [], []
+        tokens, logprobs, kept, tops = [], [], [], []
         for state, wants_all, start, end in zip(sampling, context_logits, starts, ends, strict=True):
             token, logprob = (-1, 0.0) if state is None else sample(logits[end - 1], state)
             tokens.append(token)
             logprobs.append(logprob)
+            top = 0 if state is None else state.params.top_logprobs
+            tops.append(top_logprobs(logits[end - 1], top) if top else [])
             wants_last = state is not None and state.params.needs_logits
             # Copies, since a view would keep the logits of the whole step in memory.
             first = start if wants_all else end - 1
             kept.append(logits[first:end].copy() if wants_all or wants_last else None)
-        return StepOutput(tokens, logprobs, kept)
+        return StepOutput(tokens, logprobs, kept, tops)
 
     @property
     def num_ready_host_blocks(self) -> int:

@@ -12,6 +12,7 @@ from saw_trtllm.backends.tensorrt.sampler import GpuSampler
 from saw_trtllm.errors import KernelError
 from saw_trtllm.runtime.executor import StepOutput
 from saw_trtllm.runtime.sampling import SamplingState
+from saw_trtllm.runtime.sampling_params import MAX_TOP_LOGPROBS
 
 _FLOAT = np.dtype(np.float32).itemsize
 #: Puts a step's draws on the stream, and what a slot takes of them; gives the rows of the logits that it takes.
@@ -29,8 +30,9 @@ class ResultSlot:
     def __init__(self, max_sequences: int, vocab_size: int) -> None:
         self._tokens = PinnedBuffer(max_sequences * 4)
         self._logprobs = PinnedBuffer(max_sequences * 8)
-        # Grown where logits are asked for, which is rare.
-        self._logits = PinnedBuffer(0)
+        # Grown where they are asked for, which is rare.
+        self._logits, self._top = PinnedBuffer(0), PinnedBuffer(0)
+        self._num_top: list[int] = []
         self._done = Event()
         self._vocab_size = vocab_size
         self._pending: PendingResult | None = None
@@ -58,10 +60,14 @@ class ResultSlot:
         n, row_bytes = len(spans), self._vocab_size * _FLOAT
         stream.download(self._tokens.address, sampler.tokens_ptr, n * 4)
         stream.download(self._logprobs.address, sampler.logprobs_ptr, n * 8)
+        self._num_top = sampler.num_top
+        if self._num_top:
+            places = n * MAX_TOP_LOGPROBS
+            self._top = _grown(self._top, places * (8 + 4))
+            stream.download(self._top.address, sampler.top_logprobs_ptr, places * 8)
+            stream.download(self._top.address + places * 8, sampler.top_tokens_ptr, places * 4)
         rows = sum(span.stop - span.start for span in spans if span is not None)
-        if self._logits.nbytes < rows * row_bytes:
-            self._logits.close()
-            self._logits = PinnedBuffer(rows * row_bytes)
+        self._logits = _grown(self._logits, rows * row_bytes)
         at = 0
         for span in spans:
             if span is not None:
@@ -81,12 +87,30 @@ class ResultSlot:
                 taken = kept[i] = self._logits.array(np.float32, shape, at).copy()
                 at += taken.nbytes
         tokens, logprobs = self._tokens.array(np.int32, (n,)), self._logprobs.array(np.float64, (n,))
-        return StepOutput(tokens.tolist(), logprobs.tolist(), kept)
+        return StepOutput(tokens.tolist(), logprobs.tolist(), kept, self._likeliest())
+
+    def _likeliest(self) -> list[list[tuple[int, float]]]:
+        shape = (len(self._num_top), MAX_TOP_LOGPROBS)
+        logprobs = self._top.array(np.float64, shape)
+        tokens = self._top.array(np.int32, shape, logprobs.nbytes)
+        counts = [min(max(count, 0), self._vocab_size) for count in self._num_top]
+        return [
+            list(zip(tokens[i, :count].tolist(), logprobs[i, :count].tolist(), strict=True))
+            for i, count in enumerate(counts)
+        ]
 
     def close(self) -> None:
         """Free it."""
-        for resource in (self._tokens, self._logprobs, self._logits, self._done):
+        for resource in (self._tokens, self._logprobs, self._logits, self._top, self._done):
             resource.close()
+
+
+def _grown(buffer: PinnedBuffer, nbytes: int) -> PinnedBuffer:
+    """A buffer of at least so many bytes: this one, or a new one in its place."""
+    if buffer.nbytes >= nbytes:
+        return buffer
+    buffer.close()
+    return PinnedBuffer(nbytes)
 
 
 class PendingResult:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saw_trtllm.ops.sample import BANNED, BY_LIKELIHOOD, BY_TOKEN, GREEDY, LISTED, NOTHING, ROW, UNSEEN
+from saw_trtllm.ops.sample import BANNED, BY_LIKELIHOOD, BY_TOKEN, GREEDY, LISTED, ROW, UNSEEN
 from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
@@ -36,7 +36,7 @@ class StagedRows:
                 self.rows[i] = self._row(params)
                 self._params[i] = params
         if any(params is not None for params in self._params[count:]):
-            self.rows["draw"][count:] = NOTHING
+            self.rows[count:] = np.zeros((), ROW)
             self._params[count:] = [None] * (len(self.rows) - count)
         self.rows["index"][:count] = [0 if state is None else state.draw for state in sampling]
         self.rows["num_listed"][:count] = 0
@@ -61,7 +61,7 @@ class StagedRows:
             0,
             min(params.top_k or 0, self._vocab_size),
             draw,
-            params.logprobs,
+            1 + params.top_logprobs if params.top_logprobs else params.logprobs,
         )
 
 

@@ -12,6 +12,7 @@ from saw_trtllm.errors import EngineError
 from saw_trtllm.ops.arrays import kernels, raise_for
 from saw_trtllm.ops.sample import LISTED, ROW
 from saw_trtllm.runtime.sampling import SamplingState
+from saw_trtllm.runtime.sampling_params import MAX_TOP_LOGPROBS
 
 
 class GpuSampler:
@@ -29,6 +30,10 @@ class GpuSampler:
     tokens_ptr, logprobs_ptr : int
         int32 and float64 ``[max_sequences]`` on the GPU: what the last launch chose, -1 where nothing was asked for,
         and the log-probabilities that were.
+    top_tokens_ptr, top_logprobs_ptr : int
+        int32 and float64 ``[max_sequences, MAX_TOP_LOGPROBS]`` on the GPU: the likeliest tokens under the model.
+    num_top : list of int
+        How many of those each sequence of the last :meth:`prepare` wants; empty if none does.
 
     Raises
     ------
@@ -44,9 +49,13 @@ class GpuSampler:
             )
         self._vocab_size = vocab_size
         self._lists = TokenLists()
-        self._results = cuda.DeviceBuffer(max_sequences * (8 + 4))
+        places = max_sequences * (1 + MAX_TOP_LOGPROBS)
+        self._results = cuda.DeviceBuffer(places * (8 + 4))
         self.logprobs_ptr = self._results.address
-        self.tokens_ptr = self._results.address + 8 * max_sequences
+        self.top_logprobs_ptr = self.logprobs_ptr + 8 * max_sequences
+        self.tokens_ptr = self.logprobs_ptr + 8 * places
+        self.top_tokens_ptr = self.tokens_ptr + 4 * max_sequences
+        self.num_top: list[int] = []
         self._rows = cuda.DeviceBuffer(max_sequences * ROW.itemsize)
         self._sets = [_Set(max_sequences, vocab_size) for _ in range(2)]
         self._turn = 0
@@ -60,6 +69,7 @@ class GpuSampler:
         """Pack a step's draws. Nothing is launched; the last step may be in flight, not the one before it."""
         self._turn = 1 - self._turn
         self._sets[self._turn].fill(sampling, self._lists.of(sampling))
+        self.num_top = self._sets[self._turn].num_top(len(sampling))
 
     def upload(self, stream: int) -> None:
         """Copy what :meth:`prepare` packed to the GPU, in the stream's order."""
@@ -89,6 +99,9 @@ class GpuSampler:
             rows=self._rows.address,
             tokens=self.tokens_ptr,
             logprobs=self.logprobs_ptr,
+            top_tokens=self.top_tokens_ptr,
+            top_logprobs=self.top_logprobs_ptr,
+            max_top=MAX_TOP_LOGPROBS,
             num_rows=num_rows,
             vocab_size=self._vocab_size,
             stream=stream,
@@ -141,6 +154,10 @@ class _Set:
         masks = {i: s.mask for i, s in enumerate(sampling) if s is not None and s.mask is not None}
         for i, address, _ in self._masks.fill(masks):
             rows[i]["mask"] = address
+
+    def num_top(self, count: int) -> list[int]:
+        wanted = self._staged.rows["num_logprobs"][:count] - 1
+        return wanted.tolist() if wanted.max(initial=0) > 0 else []
 
     def upload(self, rows_ptr: int, stream: int) -> None:
         _upload(rows_ptr, self._pinned_rows.address, self._pinned_rows.nbytes, stream)

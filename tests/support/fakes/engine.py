@@ -23,7 +23,8 @@ from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import StepInputs
 from saw_trtllm.engine.tensors import LOGITS
 from saw_trtllm.plugins.library import VERSION
-from saw_trtllm.runtime.sampling import SamplingState, sample
+from saw_trtllm.runtime.sampling import SamplingState, sample, top_logprobs
+from saw_trtllm.runtime.sampling_params import MAX_TOP_LOGPROBS
 from tests.support.fakes import tensorrt as fake
 from tests.support.fakes import tensorrt_86 as fake_tensorrt_86
 from tests.support.fakes.cuda import Cuda
@@ -223,13 +224,17 @@ class Sampler:
         self._cuda, self._vocab_size = cuda, vocab_size
         self.nbytes = max_sequences * 12
         self.tokens_ptr, self.logprobs_ptr = (cuda.cudaMalloc(max_sequences * n)[1] for n in (4, 8))
+        top = max_sequences * MAX_TOP_LOGPROBS
+        self.top_tokens_ptr, self.top_logprobs_ptr = (cuda.cudaMalloc(top * n)[1] for n in (4, 8))
         self._states: list[SamplingState | None] = []
 
     def prepare(self, sampling) -> None:
         self._states = [s and s._replace(generated=list(s.generated), number=s.draw) for s in sampling]
+        wanted = [s.params.top_logprobs if s else 0 for s in sampling]
+        self.num_top = wanted if any(wanted) else []
 
     def enqueue(self, logits_ptr: int, rows_ptr: int, num_rows: int, stream: int) -> None:
-        states = self._states
+        states, num_top = self._states, self.num_top
         assert len(states) == num_rows
 
         def run() -> None:
@@ -238,6 +243,11 @@ class Sampler:
             drawn = [(-1, 0.0) if s is None else sample(logits[row], s) for s, row in zip(states, rows, strict=True)]
             self._cuda.array(self.tokens_ptr, np.int32, (num_rows,))[:] = [token for token, _ in drawn]
             self._cuda.array(self.logprobs_ptr, np.float64, (num_rows,))[:] = [logprob for _, logprob in drawn]
+            for i, count in enumerate(num_top):
+                start, likeliest = i * MAX_TOP_LOGPROBS, top_logprobs(logits[rows[i]], count) if count else []
+                tokens, logprobs = zip(*likeliest, strict=True) if likeliest else ((), ())
+                self._cuda.array(self.top_tokens_ptr + 4 * start, np.int32, (count,))[:] = tokens
+                self._cuda.array(self.top_logprobs_ptr + 8 * start, np.float64, (count,))[:] = logprobs
 
         self._cuda.streams[stream].put(run)
 
@@ -250,5 +260,5 @@ class Sampler:
         self._cuda.streams[stream].put(run)
 
     def close(self) -> None:
-        for address in (self.tokens_ptr, self.logprobs_ptr):
+        for address in (self.tokens_ptr, self.logprobs_ptr, self.top_tokens_ptr, self.top_logprobs_ptr):
             self._cuda.cudaFree(address)

@@ -163,6 +163,8 @@ def sample_arguments() -> dict[str, Any]:
         "rows": ("uint8", 96 * SEQUENCES),
         "tokens": ("int32", SEQUENCES),
         "logprobs": ("float64", SEQUENCES),
+        "top_tokens": ("int32", SEQUENCES, 20),
+        "top_logprobs": ("float64", SEQUENCES, 20),
         "row_ends": ("int32", SEQUENCES),
     }
     return {name: Fake(*kind, address=4096 * i) for i, (name, kind) in enumerate(kinds.items(), 1)}
@@ -303,9 +305,13 @@ def test_a_choice_launches_with_what_the_arrays_say(fake):
     ops.sample(**sample_arguments(), stream=5)
     ops.sample(**sample_arguments() | {"row_ends": None, "logits": Fake("float32", SEQUENCES, 1001, address=8192)})
     (_, call), (_, plain) = fake.calls
-    assert [call[name] // 4096 for name in ("logits", "rows", "tokens", "logprobs", "row_ends")] == [1, 2, 3, 4, 5]
-    assert (call["num_rows"], call["vocab_size"], call["stream"]) == (SEQUENCES, 1001, 5)
+    assert [call[name] // 4096 for name in sample_arguments()] == [1, 2, 3, 4, 5, 6, 7]
+    assert (call["num_rows"], call["vocab_size"], call["stream"], call["max_top"]) == (SEQUENCES, 1001, 5, 20)
     assert (plain["row_ends"], plain["logits"]) == (0, 8192)
+    arguments = {n: a for n, a in sample_arguments().items() if not n.startswith("top_")}
+    ops.sample(**arguments)
+    _, without = fake.calls[-1]
+    assert (without["top_tokens"], without["top_logprobs"], without["max_top"]) == (0, 0, 0)
 
 
 BAD_ROWS = {
@@ -317,6 +323,12 @@ BAD_ROWS = {
     "another gate": (ops.silu_mul, {"b": Fake("float16", TOKENS, 95)}, r"b has shape \[11, 95\]"),
     "long rows": (ops.lookup, {"rows": Fake("int64", TOKENS)}, "rows has dtype int64"),
     "short rows": (ops.sample, {"rows": Fake("uint8", 95)}, r"rows has shape \[95\]: it must be \[288\]"),
+    "one of two": (ops.sample, {"top_logprobs": None}, "top_tokens and top_logprobs go together: give both or neither"),
+    "fewer places": (
+        ops.sample,
+        {"top_logprobs": Fake("float64", SEQUENCES, 19)},
+        r"top_logprobs has shape \[3, 19\]: it must be \[3, 20\]",
+    ),
     "a large vocabulary": (ops.sample, {"logits": Fake("float32", 40, 1 << 19)}, "a vocabulary of 524288: .* 262144"),
     "few logits": (
         ops.sample,

@@ -13,7 +13,7 @@ namespace saw {
 
 // Of the parameters' layout and of the symbols. It is part of each symbol's version (src/exports.map), so that the
 // loader rejects a library of another one.
-constexpr int kKernelsVersion = 2;
+constexpr int kKernelsVersion = 3;
 
 SAW_API int saw_kernels_version();
 // The architectures that the kernels were compiled for, as CMake names them: 80,90a-real.

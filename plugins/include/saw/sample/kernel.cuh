@@ -66,7 +66,7 @@ class RowSampler {
             if (is_first()) params_.tokens[row_] = -1;
             return;
         }
-        if (want_.draw != Draw::kGreedy || want_.wants_logprob) fill_powers(shared_.powers);
+        if (want_.draw != Draw::kGreedy || want_.num_logprobs > 0) fill_powers(shared_.powers);
         if (want_.draw != Draw::kGreedy && threadIdx.x == Config::kThreads - 1)
             shared_.uniform = philox_uniform(want_.seed, want_.index);
         if (want_.num_listed > 0) {
@@ -84,12 +84,12 @@ class RowSampler {
             restore_listed();
             cluster_.sync();
         }
-        if (!want_.wants_logprob) return;
+        if (want_.num_logprobs == 0) return;
         if (want_.num_listed > 0 || want_.mask != nullptr) {
             run_.unmask();
             find_top();
         }
-        write_logprob(token);
+        write_logprobs(token);
     }
 
   private:
@@ -412,14 +412,36 @@ class RowSampler {
     }
 
     // Of the logits as they came.
-    __device__ void write_logprob(int token) {
+    __device__ void write_logprobs(int token) {
         Weight const weight(top_, 1.0, shared_.powers);
         uint64_t sum = 0, none = 0;
         run_.each([&](float logit, int) { sum += weight(logit); });
         over_row(sum, none, Plus{});
+        double const log_total = log(double(sum) * exp2(-double(Config::kMassBits)));
+        if (is_first()) params_.logprobs[row_] = (double(__ldcg(logits_ + token)) - double(top_)) - log_total;
+        if (want_.num_logprobs > 1) write_likeliest(log_total);
         cluster_.sync();  // nobody leaves while it may be read
-        double const total = double(sum) * exp2(-double(Config::kMassBits));
-        if (is_first()) params_.logprobs[row_] = (double(__ldcg(logits_ + token)) - double(top_)) - log(total);
+    }
+
+    // Each pass finds the largest logit below the last one's, the first token of equals: few are wanted, as a rule.
+    __device__ void write_likeliest(double log_total) {
+        int const count = min(min(want_.num_logprobs - 1, params_.max_top), params_.vocab_size);
+        size_t const first = size_t(row_) * params_.max_top;
+        uint64_t last = ~uint64_t(0);
+        for (int k = 0; k < count; ++k) {
+            uint64_t best = 0, none = 0;
+            run_.each([&](float logit, int i) {
+                uint64_t const place = uint64_t(ordered_bits(logit)) << 32 | uint32_t(~i);
+                if (logit == logit && place < last) best = max(best, place);
+            });
+            over_row(best, none, Larger{});
+            if (is_first()) {
+                params_.top_tokens[first + k] = int(~uint32_t(best));
+                params_.top_logprobs[first + k] =
+                    (double(from_ordered_bits(uint32_t(best >> 32))) - double(top_)) - log_total;
+            }
+            last = best;
+        }
     }
 
     SampleParams const& params_;

@@ -41,7 +41,7 @@ struct SampleRow {
     int32_t num_listed;
     int32_t top_k;  // 0: all
     Draw draw;
-    int32_t wants_logprob;
+    int32_t num_logprobs;  // 0: none; 1: the chosen token's; 1 + k: those of the k likeliest too
 };
 
 // The next token of each sequence, in one launch. What is chosen depends neither on the other rows nor on their number.
@@ -51,6 +51,11 @@ struct SampleParams {
     SampleRow const* rows;    // [num_rows]
     int32_t* tokens;          // [num_rows]
     double* logprobs;  // [num_rows]: log-probability under the model, before penalties and cuts, of those that want it
+    // [num_rows, max_top]: the likeliest tokens under the model, the first of equals first, and their
+    // log-probabilities, so many as the row wants and there are; or null
+    int32_t* top_tokens;
+    double* top_logprobs;
+    int max_top;
     int num_rows;
     int vocab_size;  // at most kMaxVocab
 };

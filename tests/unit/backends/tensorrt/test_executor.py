@@ -240,7 +240,7 @@ def test_texts_that_are_guided_or_depend_on_the_last_token_are_those_of_the_refe
     assert sum(ahead) >= 9, "and drawn after"
 
 
-def test_what_the_kernel_lacks_is_drawn_on_the_host(folders, machine):
+def test_biases_bans_and_the_likeliest_tokens_come_to_those_who_ask(folders, machine):
     """Beside sequences of which the GPU gives the token alone."""
     reference, folder = folders()
     prompts, params = requests(6, seed=3)

@@ -34,7 +34,7 @@ def test_rows_lists_and_masks_of_each_step(gpu):
         SamplingParams(temperature=1.0, seed=1),
         SamplingParams(logit_bias={3: 1.5, 9: -2.0}),
         SamplingParams(min_p=0.1, repetition_penalty=1.5),
-        SamplingParams(top_k=5),
+        SamplingParams(top_k=5, top_logprobs=3),
         SamplingParams(),
     ]
     for step in range(12):
@@ -44,6 +44,8 @@ def test_rows_lists_and_masks_of_each_step(gpu):
             banned = (7,) if rng.random() < 0.3 else ()
             sampling.append(SamplingState(params[i], [4, 4], [3], banned, step, mask) if rng.random() < 0.8 else None)
         sampler.prepare(sampling)
+        top = [0 if s is None else s.params.top_logprobs for s in sampling]
+        assert [max(n, 0) for n in sampler.num_top] == (top if any(top) else [])
         sampler.upload(stream.handle)
         stream.synchronize()
         rows = cuda.array(sampler._rows.address, ROW, (SEQUENCES,))
