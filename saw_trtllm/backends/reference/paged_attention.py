@@ -19,8 +19,8 @@ from saw_trtllm.backends.reference.invariant import aligned, exp, pad_rows, tanh
 
 #: Queries of a prefill that are attended at a time, so that scores do not grow with chunk x context.
 _QUERY_TILE = 512
-#: Elements of keys that decodes read at a time, 2 MiB of fp32.
-_DECODE_ELEMENTS = 1 << 19
+#: Elements of keys that decodes read at a time, 4 MiB of fp32.
+_DECODE_ELEMENTS = 1 << 20
 
 
 def paged_attention(
@@ -68,24 +68,33 @@ def paged_attention(
             tile = slice(p.tokens.start + start, min(p.tokens.start + start + _QUERY_TILE, p.tokens.stop))
             rows = q[tile].float().unflatten(1, (len(keys), -1)).permute(1, 2, 0, 3)
             last_key = plan.slots[tile].repeat(rows.shape[1])[:, None]
-            heads = _attend(rows.flatten(1, 2), keys, values, last_key, scale, window, softcap)
+            weights = _weights(rows.flatten(1, 2), keys, last_key, scale, window, softcap)
+            heads = _weighted_mean(weights, values)
             out[tile] = heads.unflatten(1, rows.shape[1:3]).permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
     for group in _decode_groups(plan, k[0].numel() * pool.tokens_per_block):
         lengths, blocks = plan.decode_lengths[group], plan.decode_blocks[group]
         seen = None if window is None else lengths - window
-        keys, values = (pool.read(layer, which, blocks, lengths, seen) for which in (K, V))
+        keys = pool.read(layer, K, blocks, lengths, seen)
         first = plan.decode_tokens.start
         tokens = slice(first + group.start, first + group.start + len(lengths))
         rows = q[tokens].float().unflatten(1, (keys.shape[1], -1))
         last_key = (lengths - 1)[:, None, None, None, None]
-        out[tokens] = _attend(rows, keys, values, last_key, scale, window, softcap).flatten(1, 2).to(q.dtype)
+        weights = _weights(rows, keys, last_key, scale, window, softcap)
+        # Values come to where the keys were, which is in the processor's caches still.
+        del keys
+        heads = _weighted_mean(weights, pool.read(layer, V, blocks, lengths, seen))
+        out[tokens] = heads.flatten(1, 2).to(q.dtype)
     return out
 
 
 def _decode_groups(plan: StepPlan, block_elements: int) -> Iterator[slice]:
-    """So many decodes at a time that calls are not too short and that what they read stays in a cache."""
+    """So many decodes at a time that calls are not too short and that what they read stays in a cache.
+
+    Their number is a power of two, so that few calls make all of their products.
+    """
     num_decodes, num_blocks = plan.decode_blocks.shape
-    size = max(1, _DECODE_ELEMENTS // max(1, num_blocks * block_elements))
+    fitting = max(1, _DECODE_ELEMENTS // max(1, num_blocks * block_elements))
+    size = 1 << (fitting.bit_length() - 1)
     return (slice(start, start + size) for start in range(0, num_decodes, size))
 
 
@@ -99,27 +108,31 @@ def _with_history(
     return aligned(pad_rows(current, KEY_TILE))
 
 
-def _attend(
+def _weights(
     q: torch.Tensor,
     keys: torch.Tensor,
-    values: torch.Tensor,
     last_key: torch.Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Softmax attention of the rows of ``q`` up to the key ``last_key`` of each.
+    """What each row of ``q`` gives to the keys up to its ``last_key``: softmax without its division.
 
     Parameters
     ----------
     q : torch.Tensor
         fp32 ``[..., num_kv_heads, n, D]``.
-    keys, values : torch.Tensor
+    keys : torch.Tensor
         fp32 ``[..., num_kv_heads, tiles · KEY_TILE, D]``, finite beyond ``last_key`` too.
     last_key : torch.Tensor
         int64 ``[..., num_kv_heads or 1, tiles or 1, n or 1, 1]``.
+
+    Returns
+    -------
+    torch.Tensor
+        fp32 ``[..., num_kv_heads, tiles, n, KEY_TILE]``.
     """
-    keys, values = keys.unflatten(-2, (-1, KEY_TILE)), values.unflatten(-2, (-1, KEY_TILE))
+    keys = keys.unflatten(-2, (-1, KEY_TILE))
     scores = products(q, keys.mT) * scale
     if softcap is not None:
         scores = softcap * tanh(scores / softcap)
@@ -128,8 +141,13 @@ def _attend(
     if window is not None:
         hidden |= position <= last_key - window
     scores.masked_fill_(hidden, -torch.inf)
-    weights = exp(scores - scores.amax((-3, -1), keepdim=True))
+    return exp(scores - scores.amax((-3, -1), keepdim=True))
+
+
+def _weighted_mean(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Of ``values``, fp32 ``[..., num_kv_heads, tiles · KEY_TILE, D]``, for each row: ``[..., num_kv_heads, n, D]``."""
     # One tile after the other: the order of a longer sum would depend on the longest sequence of the batch.
     total = reduce(torch.add, row_sum(weights).unbind(-3))
-    heads = products(weights, values.unsqueeze(-3)).squeeze(-3)
+    values = values.unflatten(-2, (-1, 1, KEY_TILE))
+    heads = products(weights, values).squeeze(-3)
     return reduce(torch.add, heads.unbind(-3)) / total
