@@ -21,6 +21,9 @@ QUICK_BATCHES, QUICK_CONTEXTS = (1, 16, 64, 256), (1024, 8192)
 #: Steps whose layers are timed one by one: a batch and its contexts.
 PROFILED = {1: (8192,), 64: (1024, 8192), 256: (2048,)}
 
+#: Steps that peers are measured in.
+PEER_STEPS = ((1, 1024), (1, 8192), (8, 4096), (64, 1024), (64, 8192))
+
 #: The run through the whole runtime: so many requests at once, each with a prompt and a text of so many tokens.
 LOOP_BATCH, LOOP_PROMPT, LOOP_TEXT = 64, 1024, 192
 

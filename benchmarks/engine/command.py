@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.common.command import finish
+from benchmarks.common.vllm import chosen_caches
 from benchmarks.engine import cases
 from saw_trtllm.backends.registry import choose_backend
 from saw_trtllm.errors import ConfigError, EngineError
@@ -82,6 +83,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         default="full_prec",
         help="as saw-build's, for all engines",
     )
+    engine.add_argument(
+        "--vllm", default="", metavar="NAMES", help="where vLLM is installed: its steps too, with fp16, fp8 or both"
+    )
     finish(engine, _run)
 
 
@@ -90,6 +94,7 @@ def _run(args: argparse.Namespace, command: str) -> None:
     for kv in kvs:
         if kv not in cases.KVS:
             raise ConfigError(f"--kv names {kv!r}: choose among {', '.join(cases.KVS)}")
+    vllm = chosen_caches(args.vllm)
     numbers = {}
     for name, all_of, few in (
         ("batch", cases.BATCHES, cases.QUICK_BATCHES),
@@ -120,6 +125,7 @@ def _run(args: argparse.Namespace, command: str) -> None:
             qformat=args.qformat,
             build_timeout_s=args.build_timeout,
             build_workers=args.build_workers,
+            vllm=vllm,
         )
         results = run_engines(plan, command, args.commit, args.output)
     print(report(results).plain())

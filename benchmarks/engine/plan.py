@@ -43,6 +43,8 @@ class Plan:
         Seconds that each build may take.
     build_workers : int
         Engines that are built at once.
+    vllm : sequence of str
+        Caches of vLLM's, whose steps are measured beside them.
     """
 
     folder: Path
@@ -57,6 +59,7 @@ class Plan:
     qformat: str = "full_prec"
     build_timeout_s: float | None = None
     build_workers: int = 1
+    vllm: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for kv in self.kvs:

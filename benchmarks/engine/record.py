@@ -134,6 +134,28 @@ class Engine(RecordPart):
         return next((s for s in self.steps if (s.batch, s.context) == (batch, context)), None)
 
 
+class PeerStep(RecordPart):
+    """A decode step of somebody else's engine."""
+
+    batch: int
+    context: int
+    step_us: float
+    """Of a long text less a short one, by the tokens that it is longer."""
+
+
+class Peer(RecordPart):
+    """Somebody else's engine of the same shape, with random weights."""
+
+    name: str
+    kv: str
+    dtype: str
+    steps: list[PeerStep]
+
+    def find(self, batch: int, context: int) -> PeerStep | None:
+        """A step, if it was measured."""
+        return next((s for s in self.steps if (s.batch, s.context) == (batch, context)), None)
+
+
 class EngineResults(Record):
     """A run."""
 
@@ -148,6 +170,7 @@ class EngineResults(Record):
     gemm_plugin: str | None = None
     """The dtype of SawGemm, or None for TensorRT's own GEMMs."""
     engines: list[Engine]
+    peers: list[Peer] = Field(default_factory=list)
     targets: list[TargetResult] = Field(default_factory=list)
     aborted: str | None = None
     """What ended the run before its end."""
@@ -166,6 +189,12 @@ class EngineResults(Record):
             for s in ours.steps
             if (other := theirs.find(s.batch, s.context)) is not None
         }
+
+    def over_peer(self, peer: Peer) -> dict[tuple[int, int], float]:
+        """``saw_int4``'s tokens/s over a peer's, by batch and context."""
+        ours = self.engine("saw_int4")
+        found = [(step, ours.find(step.batch, step.context)) for step in peer.steps] if ours else []
+        return {(step.batch, step.context): step.step_us / mine.median_us for step, mine in found if mine}
 
     @property
     def int4_ratio(self) -> float | None:

@@ -50,6 +50,22 @@ def ratio_table(results: EngineResults, over: str) -> Table:
     return _grid({case: f"{x:.3f}x" for case, x in results.speedups(over).items()}, f"over {over}")
 
 
+def peer_table(results: EngineResults) -> Table:
+    """µs of the steps that peers were measured in, ours first, and ``saw_int4``'s tokens/s over each peer's."""
+    ours = [e for kv in ("saw_int4", "fp16") if (e := results.engine(kv))]
+    labels = [f"{peer.name} {peer.kv}" for peer in results.peers]
+    header = [*(e.kv for e in ours), *labels]
+    rows = [["sequences x context", *(f"{x} µs" for x in header), *(f"saw_int4 over {x}" for x in labels)]]
+    for batch, context in sorted({(s.batch, s.context) for peer in results.peers for s in peer.steps}):
+        mine = [e.find(batch, context) for e in ours]
+        theirs = [peer.find(batch, context) for peer in results.peers]
+        over = [results.over_peer(peer).get((batch, context)) for peer in results.peers]
+        row = [f"{batch}x{context}", *("-" if s is None else f"{s.median_us:.0f}" for s in mine)]
+        row += ["-" if s is None else f"{s.step_us:.0f}" for s in theirs]
+        rows.append([*row, *("-" if x is None else f"{x:.2f}x" for x in over)])
+    return rows
+
+
 def _grid(cells: dict[tuple[int, int], str], what: str) -> Table:
     contexts = sorted({context for _, context in cells})
     rows = [[f"{what}: sequences x context", *(f"{context}" for context in contexts)]]
@@ -83,6 +99,12 @@ def _numbers(results: EngineResults) -> dict[str, str]:
             numbers[f"{e.kv} {s.batch}x{s.context} tokens/s"] = f"{s.tokens_per_second:,.0f}"
     for (batch, context), speedup in results.speedups("fp16").items():
         numbers[f"{batch}x{context} over fp16"] = f"{speedup:.2f}x"
+    for peer in results.peers:
+        name = f"{peer.name.split()[0]} {peer.kv}"
+        for step in peer.steps:
+            numbers[f"{name} {step.batch}x{step.context} µs"] = f"{step.step_us:.0f}"
+        for (batch, context), speedup in results.over_peer(peer).items():
+            numbers[f"{batch}x{context} over {name}"] = f"{speedup:.2f}x"
     return numbers
 
 
@@ -98,6 +120,7 @@ def report(results: EngineResults) -> Report:
         "steps": step_table(results),
         "over_fp16": ratio_table(results, "fp16"),
         "over_int4": ratio_table(results, "int4"),
+        **({"peers": peer_table(results)} if results.peers else {}),
         "parts": part_table(results),
         "runtime": loop_table(results),
         "targets": target_table(((), t) for t in results.targets),

@@ -10,6 +10,7 @@ from benchmarks.common.target import TargetResult
 from benchmarks.engine import cases
 from benchmarks.engine.plan import Plan, build_missing
 from benchmarks.engine.record import EngineResults, Shape
+from benchmarks.engine.vllm import measure_vllm
 from saw_trtllm.backends.tensorrt import device
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.engine.config import EngineConfig
@@ -72,6 +73,10 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
             keep()
         if not ranks:
             measure_together(plan, results.engines, keep)
+        for kv in plan.vllm:
+            peer = measure_vllm(plan.model, kv, [step for step in plan.steps() if step in cases.PEER_STEPS])
+            results = results.model_copy(update={"peers": [*results.peers, peer]})
+            keep()
     except (SawError, RuntimeError) as e:
         if not results.engines:
             raise

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.common.command import finish
 from benchmarks.common.environment import cpu_name, describe, gpu_name
+from benchmarks.common.vllm import chosen_caches
 from benchmarks.goodput.record import GoodputResults, Load
 from benchmarks.goodput.report import report
 from saw_trtllm.errors import ConfigError
@@ -51,7 +52,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def _run(args: argparse.Namespace, command: str) -> None:
     from benchmarks.goodput.run import run_goodput
-    from benchmarks.goodput.vllm import CACHES
 
     for name, least in {"conversations": 1, "turns": 1, "first_len": 1, "turn_len": 1, "answer_len": 2}.items():
         if getattr(args, name) < least:
@@ -62,9 +62,7 @@ def _run(args: argparse.Namespace, command: str) -> None:
         pools = []
     if not all(size > 0 for size in pools) or not pools:
         raise ConfigError(f"--pool_gib is {args.pool_gib!r}: give sizes in GiB, separated by commas")
-    vllm = [word for word in args.vllm.split(",") if word]
-    if not set(vllm) <= set(CACHES):
-        raise ConfigError(f"--vllm is {args.vllm!r}: choose among {', '.join(CACHES)}")
+    vllm = chosen_caches(args.vllm)
     load = Load(
         **{name: getattr(args, name) for name in ("conversations", "turns", "first_len", "turn_len", "answer_len")},
         system_len=args.system_len,

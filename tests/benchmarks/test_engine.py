@@ -16,11 +16,11 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks.common.record import Environment
 from benchmarks.common.report import write
-from benchmarks.engine import cases, compare, loop, random_engine, run, scaling
+from benchmarks.engine import cases, compare, loop, random_engine, run, scaling, vllm
 from benchmarks.engine.cases import BATCHES, CONTEXTS, KVS, classify, parse_numbers
 from benchmarks.engine.plan import Plan
-from benchmarks.engine.record import Engine, EngineResults, Loop, Profile, Shape, StartUp, Step
-from benchmarks.engine.report import ratio_table, report, step_table
+from benchmarks.engine.record import Engine, EngineResults, Loop, Peer, PeerStep, Profile, Shape, StartUp, Step
+from benchmarks.engine.report import peer_table, ratio_table, report, step_table
 from benchmarks.engine.run import judge, run_engines
 from benchmarks.engine.steps import ROUNDS, StepBench, measure
 from saw_trtllm.engine.config import EngineConfig
@@ -535,6 +535,48 @@ def test_tables_show_what_was_measured(results):
     assert str(Shape.of(cases.llama_config(8, 1000))) == "8 layers of 4096, heads 32/8/128, vocabulary 1000"
 
 
+def test_a_peer_is_compared_step_by_step(results):
+    steps = [
+        PeerStep(batch=64, context=n, step_us=2 * results.engine("saw_int4").find(64, n).median_us) for n in CONTEXTS
+    ]
+    made = results.model_copy(update={"peers": [Peer(name="vLLM 0.26.0", kv="fp8", dtype="bfloat16", steps=steps)]})
+    rows = peer_table(made)
+    assert rows[0] == [
+        "sequences x context",
+        *("saw_int4 µs", "fp16 µs", "vLLM 0.26.0 fp8 µs", "saw_int4 over vLLM 0.26.0 fp8"),
+    ]
+    assert [row[0] for row in rows[1:]] == [f"64x{n}" for n in CONTEXTS]
+    assert {row[-1] for row in rows[1:]} == {"2.00x"}
+    assert report(made).numbers["64x8192 over vLLM fp8"] == "2.00x"
+    assert "peers" not in report(results).tables
+
+
+def test_vllm_s_steps_are_differences_of_texts(monkeypatch, tmp_path):
+    """A request costs 0.5 s and a token of any number of sequences 2 ms, by a clock of its own."""
+    clock, asked, shape = SimpleNamespace(now=0.0), [], cases.llama_config(2, 100)
+
+    class Vllm:
+        __version__ = "0.26.0"
+        SamplingParams = SimpleNamespace
+
+        def LLM(self, **arguments):  # noqa: N802
+            asked.append(arguments)
+            return self
+
+        def generate(self, prompts, sampling, use_tqdm):
+            asked.append((len(prompts), len(prompts[0]["prompt_token_ids"])))
+            clock.now += 0.5 + 0.002 * sampling.max_tokens
+
+    monkeypatch.setattr(vllm, "import_vllm", Vllm)
+    monkeypatch.setattr(vllm.time, "perf_counter", lambda: clock.now)
+    peer = vllm._measure(tmp_path, shape, "fp8", [(1, 16), (4, 16), (4, 32)])
+    assert (peer.name, peer.kv, peer.dtype) == ("vLLM 0.26.0", "fp8", "bfloat16")
+    assert [(s.batch, s.context, s.step_us) for s in peer.steps] == [(1, 16, 2000), (4, 16, 2000), (4, 32, 2000)]
+    assert asked[0]["kv_cache_dtype"] == "fp8"
+    assert asked[1] == (4, 32), "the longest first"
+    assert json.loads((tmp_path / "config.json").read_text())["num_key_value_heads"] == shape.num_key_value_heads
+
+
 def test_steps_are_compared_over_ranks(results, tmp_path, capsys):
     """Of two records, the second of which has its steps in 0.6 of the time, a fifth of it between ranks."""
     paths = []
@@ -592,6 +634,7 @@ def test_what_was_not_measured_has_no_plot(results):
         ("--context x", "--context names 'x'"),
         ("--num_layers 0", "--num_layers is 0"),
         ("--vocab_size -1", "--vocab_size is -1"),
+        ("--vllm int4", "--vllm is 'int4': choose among fp16, fp8"),
         ("--build_workers 0", "--build_workers is 0"),
         ("", "TensorRT cannot be imported here"),
     ],

@@ -8,10 +8,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from benchmarks.__main__ import load_report, main
+from benchmarks.common.vllm import hugging_face_config
 from benchmarks.engine import moving
 from benchmarks.goodput import run
 from benchmarks.goodput.record import Load
-from benchmarks.goodput.vllm import VllmServer, hugging_face_config
+from benchmarks.goodput.vllm import VllmServer
 from saw_trtllm.engine.config import EngineConfig
 
 LOAD = ["--conversations", "2", "--turns", "2", "--first_len", "40", "--turn_len", "8", "--answer_len", "4"]
