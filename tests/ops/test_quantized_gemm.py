@@ -11,6 +11,7 @@ from saw_trtllm import ops
 from saw_trtllm.model.quantization import QuantizedWeight, WeightFormat
 from tests.support.exactness import ROUNDING
 from tests.support.plugin_library import QUANTIZED_GEMM
+from tests.support.tolerance import tensor_core_rounding
 
 #: Kind, and rows and columns that share a scale.
 FORMATS = [("int4", (1, 32)), ("int4", (1, 64)), ("int4", (1, 128)), ("fp8", (128, 128))]
@@ -42,9 +43,14 @@ class Weight:
 
     def assert_right(self, x, y):
         """Rounded once, of exact products summed in fp32."""
-        wide, weight = x.double(), self.exact.double()
-        want, size = wide @ weight.T, wide.abs() @ weight.abs().T
-        assert ((y.double() - want).abs() <= 4e-6 * size + ROUNDING[x.dtype] * want.abs()).all()
+        assert_product(y, x, self.exact)
+
+
+def assert_product(y, x, weight):
+    """``x · weightᵀ``, summed in fp32 and rounded once."""
+    x, weight = x.double(), weight.double()
+    want, bound = x @ weight.T, tensor_core_rounding(x, weight)
+    assert ((y.double() - want).abs() <= bound + ROUNDING[y.dtype] * (want.abs() + bound)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -88,9 +94,7 @@ def test_the_plugin_multiplies_any_number_of_rows(kind, block, dtype, make_plugi
         if rows <= 192:
             assert torch.equal(y, weight(x))
         else:
-            rounded, wide = weight.exact.to(dtype).double(), x.double()
-            want, size = wide @ rounded.T, wide.abs() @ rounded.abs().T
-            assert ((y.double() - want).abs() <= 4e-6 * size + ROUNDING[dtype] * want.abs()).all()
+            assert_product(y, x, weight.exact.to(dtype))
 
 
 def test_a_captured_graph():

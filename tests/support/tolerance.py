@@ -37,6 +37,17 @@ def chain_rounding(terms: int, largest: float) -> float:
     return 8 * EPS * terms**0.5 * largest
 
 
+def tensor_core_rounding(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Of ``x · weightᵀ`` in fp64, what a GPU sums in fp32: ceil(n / 16) · eps · 6 · sqrt(Σ term²), an element each.
+
+    Tensor cores add 16 products at once to the sum so far and cut off, toward zero, what its 24 bits do not hold (Fasi
+    et al., PeerJ Computer Science 7:e330), so that their errors add up. A sum so far of terms whose signs are random is
+    within six sigma, which are the root of the terms' squares, of zero.
+    """
+    steps = -(-x.shape[-1] // 16)
+    return 6 * steps * EPS * (x.square() @ weight.square().T).sqrt()
+
+
 def model_rounding(logits: Any) -> float:
     """Of logits, an array or a tensor, of a random model of hf_models."""
     return chain_rounding(_MODEL_TERMS, float(abs(logits).max()))
