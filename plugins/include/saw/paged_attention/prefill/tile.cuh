@@ -160,6 +160,8 @@ struct QueryRows {
                           int group, int row) const {
         constexpr int kHeadDim = 2 * N, kChunks = kHeadDim / 8;
         int const t = threadIdx.x % 4;
+// Unrolled, or `out` would have to lie in memory.
+#pragma unroll
         for (int h = 0; h < 2; ++h, row += 8) {
             int const query = tile.begin + row / group, head = kv_head * group + row % group;
             float total = sum[h];
