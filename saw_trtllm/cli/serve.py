@@ -63,6 +63,12 @@ _BUILD = (
     "gemm_plugin",
 )
 
+_HINT = (
+    "the 4-bit cache has no calibration: a prompt that is found again is read in 4 bits, and its answer may be worse "
+    "than when it was new. saw-calibrate makes one of a text of your use: give its file with --calibration "
+    "(docs/accuracy.md)"
+)
+
 _EXAMPLES = """\
 examples:
   saw-serve SmolLM2-135M-Instruct                       # builds an engine, keeps it, and serves
@@ -224,6 +230,10 @@ def _announce(plan: BuildPlan, found: bool) -> None:
     print(
         f"{plan.checkpoint.folder}: {config.saw_int4.backend}, KV cache {config.saw_int4.kv}; {fits}; {how}", flush=True
     )
+    for warning in plan.warnings:
+        log.warning("%s", warning)
+    if config.saw_int4.kv == "saw_int4" and not config.saw_int4.k_frame:
+        log.warning(_HINT)
 
 
 def _local(model: str) -> Path:

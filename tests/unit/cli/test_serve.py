@@ -22,7 +22,11 @@ def test_one_command_from_a_checkpoint_to_answers_and_back(tmp_path):
     command += ["--no_cache", "--served_model_name", "tiny", "--api_key", "secret"]
     command += ["--timeout_graceful_shutdown", "120"]  # a machine that does much else
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+    errors = tmp_path.with_suffix(".err")
+    with (
+        errors.open("w") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as server,
+    ):
         announced, ready = server.stdout.readline(), server.stdout.readline()
         assert "tokens will fit" in announced
         assert announced.endswith("; the engine is being built\n")
@@ -36,6 +40,7 @@ def test_one_command_from_a_checkpoint_to_answers_and_back(tmp_path):
         list(stream)  # what has begun is finished
         assert server.wait(180) == 0
     assert list(tmp_path.iterdir()) == []
+    assert errors.read_text().count("the 4-bit cache has no calibration") == 1
 
 
 @pytest.mark.parametrize(

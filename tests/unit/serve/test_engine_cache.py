@@ -4,14 +4,17 @@ import json
 import os
 import shutil
 import threading
+from dataclasses import replace
 
 import pytest
 
 from saw_trtllm import LLM, SamplingParams
+from saw_trtllm.backends.reference.backend import ReferenceBackend
+from saw_trtllm.build import plan_build
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.serve import engine_cache
-from saw_trtllm.serve.engine_cache import cached_engine, uncached_engine
+from saw_trtllm.serve.engine_cache import cached_engine, engine_key, uncached_engine
 from tests.support.models import make_hf_model
 
 ROOM = 1 << 40
@@ -61,6 +64,8 @@ def test_an_engine_is_built_once_and_anew_when_anything_changes(serve, model, mo
     changed(dtype="float16")
     monkeypatch.setattr(engine_cache, "__version__", "9.9.9")
     changed()
+    monkeypatch.setattr(ReferenceBackend, "available", lambda self: "another machine")
+    changed()
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "rope_theta": 12345.0}))
     changed()
@@ -72,6 +77,29 @@ def test_an_engine_is_built_once_and_anew_when_anything_changes(serve, model, mo
     weights = model / "model.safetensors"
     os.utime(weights, ns=(1, 1))
     changed()
+
+
+def test_the_key_has_the_calibration_the_libraries_and_the_machine(model, tmp_path, monkeypatch):
+    options = BuildOptions(model_dir=model, backend="reference", output_dir=tmp_path / "engine")
+    plan = plan_build(options)
+    calibration, library = tmp_path / "calib.safetensors", tmp_path / "lib" / "libsaw_kernels.so"
+    library.parent.mkdir()
+    library.write_bytes(b"one")
+    monkeypatch.setattr(engine_cache, "library_path", lambda name: library)
+    section = plan.config.saw_int4.model_copy(update={"backend": "tensorrt"})
+    on_gpu = replace(plan, config=plan.config.model_copy(update={"saw_int4": section}))
+    keys = [engine_key(plan, options), engine_key(on_gpu, options)]
+    for content in (b"one", b"two"):
+        calibration.write_bytes(content)
+        keys.append(engine_key(plan, options.model_copy(update={"calibration": calibration})))
+    library.write_bytes(b"two")  # built anew
+    keys.append(engine_key(on_gpu, options))
+    section = section.model_copy(update={"tensorrt_version": "10.6.0"})
+    keys.append(engine_key(replace(plan, config=plan.config.model_copy(update={"saw_int4": section})), options))
+    section = section.model_copy(update={"compute_capability": "10.0"})
+    keys.append(engine_key(replace(plan, config=plan.config.model_copy(update={"saw_int4": section})), options))
+    assert len(set(keys)) == len(keys)
+    assert engine_key(plan, options) == keys[0]
 
 
 def test_the_least_recently_used_goes_first_and_never_one_that_is_held(serve, model):

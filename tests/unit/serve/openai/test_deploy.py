@@ -2,9 +2,12 @@
 
 import configparser
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import httpx
+import pytest
 import yaml
 
 from saw_trtllm.cli.serve import make_parser
@@ -20,6 +23,24 @@ def test_the_systemd_unit_starts_the_command():
     assert Path(command[0]).name == "saw-serve"
     args = make_parser().parse_args(command[1:])
     assert args.timeout_graceful_shutdown < int(unit["Service"]["TimeoutStopSec"])
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_the_unit_is_one_to_systemd(tmp_path):
+    unit = (DEPLOY / "saw-serve.service").read_text()
+    copy = tmp_path / "saw-serve.service"
+    copy.write_text(unit.replace("/opt/saw/bin/saw-serve", shutil.which("true")))
+    found = subprocess.run(["systemd-analyze", "verify", copy], capture_output=True, text=True)
+    assert (found.returncode, found.stdout + found.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("file", ["kubernetes.yaml", "kuberay.yaml"])
+def test_the_manifests_meet_the_schemas_of_kubernetes(file):
+    """The schemas are 100 MB, so they are no part of the test's packages: pip install kubernetes-validate."""
+    validate = pytest.importorskip("kubernetes_validate")
+    for document in yaml.safe_load_all((DEPLOY / file).read_text()):
+        if not document["apiVersion"].startswith("ray.io/"):  # its own schema is in Ray's operator
+            validate.validate(document, validate.latest_version(), strict=True)
 
 
 def test_the_manifest_starts_the_command_and_asks_its_routes(url):
