@@ -1,4 +1,4 @@
-"""The blocks of the KV pool: reference counts, prefix reuse, eviction.
+"""Which blocks of the KV pool a sequence holds: prefix reuse, growth, windows.
 
 The blocks of all block tables are of one pool, so that the memory goes to whatever the sequences need.
 """
@@ -7,27 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from itertools import islice
 
 import numpy as np
 
 from saw_trtllm.engine.step import RowCopy
 from saw_trtllm.engine.windows import DECODES_AHEAD, most_blocks
-from saw_trtllm.runtime.block_table import Block, BlockTable, Content, of_table
+from saw_trtllm.runtime.block_pool import BlockPool
+from saw_trtllm.runtime.block_table import BlockTable, Content, of_table
 from saw_trtllm.runtime.prefix_match import PrefixMatch
 
-#: Blocks that continue one prefix and are compared with a prompt that does too, the latest first: work must be bounded
-#: where thousands of prompts part at one place.
-MAX_CANDIDATES = 16
 
-
-class BlockManager:
+class BlockManager(BlockPool):
     """Hands out blocks, and finds those that already hold a sequence's beginning.
-
-    A block is free when no sequence holds it. A free block that can be found keeps its content until it is needed for
-    something else: the least recently freed goes first.
 
     Parameters
     ----------
@@ -49,11 +41,6 @@ class BlockManager:
     num_tables : int
     tokens_per_entry : float
         Tokens for each entry of a sequence's list of blocks.
-    num_evicted : int
-        Full blocks that could be found and were taken for something else.
-    adopt : callable or None
-        Asked with the index of a full block that can be found, and with it, when its last owner lets go of it; where it
-        returns true, the caller is its owner until it is released.
     """
 
     def __init__(
@@ -66,27 +53,17 @@ class BlockManager:
         windows: Sequence[int | None] = (None,),
         step: int = DECODES_AHEAD,
     ) -> None:
+        super().__init__(num_blocks)
         self.tokens_per_block = tokens_per_block
         self.num_tables = len(windows)
         self.tokens_per_entry = tokens_per_block / self.num_tables if self.num_tables > 1 else tokens_per_block
         self.enable_block_reuse = enable_block_reuse
-        self.num_evicted = 0
-        self.adopt: Callable[[int, Content], bool] | None = None
         self._grain = max(reuse_multiple, 1 if enable_partial_reuse else tokens_per_block)
         self._windows = list(windows)
         self._matches = PrefixMatch(windows, tokens_per_block, self._grain)
         self._bounded = any(window is not None for window in windows)
         self._step = max(step, DECODES_AHEAD)
         self._num_promised = 0
-        self._blocks = [Block() for _ in range(num_blocks)]
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self._by_key: dict[bytes, int] = {}
-        self._continuations: dict[bytes, dict[int, None]] = {}  # by their parents
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks in the pool."""
-        return len(self._blocks)
 
     @property
     def num_free(self) -> int:
@@ -232,53 +209,6 @@ class BlockManager:
             self._count_promised(table)
         return True
 
-    def take(self, count: int) -> list[int]:
-        """So many free blocks, for an owner who will release them.
-
-        Raises
-        ------
-        RuntimeError
-            If there are fewer, or one has an owner.
-        """
-        if count > len(self._free):
-            raise RuntimeError(f"{count} blocks are taken and {len(self._free)} are free")
-        taken = []
-        for _ in range(count):
-            index, _ = self._free.popitem(last=False)
-            block = self._blocks[index]
-            if block.ref_count:
-                raise RuntimeError(f"block {index} is free and has {block.ref_count} owners")
-            self.num_evicted += block.key is not None
-            self._forget(index)
-            block.ref_count = 1
-            taken.append(index)
-        return taken
-
-    def holds(self, key: bytes) -> bool:
-        """Whether a full block is found by a key."""
-        return key in self._by_key
-
-    def hold(self, key: bytes) -> int:
-        """The block that a key finds, for another owner, who will release it."""
-        index = self._by_key[key]
-        block = self._blocks[index]
-        if block.ref_count == 0:
-            del self._free[index]
-        block.ref_count += 1
-        return index
-
-    def publish(self, index: int, content: Content) -> None:
-        """Let others find a block that has been given a full block's content."""
-        if content.key not in self._by_key:
-            self._blocks[index].key = content.key
-            self._by_key[content.key] = index
-            self._continue(index, content.parent, content.tokens)
-
-    def forget(self) -> None:
-        """Let nobody find any block: what all of them hold is lost. Their owners keep them."""
-        for index in range(self.num_blocks):
-            self._forget(index)
-
     def register(self, table: BlockTable, tokens: Sequence[int], start: int = 0) -> None:
         """Let others find the full blocks of ``tokens``, which have been computed.
 
@@ -327,46 +257,6 @@ class BlockManager:
             table.promise = (0, 0)
             self._count_promised(table)
 
-    def release(self, index: int, outlives: bool = True) -> None:
-        """Give a block back.
-
-        Parameters
-        ----------
-        index : int
-        outlives : bool
-            Whether it may be kept elsewhere.
-
-        Raises
-        ------
-        RuntimeError
-            If it has no owner: it has already been given back.
-        """
-        block = self._blocks[index]
-        if block.ref_count < 1:
-            raise RuntimeError(f"block {index} is given back and has no owner")
-        if block.ref_count == 1 and outlives and self._adopted(index, block):
-            return
-        block.ref_count -= 1
-        if block.ref_count == 0:
-            self._free[index] = None
-            # What nobody can find again is the first to be used.
-            if block.parent is None:
-                self._free.move_to_end(index, last=False)
-
-    def check(self) -> None:
-        """Raise RuntimeError if counts, free list and index contradict each other."""
-        for index, block in enumerate(self._blocks):
-            if block.ref_count < 0 or (block.ref_count == 0) != (index in self._free):
-                raise RuntimeError(f"block {index} has {block.ref_count} owners and is free: {index in self._free}")
-            if block.key is not None and self._by_key.get(block.key) != index:
-                raise RuntimeError(f"block {index} has a key that finds block {self._by_key.get(block.key)}")
-            if (block.parent is not None) != (index in self._continuations.get(block.parent or b"", {})):
-                raise RuntimeError(f"block {index} continues another prefix than the index has")
-        if len(self._by_key) != sum(b.key is not None for b in self._blocks):
-            raise RuntimeError("the index holds keys of blocks that have none")
-        if sum(map(len, self._continuations.values())) != sum(b.parent is not None for b in self._blocks):
-            raise RuntimeError("the index holds continuations that no block is")
-
     def _extend(self, table: BlockTable, tokens: Sequence[int] | np.ndarray, start: int = 0) -> None:
         """Keys of all full blocks, each a digest over the salt and all tokens up to its end."""
         size = self.tokens_per_block
@@ -409,16 +299,11 @@ class BlockManager:
         due = np.asarray(tokens[start : start + self.tokens_per_block], dtype=np.int32)
         sources, common = [], self.tokens_per_block
         for place in range(hits * self.num_tables, (hits + 1) * self.num_tables):
-            best = (-1, 0)
-            candidates = self._continuations.get(self._parent(table, place), {})
-            for index in islice(reversed(candidates), MAX_CANDIDATES):
-                rows = _common_prefix(self._blocks[index].tokens, due)
-                if rows > best[1]:
-                    best = (index, rows)
-            if best[1] == 0:
+            index, rows = self.continuation(self._parent(table, place), due)
+            if rows == 0:
                 return [], 0
-            sources.append(best[0])
-            common = min(common, best[1])
+            sources.append(index)
+            common = min(common, rows)
         return sources, common
 
     def _count_promised(self, table: BlockTable) -> None:
@@ -434,32 +319,3 @@ class BlockManager:
             if window is not None
         ]
         table.next_drop = min([*ends, *([table.promise[0]] if table.promise[0] else [])], default=sys.maxsize)
-
-    def _adopted(self, index: int, block: Block) -> bool:
-        if block.key is None or block.parent is None or self.adopt is None:
-            return False
-        return self.adopt(index, Content(block.key, block.parent, block.tokens))
-
-    def _continue(self, index: int, parent: bytes, tokens: Sequence[int] | np.ndarray) -> None:
-        block = self._blocks[index]
-        block.parent, block.tokens = parent, np.asarray(tokens, dtype=np.int32)
-        self._continuations.setdefault(parent, {})[index] = None
-
-    def _forget(self, index: int) -> None:
-        """Let nobody find a block: its content is about to change."""
-        block = self._blocks[index]
-        if block.key is not None:
-            del self._by_key[block.key]
-        if block.parent is not None:
-            continuations = self._continuations[block.parent]
-            del continuations[index]
-            if not continuations:
-                del self._continuations[block.parent]
-        block.key = block.parent = None
-
-
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many leading tokens two arrays have in common."""
-    n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if len(different) else n

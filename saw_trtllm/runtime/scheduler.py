@@ -22,20 +22,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from itertools import chain, islice
+from itertools import chain
 
 from saw_trtllm.engine.step import DECODE, PREFILL, RowCopy
 from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.block_manager import BlockManager
 from saw_trtllm.runtime.block_table import BlockTable
 from saw_trtllm.runtime.host_cache import HostCache
+from saw_trtllm.runtime.prefetch import Prefetch
 from saw_trtllm.runtime.sequence import Scheduled, Sequence
-
-#: Waiting requests whose blocks are fetched from the host: enough that the copies of the next ones go on while a step
-#: runs, few enough that what comes back is not evicted before it is used.
-NUM_FETCHED_AHEAD = 8
-#: Waiting requests whose blocks are read from the disk, which takes longer.
-NUM_SOUGHT_AHEAD = 32
 
 
 class Scheduler:
@@ -83,6 +78,7 @@ class Scheduler:
         self._prefill_chunk = prefill_chunk
         self._interchangeable_rows = interchangeable_rows
         self.host = host
+        self._prefetch = None if host is None else Prefetch(blocks, host, self.waiting, self._open)
         self._num_leaving = 0  # removed ones whose parts are in flight
 
     @property
@@ -126,9 +122,9 @@ class Scheduler:
         Empty when there is nothing to do, or nothing before the step in flight is done.
         """
         self.copies, self.draws_late = [], False
-        if self.host is not None:
+        if self.host is not None and self._prefetch is not None:
             self.host.poll()
-            self._fetch()
+            self._prefetch.ask(self._headroom)
         step = self._schedule()
         if self.host is not None:
             self.host.begin()
@@ -342,31 +338,6 @@ class Scheduler:
         leader, prompt = sequence.leader, len(sequence.prompt)
         return leader in self.running and leader.num_computed < prompt and self.blocks.can_share(prompt)
 
-    def _fetch(self) -> None:
-        """Ask the host for blocks of those who wait, as far as free blocks reach beside those who run."""
-        if self.host is None:
-            return
-        room = self.host.num_slots
-        for sequence in islice(self.waiting, NUM_SOUGHT_AHEAD):
-            room -= self.blocks.blocks_for(sequence.num_tokens)
-            if room < 0:  # what is read for one must not make that of another go
-                break
-            if not sequence.table.sought:
-                self._open(sequence)
-                self.host.seek(sequence.table)
-                self.blocks.close(sequence.table)
-        spare = self.blocks.num_free - self._headroom
-        for sequence in islice(self.waiting, NUM_FETCHED_AHEAD):
-            table = sequence.table
-            # Of those before it each must still find room, else what is held for the last would keep the first out.
-            spare -= self.blocks.blocks_for(sequence.num_tokens) - len(table.fetched or ())
-            if spare < 0:
-                break
-            if table.fetched is None:
-                self._open(sequence)
-                self.host.fetch(table, self._headroom)
-                self.blocks.close(table)
-
     def _grow(self, table: BlockTable, num_tokens: int) -> bool:
         """Room for so many tokens, if need be in blocks that are held for those who wait longest yet."""
         while not self.blocks.grow(table, num_tokens):
@@ -375,10 +346,7 @@ class Scheduler:
         return True
 
     def _let_one_go(self, num_kept: int) -> bool:
-        """Free what is held for the last of the waiting, but for the first ``num_kept``; false if nothing is."""
-        if self.host is None:
-            return False
-        return any(self.host.let_go(s.table) for s in reversed(list(islice(self.waiting, num_kept, None))))
+        return self._prefetch is not None and self._prefetch.let_one_go(num_kept)
 
     def _open(self, sequence: Sequence) -> int:
         """Hold what the pool has of a sequence; how many tokens that is."""
@@ -393,24 +361,10 @@ class Scheduler:
         sequence.num_computed, sequence.num_reused = reused, reused
         part = self._next(sequence)
         missing, headroom = self.blocks.missing(table, sequence.num_tokens), self._headroom
-        fetching = self.host is not None and self.host.is_fetching(table)
         while missing + headroom > self.blocks.num_free and self._let_one_go(1):
             pass
-        if self.host is not None and not fetching:
-            if missing + headroom <= self.blocks.num_free and table.fetched is None:
-                # There was no room yet for what the host has of it, or it was let go of and may be gone.
-                self.host.seek(table)
-                if self.copies and self.host.has_more(table):
-                    # Copies from the host begin before this step, and might take a block that it copies rows from.
-                    fetching = True
-                else:
-                    self.host.fetch(table, headroom)
-                    fetching = self.host.is_fetching(table)
-            elif missing + headroom > self.blocks.num_free and set(table.fetched or ()) - set(self.blocks.held(table)):
-                # Of what is held for this one, whole chunks are open now; the rest may be what it lacks.
-                self.host.let_go(table)
-                table.fetched = []
-        if fetching or len(part.token_ids) > budget or missing + headroom > self.blocks.num_free:
+        awaits = self._prefetch is not None and self._prefetch.is_awaited(table, missing, headroom, bool(self.copies))
+        if awaits or len(part.token_ids) > budget or missing + headroom > self.blocks.num_free:
             self.blocks.close(table)
             return None
         self.copies += self.blocks.admit(table, sequence.num_tokens, part.end)
