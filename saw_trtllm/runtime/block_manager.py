@@ -277,34 +277,28 @@ class BlockManager(BlockPool):
     def _match(self, table: BlockTable, tokens: Sequence[int]) -> tuple[int, list[int]]:
         """Tokens of the longest match, and if it ends within a block whose rows continue it in each table."""
         size, found = self.tokens_per_block, self._by_key.__contains__
-        end = self._matches.longest(table.keys, found)
+        end = self._matches.unbounded(table.keys, found)
         while True:
             sources, rows = self._partial_match(table, end, tokens)
             num_tokens = min(end * size + rows, len(tokens) - 1)
             num_tokens -= num_tokens % self._grain
             full, rows = divmod(num_tokens, size)
-            if full == end:
-                return num_tokens, sources
-            missing = self._matches.missing(table.keys, num_tokens, full + (rows > 0), found)
+            missing = self._matches.missing(table.keys, num_tokens, end if full == end else full + (rows > 0), found)
             if missing < 0:
-                inside = table.keys[full * self.num_tables : (full + 1) * self.num_tables]
-                return num_tokens, [self._by_key[key] for key in inside] if rows else []
-            end = self._matches.within_windows(table.keys, missing, found)
+                if full < end and rows:
+                    sources = [self._by_key[key] for key in table.keys[full * self.num_tables :][: self.num_tables]]
+                return num_tokens, sources
+            end = missing  # what ends after it, and not later than here, reads it too
 
     def _partial_match(self, table: BlockTable, hits: int, tokens: Sequence[int]) -> tuple[list[int], int]:
         """The block of each table that continues ``hits`` blocks as ``tokens`` do, and for how many rows all do."""
-        if self._grain >= self.tokens_per_block:
+        parents = [self._parent(table, hits * self.num_tables + i) for i in range(self.num_tables)]
+        if self._grain >= self.tokens_per_block or not all(parent in self._continuations for parent in parents):
             return [], 0
         start = hits * self.tokens_per_block
         due = np.asarray(tokens[start : start + self.tokens_per_block], dtype=np.int32)
-        sources, common = [], self.tokens_per_block
-        for place in range(hits * self.num_tables, (hits + 1) * self.num_tables):
-            index, rows = self.continuation(self._parent(table, place), due)
-            if rows == 0:
-                return [], 0
-            sources.append(index)
-            common = min(common, rows)
-        return sources, common
+        found = [self.continuation(parent, due) for parent in parents]
+        return [index for index, _ in found], min(rows for _, rows in found)
 
     def _count_promised(self, table: BlockTable) -> None:
         left = max(0, table.promise[1] - len(self.held(table))) if table.promise[1] else 0

@@ -43,6 +43,10 @@ class PrefixMatch:
 
     def longest(self, keys: Sequence[bytes], found: Callable[[bytes], bool]) -> int:
         """Blocks of the longest match that ends with one."""
+        return self.within_windows(keys, self.unbounded(keys, found), found)
+
+    def unbounded(self, keys: Sequence[bytes], found: Callable[[bytes], bool]) -> int:
+        """Leading blocks that are found in each table without a window."""
         tables = len(self._windows)
         end = len(keys) // tables
         for i, window in enumerate(self._windows):
@@ -51,7 +55,7 @@ class PrefixMatch:
                 while hits < end and found(keys[hits * tables + i]):
                     hits += 1
                 end = hits
-        return self.within_windows(keys, end, found)
+        return end
 
     def within_windows(self, keys: Sequence[bytes], end: int, found: Callable[[bytes], bool]) -> int:
         """The most blocks, up to ``end``, after which a query finds what it reads in the tables with a window."""

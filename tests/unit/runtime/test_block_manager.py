@@ -1,10 +1,14 @@
+import random
+
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from saw_trtllm.engine.windows import first_block
 from saw_trtllm.runtime.block_manager import BlockManager
-from saw_trtllm.runtime.block_table import BlockTable
+from saw_trtllm.runtime.block_table import BlockTable, of_table
 
 
 def manager_of_whole_blocks(num_blocks, tokens_per_block, **options):
@@ -224,6 +228,45 @@ def test_a_used_prefix_is_young_again():
     manager.open(table, [3])
     manager.grow(table, 8)
     assert fill(manager, [1] * 5)[1] == 4
+
+
+@pytest.mark.parametrize("windows", [(4,), (None, 3), (5, 2), (3, None, 4)])
+@pytest.mark.parametrize("grain", [1, 2, 4])
+def test_a_match_with_windows_is_the_longest_there_is(windows, grain):
+    """Beside a search of all its ends, in pools that are too small for what was there."""
+    rng, size = random.Random(len(windows) + grain), 2
+    manager = BlockManager(
+        9 * len(windows), size, enable_partial_reuse=grain < size, reuse_multiple=grain, windows=windows, step=4
+    )
+
+    def is_there(table, tokens, end):
+        full, rows = divmod(end, size)
+        for i, window in enumerate(windows):
+            blocks = range(first_block(end, window, size), full)
+            if not all(manager.holds(table.keys[place * len(windows) + i]) for place in blocks):
+                return False
+            parent = table.keys[(full - 1) * len(windows) + i] if full else of_table(table.root, i)
+            if rows and manager.continuation(parent, np.array(tokens[end - rows : end]))[1] < rows:
+                return False
+        return True
+
+    lengths = []
+    for _ in range(400):
+        tokens = [rng.randrange(2) for _ in range(rng.randint(2, 14))]
+        table = BlockTable()
+        manager.name(table, tokens)
+        longest = max(end for end in range(0, len(tokens), grain) if is_there(table, tokens, end))
+        lengths.append(manager.open(table, tokens))
+        assert lengths[-1] == longest
+        manager.admit(table, len(tokens), lengths[-1] + 1)
+        for end in range(lengths[-1] + 1, len(tokens) + 1):
+            assert manager.grow(table, end)
+            manager.register(table, tokens[:end])
+            manager.drop(table, end)
+        manager.register_tail(table, tokens)
+        manager.close(table)
+    assert len(set(lengths)) > 1
+    manager.check()
 
 
 def test_check_notices():
