@@ -19,8 +19,8 @@ from saw_trtllm.errors import ConfigError
 from saw_trtllm.runtime.host_cache import BlockCopy, PendingTransfer
 from saw_trtllm.runtime.sampling import SamplingState
 
-#: Blocks that are copied to the host at a time, and as many back.
-_BLOCKS = 16
+#: Blocks that are copied to the host at a time, once a step, and as many back.
+_BLOCKS = 64
 _ROUNDS = 3
 
 
@@ -61,6 +61,8 @@ def measure(llm: LLM, batch: int, context: int, gb_per_s: float, steps: int) -> 
     used = batch * blocks * layout.num_tables
     if used + 2 * _BLOCKS > llm.stats().max_blocks:
         raise ConfigError(f"the KV cache has {llm.stats().max_blocks} blocks: give it more, or fewer sequences")
+    if (held := llm.executor.num_host_blocks) < 2 * _BLOCKS:
+        raise ConfigError(f"the host holds {held} blocks and {2 * _BLOCKS} are moved: give more --host_cache_size")
     while llm.executor.num_ready_host_blocks < 2 * _BLOCKS:
         time.sleep(0.01)
     tables = [layout.entries(range(i * blocks, (i + 1) * blocks)) for i in range(batch)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from saw_trtllm.bench.load import Limits, Report, check_load, hold_load
 from saw_trtllm.bench.workload import Conversation, random_conversations
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import ConfigError
+from saw_trtllm.runtime.executor import Executor
 
 #: Of a server before it is measured: its first steps compile, capture and touch memory.
 _WARMUP = (8, 64, 8)
+#: In which some of the host's memory is pinned, while it goes on.
+_PINNING_S = 0.3
 
 
 def conversations(load: Load, vocab_size: int) -> list[Conversation]:
@@ -63,10 +67,19 @@ def run_ours(engine: Path, pools: Sequence[int], host_bytes: int, load: Load) ->
     for pool_bytes in pools:
         cache = KvCacheConfig(max(1, pool_bytes // config.bytes_per_token), host_cache_size=host_bytes)
         with LLM(engine, kv_cache_config=cache) as llm:
+            _wait_for_host(llm.executor)
             vocab_size = config.pretrained_config.vocab_size
             check_load(llm, conversations(load, vocab_size))
             report = asyncio.run(measure(llm, load, vocab_size))
         yield point(OURS, config.saw_int4.kv, pool_bytes, host_bytes, report)
+
+
+def _wait_for_host(executor: Executor) -> None:
+    """Wait until the host's memory is pinned, which slows first steps down, or no more of it can be."""
+    ready = -1
+    while executor.num_host_blocks and ready < executor.num_ready_host_blocks:
+        ready = executor.num_ready_host_blocks
+        time.sleep(_PINNING_S)
 
 
 def run_goodput(

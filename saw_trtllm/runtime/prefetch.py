@@ -11,9 +11,9 @@ from saw_trtllm.runtime.block_table import BlockTable
 from saw_trtllm.runtime.host_cache import HostCache
 from saw_trtllm.runtime.sequence import Sequence
 
-#: Waiting requests whose blocks are fetched from the host: enough that the copies of the next ones go on while a step
-#: runs, few enough that what comes back is not evicted before it is used.
-NUM_FETCHED_AHEAD = 8
+#: Waiting requests whose blocks are fetched from the host: enough that those that find room together share a step's
+#: prefills, few enough that the calls of their copies take no longer than a step.
+NUM_FETCHED_AHEAD = 16
 #: Waiting requests whose blocks are read from the disk, which takes longer.
 NUM_SOUGHT_AHEAD = 32
 

@@ -94,10 +94,12 @@ def test_vllm_is_given_the_engines_shape(engine):
 
 
 def test_steps_are_timed_while_blocks_move(engine, capsys):
-    flags = ["--batch", "2", "--context", "30", "--steps", "4", "--max_tokens", "2048", "--host_cache_size", "4000000"]
+    flags = ["--batch", "2", "--context", "30", "--steps", "4", "--max_tokens", "8192", "--host_cache_size", "8000000"]
     assert moving.main([str(engine("saw_int4")), *flags]) == 0
     found = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert found.keys() == {"alone_us", "moving_us", "ratio", "gb_per_s"}
     assert float(found["gb_per_s"]) > 0
     assert moving.main([str(engine("saw_int4")), *flags[:-4], "--max_tokens", "64", *flags[-2:]]) == 2
     assert "the KV cache has 2 blocks" in capsys.readouterr().err
+    assert moving.main([str(engine("saw_int4")), *flags[:-1], "4000000"]) == 2
+    assert "give more --host_cache_size" in capsys.readouterr().err
