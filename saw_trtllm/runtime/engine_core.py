@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from saw_trtllm.engine.step import PREFILL, StepPacker
 from saw_trtllm.errors import EngineError, QueueFullError, RankError, SawError, ShutdownError
 from saw_trtllm.runtime.executor import Executor, PendingStep, StepOutput
+from saw_trtllm.runtime.guided_decoding import MaskThreads
 from saw_trtllm.runtime.outputs import require_process
 from saw_trtllm.runtime.request import Request
 from saw_trtllm.runtime.sampling import SamplingState
@@ -66,6 +67,8 @@ class EngineCore:
         self._scheduler = scheduler
         self._packer = packer
         self._under_way: deque[_Step] = deque()
+        self._masks = MaskThreads()
+        self._guided: list[Request] = []  # whose masks are to be worked out
         self._requests: dict[int, Request] = {}
         self._max_queue_size = max_queue_size
         self._arrived: deque[Request] = deque()
@@ -186,6 +189,7 @@ class EngineCore:
                     step.pending.result()
         if self._scheduler.host is not None:
             self._scheduler.host.close()
+        self._masks.close()
         self._executor.shutdown()
 
     def _goes_on(self) -> bool:
@@ -324,6 +328,15 @@ class EngineCore:
             self._scheduler.advance(step.parts)
             for i, s in enumerate(step.parts):
                 self._hand_out(s, output, i)
+            if self._guided:
+                self._work_out_masks()
+
+    def _work_out_masks(self) -> None:
+        guided, self._guided = self._guided, []
+        failures = self._masks.work_out([request.guide for request in guided if request.guide is not None])
+        for request, failure in zip(guided, failures, strict=True):
+            if failure is not None:
+                self._report_lost_text(self._drop(request.sequence.request_id), failure)
 
     def _fail(self, parts: list[Scheduled], e: Exception) -> None:
         """One bad step must not take the server down: its requests end with the error, the others go on."""
@@ -357,3 +370,5 @@ class EngineCore:
             ended = True
         if ended:
             self._drop(s.sequence.request_id)
+        elif request.guide is not None:
+            self._guided.append(request)

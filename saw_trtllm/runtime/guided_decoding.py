@@ -7,7 +7,9 @@ millisecond, and computes a mask in some microseconds, as a rule; xgrammar impor
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -22,6 +24,8 @@ _KINDS = ("json", "json_object", "regex", "grammar")
 #: White space between the parts of JSON. Without a limit a small model may write it to the end.
 _WHITE_SPACE = r"[ \n]{0,20}"
 _BEGIN, _END = "<think>", "</think>"
+#: Threads for masks: more find nothing to do.
+_MAX_THREADS = 8
 #: Bytes of a schema or grammar.
 _MAX_SIZE = 1 << 18
 
@@ -109,11 +113,6 @@ class Guide:
     begin, end : int or None
         The tokens around the reasoning that may come first; without ``end`` there is none.
 
-    Attributes
-    ----------
-    mask : numpy.ndarray or None
-        Which tokens may come next, as :class:`saw_trtllm.runtime.sampling.SamplingState` has it; None for any.
-
     Raises
     ------
     RequestError
@@ -125,9 +124,24 @@ class Guide:
         self._vocab_size = vocab_size
         self._begin, self._end = begin, end
         self._thinks = end is not None and begin is None
-        self.mask = self._next_mask()
-        if self.mask is not None and begin is not None:
-            self.mask[begin // 32] |= np.uint32(1 << begin % 32)
+        self._mask = self._next_mask()
+        self._is_known = True
+        if self._mask is not None and begin is not None:
+            self._mask[begin // 32] |= np.uint32(1 << begin % 32)
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """Which tokens may come next, as :class:`saw_trtllm.runtime.sampling.SamplingState` has it; None for any.
+
+        Raises
+        ------
+        RequestError
+            If the grammar has become too complex. It is worked out when it is first asked for after a token.
+        """
+        if not self._is_known:
+            self._mask = self._next_mask()
+            self._is_known = True
+        return self._mask
 
     @property
     def stopped(self) -> bool:
@@ -150,7 +164,7 @@ class Guide:
         else:
             self._matcher.consume_token(token)
             self._check()
-        self.mask = None if self.stopped else self._next_mask()
+        self._is_known = False
 
     def _next_mask(self) -> np.ndarray | None:
         if self._thinks:
@@ -162,6 +176,39 @@ class Guide:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise RequestError(f"the grammar cannot be followed further: {_sentence(self._matcher.get_error())}")
+
+
+class MaskThreads:
+    """Threads in which the masks of several texts are worked out at once: the library does it without Python's lock."""
+
+    def __init__(self) -> None:
+        self._size = min(_MAX_THREADS, os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(self._size, "saw-masks")  # which start when they are needed
+
+    def work_out(self, guides: Sequence[Guide]) -> list[Exception | None]:
+        """Have the mask of each guide known; what it failed with, where it did."""
+        if len(guides) == 1:
+            return [_failure(guides[0])]
+        failures: list[Exception | None] = [None] * len(guides)
+
+        def work(first: int) -> None:
+            for i in range(first, len(guides), self._size):
+                failures[i] = _failure(guides[i])
+
+        list(self._threads.map(work, range(min(self._size, len(guides)))))
+        return failures
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._threads.shutdown()
+
+
+def _failure(guide: Guide) -> Exception | None:
+    try:
+        _ = guide.mask
+    except Exception as e:  # the library's own too: it is its text's matter
+        return e
+    return None
 
 
 class Guides:

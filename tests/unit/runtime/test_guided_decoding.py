@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from saw_trtllm import GuidedDecodingParams, KvCacheConfig, SamplingParams
 from saw_trtllm.errors import RequestError
-from saw_trtllm.runtime.guided_decoding import Guides
+from saw_trtllm.runtime.guided_decoding import Guide, Guides
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from tests.support.example import EXAMPLE
 from tests.support.schemas import random_schema
@@ -130,6 +130,36 @@ def test_an_expression_that_explodes_is_stopped(guides):
 
     with pytest.raises(RequestError, match="followed"):
         follow("(a?){3000}a{3000}")
+
+
+def test_masks_of_many_are_worked_out_at_once_and_one_that_fails_ends_alone(open_llm, monkeypatch):
+    """As they are one by one; a text whose grammar becomes too complex ends with a sentence, the others go on."""
+    guided = GuidedDecodingParams(regex="[a-f]{3,30}")
+    params = [SamplingParams(max_tokens=20, guided_decoding=guided, temperature=1.0, seed=i) for i in range(6)]
+    llm = open_llm("fp16", kv_cache_config=KvCacheConfig(4096))
+    alone = [llm.generate("def f(", p).outputs[0] for p in params]
+    assert [o.outputs[0] for o in llm.generate(["def f("] * 6, params)] == alone
+    next_mask = Guide._next_mask
+
+    def failing(guide):
+        if guide is broken[0]:
+            raise RequestError("the grammar cannot be followed further: too complex")
+        return next_mask(guide)
+
+    broken = [None]
+    made = Guides.make
+
+    def make(guides, params):
+        guide = made(guides, params)
+        broken[0] = broken[0] or guide
+        return guide
+
+    monkeypatch.setattr(Guides, "make", make)
+    monkeypatch.setattr(Guide, "_next_mask", failing)
+    handles = [llm.generate_async("def f(", p) for p in params]
+    with pytest.raises(RequestError, match="too complex"):
+        handles[0].result(60)
+    assert [h.result(60).outputs[0] for h in handles[1:]] == alone[1:]
 
 
 def test_what_takes_tokens_away_is_excluded_and_the_library_is_asked_for(open_llm, monkeypatch):
