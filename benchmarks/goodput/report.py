@@ -87,4 +87,4 @@ def _plot(results: GoodputResults, points: list[Point], figure: Figure) -> None:
     axes.set_ylabel("requests/s within the limits")
     where = results.environment.gpu or results.environment.cpu
     axes.set_title(f"Conversations that come back\n{where}, {results.model}")
-    figure.legend(loc="outside right upper")
+    figure.legend(loc="outside lower center", ncols=2)
