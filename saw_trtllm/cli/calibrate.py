@@ -116,6 +116,13 @@ def _calibrate(options: CalibrateOptions) -> None:
     )
     for warning in _warnings(found):
         log.warning("%s", warning)
+    if options.generate:
+        log.warning(
+            "the KL above is on texts of %d tokens that the model made up too: on longer ones and on others the "
+            "calibration may do harm, so compare it on a text of your use, saw-eval --calibration none,%s",
+            windows.shape[1],
+            options.output,
+        )
 
 
 def _warnings(found: Measured) -> list[str]:

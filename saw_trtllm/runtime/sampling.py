@@ -68,7 +68,7 @@ def token_logprobs(logits: np.ndarray, tokens: Sequence[int]) -> list[float]:
 
 
 def top_logprobs(logits: np.ndarray, count: int) -> list[tuple[int, float]]:
-    """The likeliest tokens and their log-probabilities under the model, the likeliest first.
+    """The likeliest tokens and their log-probabilities under the model, the likeliest first, equals by token.
 
     Parameters
     ----------
@@ -77,8 +77,10 @@ def top_logprobs(logits: np.ndarray, count: int) -> list[tuple[int, float]]:
     count : int
     """
     values = logits.astype(np.float64)
-    order = np.argpartition(-values, min(count, len(values)) - 1)[:count]
-    order = order[np.lexsort((order, -values[order]))]
+    rank = min(count, len(values)) - 1
+    least = -np.partition(-values, rank)[rank]
+    order = np.flatnonzero(values >= least)  # all that equal the last: which of them it is, a partition does not say
+    order = order[np.argsort(-values[order], kind="stable")][:count]
     total = _log_sum(values)
     return [(int(token), float(values[token] - total)) for token in order]
 

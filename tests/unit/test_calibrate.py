@@ -550,7 +550,9 @@ def test_texts_are_drawn_from_what_the_model_predicts():
 def test_a_calibration_on_the_models_own_texts(tmp_path, capsys):
     argv = ["--model_dir", EXAMPLE, "--generate", "--output", tmp_path / "c"]
     assert saw_calibrate.main([str(a) for a in (*argv, "--max_tokens", 1024, "--max_seq_len", 128)]) == 0
-    assert "8 sequences of 128 tokens, 256 of them to test" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "8 sequences of 128 tokens, 256 of them to test" in said.out
+    assert "on texts of 128 tokens that the model made up too: on longer ones" in said.err
     assert Calibration.load(tmp_path / "c").num_tokens == 768
 
 

@@ -75,7 +75,9 @@ def test_top_logprobs_are_the_likeliest_in_order():
     bound = sum_rounding(len(LOGITS), 1.0)
     assert [value for _, value in found] == pytest.approx(expected[[0, 5, 1]].tolist(), abs=bound)
     assert len(top_logprobs(LOGITS, 100)) == len(LOGITS)
-    assert [token for token, _ in top_logprobs(np.zeros(4, np.float32), 4)] == [0, 1, 2, 3]
+    for count in range(1, 8):  # of those that equal the last, the first tokens
+        equals = np.array([0, 1, 2, 1] * 40 + [1, 0], np.float32)
+        assert [token for token, _ in top_logprobs(equals, 40 + count)][40:] == [1, 3, 5, 7, 9, 11, 13][:count]
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.4, 0.8, 0.99, 1.0])
