@@ -527,12 +527,12 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys
     monkeypatch.setattr(progress, "INTERVAL", 0.01)
     with progress.progress(4, "saw-eval", "windows") as bar:
         bar.update(3)
-        while progress.ProgressLines is type(bar) and not bar._num_lines:  # a line comes without another step
+        before = bar._num_lines
+        while bar._num_lines < before + 2:  # lines come without another step; the next one may have been begun before
             time.sleep(0.01)
         bar.update()
     *lines, last = capsys.readouterr().err.splitlines()
-    assert lines
-    assert all(line.startswith("saw-eval: 3/4 windows, 75%, 00:") for line in lines[:1])
+    assert any(line.startswith("saw-eval: 3/4 windows, 75%, 00:") for line in lines)
     assert last.startswith("saw-eval: 4/4 windows, 100%, 00:")
 
     monkeypatch.setattr(progress, "INTERVAL", 60)
