@@ -18,6 +18,7 @@ class DType:
 class CacheType:
     int4: ClassVar[CacheType]
     unquantized: ClassVar[CacheType]
+    key8_value4: ClassVar[CacheType]
 
 class WeightType:
     int4: ClassVar[WeightType]
@@ -38,6 +39,7 @@ class PagedPool:
 
 def philox_uniform(seed: int, index: int) -> float: ...
 def row_bytes(cache: CacheType, head_dim: int) -> int: ...
+def key_row_bytes(cache: CacheType, head_dim: int) -> int: ...
 def error_string(code: int) -> str: ...
 def dlpack_view(
     capsule: CapsuleType,

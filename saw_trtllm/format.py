@@ -26,8 +26,9 @@ EPS) / 15)`` and ``r = max y - min y``.
 
 The format ``int4`` is the same without the rotation (order 1); ``fp16`` stores rows of the engine's dtype. In
 ``saw_k8v4`` K's rows hold 8-bit codes, 0 to 255 and a byte each, between ``min y`` and ``max y``, and scale and lo;
-V's are ``saw_int4``'s. A layer of a block is then ``num_kv_heads · tokens_per_block`` rows of K and as many of V:
-``uint8 [num_blocks, num_layers, bytes]``.
+V's are ``saw_int4``'s. A layer of a block is then ``num_kv_heads · tokens_per_block`` rows of K, head by head, and as
+many of V: ``uint8 [num_blocks, num_layers, num_kv_heads, tokens_per_block, pair_bytes]``, whose last three axes only
+count its bytes.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ class KVFormat:
     def pool_shape(self, num_blocks: int, num_layers: int, num_kv_heads: int, tokens_per_block: int) -> tuple[int, ...]:
         """Shape of the ``uint8`` pool."""
         if self.k_row_bytes != self.row_bytes:
-            return (num_blocks, num_layers, num_kv_heads * tokens_per_block * self.pair_bytes)
+            return (num_blocks, num_layers, num_kv_heads, tokens_per_block, self.pair_bytes)
         return (num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, self.row_bytes)
 
 

@@ -57,6 +57,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("KERNELS_VERSION") = saw_kernels_version();
     m.attr("ARCHITECTURES") = saw_kernels_architectures();
     m.def("row_bytes", &row_bytes, py::arg("cache"), py::arg("head_dim"));
+    m.def("key_row_bytes", &key_row_bytes, py::arg("cache"), py::arg("head_dim"));
     m.def("dlpack_view", &dlpack_view, py::arg("capsule"));
     m.def(
         "error_string",
@@ -67,7 +68,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("code"));
 
     py::enum_<DType>(m, "DType").value("float16", DType::kFloat16).value("bfloat16", DType::kBFloat16);
-    py::enum_<CacheType>(m, "CacheType").value("int4", CacheType::kInt4).value("unquantized", CacheType::kUnquantized);
+    py::enum_<CacheType>(m, "CacheType")
+        .value("int4", CacheType::kInt4)
+        .value("unquantized", CacheType::kUnquantized)
+        .value("key8_value4", CacheType::kKey8Value4);
     py::class_<PagedPool>(m, "PagedPool")
         .def(py::init(&make_pool), py::kw_only(), py::arg("base"), py::arg("block_offsets"),
              py::arg("max_blocks_per_seq"), py::arg("layer"), py::arg("num_kv_heads"), py::arg("tokens_per_block"),

@@ -25,6 +25,10 @@ void RotateQuantizeKv::validate() const {
         bool const power = hadamard_order_ >= 16 && (hadamard_order_ & (hadamard_order_ - 1)) == 0;
         if (!power || head_dim_ % hadamard_order_ != 0)
             reject(order + ": it must be a power of two from 16 that divides head_dim " + std::to_string(head_dim_));
+    } else if (kv_ == "saw_k8v4") {
+        int const largest = head_dim_ & -head_dim_;
+        if (hadamard_order_ != largest)
+            reject(order + ": kv saw_k8v4 has kernels of the largest one alone, so give " + std::to_string(largest));
     } else if (hadamard_order_ != 1 || rotate_v_ != 0) {
         reject(order + " and rotate_v " + std::to_string(rotate_v_) + ": kv " + kv_ +
                " has no rotation, so give 1 and 0");

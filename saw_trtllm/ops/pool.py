@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saw_trtllm.errors import OpError
-from saw_trtllm.format import TOKENS_PER_BLOCK, KVFormat
+from saw_trtllm.format import TOKENS_PER_BLOCK, KVFormat, default_hadamard_order
 from saw_trtllm.ops.arrays import DeviceArray, kernels
 
 
@@ -25,11 +25,14 @@ class Pool:
     def check(cls, pool: Any, block_offsets: Any, num_sequences: int, kv_format: KVFormat, layer: int) -> Pool:
         """Check a pool and its block table, of which ``layer`` is read or written."""
         array = DeviceArray.of("pool", pool)
-        array.check(
-            "uint8",
-            ["num_blocks", "num_layers", 2, "num_kv_heads", "tokens_per_block", kv_format.row_bytes],
-        )
-        _, num_layers, _, num_kv_heads, tokens_per_block, row_bytes = array.shape
+        if kv_format.k_row_bytes == kv_format.row_bytes:
+            array.check(
+                "uint8", ["num_blocks", "num_layers", 2, "num_kv_heads", "tokens_per_block", kv_format.row_bytes]
+            )
+        else:
+            array.check("uint8", ["num_blocks", "num_layers", "num_kv_heads", "tokens_per_block", kv_format.pair_bytes])
+        num_layers = array.shape[1]
+        num_kv_heads, tokens_per_block = array.shape[-3:-1]
         if tokens_per_block not in TOKENS_PER_BLOCK:
             valid = ", ".join(map(str, TOKENS_PER_BLOCK))
             raise OpError(f"pool has blocks of {tokens_per_block} tokens: it must be one of {valid}")
@@ -38,7 +41,7 @@ class Pool:
         if not 0 <= layer < num_layers:
             raise OpError(f"layer is {layer}: pool has layers 0 to {num_layers - 1}")
         table = DeviceArray.of("block_offsets", block_offsets).check("int32", [num_sequences, 2, "max_blocks"], 4)
-        return cls(array, table, layer, num_kv_heads, tokens_per_block, row_bytes)
+        return cls(array, table, layer, num_kv_heads, tokens_per_block, kv_format.row_bytes)
 
     def struct(self) -> Any:
         """The kernels' own struct."""
@@ -62,9 +65,22 @@ def check_cache_dtype(kv_format: KVFormat, activations: DeviceArray) -> None:
         )
 
 
+def check_order(kv_format: KVFormat) -> None:
+    """Reject a rotation that the write has no kernel of."""
+    largest = default_hadamard_order(kv_format.head_dim)
+    if kv_format.kv == "saw_k8v4" and kv_format.hadamard_order != largest:
+        raise OpError(
+            f"kv_format has hadamard_order {kv_format.hadamard_order}, and saw_k8v4 has kernels of the largest one "
+            f"alone: it must be {largest}"
+        )
+
+
 def cache_type(kv_format: KVFormat) -> Any:
     """The kernels' name for the rows of a format."""
-    return kernels().CacheType.int4 if kv_format.quantized else kernels().CacheType.unquantized
+    types = kernels().CacheType
+    if kv_format.kv == "saw_k8v4":
+        return types.key8_value4
+    return types.int4 if kv_format.quantized else types.unquantized
 
 
 def describe(kv_format: KVFormat, pool: Pool, dtype: str, num_heads: int, work: str) -> str:

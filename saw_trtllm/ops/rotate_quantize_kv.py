@@ -17,7 +17,7 @@ from saw_trtllm.ops.arrays import (
     raise_for,
     stream_handle,
 )
-from saw_trtllm.ops.pool import Pool, cache_type, check_cache_dtype, describe
+from saw_trtllm.ops.pool import Pool, cache_type, check_cache_dtype, check_order, describe
 
 #: What the low part of a frame's number is multiplied by, so that it is no subnormal number of fp16.
 _LOW_FACTOR = 2048
@@ -98,11 +98,12 @@ def rotate_quantize_kv(
     sequence_length : array
         int32 ``[num_sequences]``: KV length with this step's tokens.
     pool : array
-        uint8 ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, row_bytes]``, written at ``layer``.
+        uint8 ``[num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, row_bytes]``, or what
+        :meth:`KVFormat.pool_shape` gives for ``saw_k8v4``, written at ``layer``.
     block_offsets : array
         int32 ``[num_sequences, 2, max_blocks]``.
     kv_format : KVFormat
-        head_dim, rotation, range factor; for ``fp16`` its dtype must be qkv's.
+        head_dim, rotation, range factor; for ``fp16`` its dtype must be qkv's, for ``saw_k8v4`` its order the largest.
     layer : int
     q_out : array
         ``[num_tokens, num_heads, head_dim]`` of qkv's dtype, written: Q after RoPE and rotation, or its frame.
@@ -130,6 +131,7 @@ def rotate_quantize_kv(
     packed = DeviceArray.of("qkv", qkv)
     packed.check(ACTIVATION_DTYPES, ["num_tokens", "(num_heads + 2 * num_kv_heads) * head_dim"])
     check_cache_dtype(kv_format, packed)
+    check_order(kv_format)
     num_tokens, width = packed.shape
     num_heads = width // head_dim - 2 * where.num_kv_heads
     if width % head_dim or num_heads < 1 or num_heads % where.num_kv_heads:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from saw_trtllm.engine.config import BackendName, EngineConfig
-from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.quantization import WeightFormat
 from saw_trtllm.plan.options import BuildOptions
@@ -20,14 +19,11 @@ if TYPE_CHECKING:
     from saw_trtllm.plan.plan import BuildPlan
 
 
-def check_4bit_keys(options: BuildOptions, name: BackendName) -> None:
-    """Reject keys in 8 bits, for a backend whose kernels read 4 bits or 16."""
-    if options.kv == "saw_k8v4" or options.kv_bits is not None:
-        given = "--kv saw_k8v4" if options.kv_bits is None else "--kv_bits"
-        raise ConfigError(
-            f"{given} was given, and no kernel of the backend {name} reads keys of 8 bits: give --backend reference, "
-            "or leave it out"
-        )
+def asks_for_8bit_keys(options: BuildOptions) -> str | None:
+    """The flag that gives some layers keys of 8 bits, or None."""
+    if options.kv_bits is not None:
+        return "--kv_bits"
+    return "--kv saw_k8v4" if options.kv == "saw_k8v4" else None
 
 
 class BackendLimits(Protocol):

@@ -105,6 +105,8 @@ STEP_CASES = [
     Case("llama", 128, "saw_int4", (("kv_skip_layers", "last"), ("centred", True))),
     Case("llama", 64, "saw_int4", (("kv_skip_layers", "last"), ("framed", True))),
     Case("qwen3", 128, "saw_int4", (("framed", True), *_BF16)),
+    Case("llama", 128, "saw_k8v4", (("framed", True),)),
+    Case("qwen2", 64, "saw_int4", (("kv_bits", "8/4:last"),)),
     Case("llama", 128, "saw_int4", (("gemm_plugin", "disable"),)),
     *(Case(f, d, kv, _BF16) for f, d, kv in zip(FAMILIES, (128, 64, 256, 128, 64, 256), KVS + KVS, strict=True)),
     Case("llama", 64, "saw_int4", (*_BF16, ("gemm_plugin", "disable"))),

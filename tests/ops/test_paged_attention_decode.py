@@ -10,11 +10,11 @@ import torch
 from saw_trtllm import ops
 from saw_trtllm.format import KVFormat
 from tests.support.exactness import assert_as_exact_as_plain
-from tests.support.paged import LAYER, K, Table, V, dense_rows, poisoned_pool
+from tests.support.paged import LAYER, K, Table, V, dense_rows, poisoned_before, poisoned_pool
 from tests.support.tolerance import attention_rounding
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-CACHES = ["saw_int4", "fp16"]  # fp16: rows of the activations' own dtype
+CACHES = ["saw_int4", "fp16", "saw_k8v4"]  # fp16: rows of the activations' own dtype
 LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 4097]
 
 
@@ -57,7 +57,7 @@ def make_decode(
 
 def make_workspace(step: Decode) -> torch.Tensor:
     num_sequences, num_heads, head_dim = step.q.shape
-    size = ops.decode_workspace_bytes(num_sequences, num_heads, step.pool.shape[3], head_dim)
+    size = ops.decode_workspace_bytes(num_sequences, num_heads, step.pool.shape[-3], head_dim)
     return torch.zeros(size, dtype=torch.uint8, device="cuda")
 
 
@@ -128,7 +128,7 @@ def check(step: Decode) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kv", ["saw_int4", "int4", "fp16"])
+@pytest.mark.parametrize("kv", [*CACHES, "int4"])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_lengths(head_dim, kv, dtype, rng):
     check(make_decode(LENGTHS, rng, head_dim=head_dim, kv=kv, dtype=dtype))
@@ -163,9 +163,10 @@ def test_one_long_sequence(length, kv, rng):
 @pytest.mark.parametrize(
     "lengths", [[70000], [20000, 5, 9000], [4096] * 8, [1500] * 5 + [0], [0, 30000, 0], [300] * 3, [3000] * 17]
 )
-def test_few_sequences(lengths, heads, head_dim, rng):
+@pytest.mark.parametrize("kv", ["saw_int4", "saw_k8v4"])
+def test_few_sequences(kv, lengths, heads, head_dim, rng):
     """Sums of one cluster, of several, and of clusters beside single CTAs."""
-    step = make_decode(lengths, rng, heads=heads, head_dim=head_dim)
+    step = make_decode(lengths, rng, heads=heads, head_dim=head_dim, kv=kv)
     workspace = make_workspace(step)
     out = run(step, workspace)
     assert_accurate(step, out)
@@ -199,6 +200,17 @@ def test_all_sequences_empty(rng):
 @pytest.mark.parametrize("tokens_per_block", [16, 128])
 def test_window(window, tokens_per_block, kv, rng):
     check(make_decode(LENGTHS, rng, tokens_per_block=tokens_per_block, window=window, kv=kv))
+
+
+@pytest.mark.parametrize("kv", CACHES)
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("window", [1, 16, 65, 200])
+def test_what_lies_before_a_window_is_no_matter(window, head_dim, kv, rng):
+    """A block that a window has left may be another sequence's, and hold NaN."""
+    step = make_decode(LENGTHS, rng, head_dim=head_dim, tokens_per_block=16, window=window, kv=kv)
+    firsts = [length - window for length in LENGTHS]
+    other = replace(step, pool=poisoned_before(step.pool, step.table, firsts, step.kv_format))
+    assert torch.equal(run(other), run(step))
 
 
 @pytest.mark.parametrize("kv", CACHES)

@@ -11,9 +11,10 @@ import torch
 from saw_trtllm import ops
 from saw_trtllm.format import KVFormat
 from tests.support.exactness import assert_as_exact_as_plain
-from tests.support.paged import LAYER, K, Table, V, dense_rows, poisoned_pool
+from tests.support.paged import LAYER, K, Table, V, dense_rows, poisoned_before, poisoned_pool
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+CACHES = ["saw_int4", "fp16", "saw_k8v4"]  # fp16: rows of the activations' own dtype
 #: Tokens of history and of the chunk.
 CHUNKS = [
     (0, 1),
@@ -170,7 +171,7 @@ def check(step: Prefill) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kv", ["saw_int4", "fp16"])
+@pytest.mark.parametrize("kv", CACHES)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_chunks(head_dim, kv, dtype, rng):
     check(make_prefill(CHUNKS, rng, head_dim=head_dim, kv=kv, dtype=dtype))
@@ -184,7 +185,7 @@ def test_groups(heads, head_dim, rng):
     check(make_prefill([(0, 1), (65, 300), (700, 130)], rng, heads=heads, head_dim=head_dim))
 
 
-@pytest.mark.parametrize("kv", ["saw_int4", "fp16"])
+@pytest.mark.parametrize("kv", CACHES)
 @pytest.mark.parametrize("tokens_per_block", [16, 32, 64, 128])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_blocks(tokens_per_block, head_dim, kv, rng):
@@ -193,7 +194,7 @@ def test_blocks(tokens_per_block, head_dim, kv, rng):
     check(make_prefill(chunks, rng, head_dim=head_dim, tokens_per_block=n, kv=kv))
 
 
-@pytest.mark.parametrize("kv", ["saw_int4", "fp16"])
+@pytest.mark.parametrize("kv", CACHES)
 @pytest.mark.parametrize(("history", "chunk"), [(0, 4096), (8192, 512), (70000, 1), (1000, 1500)])
 def test_long(history, chunk, kv, rng):
     check(make_prefill([(history, chunk)], rng, kv=kv, dtype="bfloat16"))
@@ -205,10 +206,23 @@ def test_ragged_batches(num_sequences, rng):
     check(make_prefill([tuple(x) for x in sizes], rng, tokens_per_block=16))
 
 
-@pytest.mark.parametrize("kv", ["saw_int4", "fp16"])
+@pytest.mark.parametrize("kv", CACHES)
 @pytest.mark.parametrize("window", [1, 16, 63, 64, 65, 200, 5000])
 def test_window(window, kv, rng):
     check(make_prefill(CHUNKS, rng, window=window, kv=kv))
+
+
+@pytest.mark.parametrize("kv", CACHES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("window", [1, 65, 200])
+def test_what_lies_before_a_window_is_no_matter(window, head_dim, dtype, kv, rng):
+    """A block that a window has left may be another sequence's, and hold NaN."""
+    step = make_prefill(CHUNKS, rng, head_dim=head_dim, dtype=dtype, tokens_per_block=16, window=window, kv=kv)
+    firsts = [history - window + 1 for history, _ in CHUNKS]
+    other = replace(step, pool=poisoned_before(step.pool, step.table, firsts, step.kv_format))
+    num_tokens = sum(chunk for _, chunk in CHUNKS)
+    assert torch.equal(run(other)[:num_tokens], check(step)[:num_tokens])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -236,7 +250,7 @@ def test_scores_of_any_size(spread, dtype, rng):
     check(replace(step, q=step.q * spread))
 
 
-@pytest.mark.parametrize("kv", ["saw_int4", "fp16"])
+@pytest.mark.parametrize("kv", CACHES)
 def test_what_another_sequence_holds_is_no_matter(kv, rng):
     """Not even NaN: the tile that ends in a chunk begins the next one."""
     step = make_prefill([(70, 50), (0, 30), (10, 200)], rng, kv=kv)
@@ -248,7 +262,7 @@ def test_what_another_sequence_holds_is_no_matter(kv, rng):
     assert torch.equal(after[80:280], before[80:280])
 
 
-@pytest.mark.parametrize("kv", ["saw_int4", "fp16"])
+@pytest.mark.parametrize("kv", CACHES)
 def test_two_runs_are_the_same_to_the_bit_and_so_is_each_sequence_alone(kv, rng):
     step = make_prefill([(500, 300), (0, 700), (4097, 33)], rng, kv=kv, padding=0)
     first = run(step)

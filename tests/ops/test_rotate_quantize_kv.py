@@ -41,6 +41,14 @@ def test_rows_are_the_references(head_dim, order, dtype, sequences, rng):
     check(make_step(saw(head_dim, order), sequences, rng, dtype=dtype))
 
 
+@pytest.mark.parametrize("sequences", [MIXED[3:], MIXED, LARGE, LONG], ids=["few", "small", "large", "long"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_keys_of_8_bits(head_dim, dtype, sequences, rng):
+    kv_format = KVFormat("saw_k8v4", head_dim, range_factor=0.9)
+    check(make_step(kv_format, sequences, rng, dtype=dtype, center=dtype == "bfloat16", heads=(9, 3)))
+
+
 @pytest.mark.parametrize("tokens_per_block", [16, 32, 64, 128])
 @pytest.mark.parametrize("heads", [(1, 1), (4, 1), (7, 7), (12, 4), (15, 3), (32, 8), (64, 8)])
 def test_heads_and_blocks(heads, tokens_per_block, rng):

@@ -63,8 +63,9 @@ def assert_queries_and_keys(step: Step, got: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("sequences", SEQUENCES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-def test_codes_are_the_references(head_dim, dtype, sequences, rng):
-    kv_format = KVFormat("saw_int4", head_dim, rotate_v=False, range_factor=0.9)
+@pytest.mark.parametrize("kv", ["saw_int4", "saw_k8v4"])
+def test_codes_are_the_references(kv, head_dim, dtype, sequences, rng):
+    kv_format = KVFormat(kv, head_dim, rotate_v=False, range_factor=0.9)
     check(make_step(kv_format, SEQUENCES[sequences], rng, dtype=dtype, frames=True, center=True))
 
 

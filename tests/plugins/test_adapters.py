@@ -320,7 +320,7 @@ BAD_FIELDS = [
     (WRITE, {"dtype": 1}, r"field dtype has PluginFieldType 5 and length 1: give text"),
     (WRITE, {"num_heads": 8.0}, r"field num_heads has PluginFieldType 1 and length 1: give one INT32"),
     (WRITE, {"range_factor": 1}, "give one FLOAT32"),
-    (WRITE, {"kv": "fp8"}, "kv is fp8: it must be one of fp16, int4, saw_int4"),
+    (WRITE, {"kv": "fp8"}, "kv is fp8: it must be one of fp16, int4, saw_int4, saw_k8v4"),
     (WRITE, {"hadamard_order": 1}, "hadamard_order is 1: it must be a power of two from 16 that divides head_dim 128"),
     (WRITE, {"hadamard_order": 48}, "hadamard_order is 48"),
     (WRITE, {"hadamard_order": 256}, "hadamard_order is 256"),
@@ -633,7 +633,9 @@ def test_the_smaller_window_holds(of_model, of_step, window, built, make):
     assert [call["window"] for call in lib.recorded_calls(built.library)] == [window, window]
 
 
-@pytest.mark.parametrize(("kv", "order", "cache"), [("fp16", 1, 1), ("int4", 1, 0), ("saw_int4", 64, 0)])
+@pytest.mark.parametrize(
+    ("kv", "order", "cache"), [("fp16", 1, 1), ("int4", 1, 0), ("saw_int4", 64, 0), ("saw_k8v4", 128, 2)]
+)
 def test_kv_formats(kv, order, cache, built, make):
     step = StepOf([2], 1)
     assert step.run(built, make(WRITE, kv=kv, hadamard_order=order), WRITE) == 0

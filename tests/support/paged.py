@@ -61,14 +61,48 @@ def random_pool(kv_format: KVFormat, num_blocks: int, num_kv_heads: int, tokens_
     return torch.randint(256, shape, generator=rng, dtype=torch.uint8)
 
 
+def rows_of(pool: torch.Tensor, kv_format: KVFormat, which: int) -> torch.Tensor:
+    """A view of all rows of K or of V: ``[num_blocks, NUM_LAYERS, num_kv_heads, tokens_per_block, bytes]``."""
+    num_kv_heads, tokens_per_block = pool.shape[-3:-1]
+    sizes = [num_kv_heads * tokens_per_block * size for size in (kv_format.k_row_bytes, kv_format.row_bytes)]
+    return pool.flatten(2).split(sizes, -1)[which].unflatten(-1, (num_kv_heads, tokens_per_block, -1))
+
+
+def wide(kv_format: KVFormat, which: int) -> bool:
+    """Whether codes of K or of V have 8 bits."""
+    return which == K and kv_format.k_row_bytes != kv_format.row_bytes
+
+
+def poison(rows: torch.Tensor) -> None:
+    """Make rows ``[..., n, bytes]`` such as decode to NaN, infinity or huge numbers."""
+    rows[:] = 0xFF  # as float16 and as bfloat16, and as scale and lo: NaN
+    rows[..., ::3, -3] = 0x7B  # scale and lo near 65504, or an element near it
+    rows[..., 1::3, -3:] = torch.tensor([0x7C, 0x00, 0xFC], dtype=torch.uint8)  # scale inf, lo -inf
+
+
+def poisoned_before(pool: torch.Tensor, table: Table, firsts: Sequence[int], kv_format: KVFormat) -> torch.Tensor:
+    """A copy of a pool whose rows before the first one that each sequence still sees are another's: poison."""
+    result = pool.cpu().clone()
+    tokens_per_block = pool.shape[-2]
+    for s, first in enumerate(firsts):
+        position = torch.arange(max(first, 0))
+        block, row = table.blocks[s, position // tokens_per_block], position % tokens_per_block
+        for which in (K, V):
+            rows = rows_of(result, kv_format, which)
+            hidden = rows[block, LAYER, :, row].transpose(0, 1).contiguous()
+            poison(hidden)
+            rows[block, LAYER, :, row] = hidden.transpose(0, 1)
+    return result.to(pool.device)
+
+
 def poisoned_pool(
     kv_format: KVFormat, table: Table, lengths: Sequence[int], num_kv_heads: int, tokens_per_block: int, rng
 ) -> torch.Tensor:
-    """Sequences of random rows in layer LAYER; every other row decodes to NaN, infinity or huge numbers."""
+    """Sequences of random rows in layer LAYER; every other row is poison."""
     shape = kv_format.pool_shape(table.num_blocks, NUM_LAYERS, num_kv_heads, tokens_per_block)
-    pool = torch.full(shape, 0xFF, dtype=torch.uint8)  # as float16 and as bfloat16, and as scale and lo: NaN
-    pool[:, :, :, :, ::3, -3] = 0x7B  # scale and lo near 65504, or an element near it
-    pool[:, :, :, :, 1::3, -3:] = torch.tensor([0x7C, 0x00, 0xFC], dtype=torch.uint8)  # scale inf, lo -inf
+    pool = torch.empty(shape, dtype=torch.uint8)
+    for which in (K, V):
+        poison(rows_of(pool, kv_format, which))
     for s, length in enumerate(lengths):
         if length == 0:
             continue
@@ -77,7 +111,9 @@ def poisoned_pool(
         for which in (K, V):
             spread = torch.rand(1, num_kv_heads, 1, generator=rng) * 2 + 0.25
             x = torch.randn(length, num_kv_heads, kv_format.head_dim, generator=rng) * spread + (which == K) * 0.5
-            pool[block, LAYER, which, :, row] = encode_rows(x, kv_format)
+            rows_of(pool, kv_format, which)[block, LAYER, :, row] = encode_rows(
+                x, kv_format, wide=wide(kv_format, which)
+            )
     return pool
 
 
@@ -85,11 +121,12 @@ def dense_rows(
     pool: torch.Tensor, table: Table, lengths: torch.Tensor, which: int, kv_format: KVFormat
 ) -> torch.Tensor:
     """Dequantized float64 ``[num_sequences, num_kv_heads, longest, head_dim]``, zeros beyond each length."""
-    tokens_per_block = pool.shape[4]
+    tokens_per_block = pool.shape[-2]
     longest = max(int(lengths.max()), 1)
     position = torch.arange(longest, device=pool.device)
     block = table.blocks.to(pool.device)[:, position // tokens_per_block]
-    rows = pool[block, LAYER, which, :, position % tokens_per_block]  # [num_sequences, longest, num_kv_heads, bytes]
+    # [num_sequences, longest, num_kv_heads, bytes]
+    rows = rows_of(pool, kv_format, which)[block, LAYER, :, position % tokens_per_block]
     unused = position >= lengths.to(pool.device)[:, None]
     rows = rows.masked_fill(unused[:, :, None, None], 0)
-    return decode_rows(rows, kv_format).double().transpose(1, 2)
+    return decode_rows(rows, kv_format, wide=wide(kv_format, which)).double().transpose(1, 2)

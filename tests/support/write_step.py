@@ -12,10 +12,10 @@ from saw_trtllm.backends.reference.cache import PagedPool, StepPlan
 from saw_trtllm.backends.reference.int4 import rotate, unpack
 from saw_trtllm.backends.reference.rotate_quantize_kv import rotate_quantize_kv
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs
-from saw_trtllm.format import ROW_TAIL_BYTES, KVFormat
+from saw_trtllm.format import CODE_MAX, CODE_MAX_8, ROW_TAIL_BYTES, KVFormat
 from tests.support.frames import random_frames
-from tests.support.paged import LAYER, NUM_LAYERS, Table, random_pool
-from tests.support.tolerance import CODE_ROUNDING, changed_share, rotated_rounding, spacing, stored_rounding
+from tests.support.paged import LAYER, NUM_LAYERS, Table, random_pool, rows_of, wide
+from tests.support.tolerance import EPS, changed_share, rotated_rounding, spacing, stored_rounding
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 NUM_POSITIONS = 4096
@@ -44,7 +44,7 @@ class Step:
 
     @property
     def num_kv_heads(self) -> int:
-        return self.pool.shape[3]
+        return self.pool.shape[-3]
 
     def split(self) -> list[torch.Tensor]:
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
@@ -132,7 +132,7 @@ def reference(step: Step) -> dict[str, torch.Tensor]:
         host_request_types=kinds,
         kv_cache_block_offsets=step.table.offsets[None].numpy(),
     )
-    pool = PagedPool(step.kv_format, 1, NUM_LAYERS, step.num_kv_heads, step.pool.shape[4])
+    pool = PagedPool(step.kv_format, 1, NUM_LAYERS, step.num_kv_heads, step.pool.shape[-2])
     pool.data = step.pool.clone()
     outputs = rotate_quantize_kv(
         *step.split(),
@@ -149,7 +149,7 @@ def reference(step: Step) -> dict[str, torch.Tensor]:
 
 def written_rows(step: Step) -> torch.Tensor:
     """Bool ``[num_blocks, tokens_per_block]``: the slots of this step's tokens."""
-    tokens_per_block = step.pool.shape[4]
+    tokens_per_block = step.pool.shape[-2]
     written = torch.zeros(step.pool.shape[0], tokens_per_block, dtype=torch.bool)
     ends = step.last_token_ids.tolist()
     for s, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -214,28 +214,37 @@ def assert_close_outputs(got: torch.Tensor, want: torch.Tensor) -> None:
 
 
 def assert_pool(step: Step, got: torch.Tensor, want: torch.Tensor) -> None:
-    """Canaries, tails and codes of a pool of 4-bit rows, after the reference's and after float64."""
+    """Canaries, tails and codes of a pool of rows of codes, after the reference's and after float64."""
     written = written_rows(step)
     layers = [n for n in range(NUM_LAYERS) if n != LAYER]
     assert torch.equal(got[:, layers], step.pool[:, layers])
-    ours = [x[:, LAYER].permute(0, 3, 1, 2, 4) for x in (got, want, step.pool)]  # [blocks, rows, 2, kv_heads, bytes]
-    assert torch.equal(ours[0][~written], ours[2][~written])
-    got, want = ours[0][written], ours[1][written]  # [num_tokens, 2, kv_heads, bytes]
+    order = token_order(step)
+    for which, exact in enumerate(exact_rows(step)):
+        # [blocks, rows, kv_heads, bytes]
+        ours = [rows_of(x, step.kv_format, which)[:, LAYER].transpose(1, 2) for x in (got, want, step.pool)]
+        assert torch.equal(ours[0][~written], ours[2][~written])
+        assert_rows(step, which, ours[0][written], ours[1][written], exact[order], rounding(step)[order][:, which])
 
+
+def assert_rows(
+    step: Step, which: int, got: torch.Tensor, want: torch.Tensor, exact: torch.Tensor, errors: torch.Tensor
+) -> None:
+    """Tails and codes of rows of K or of V, ``[num_tokens, kv_heads, bytes]``."""
+    is_wide = wide(step.kv_format, which)
+    largest_code = CODE_MAX_8 if is_wide else CODE_MAX
     tails = [x[..., -ROW_TAIL_BYTES:].contiguous().view(torch.float16).double() for x in (got, want)]
     # A range on the border of two fp16 numbers falls to either side by the last bit of an fp32 sum.
-    order = token_order(step)
-    exact, errors = torch.stack(exact_rows(step), dim=1)[order], rounding(step)[order]
     ulp, largest = spacing(tails[1], torch.float16), errors.amax(-1, keepdim=True)
     assert ((tails[0] - tails[1]).abs() <= ulp).all()
-    tail_errors = torch.cat([largest * 2 / 15, largest], dim=-1)  # of scale and of lo
+    tail_errors = torch.cat([largest * 2 / largest_code, largest], dim=-1)  # of scale and of lo
     assert (tails[0] != tails[1]).double().mean() <= changed_share(tail_errors, ulp)
-    codes = [unpack(x[..., :-ROW_TAIL_BYTES].contiguous()) for x in (got, want)]
+    codes = [x[..., :-ROW_TAIL_BYTES].contiguous() for x in (got, want)]
+    codes = codes if is_wide else [unpack(x) for x in codes]
     scale, lo = tails[0].split(1, dim=-1)
-    near = CODE_ROUNDING + errors / scale
+    near = (largest_code + 1) * EPS + errors / scale
     same_tail = (tails[0] == tails[1]).all(-1)
     different = (codes[0] != codes[1])[same_tail]
-    quotient = ((exact - lo) / scale).clamp(0, 15)
+    quotient = ((exact - lo) / scale).clamp(0, largest_code)
     # Rows of 16-bit numbers, turned by a factor of a power of two or not at all, lie between two codes now and then.
     ties = quotient % 1 == 0.5
     assert different.double().mean() <= changed_share(near[same_tail], 1.0) + ties[same_tail].double().mean()
@@ -246,7 +255,7 @@ def assert_pool(step: Step, got: torch.Tensor, want: torch.Tensor) -> None:
 
 def token_order(step: Step) -> torch.Tensor:
     """Tokens in the order of their slots in the pool, which is that of ``pool[written]``."""
-    tokens_per_block = step.pool.shape[4]
+    tokens_per_block = step.pool.shape[-2]
     places = []
     ends = step.last_token_ids.tolist()
     for s, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):

@@ -10,46 +10,82 @@
 
 namespace saw {
 
-// 4-bit rows on Hopper. Chosen by measurement on an H200. Few CTAs of an SM leave a warp the registers to work on 32
+// Rows of codes on Hopper. Those of 4 bits were chosen by measurement on an H200; keys of 8 make a tile half as large
+// again, so that an SM holds fewer CTAs or smaller tiles. Few CTAs of an SM leave a warp the registers to work on 32
 // tokens at a time, and large tiles make a barrier's cost small. Q and the output of 16 heads of 256 are more than a
 // thread's registers: those take two CTAs that load their tiles themselves.
-template <int HeadDim, int QueryTiles>
+template <CacheType Cache, int HeadDim, int QueryTiles>
 struct DecodeSm90Choice;
 // head_dim, query tiles, tile tokens, together, stages, CTAs per SM
 template <>
-struct DecodeSm90Choice<64, 1> {
+struct DecodeSm90Choice<CacheType::kInt4, 64, 1> {
     template <bool Few>
     using Config = DecodeSm90Config<64, 1, 256, 2, 2, 4, Few>;
 };
 template <>
-struct DecodeSm90Choice<96, 1> {
+struct DecodeSm90Choice<CacheType::kInt4, 96, 1> {
     template <bool Few>
     using Config = DecodeSm90Config<96, 1, 256, 2, 2, 3, Few>;
 };
 template <>
-struct DecodeSm90Choice<128, 1> {
+struct DecodeSm90Choice<CacheType::kInt4, 128, 1> {
     template <bool Few>
     using Config = DecodeSm90Config<128, 1, 256, 2, 2, 3, Few>;
 };
 template <>
-struct DecodeSm90Choice<256, 1> {
+struct DecodeSm90Choice<CacheType::kInt4, 256, 1> {
     template <bool Few>
     using Config = DecodeSm90Config<256, 1, 128, 2, 3, 2, Few>;
 };
 template <>
-struct DecodeSm90Choice<64, 2> {
+struct DecodeSm90Choice<CacheType::kInt4, 64, 2> {
     template <bool Few>
     using Config = DecodeSm90Config<64, 2, 256, 1, 3, 3, Few>;
 };
 template <>
-struct DecodeSm90Choice<96, 2> {
+struct DecodeSm90Choice<CacheType::kInt4, 96, 2> {
     template <bool Few>
     using Config = DecodeSm90Config<96, 2, 256, 1, 3, 2, Few>;
 };
 template <>
-struct DecodeSm90Choice<128, 2> {
+struct DecodeSm90Choice<CacheType::kInt4, 128, 2> {
     template <bool Few>
     using Config = DecodeSm90Config<128, 2, 256, 1, 3, 2, Few>;
+};
+template <>
+struct DecodeSm90Choice<CacheType::kKey8Value4, 64, 1> {
+    template <bool Few>
+    using Config = DecodeSm90Config<64, 1, 256, 2, 2, 4, Few, 8>;
+};
+template <>
+struct DecodeSm90Choice<CacheType::kKey8Value4, 96, 1> {
+    template <bool Few>
+    using Config = DecodeSm90Config<96, 1, 128, 2, 3, 3, Few, 8>;
+};
+template <>
+struct DecodeSm90Choice<CacheType::kKey8Value4, 128, 1> {
+    template <bool Few>
+    using Config = DecodeSm90Config<128, 1, 128, 2, 2, 3, Few, 8>;
+};
+template <>
+struct DecodeSm90Choice<CacheType::kKey8Value4, 256, 1> {
+    template <bool Few>
+    using Config = DecodeSm90Config<256, 1, 128, 2, 2, 2, Few, 8>;
+};
+template <>
+struct DecodeSm90Choice<CacheType::kKey8Value4, 64, 2> {
+    template <bool Few>
+    using Config = DecodeSm90Config<64, 2, 256, 1, 2, 3, Few, 8>;
+};
+template <>
+struct DecodeSm90Choice<CacheType::kKey8Value4, 96, 2> {
+    template <bool Few>
+    using Config = DecodeSm90Config<96, 2, 256, 1, 2, 2, Few, 8>;
+};
+template <>
+struct DecodeSm90Choice<CacheType::kKey8Value4, 128, 2> {
+    template <bool Few>
+    using Config = DecodeSm90Config<128, 2, 256, 1, 2, 2, Few, 8>;
 };
 
 // How an instance of pipeline_sm80.cuh uses an SM. A CTA's shared memory, warps * stages * tile, stays below the 99 KiB
@@ -91,13 +127,26 @@ template <>
 inline constexpr DecodeSm80Shape kDecodeSm80Shape<CacheType::kInt4, 128, 2>{64, 2, 4, 2};
 template <>
 inline constexpr DecodeSm80Shape kDecodeSm80Shape<CacheType::kInt4, 256, 1>{32, 2, 4, 3};
+template <>
+inline constexpr DecodeSm80Shape kDecodeSm80Shape<CacheType::kKey8Value4, 64, 1>{64, 3, 4, 2};
+template <>
+inline constexpr DecodeSm80Shape kDecodeSm80Shape<CacheType::kKey8Value4, 64, 2>{64, 3, 4, 2};
+template <>
+inline constexpr DecodeSm80Shape kDecodeSm80Shape<CacheType::kKey8Value4, 96, 1>{64, 2, 4, 2};
+template <>
+inline constexpr DecodeSm80Shape kDecodeSm80Shape<CacheType::kKey8Value4, 96, 2>{64, 2, 4, 2};
+template <>
+inline constexpr DecodeSm80Shape kDecodeSm80Shape<CacheType::kKey8Value4, 128, 1>{32, 3, 4, 2};
+template <>
+inline constexpr DecodeSm80Shape kDecodeSm80Shape<CacheType::kKey8Value4, 128, 2>{64, 2, 2, 2};
+template <>
+inline constexpr DecodeSm80Shape kDecodeSm80Shape<CacheType::kKey8Value4, 256, 1>{32, 2, 4, 2};
 
 template <CacheType Cache, int HeadDim, int QueryTiles, typename T>
 struct DecodeSm80Instance {
     static constexpr DecodeSm80Shape kShape = kDecodeSm80Shape<Cache, HeadDim, QueryTiles>;
-    using Rows =
-        std::conditional_t<Cache == CacheType::kInt4, Int4Rows<T, HeadDim, QueryTiles, QueryTiles == 1 ? 2 : 1>,
-                           Rows16Bit<T, HeadDim, QueryTiles>>;
+    using Rows = std::conditional_t<Cache == CacheType::kUnquantized, Rows16Bit<T, HeadDim, QueryTiles>,
+                                    Int4Rows<T, HeadDim, QueryTiles, QueryTiles == 1 ? 2 : 1, key_bits(Cache)>>;
     using Config = DecodeSm80Config<Rows, kShape.tile_tokens, kShape.stages, kShape.warps, kShape.ctas_per_sm>;
 };
 
@@ -196,22 +245,31 @@ struct DecodeSm80Launch {
     }
 };
 
+// Calls f with the instance for a cache that the parameters choose.
+template <CacheType Cache, int HeadDim, typename T, typename F>
+auto with_instance_for(int group, bool hopper, F&& f) {
+    constexpr int kMostTiles = HeadDim < 256 ? 2 : 1;
+    if constexpr (Cache != CacheType::kUnquantized) {
+        if (hopper) {
+            if (group <= 8) return f(DecodeSm90Launch<DecodeSm90Choice<Cache, HeadDim, 1>, T>{});
+            if constexpr (kMostTiles == 2) return f(DecodeSm90Launch<DecodeSm90Choice<Cache, HeadDim, 2>, T>{});
+        }
+    }
+    return group <= 8 ? f(DecodeSm80Launch<typename DecodeSm80Instance<Cache, HeadDim, 1, T>::Config>{})
+                      : f(DecodeSm80Launch<typename DecodeSm80Instance<Cache, HeadDim, kMostTiles, T>::Config>{});
+}
+
 // Calls f with the instance that the parameters choose.
 template <int HeadDim, typename T, typename F>
 auto with_decode_instance(CacheType cache, int group, bool hopper, F&& f) {
-    constexpr int kMostTiles = HeadDim < 256 ? 2 : 1;
-    if (cache == CacheType::kUnquantized)
-        return group <= 8
-                   ? f(DecodeSm80Launch<typename DecodeSm80Instance<CacheType::kUnquantized, HeadDim, 1, T>::Config>{})
-                   : f(DecodeSm80Launch<
-                         typename DecodeSm80Instance<CacheType::kUnquantized, HeadDim, kMostTiles, T>::Config>{});
-    if (hopper) {
-        if (group <= 8) return f(DecodeSm90Launch<DecodeSm90Choice<HeadDim, 1>, T>{});
-        if constexpr (kMostTiles == 2) return f(DecodeSm90Launch<DecodeSm90Choice<HeadDim, 2>, T>{});
+    switch (cache) {
+        case CacheType::kInt4:
+            return with_instance_for<CacheType::kInt4, HeadDim, T>(group, hopper, f);
+        case CacheType::kKey8Value4:
+            return with_instance_for<CacheType::kKey8Value4, HeadDim, T>(group, hopper, f);
+        default:
+            return with_instance_for<CacheType::kUnquantized, HeadDim, T>(group, hopper, f);
     }
-    return group <= 8
-               ? f(DecodeSm80Launch<typename DecodeSm80Instance<CacheType::kInt4, HeadDim, 1, T>::Config>{})
-               : f(DecodeSm80Launch<typename DecodeSm80Instance<CacheType::kInt4, HeadDim, kMostTiles, T>::Config>{});
 }
 
 // Whether what runs here was compiled for bulk copies, on an SM with Hopper's shared memory: that of sm_120 has less
@@ -221,7 +279,7 @@ cudaError_t has_hopper_code(bool& hopper) {
     static int version = 0, shared_bytes = 0;
     if (version == 0) {
         cudaFuncAttributes attributes{};
-        using Config = typename DecodeSm90Choice<HeadDim, 1>::template Config<false>;
+        using Config = typename DecodeSm90Choice<CacheType::kInt4, HeadDim, 1>::template Config<false>;
         int device = 0;
         if (auto e = cudaGetDevice(&device)) return e;
         if (auto e = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return e;
@@ -233,13 +291,13 @@ cudaError_t has_hopper_code(bool& hopper) {
     return cudaSuccess;
 }
 
-// CTAs of the instance that needs the most workspace: of either cache, and either dtype.
+// CTAs of the instance that needs the most workspace: of any cache, and either dtype.
 template <int HeadDim>
 int decode_max_ctas(int group) {
     bool hopper = false;
     if (has_hopper_code<HeadDim>(hopper)) return 0;
     int most = 0;
-    for (auto const cache : {CacheType::kInt4, CacheType::kUnquantized}) {
+    for (auto const cache : {CacheType::kInt4, CacheType::kUnquantized, CacheType::kKey8Value4}) {
         int ctas = 0;
         auto const prepare = [&](auto instance) { return instance.max_ctas(ctas); };
         for (auto const e : {with_decode_instance<HeadDim, __half>(cache, group, hopper, prepare),

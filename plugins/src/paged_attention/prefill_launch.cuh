@@ -80,8 +80,14 @@ template <int HeadDim>
 cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
     return dispatch_dtype(p.dtype, [&](auto type) {
         using T = decltype(type);
-        return p.cache == CacheType::kInt4 ? launch_prefill_instance<HeadDim, T, CacheType::kInt4>(p, stream)
-                                           : launch_prefill_instance<HeadDim, T, CacheType::kUnquantized>(p, stream);
+        switch (p.cache) {
+            case CacheType::kInt4:
+                return launch_prefill_instance<HeadDim, T, CacheType::kInt4>(p, stream);
+            case CacheType::kKey8Value4:
+                return launch_prefill_instance<HeadDim, T, CacheType::kKey8Value4>(p, stream);
+            default:
+                return launch_prefill_instance<HeadDim, T, CacheType::kUnquantized>(p, stream);
+        }
     });
 }
 

@@ -87,6 +87,11 @@ cudaError_t launch_rotate_quantize_kv_typed(RotateQuantizeKvParams const& p, cud
         if (p.hadamard_order != 1) return cudaErrorInvalidValue;
         return launch_rotate_quantize_kv_order<HeadDim, 1, CacheType::kUnquantized, T>(p, stream);
     }
+    if (p.cache == CacheType::kKey8Value4) {
+        constexpr int kLargest = HeadDim & -HeadDim;
+        if (p.hadamard_order != kLargest) return cudaErrorInvalidValue;
+        return launch_rotate_quantize_kv_order<HeadDim, kLargest, CacheType::kKey8Value4, T>(p, stream);
+    }
     switch (p.hadamard_order) {
         case 1:
             return launch_rotate_quantize_kv_order<HeadDim, 1, CacheType::kInt4, T>(p, stream);

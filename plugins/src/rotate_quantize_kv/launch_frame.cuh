@@ -50,10 +50,10 @@ inline dim3 frame_runs(RotateQuantizeKvParams const& p, int cta_rows, int ctas, 
     return dim3(grid.group + 2, p.pool.num_kv_heads, (tiles + tiles_of_run - 1) / tiles_of_run);
 }
 
-template <int HeadDim, typename T>
+template <int HeadDim, typename T, int KeyBits>
 cudaError_t launch_frame_typed(RotateQuantizeKvParams const& p, cudaStream_t stream) {
-    using Few = FrameFewConfig<HeadDim, T>;
-    using Many = std::conditional_t<(HeadDim <= 128), FrameManyConfig<std::min(HeadDim, 128), T>, void>;
+    using Few = FrameFewConfig<HeadDim, T, KeyBits>;
+    using Many = std::conditional_t<(HeadDim <= 128), FrameManyConfig<std::min(HeadDim, 128), T, KeyBits>, void>;
     FrameDevice device;
     if (auto e = prepare_frame<Few, Many>(device)) return e;
     FrameGrid grid{p.num_heads / p.pool.num_kv_heads, 0};
@@ -72,7 +72,11 @@ cudaError_t launch_frame_typed(RotateQuantizeKvParams const& p, cudaStream_t str
 
 template <int HeadDim>
 cudaError_t launch_frame(RotateQuantizeKvParams const& p, cudaStream_t stream) {
-    return dispatch_dtype(p.dtype, [&](auto type) { return launch_frame_typed<HeadDim, decltype(type)>(p, stream); });
+    return dispatch_dtype(p.dtype, [&](auto type) {
+        using T = decltype(type);
+        return key_bits(p.cache) == 8 ? launch_frame_typed<HeadDim, T, 8>(p, stream)
+                                      : launch_frame_typed<HeadDim, T, 4>(p, stream);
+    });
 }
 
 }  // namespace saw

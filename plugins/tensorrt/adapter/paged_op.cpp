@@ -37,10 +37,15 @@ void PagedOp::validate() const {
     check_dtype();
     check_count("the numbers of a token's Q, K and V", (num_heads_ + 2 * int64_t(num_kv_heads_)) * head_dim_,
                 "num_heads, num_kv_heads or head_dim");
-    if (kv_ != "fp16" && kv_ != "int4" && kv_ != "saw_int4")
-        reject("kv is " + kv_ + ": it must be one of fp16, int4, saw_int4");
-    check_count("the bytes of a block", int64_t(tokens_per_block_) * row_bytes(cache(), head_dim_) * num_kv_heads_,
+    if (kv_ != "fp16" && kv_ != "int4" && kv_ != "saw_int4" && kv_ != "saw_k8v4")
+        reject("kv is " + kv_ + ": it must be one of fp16, int4, saw_int4, saw_k8v4");
+    check_count("the bytes of a block", int64_t(tokens_per_block_) * key_row_bytes(cache(), head_dim_) * num_kv_heads_,
                 "tokens_per_block, num_kv_heads or head_dim");
+}
+
+CacheType PagedOp::cache() const {
+    if (kv_ == "fp16") return CacheType::kUnquantized;
+    return kv_ == "saw_k8v4" ? CacheType::kKey8Value4 : CacheType::kInt4;
 }
 
 std::vector<Tensor> PagedOp::pool_inputs() {

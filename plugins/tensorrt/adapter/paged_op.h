@@ -19,7 +19,7 @@ class PagedOp : public Op {
     int32_t tokens_per_block_ = 0;
     std::string kv_;
 
-    CacheType cache() const { return kv_ == "fp16" ? CacheType::kUnquantized : CacheType::kInt4; }
+    CacheType cache() const;
 
     // The inputs that say where a layer's rows lie: three that follow each other.
     static std::vector<Tensor> pool_inputs();

@@ -20,7 +20,7 @@ KEY_TILE = 64
 class PagedPool:
     """``uint8 [num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, row_bytes]`` and its format.
 
-    Where K's rows are longer than V's, the last four axes are one.
+    Where K's rows are longer than V's, it has another shape; see :mod:`saw_trtllm.format`.
 
     Parameters
     ----------

@@ -9,9 +9,10 @@ from saw_trtllm.backends.tensorrt import device
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.engine.config import BackendName, EngineConfig
 from saw_trtllm.errors import ConfigError
+from saw_trtllm.format import default_hadamard_order
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.quantization import WeightFormat
-from saw_trtllm.plan.backend import check_4bit_keys
+from saw_trtllm.plan.backend import asks_for_8bit_keys
 from saw_trtllm.plan.gpus import check_capability, check_formats
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.plan import BuildPlan
@@ -42,7 +43,12 @@ class TensorRTBackend:
             major, minor = map(int, device.compute_capability().split("."))
             check_capability(formats, (major, minor), device.gpu_name())
             check_formats(model, formats)
-        check_4bit_keys(options, self.name)
+        wide, order = asks_for_8bit_keys(options), default_hadamard_order(model.head_size)
+        if wide is not None and options.hadamard_order not in (None, order):
+            raise ConfigError(
+                f"{wide} was given with --hadamard_order {options.hadamard_order}, and the write of keys of 8 bits has "
+                f"kernels of order {order} alone for heads of {model.head_size}: leave --hadamard_order out"
+            )
         tensorrt = TensorRT.load()
         tensorrt.check_activations(model.dtype)
         if options.strip_plan and not tensorrt.can_strip:

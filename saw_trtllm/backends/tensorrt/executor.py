@@ -301,10 +301,18 @@ class TensorRTExecutor:
         """Copy rows from block to block, in this order, after the step in flight and before the next."""
         tokens, heads = self._config.build_config.tokens_per_block, self._config.pretrained_config.num_key_value_heads
         for (kv_format, layers), memory in zip(self._config.regions, self.pools, strict=True):
-            size, count = tokens * kv_format.row_bytes, layers * 2 * heads
+            k, v = kv_format.k_row_bytes, kv_format.row_bytes
+            layer = tokens * heads * kv_format.pair_bytes
             for source, target, rows in copies:
-                start, end = (memory.address + block * count * size for block in (source, target))
-                self._stream.copy_rows(end, start, size, rows * kv_format.row_bytes, count)
+                start, end = (memory.address + block * layers * layer for block in (source, target))
+                if k == v:
+                    self._stream.copy_rows(end, start, tokens * v, rows * v, layers * 2 * heads)
+                    continue
+                # All layers' rows of a head at once; in a layer K's heads come first.
+                sizes = heads * [k] + heads * [v]
+                for row, size in zip(accumulate(sizes, initial=0), sizes, strict=False):
+                    at = tokens * row
+                    self._stream.copy_rows(end + at, start + at, layer, rows * size, layers)
 
     @property
     def _decode_profile(self) -> int:

@@ -12,7 +12,7 @@ from saw_trtllm.engine.config import BackendName
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.quantization import WeightFormat
-from saw_trtllm.plan.backend import check_4bit_keys
+from saw_trtllm.plan.backend import asks_for_8bit_keys
 from saw_trtllm.plan.options import BuildOptions
 
 
@@ -33,10 +33,10 @@ class TensorRTLLMLimits:
         written_section(formats, model, tp_size)
         if model.dtype == "float32":
             raise ConfigError("the model is in float32, and the plugins compute in 16 bits: give --dtype float16")
-        check_4bit_keys(options, self.name)
-        if options.kv_skip_layers is not None:
+        other_rows = "--kv_skip_layers" if options.kv_skip_layers is not None else asks_for_8bit_keys(options)
+        if other_rows is not None:
             raise ConfigError(
-                "kv_skip_layers was given, and TensorRT-LLM's executor has rows of one size in all layers: leave it out"
+                f"{other_rows} was given, and TensorRT-LLM's executor has rows of one size in all layers: leave it out"
             )
 
     def max_positions(self, model: ModelConfig) -> int:

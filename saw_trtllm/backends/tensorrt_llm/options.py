@@ -94,8 +94,8 @@ class SwapOptions:
             )
         if section.kv == "saw_k8v4":
             raise ConfigError(
-                "the checkpoint's section saw_int4 names saw_k8v4, whose keys of 8 bits no plugin reads: name "
-                "saw_int4, int4 or fp16"
+                "the checkpoint's section saw_int4 names saw_k8v4, and TensorRT-LLM's executor has rows of one size: "
+                "name saw_int4, int4 or fp16"
             )
         kv_format = KVFormat(
             section.kv, config.head_size, config.dtype, section.hadamard_order, section.rotate_v, section.range_factor

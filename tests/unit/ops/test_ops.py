@@ -44,7 +44,7 @@ class FakeKernels:
     code: int = 0
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     DType = SimpleNamespace(float16="float16", bfloat16="bfloat16")
-    CacheType = SimpleNamespace(int4="int4", unquantized="unquantized")
+    CacheType = SimpleNamespace(int4="int4", unquantized="unquantized", key8_value4="key8_value4")
     PagedPool = SimpleNamespace
     MAX_VOCAB = 1 << 18
 
@@ -191,6 +191,24 @@ def test_rotate_quantize_kv_launches_with_what_the_arrays_say(fake):
     pool = vars(call["pool"])
     assert (pool["layer"], pool["num_kv_heads"], pool["tokens_per_block"], pool["row_bytes"]) == (1, KV_HEADS, 64, 68)
     assert pool["max_blocks_per_seq"] == 5
+
+
+def test_keys_of_8_bits_are_a_cache_of_their_own(fake):
+    """The pool has another shape: from it come the heads and the blocks, and V's rows are the pool's."""
+    kv_format = KVFormat("saw_k8v4", 128)
+    pool = Fake("uint8", *kv_format.pool_shape(9, 4, KV_HEADS, 64))
+    ops.rotate_quantize_kv(**write_arguments(kv_format=kv_format) | {"pool": pool})
+    ops.decode_attention(**decode_arguments() | {"pool": pool, "kv_format": kv_format})
+    for _, call in fake.calls:
+        assert call["cache"] == "key8_value4"
+        found = vars(call["pool"])
+        assert (found["num_kv_heads"], found["tokens_per_block"], found["row_bytes"]) == (KV_HEADS, 64, 68)
+    narrow = write_arguments(kv_format=KVFormat("saw_int4", 128))["pool"]
+    with pytest.raises(OpError, match="pool has shape"):
+        ops.rotate_quantize_kv(**write_arguments(kv_format=kv_format) | {"pool": narrow})
+    other = KVFormat("saw_k8v4", 128, hadamard_order=64)
+    with pytest.raises(OpError, match=r"hadamard_order 64, and saw_k8v4 .*: it must be 128"):
+        ops.rotate_quantize_kv(**write_arguments(kv_format=other) | {"pool": pool})
 
 
 def test_optional_tensors_are_null(fake):
@@ -455,17 +473,18 @@ def test_the_header_and_the_format_are_one():
     header = (ROOT / "plugins/include/saw/common/pool.h").read_text()
 
     def constant(name: str) -> float:
-        expression = re.search(rf"{name} = ([^;]+);", header)[1].replace("kCodeMax", str(format.CODE_MAX))
+        expression = re.search(rf"{name} = ([^;]+);", header)[1]
         return eval(re.sub(r"0x1p-(\d+)f", r"2.0**-\1", expression))
 
     assert constant("kFormatVersion") == format.FORMAT_VERSION
-    assert constant("kCodeMax") == format.CODE_MAX
-    assert constant("kRangeEps") == format.EPS
+    assert constant("kMinScale") == format.MIN_SCALE
     assert constant("kTailBytes") == format.ROW_TAIL_BYTES
-    row = re.search(r"int4_row_bytes\(int head_dim\) \{ return ([^;]+);", header)[1]
     for head_dim in format.HEAD_DIMS:
-        expression = row.replace("head_dim", str(head_dim)).replace("kTailBytes", str(format.ROW_TAIL_BYTES))
-        assert eval(expression.replace("/", "//")) == KVFormat("saw_int4", head_dim).row_bytes
+        kv_format = KVFormat("saw_k8v4", head_dim)
+        for name, row_bytes in (("int4", kv_format.row_bytes), ("int8", kv_format.k_row_bytes)):
+            row = re.search(rf"{name}_row_bytes\(int head_dim\) \{{ return ([^;]+);", header)[1]
+            expression = row.replace("head_dim", str(head_dim)).replace("kTailBytes", str(format.ROW_TAIL_BYTES))
+            assert eval(expression.replace("/", "//")) == row_bytes
 
 
 def test_the_built_module_has_the_same_rows():
@@ -474,3 +493,6 @@ def test_the_built_module_has_the_same_rows():
     for head_dim in format.HEAD_DIMS:
         assert module.row_bytes(module.CacheType.int4, head_dim) == KVFormat("int4", head_dim).row_bytes
         assert module.row_bytes(module.CacheType.unquantized, head_dim) == KVFormat("fp16", head_dim).row_bytes
+        wide = KVFormat("saw_k8v4", head_dim)
+        assert module.row_bytes(module.CacheType.key8_value4, head_dim) == wide.row_bytes
+        assert module.key_row_bytes(module.CacheType.key8_value4, head_dim) == wide.k_row_bytes

@@ -10,6 +10,7 @@ from saw_trtllm.backends.reference.model import ReferenceModel
 from saw_trtllm.backends.reference.quantizers import QuantizedRows, SkipLayers
 from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.backends.tensorrt.backend import TensorRTBackend
+from saw_trtllm.backends.tensorrt_llm.limits import TensorRTLLMLimits
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.cli import build as saw_build
 from saw_trtllm.engine.config import EngineConfig, Pool
@@ -48,11 +49,11 @@ def test_rows_of_two_sizes_lie_apart_and_move_as_bytes(rng):
     """K's rows before V's in each layer, and the first rows of a block copied alone."""
     pool = PagedPool(KVFormat("saw_k8v4", 64), 3, 2, 2, 16)
     pool.data.zero_()
-    assert pool.data.shape == (3, 2, 2 * 16 * (68 + 36))
+    assert pool.data.shape == (3, 2, 2, 16, 68 + 36)
     x = torch.randn(16, 2, 64, generator=rng)
     blocks, offsets = torch.full((16,), 1), torch.arange(16)
     pool.write(1, K, blocks, offsets, x)
-    assert pool.data[1, 1, 2 * 16 * 68 :].count_nonzero() == 0
+    assert pool.data[1, 1].flatten()[2 * 16 * 68 :].count_nonzero() == 0
     pool.write(1, V, blocks, offsets, x)
     step = (x.amax(-1) - x.amin(-1)).max()
     for which, levels in ((K, 255), (V, 15)):
@@ -113,8 +114,12 @@ def test_bits_that_no_cache_has(kv, skipped, bits, said):
         layers_apart(skipped, bits, KVFormat(kv, 64), 4)
 
 
-def test_no_kernel_reads_8_bits():
+def test_where_8_bits_cannot_be_had():
+    """The write has one rotation of them, and TensorRT-LLM's executor one size of rows."""
     model = Checkpoint.open(EXAMPLE).config
     for options, said in (({"kv": "saw_k8v4"}, "--kv saw_k8v4"), ({"kv_bits": "8/4:0"}, "--kv_bits")):
-        with pytest.raises(ConfigError, match=f"{said} was given, and no kernel of the backend tensorrt reads"):
-            TensorRTBackend().check(BuildOptions(model_dir=EXAMPLE, **options), model, {})
+        given = BuildOptions(model_dir=EXAMPLE, hadamard_order=32, **options)
+        with pytest.raises(ConfigError, match=f"{said} was given with --hadamard_order 32.* of order 128 alone"):
+            TensorRTBackend().check(given, model, {})
+        with pytest.raises(ConfigError, match=f"{said} was given, and TensorRT-LLM's executor has rows of one size"):
+            TensorRTLLMLimits().check(BuildOptions(model_dir=EXAMPLE, **options), model, {})

@@ -1,5 +1,5 @@
-// The 4-bit row of pool.h: from the fp32 channels of a row to its scale, its lo and its codes, as
-// saw_trtllm/backends/reference/int4.py computes them.
+// The rows of codes of pool.h, of 4 bits and of 8: from the fp32 channels of a row to its scale, its lo and its codes,
+// as saw_trtllm/backends/reference/int4.py computes them; and back to fp16.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace saw {
 struct RowScale {
     float lo;       // as rounded to fp16
     float inverse;  // 1 / scale of the scale as rounded to fp16
-    float range;    // 15 scale
+    float range;    // the largest code times scale
     uint32_t tail;  // the row's last four bytes: scale, lo
 };
 
@@ -24,12 +24,13 @@ __device__ inline float divide_by(float a, float b, float reciprocal) {
 }
 
 // The row's range, from its extremes. No product is fused with a sum that the reference rounds by itself.
+template <int Bits = 4>
 __device__ inline RowScale row_scale(float lowest, float highest, float range_factor) {
-    constexpr float kHalfMax = 65504.0f;
+    constexpr float kHalfMax = 65504.0f, kCodeMax = (1 << Bits) - 1;
     float const mid = __fmul_rn(__fadd_rn(lowest, highest), 0.5f);
     float const half = __fmul_rn(__fmul_rn(range_factor, __fsub_rn(highest, lowest)), 0.5f);
     __half const lo = __float2half_rn(fminf(fmaxf(__fsub_rn(mid, half), -kHalfMax), kHalfMax));
-    float const range = fminf(fmaxf(2.0f * half, kRangeEps), kCodeMax * kHalfMax);
+    float const range = fminf(fmaxf(2.0f * half, kCodeMax * kMinScale), kCodeMax * kHalfMax);
     __half const scale = __float2half_rn(divide_by(range, kCodeMax, 1.0f / kCodeMax));
 
     RowScale row;
@@ -53,7 +54,7 @@ __device__ inline uint4 interleave(uint4 const& x) {
             __byte_perm(x.y, x.w, 0x7632)};
 }
 
-// A row's codes to fp16: code * scale + lo, rounded once.
+// Codes of 4 bits to fp16: code * scale + lo, rounded once.
 //
 // An fp16 of 1024 or more has its units in the lowest bits, so a masked code needs no conversion, only 1024 taken out,
 // and 16 where it stands four bits higher. A mask leaves two codes that are four apart: putting them in order costs as
@@ -116,22 +117,59 @@ class Dequantizer {
     }
 };
 
-// Channels, at most eight, to a word of codes, the first in the lowest nibble.
+// Codes of 8 bits to fp16, in their order: code * scale + lo, rounded once. A byte under the upper byte of 1024 is
+// 1024 + code, which one permutation gives of two codes.
+class Dequantizer8 {
+  public:
+    __device__ explicit Dequantizer8(uint32_t tail) {
+        auto const both = reinterpret_cast<__half2 const&>(tail);
+        scale = __low2half2(both);
+        lo = __high2half2(both);
+    }
+
+    // Two words of four codes to eight numbers, of several side by side.
+    template <int Eights>
+    __device__ void run(uint32_t const* words, uint4 (&eights)[Eights]) const {
+        uint32_t pairs[Eights][4];
+#pragma unroll
+        for (int e = 0; e < Eights; ++e)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) pairs[e][i] = pair(words[2 * e + i / 2], i % 2 ? 0x4342 : 0x4140);
+#pragma unroll
+        for (int e = 0; e < Eights; ++e) {
+            asm volatile("" : "+r"(pairs[e][0]), "+r"(pairs[e][1]), "+r"(pairs[e][2]), "+r"(pairs[e][3]));
+            eights[e] = {pairs[e][0], pairs[e][1], pairs[e][2], pairs[e][3]};
+        }
+    }
+
+  private:
+    __half2 scale, lo;
+
+    __device__ uint32_t pair(uint32_t word, uint32_t selector) const {
+        uint32_t const shifted = __byte_perm(word, 0x64646464, selector);
+        __half2 const code = __hadd2(reinterpret_cast<__half2 const&>(shifted), __float2half2_rn(-1024.0f));
+        __half2 const y = __hfma2(code, scale, lo);
+        return reinterpret_cast<uint32_t const&>(y);
+    }
+};
+
+// Channels from y[from] on to a word of codes, at most as many as it holds, the first in the lowest bits.
 //
 // Adding 1.5 2^23 to a number below 2^22 leaves its nearest integer in the low bits, ties to even, and here that
 // addition is the only rounding of (y - lo) / scale but for the reciprocal's: a code can differ from one by true
-// division only where the quotient is within 15 2^-24 of a half.
-template <int N>
-__device__ inline uint32_t quantize_word(float const (&y)[N], RowScale const& row) {
+// division only where the quotient is within the largest code times 2^-24 of a half.
+template <int Bits = 4, int N>
+__device__ inline uint32_t quantize_word(float const (&y)[N], RowScale const& row, int from = 0) {
+    constexpr int kCodes = N < 32 / Bits ? N : 32 / Bits;
     constexpr float kMagic = 0x1.8p23f;
     constexpr uint32_t kMagicBits = 0x4b400000;
-    // The sum of kMagicBits 16^i over the word, to be taken out at once.
-    constexpr uint32_t kBias = kMagicBits * (0x11111111u >> (32 - 4 * N));
+    // The sum of kMagicBits 2^(Bits i) over the word, to be taken out at once.
+    constexpr uint32_t kBias = kMagicBits * ((Bits == 4 ? 0x11111111u : 0x01010101u) >> (32 - Bits * kCodes));
     uint32_t word = 0u - kBias;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-        float const above = fminf(fmaxf(y[i] - row.lo, 0.0f), row.range);
-        word += __float_as_uint(fmaf(above, row.inverse, kMagic)) << (4 * i);
+    for (int i = 0; i < kCodes; ++i) {
+        float const above = fminf(fmaxf(y[from + i] - row.lo, 0.0f), row.range);
+        word += __float_as_uint(fmaf(above, row.inverse, kMagic)) << (Bits * i);
     }
     return word;
 }

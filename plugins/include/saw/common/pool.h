@@ -1,7 +1,10 @@
 // The row format and the paged pool, as docs/kernels.md and saw_trtllm/format.py describe them.
 //
-// row    head_dim/2 bytes of codes (byte b: dim 2b in the low nibble, dim 2b+1 in the high one), fp16 scale, fp16 lo
-// pool   uint8 [num_blocks, num_layers, 2 (K, V), num_kv_heads, tokens_per_block, row_bytes]
+// row    head_dim/2 bytes of codes (byte b: dim 2b in the low nibble, dim 2b+1 in the high one), fp16 scale, fp16 lo;
+//        of 8 bits: head_dim bytes of codes, and the same tail
+// pool   uint8 [num_blocks, num_layers, 2 (K, V), num_kv_heads, tokens_per_block, row_bytes]; where K's rows are
+// longer,
+//        a layer of a block has all rows of K, and then those of V
 #pragma once
 
 #include <cstddef>
@@ -12,22 +15,31 @@
 namespace saw {
 
 constexpr int kFormatVersion = 1;
-constexpr int kCodeMax = 15;
-// Smallest range of a row: the scale of a constant row becomes fp16's smallest number, not 0.
-constexpr float kRangeEps = kCodeMax * 0x1p-24f;
+// Smallest scale of a row before it is rounded: that of a constant row becomes fp16's smallest number, not 0.
+constexpr float kMinScale = 0x1p-24f;
 constexpr int kTailBytes = 4;  // scale and lo
 
 enum class DType : int { kFloat16 = 0, kBFloat16 = 1 };
 
-// What a row holds. kUnquantized is the activations' own 16-bit type: the baseline.
-enum class CacheType : int { kInt4 = 0, kUnquantized = 1 };
+// What a row holds. kUnquantized is the activations' own 16-bit type: the baseline. Of kKey8Value4 a row of K has codes
+// of 8 bits, and one of V of 4.
+enum class CacheType : int { kInt4 = 0, kUnquantized = 1, kKey8Value4 = 2 };
 
 enum KV : int { kKey = 0, kValue = 1 };
 
 __host__ __device__ constexpr int int4_row_bytes(int head_dim) { return head_dim / 2 + kTailBytes; }
+__host__ __device__ constexpr int int8_row_bytes(int head_dim) { return head_dim + kTailBytes; }
 
+// Of K's codes.
+__host__ __device__ constexpr int key_bits(CacheType cache) { return cache == CacheType::kKey8Value4 ? 8 : 4; }
+
+// Of V's rows, and of K's unless they are longer.
 __host__ __device__ constexpr int row_bytes(CacheType cache, int head_dim) {
-    return cache == CacheType::kInt4 ? int4_row_bytes(head_dim) : head_dim * 2;
+    return cache == CacheType::kUnquantized ? head_dim * 2 : int4_row_bytes(head_dim);
+}
+
+__host__ __device__ constexpr int key_row_bytes(CacheType cache, int head_dim) {
+    return cache == CacheType::kKey8Value4 ? int8_row_bytes(head_dim) : row_bytes(cache, head_dim);
 }
 
 // One layer of a pool, and the block table of a step, in TensorRT-LLM's terms: a table entry is
@@ -39,7 +51,7 @@ struct PagedPool {
     int layer;
     int num_kv_heads;
     int tokens_per_block;  // a power of two
-    int row_bytes;
+    int row_bytes;         // of V
 
 #ifdef __CUDACC__
     // Division by tokens_per_block, which integer division would spend twenty instructions on.
@@ -60,6 +72,19 @@ struct PagedPool {
     __host__ __device__ uint8_t* rows(int32_t offset, int kv_head) const {
         size_t const block = (size_t(layer) * 2 + (offset & 0x7fffffff)) * block_bytes();
         return base + block + kv_head * head_bytes();
+    }
+
+    // The same where K's rows and V's may be of two sizes. Which of them they are is an entry's last bit.
+    template <int KeyRowBytes, int ValueRowBytes>
+    __host__ __device__ uint8_t* rows(int32_t offset, int kv_head) const {
+        if constexpr (KeyRowBytes == ValueRowBytes) {
+            return rows(offset, kv_head);
+        } else {
+            size_t const index = size_t(layer) * 2 + (offset & 0x7fffffff), tokens = tokens_per_block;
+            uint8_t* const pair = base + index / 2 * (num_kv_heads * tokens * (KeyRowBytes + ValueRowBytes));
+            return index % 2 == kKey ? pair + kv_head * tokens * KeyRowBytes
+                                     : pair + num_kv_heads * tokens * KeyRowBytes + kv_head * tokens * ValueRowBytes;
+        }
     }
 };
 

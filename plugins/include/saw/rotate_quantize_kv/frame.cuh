@@ -49,10 +49,14 @@ __device__ inline uint32_t low_pair(float a, float b, uint32_t high) {
     return pack_half2_saturated((a - taken.x) * kLowFactor, (b - taken.y) * kLowFactor);
 }
 
-// Rows of a run: what is read and written for them, and what they are multiplied by.
-template <int HeadDim, typename T, RowKind Kind>
+// Rows of a run: what is read and written for them, and what they are multiplied by. K's codes have KeyBits.
+template <int HeadDim, typename T, RowKind Kind, int KeyBits>
 class FrameRows {
   protected:
+    static constexpr int kBits = Kind == kKeyRows ? KeyBits : 4;
+    static constexpr int kWordsOfChunk = kBits / 4;                 // of codes, for a chunk
+    static constexpr int kCodeWords = HeadDim / 8 * kWordsOfChunk;  // of a row in the pool
+    static constexpr int kRowWords = kCodeWords + 1;
     static constexpr int kSteps = HeadDim / 16;
     static constexpr int kChunks = HeadDim / 8;  // of a row
     static constexpr bool kSplitX = Kind != kQueryRows || std::is_same_v<T, __half>;
@@ -124,15 +128,25 @@ class FrameRows {
     }
     __device__ uint8_t* pool_row(Place place) const {
         if (place.slot < 0) return nullptr;
-        return p.pool.rows(place.entry, head) + p.pool.row_of(place.slot) * p.pool.row_bytes;
+        if constexpr (KeyBits == 4) {
+            return p.pool.rows(place.entry, head) + p.pool.row_of(place.slot) * p.pool.row_bytes;
+        } else {
+            return p.pool.rows<int8_row_bytes(HeadDim), int4_row_bytes(HeadDim)>(place.entry, head) +
+                   p.pool.row_of(place.slot) * (4 * kRowWords);
+        }
+    }
+
+    // Codes of 8 bits span the whole range.
+    __device__ RowScale scale_of(float lowest, float highest) const {
+        return row_scale<kBits>(lowest, highest, kBits == 4 ? p.range_factor : 1.0f);
     }
 
     __device__ uint4 matrix(int part, int block, int step, int lane) const;
 };
 
 // What a lane takes of the matrix for a block of columns and a step.
-template <int HeadDim, typename T, RowKind Kind>
-__device__ uint4 FrameRows<HeadDim, T, Kind>::matrix(int part, int block, int step, int lane) const {
+template <int HeadDim, typename T, RowKind Kind, int KeyBits>
+__device__ uint4 FrameRows<HeadDim, T, Kind, KeyBits>::matrix(int part, int block, int step, int lane) const {
     if constexpr (Kind != kValueRows) {
         auto const* const frame = static_cast<uint4 const*>(Kind == kQueryRows ? p.q_frame : p.k_frame);
         return __ldg(frame + (((head * 2 + part) * kSteps + block) * kSteps + step) * 32 + lane);

@@ -10,8 +10,9 @@
 
 namespace saw {
 
-template <int HeadDim, typename T>
+template <int HeadDim, typename T, int KeyBits = 4>
 struct FrameFewConfig {
+    static constexpr int kKeyBits = KeyBits;
     static constexpr int kHeadDim = HeadDim;
     using Activation = T;
 
@@ -20,12 +21,12 @@ struct FrameFewConfig {
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kChunks = HeadDim / 8;  // of a row
     static constexpr int kThreadsOfRow = kChunks / 2;
-    static constexpr int kRowWords = int4_row_bytes(HeadDim) / 4;
+    static constexpr int kRowWords = kChunks * KeyBits / 4 + 1;  // of the longest row in the pool
     // The matrix of head_dim 256 is more than the registers of a CTA.
     static constexpr bool kInRegisters = HeadDim <= 128;
     static constexpr int kCtasPerSm = 512 / kThreads;
 
-    static_assert(kRows * kThreadsOfRow == kThreads && kRowWords == kChunks + 1, "a thread has its part of one row");
+    static_assert(kRows * kThreadsOfRow == kThreads, "a thread has its part of one row");
     static_assert(kWarps >= kRows / 8, "a warp finds the places of eight rows");
 };
 
@@ -42,9 +43,12 @@ struct FrameFewTile {
 };
 
 template <typename Config, RowKind Kind>
-class FrameFewKernel : FrameRows<Config::kHeadDim, typename Config::Activation, Kind> {
+class FrameFewKernel : FrameRows<Config::kHeadDim, typename Config::Activation, Kind, Config::kKeyBits> {
     using T = typename Config::Activation;
-    using Rows = FrameRows<Config::kHeadDim, T, Kind>;
+    using Rows = FrameRows<Config::kHeadDim, T, Kind, Config::kKeyBits>;
+    using Rows::kBits;
+    using Rows::kCodeWords;
+    using Rows::kRowWords;
     using Rows::kSplitMatrix;
     using Rows::kSplitX;
     using Rows::kSteps;
@@ -268,15 +272,17 @@ __device__ void FrameFewKernel<Config, Kind>::quantize(Sums const& y) const {
         float2 const other = tile.extremes[lane][w];
         ends = {fminf(ends.x, other.x), fmaxf(ends.y, other.y)};
     }
-    RowScale const scale = row_scale(ends.x, ends.y, p.range_factor);  // of row lane
-    if (warp == 0) tile.rows[lane * Config::kRowWords + Config::kChunks] = scale.tail;
-    auto* const codes = reinterpret_cast<uint16_t*>(tile.rows) + 4 * warp + lane % 4;
+    RowScale const scale = this->scale_of(ends.x, ends.y);  // of row lane
+    if (warp == 0) tile.rows[lane * kRowWords + kCodeWords] = scale.tail;
+    // Four codes of a row.
+    using Four = std::conditional_t<kBits == 4, uint16_t, uint32_t>;
+    auto* const codes = reinterpret_cast<Four*>(tile.rows) + 4 * warp + lane % 4;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
         int const of = 8 * r + lane / 4;
         RowScale const its = {__shfl_sync(~0u, scale.lo, of), __shfl_sync(~0u, scale.inverse, of),
                               __shfl_sync(~0u, scale.range, of), 0};
-        codes[of * 2 * Config::kRowWords] = uint16_t(quantize_word(y[r], its));
+        codes[of * (sizeof(uint32_t) / sizeof(Four)) * kRowWords] = Four(quantize_word<kBits>(y[r], its));
     }
 }
 
@@ -302,10 +308,10 @@ __device__ void FrameFewKernel<Config, Kind>::store(Row const& of, uint8_t* targ
     }
     if (Kind == kQueryRows || target == nullptr) return;
     auto* const words = reinterpret_cast<uint32_t*>(target);
-    uint32_t const* const ours = tile.rows + row * Config::kRowWords;
-    words[chunk] = ours[chunk];
-    words[chunk + Config::kThreadsOfRow] = ours[chunk + Config::kThreadsOfRow];
-    if (chunk == 0) words[Config::kChunks] = ours[Config::kChunks];
+    uint32_t const* const ours = tile.rows + row * kRowWords;
+#pragma unroll
+    for (int i = 0; i < kCodeWords; i += Config::kThreadsOfRow) words[chunk + i] = ours[chunk + i];
+    if (chunk == 0) words[kCodeWords] = ours[kCodeWords];
 }
 
 template <typename Config, RowKind Kind>

@@ -11,8 +11,9 @@
 
 namespace saw {
 
-template <int HeadDim, typename T>
+template <int HeadDim, typename T, int KeyBits = 4>
 struct FrameManyConfig {
+    static constexpr int kKeyBits = KeyBits;
     static constexpr int kHeadDim = HeadDim;
     using Activation = T;
 
@@ -20,8 +21,7 @@ struct FrameManyConfig {
     static constexpr int kWarps = 12;
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kCtaRows = kRows * kWarps;
-    static constexpr int kChunks = HeadDim / 8;  // of a row
-    static constexpr int kRowWords = int4_row_bytes(HeadDim) / 4;
+    static constexpr int kChunks = HeadDim / 8;         // of a row
     static constexpr int kBoxes = (HeadDim + 63) / 64;  // of 64 columns of the matrix, 128 bytes a row
     static constexpr int kBoxBytes = HeadDim * 128;
 
@@ -38,9 +38,12 @@ struct FrameManyShared {
 };
 
 template <typename Config, RowKind Kind>
-class FrameManyKernel : FrameRows<Config::kHeadDim, typename Config::Activation, Kind> {
+class FrameManyKernel : FrameRows<Config::kHeadDim, typename Config::Activation, Kind, Config::kKeyBits> {
     using T = typename Config::Activation;
-    using Rows = FrameRows<Config::kHeadDim, T, Kind>;
+    using Rows = FrameRows<Config::kHeadDim, T, Kind, Config::kKeyBits>;
+    using Rows::kBits;
+    using Rows::kCodeWords;
+    using Rows::kRowWords;
     using Rows::kSplitMatrix;
     using Rows::kSplitX;
     using Rows::kSteps;
@@ -267,17 +270,20 @@ __device__ void FrameManyKernel<Config, Kind>::quantize(Chunks const& y, uint8_t
             lowest = fminf(lowest, __shfl_xor_sync(~0u, lowest, mask));
             highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, mask));
         }
-        RowScale const scale = row_scale(lowest, highest, p.range_factor);
-        uint32_t* const row = words + (lane / 4 + 8 * h) * Config::kRowWords;
+        RowScale const scale = this->scale_of(lowest, highest);
+        uint32_t* const row = words + (lane / 4 + 8 * h) * kRowWords;
 #pragma unroll
-        for (int s = 0; s < kHeadDim / 32; ++s) row[4 * s + lane % 4] = quantize_word(y[h][s], scale);
-        if (lane % 4 == 0) row[kChunks] = scale.tail;
+        for (int s = 0; s < kHeadDim / 32; ++s)
+#pragma unroll
+            for (int i = 0; i < Rows::kWordsOfChunk; ++i)
+                row[(4 * s + lane % 4) * Rows::kWordsOfChunk + i] = quantize_word<kBits>(y[h][s], scale, 4 * i);
+        if (lane % 4 == 0) row[kCodeWords] = scale.tail;
     }
     __syncwarp();
     auto const mine = reinterpret_cast<unsigned long long>(target);
 #pragma unroll
-    for (int i = lane; i < (Config::kRows * Config::kRowWords + 31) / 32 * 32; i += 32) {
-        int const of = i / Config::kRowWords, word = i % Config::kRowWords;
+    for (int i = lane; i < (Config::kRows * kRowWords + 31) / 32 * 32; i += 32) {
+        int const of = i / kRowWords, word = i % kRowWords;
         auto* const row = reinterpret_cast<uint32_t*>(__shfl_sync(~0u, mine, of));
         if (of < Config::kRows && row != nullptr) row[word] = words[i];
     }

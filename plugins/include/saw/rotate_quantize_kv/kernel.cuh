@@ -154,7 +154,8 @@ class RotateQuantizeKvKernel {
     __device__ void rotate(Item const& item, Rows& x) const;
     __device__ void write(Item const& item, Place place, Rows const& x, Stage* stage) const;
     __device__ void write_16bit(Item const& item, Rows const& x, uint8_t* target, int row_stride, Stage* stage) const;
-    __device__ void write_int4(Item const& item, Rows const& x, uint8_t* target, Stage* stage) const;
+    template <int Bits>
+    __device__ void write_codes(Item const& item, Rows const& x, uint8_t* target, int head_bytes, Stage* stage) const;
 };
 
 template <typename Config>
@@ -306,12 +307,24 @@ __device__ void RotateQuantizeKvKernel<Config>::write(Item const& item, Place pl
         write_16bit(item, x, static_cast<uint8_t*>(group.out) + first * kRowBytes, kRowBytes, stage);
     }
     if (place.slot < 0) return;
+    if constexpr (Config::kCache == CacheType::kKey8Value4) {
+        constexpr int kKeyRowBytes = int8_row_bytes(Config::kHeadDim),
+                      kValueRowBytes = int4_row_bytes(Config::kHeadDim);
+        uint8_t* const rows = p.pool.rows<kKeyRowBytes, kValueRowBytes>(place.entry, item.head);
+        int const token = p.pool.row_of(place.slot);
+        if (item.kind == kKeyRows) {
+            write_codes<8>(item, x, rows + token * kKeyRowBytes, p.pool.tokens_per_block * kKeyRowBytes, stage);
+        } else {
+            write_codes<4>(item, x, rows + token * kValueRowBytes, grid.head_bytes, stage);
+        }
+        return;
+    }
     uint32_t const block = uint32_t(p.pool.layer) * 2 + (place.entry & 0x7fffffff);
     uint8_t* const target =
         p.pool.base + uint64_t(block) * uint32_t(grid.block_bytes) +
         (item.head * grid.head_bytes + p.pool.row_of(place.slot) * row_bytes(Config::kCache, Config::kHeadDim));
     if constexpr (Config::kCache == CacheType::kInt4) {
-        write_int4(item, x, target, stage);
+        write_codes<4>(item, x, target, grid.head_bytes, stage);
     } else {
         write_16bit(item, x, target, grid.head_bytes, stage);
     }
@@ -342,9 +355,11 @@ __device__ void RotateQuantizeKvKernel<Config>::write_16bit(Item const& item, Ro
     }
 }
 
+// `head_bytes` lie between a row and the next head's. Codes of 8 bits span the whole range.
 template <typename Config>
-__device__ void RotateQuantizeKvKernel<Config>::write_int4(Item const& item, Rows const& x, uint8_t* target,
-                                                           Stage* stage) const {
+template <int Bits>
+__device__ void RotateQuantizeKvKernel<Config>::write_codes(Item const& item, Rows const& x, uint8_t* target,
+                                                            int head_bytes, Stage* stage) const {
     // Slot by slot first: short chains.
     float lowest = x[0][0], highest = x[0][0];
 #pragma unroll
@@ -363,13 +378,16 @@ __device__ void RotateQuantizeKvKernel<Config>::write_int4(Item const& item, Row
         lowest = fminf(lowest, __shfl_xor_sync(~0u, lowest, mask));
         highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, mask));
     }
-    RowScale const scale = row_scale(lowest, highest, p.range_factor);
-    constexpr int kRowWords = Config::kChunks + 1;
+    RowScale const scale = row_scale<Bits>(lowest, highest, Bits == 4 ? p.range_factor : 1.0f);
+    constexpr int kWordsOfChunk = Bits / 4, kCodeWords = Config::kChunks * kWordsOfChunk, kRowWords = kCodeWords + 1;
     if constexpr (Config::kStaged) {
         auto* const words = reinterpret_cast<uint32_t*>(stage->rows);
 #pragma unroll
-        for (int s = 0; s < Config::kSlots; ++s) words[row() * kRowWords + chunk(s)] = quantize_word(x[s], scale);
-        if (lane == 0) words[row() * kRowWords + Config::kChunks] = scale.tail;
+        for (int s = 0; s < Config::kSlots; ++s)
+#pragma unroll
+            for (int i = 0; i < kWordsOfChunk; ++i)
+                words[row() * kRowWords + chunk(s) * kWordsOfChunk + i] = quantize_word<Bits>(x[s], scale, 4 * i);
+        if (lane == 0) words[row() * kRowWords + kCodeWords] = scale.tail;
         __syncwarp();
         constexpr int kPieces = (Config::kRows * kRowWords + 31) / 32;
         uint32_t out[kPieces];
@@ -378,16 +396,19 @@ __device__ void RotateQuantizeKvKernel<Config>::write_int4(Item const& item, Row
         int const left = min(Config::kRows, rows_left(item)) * kRowWords - warp_lane;
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
-            int const word = 32 * i + warp_lane, offset = word / kRowWords * grid.head_bytes + word % kRowWords * 4;
+            int const word = 32 * i + warp_lane, offset = word / kRowWords * head_bytes + word % kRowWords * 4;
             store_if(32 * i < left, target + offset, out[i]);
         }
         __syncwarp();
     } else {
-        auto* const words = reinterpret_cast<uint32_t*>(target + row() * grid.head_bytes);
+        auto* const words = reinterpret_cast<uint32_t*>(target + row() * head_bytes);
         bool const valid = row() < rows_left(item);
 #pragma unroll
-        for (int s = 0; s < Config::kSlots; ++s) store_if(valid, words + chunk(s), quantize_word(x[s], scale));
-        store_if(valid && lane == 0, words + Config::kChunks, scale.tail);
+        for (int s = 0; s < Config::kSlots; ++s)
+#pragma unroll
+            for (int i = 0; i < kWordsOfChunk; ++i)
+                store_if(valid, words + chunk(s) * kWordsOfChunk + i, quantize_word<Bits>(x[s], scale, 4 * i));
+        store_if(valid && lane == 0, words + kCodeWords, scale.tail);
     }
 }
 

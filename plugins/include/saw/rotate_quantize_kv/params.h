@@ -17,7 +17,7 @@ struct RotateQuantizeKvParams {
     int32_t const* sequence_length;  // [num_sequences]: KV length with this step's tokens
     float const* k_center;           // [num_kv_heads, head_dim], subtracted from all keys after RoPE; or null
     // fp16 [num_kv_heads, 2, head_dim, head_dim] as frame.cuh lays it out: what K and Q of a KV head are multiplied by
-    // in their rotation's place; or null, both of them. With kInt4 only.
+    // in their rotation's place; or null, both of them. Not with kUnquantized.
     void const* k_frame;
     void const* q_frame;
     void* q_out;               // [num_tokens, num_heads, head_dim] of dtype: rotated Q
@@ -30,7 +30,7 @@ struct RotateQuantizeKvParams {
     int num_heads;
     int head_dim;        // 64, 96, 128, 256
     int hadamard_order;  // 1: no rotation, the only one with kUnquantized; else a power of two from 16 that divides
-                         // head_dim
+                         // head_dim, with kKey8Value4 the largest
     bool rotate_v;       // here; false where the rotation is folded into the weights
     float range_factor;
     DType dtype;

@@ -7,8 +7,7 @@
 
 namespace saw {
 
-// Q as the B operand: query g of each tile of 8, the dims of words t, t + 4, ... in the order that a masked word of
-// codes has them: (0, 4), (1, 5) over 16, (2, 6), (3, 7) over 16.
+// Q as the B operand: query g of each tile of 8, the channels of words t, t + 4, ... of K.
 template <typename Config>
 template <typename T>
 __device__ void DecodeSm90Kernel<Config>::begin_sequence() {
@@ -22,21 +21,19 @@ __device__ void DecodeSm90Kernel<Config>::begin_sequence() {
                        (size_t(c.sequence) * p.num_heads + kv_head * group + query) * Config::kHeadDim;
         float total = 0.0f;
 #pragma unroll
-        for (int j = 0; j < Config::kKeySteps; ++j) {
-            uint4 bits = {0, 0, 0, 0};
-            if (query < group) bits = *reinterpret_cast<uint4 const*>(row + (t + 4 * j) * 8);
+        for (int j = 0; j < Keys::kSteps; ++j) {
+            typename Keys::Channels bits = {};
+            if (query < group)
+                bits = *reinterpret_cast<typename Keys::Channels const*>(row + (t + 4 * j) * Keys::kOfWord);
             T const* x = reinterpret_cast<T const*>(&bits);
-            float q[8];
+            float q[Keys::kOfWord];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
+            for (int i = 0; i < Keys::kOfWord; ++i) {
                 // bf16 reaches farther than fp16; such a query is beyond any softmax.
                 q[i] = fminf(fmaxf(to_float(x[i]), -65504.0f), 65504.0f);
                 total += q[i];
             }
-            q_frag[n][j][0] = pack_half2(q[0], q[4]);
-            q_frag[n][j][1] = pack_half2(q[1] * 0.0625f, q[5] * 0.0625f);
-            q_frag[n][j][2] = pack_half2(q[2], q[6]);
-            q_frag[n][j][3] = pack_half2(q[3] * 0.0625f, q[7] * 0.0625f);
+            Keys::pack(q, q_frag[n][j]);
         }
         total += __shfl_xor_sync(~0u, total, 1);
         total += __shfl_xor_sync(~0u, total, 2);
@@ -55,44 +52,20 @@ __device__ void DecodeSm90Kernel<Config>::begin_sequence() {
     }
 }
 
-// Codes of K times Q: s[0..1] of row 4g, s[2..3] of row 4g + 1, for queries 2t and 2t + 1.
-template <typename Config>
-__device__ void DecodeSm90Kernel<Config>::score(uint32_t const* keys, float (&s)[Config::kQueryTiles][4]) const {
-    uint32_t const* row = keys + 4 * g * Config::kRowWords + t;
-    float odd[Config::kQueryTiles][4] = {};
-#pragma unroll
-    for (int n = 0; n < Config::kQueryTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] = 0.0f;
-#pragma unroll
-    for (int j = 0; j < Config::kKeySteps; ++j) {
-        uint32_t const a = row[4 * j], b = row[4 * j + Config::kRowWords];
-        uint32_t const a8 = a >> 8, b8 = b >> 8;
-        constexpr uint32_t kEven = 0x000f000f, kOdd = 0x00f000f0;
-#pragma unroll
-        for (int n = 0; n < Config::kQueryTiles; ++n) {
-            mma_16x8x16(s[n], a & kEven, b & kEven, a & kOdd, b & kOdd, q_frag[n][j][0], q_frag[n][j][1]);
-            mma_16x8x16(odd[n], a8 & kEven, b8 & kEven, a8 & kOdd, b8 & kOdd, q_frag[n][j][2], q_frag[n][j][3]);
-        }
-    }
-#pragma unroll
-    for (int n = 0; n < Config::kQueryTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] += odd[n][i];
-}
-
 // Scores in, P times V's scale out, both in s; the softmax's sums are kept up on the way.
 template <typename Config>
 template <typename T>
-__device__ void DecodeSm90Kernel<Config>::softmax_update(int token, bool masked, __half2 const* key_tail, Scores& s) {
-    constexpr int kStep = Config::kSubtileTokens * Config::kRowWords;
+__device__ void DecodeSm90Kernel<Config>::softmax_update(int token, bool masked, __half2 const* key_tails,
+                                                         __half2 const* value_tails, Scores& s) {
+    constexpr int kKeyStep = Config::kSubtileTokens * Keys::kRowWords;
+    constexpr int kValueStep = Config::kSubtileTokens * Config::kValueRowWords;
     float log_scale[Config::kTogether][2], inverse[Config::kTogether][2], lo_over_scale[Config::kTogether][2];  // of V
 #pragma unroll
     for (int u = 0; u < Config::kTogether; ++u) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float2 const k = __half22float2(key_tail[u * kStep + r * Config::kRowWords]);
-            float2 const v = __half22float2(key_tail[u * kStep + r * Config::kRowWords + Config::kTileBytes / 4]);
+            float2 const k = __half22float2(key_tails[u * kKeyStep + r * Keys::kRowWords]);
+            float2 const v = __half22float2(value_tails[u * kValueStep + r * Config::kValueRowWords]);
             log_scale[u][r] = log2_fast(v.x);
             inverse[u][r] = reciprocal_fast(v.x);
             lo_over_scale[u][r] = v.y * inverse[u][r];
@@ -191,9 +164,9 @@ __device__ void DecodeSm90Kernel<Config>::accumulate(uint32_t const* values,
     for (int j = 0; j < Config::kValueSteps; ++j) {
         // A row whose words are no multiple of 8 is read twice in its last step; the copies are never written.
         int const word = Config::kWords % 8 == 0 ? g + 8 * j : min(g + 8 * j, Config::kWords - 1);
-        uint32_t const* row = values + 8 * t * Config::kRowWords + word;
-        uint32_t const a = row[0], c = row[Config::kRowWords];
-        uint32_t const b = row[4 * Config::kRowWords], d = row[5 * Config::kRowWords];
+        constexpr int kRow = Config::kValueRowWords;
+        uint32_t const* row = values + 8 * t * kRow + word;
+        uint32_t const a = row[0], c = row[kRow], b = row[4 * kRow], d = row[5 * kRow];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             // Four codes of tokens 8t, 8t + 4 side by side, and of the tokens after these.
@@ -216,15 +189,18 @@ __device__ void DecodeSm90Kernel<Config>::accumulate(uint32_t const* values,
 template <typename Config>
 template <typename T>
 __device__ void DecodeSm90Kernel<Config>::round(int position, uint8_t const* stage, int row) {
-    constexpr int kStep = Config::kSubtileTokens * Config::kRowWords;
-    uint32_t const* const keys = reinterpret_cast<uint32_t const*>(stage) + row * Config::kRowWords;
-    uint32_t const* const values = keys + Config::kTileBytes / 4;
+    constexpr int kKeyStep = Config::kSubtileTokens * Keys::kRowWords;
+    constexpr int kValueStep = Config::kSubtileTokens * Config::kValueRowWords;
+    auto const* const words = reinterpret_cast<uint32_t const*>(stage);
+    uint32_t const* const keys = words + row * Keys::kRowWords;
+    uint32_t const* const values = words + row * Config::kValueRowWords + Config::kKeyTileBytes / 4;
     Scores s;
 #pragma unroll
-    for (int u = 0; u < Config::kTogether; ++u) score(keys + u * kStep, s[u]);
+    for (int u = 0; u < Config::kTogether; ++u) Keys::score(keys + u * kKeyStep, g, t, q_frag, s[u]);
     bool const masked = position + Config::kTileTokens > length || position < first_seen;
     softmax_update<T>(position + row + 4 * g, masked,
-                      reinterpret_cast<__half2 const*>(keys + 4 * g * Config::kRowWords + Config::kWords), s);
+                      reinterpret_cast<__half2 const*>(keys + 4 * g * Keys::kRowWords + Keys::kWords),
+                      reinterpret_cast<__half2 const*>(values + 4 * g * Config::kValueRowWords + Config::kWords), s);
 #pragma unroll
     for (int u = 0; u < Config::kTogether; ++u) {
         uint32_t prob[Config::kQueryTiles][2];
@@ -233,7 +209,7 @@ __device__ void DecodeSm90Kernel<Config>::round(int position, uint8_t const* sta
             prob[n][0] = transpose_8x8(pack_half2(s[u][n][0], s[u][n][1]));
             prob[n][1] = transpose_8x8(pack_half2(s[u][n][2], s[u][n][3]));
         }
-        accumulate(values + u * kStep, prob);
+        accumulate(values + u * kValueStep, prob);
     }
 }
 

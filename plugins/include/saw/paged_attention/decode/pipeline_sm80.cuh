@@ -24,8 +24,8 @@ struct DecodeSm80Config {
     static constexpr int kWarps = Warps;
     static constexpr int kThreads = Warps * 32;
     static constexpr int kCtasPerSm = CtasPerSm;
-    static constexpr int kTileBytes = TileTokens * Rows::kRowBytes;  // of K, and of V
-    static constexpr int kStageBytes = 2 * kTileBytes;
+    static constexpr int kKeyTileBytes = TileTokens * Rows::kKeyRowBytes;
+    static constexpr int kStageBytes = kKeyTileBytes + TileTokens * Rows::kValueRowBytes;
     static constexpr int kMaxQueries = 8 * Rows::kQueryTiles;
 
     static_assert(kStageBytes % 128 == 0, "slots follow each other at aligned addresses");
@@ -186,7 +186,7 @@ __device__ void DecodeSm80Kernel<Config>::work() {
             __syncwarp();
             uint8_t const* const stage = shared.stages[warp][slot];
             int const position = (c.first_tile + next - c.begin) * Config::kTileTokens;
-            rows.template attend<Config::kTileTokens>(stage, stage + Config::kTileBytes, position, view);
+            rows.template attend<Config::kTileTokens>(stage, stage + Config::kKeyTileBytes, position, view);
             used = slot;
             if (++slot == Config::kStages) slot = 0;
         }
@@ -202,9 +202,12 @@ __device__ void DecodeSm80Kernel<Config>::work() {
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     decode_sm80_kernel(__grid_constant__ DecodeParams const params, float* partials, int* counters, int min_share) {
-    extern __shared__ __align__(128) uint8_t memory[];
-    auto& shared = *reinterpret_cast<DecodeSm80Shared<Config>*>(memory);
-    DecodeSm80Kernel<Config>(params, partials, counters, min_share, shared).run();
+    // On Hopper rows of codes are pipeline_sm90.cuh's, but for groups of more than 8 heads of 256.
+    if constexpr (!kHopper || Config::Rows::kNeedsZeros || Config::kHeadDim > 128) {
+        extern __shared__ __align__(128) uint8_t memory[];
+        auto& shared = *reinterpret_cast<DecodeSm80Shared<Config>*>(memory);
+        DecodeSm80Kernel<Config>(params, partials, counters, min_share, shared).run();
+    }
 }
 
 }  // namespace saw

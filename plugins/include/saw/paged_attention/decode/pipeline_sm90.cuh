@@ -8,22 +8,24 @@
 // by itself it leaves as a partial sum, and the last CTA to leave one for a (sequence, KV head) adds them up, in a
 // fixed order.
 //
-// Nothing is dequantized. An fp16 whose bits are a code n is the subnormal n 2^-24, and one whose bits are 16 n is
-// 16 n 2^-24, so a mask is all it takes to make an exact operand of two codes; 2^-24 and 1/16 are taken out of Q
-// before, and out of the scores and the output after. Scale and lo are applied per token:
+// Nothing is dequantized: a mask is all it takes to make an exact operand of two codes (key_codes.cuh). Scale and lo
+// are applied per token:
 //   q.k = scale (q.code) + lo sum(q)        sum(p v) = sum((p scale) code) + sum(p lo)
 // p scale is exp2(score + log2(scale)), so that whatever V's scales are, the operand of the product lies within fp16.
 #pragma once
 
 #include "saw/common/ptx.cuh"
+#include "saw/paged_attention/decode/key_codes.cuh"
 #include "saw/paged_attention/decode/work_list.cuh"
 
 namespace saw {
 
 // `Few` is for few and short sequences: the work list is cut between them where it can be, and what ends a split is
 // quicker.
-template <int HeadDim, int QueryTiles, int TileTokens, int Together, int Stages, int CtasPerSm, bool Few>
+template <int HeadDim, int QueryTiles, int TileTokens, int Together, int Stages, int CtasPerSm, bool Few,
+          int KeyBits = 4>
 struct DecodeSm90Config {
+    using Keys = KeyCodes<KeyBits, HeadDim>;
     using Splits = std::conditional_t<Few, EvenDecodeSplits, DecodeSplits>;
     static constexpr bool kFew = Few;
     static constexpr int kHeadDim = HeadDim;
@@ -37,18 +39,17 @@ struct DecodeSm90Config {
     static constexpr int kSubtileTokens = 16 * kWarps;
     static constexpr int kTogether = Together;  // subtiles that a warp works on at a time, to hide its own latencies
     static constexpr int kRoundTokens = kTogether * kSubtileTokens;
-    static constexpr int kWords = HeadDim / 8;  // words of 8 codes in a row
-    static constexpr int kRowBytes = int4_row_bytes(HeadDim);
-    static constexpr int kRowWords = kRowBytes / 4;
-    static constexpr int kTileBytes = kTileTokens * kRowBytes;  // of K, and of V
-    static constexpr int kStageBytes = 2 * kTileBytes;
-    static constexpr int kKeySteps = kWords / 4;          // words of a row that a thread scores
-    static constexpr int kValueSteps = (kWords + 7) / 8;  // words of a row that a thread sums
+    static constexpr int kWords = HeadDim / 8;  // words of 8 codes in a row of V
+    static constexpr int kKeyRowBytes = 4 * Keys::kRowWords;
+    static constexpr int kValueRowBytes = int4_row_bytes(HeadDim);
+    static constexpr int kValueRowWords = kValueRowBytes / 4;
+    static constexpr int kKeyTileBytes = kTileTokens * kKeyRowBytes;
+    static constexpr int kStageBytes = kKeyTileBytes + kTileTokens * kValueRowBytes;
+    static constexpr int kValueSteps = (kWords + 7) / 8;  // words of a row of V that a thread sums
     static constexpr int kMaxQueries = 8 * QueryTiles;
 
-    static_assert(kRowWords % 2 == 1, "an odd row length is what spreads rows over the banks");
+    static_assert(kValueRowWords % 2 == 1, "an odd row length is what spreads rows over the banks");
     static_assert(kStageBytes % 128 == 0, "stages follow each other at aligned addresses");
-    static_assert(HeadDim % 32 == 0, "four threads share a row");
     static_assert(TileTokens % kRoundTokens == 0, "each warp takes 16 tokens of a subtile");
 };
 
@@ -68,6 +69,7 @@ struct DecodeSm90Shared {
 
 template <typename Config>
 class DecodeSm90Kernel {
+    using Keys = typename Config::Keys;
     // Scores of a warp's tokens: rows 4g and 4g + 1 of each subtile, queries 2t and 2t + 1 of each tile of queries.
     using Scores = float[Config::kTogether][Config::kQueryTiles][4];
 
@@ -116,7 +118,7 @@ class DecodeSm90Kernel {
     uint8_t const* held_rows;
     int held_block;
 
-    uint32_t q_frag[Config::kQueryTiles][Config::kKeySteps][4];
+    uint32_t q_frag[Config::kQueryTiles][Keys::kSteps][Keys::kOperands];
     float q_sum[Config::kQueryTiles][2];  // sum(q) of queries 2t, 2t+1, times score_scale
     float out[Config::kQueryTiles][Config::kValueSteps][4][4];
     float query_max[Config::kQueryTiles][2], query_sum[Config::kQueryTiles][2], query_lo[Config::kQueryTiles][2];
@@ -158,9 +160,9 @@ class DecodeSm90Kernel {
     __device__ void begin_sequence();
     template <typename T>
     __device__ void round(int position, uint8_t const* stage, int row);
-    __device__ void score(uint32_t const* keys, float (&s)[Config::kQueryTiles][4]) const;
     template <typename T>
-    __device__ void softmax_update(int token, bool masked, __half2 const* key_tail, Scores& s);
+    __device__ void softmax_update(int token, bool masked, __half2 const* key_tails, __half2 const* value_tails,
+                                   Scores& s);
     __device__ void cap(float (&s)[Config::kQueryTiles][4], float const (&log_scale)[2]) const;
     __device__ void update_max(Scores const& s);
     __device__ void accumulate(uint32_t const* values, uint32_t const (&prob)[Config::kQueryTiles][2]);

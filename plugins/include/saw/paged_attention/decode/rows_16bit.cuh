@@ -13,7 +13,7 @@ class Rows16Bit {
     using T = Type;
     static constexpr int kHeadDim = HeadDim;
     static constexpr int kQueryTiles = QueryTiles;
-    static constexpr int kRowBytes = 2 * HeadDim;
+    static constexpr int kRowBytes = 2 * HeadDim, kKeyRowBytes = kRowBytes, kValueRowBytes = kRowBytes;
     // A row's 16-byte chunks are permuted on their way to shared memory, where ldmatrix takes the same chunk of 8 rows
     // that lie a multiple of 64 bytes apart.
     // A row beyond a sequence may hold NaN, which times a P of 0 is no 0.

@@ -1,27 +1,30 @@
-// Decode: the arithmetic on 4-bit rows, as they lie in shared memory.
+// Decode: the arithmetic on rows of codes, as they lie in shared memory: K's of 4 bits or of 8, V's of 4.
 //
-// Nothing is dequantized. An fp16 whose bits are a code n is the subnormal n 2^-24, and one whose bits are 16 n is
-// 16 n 2^-24, so a mask is all it takes to make an exact operand of two codes; 2^-24 and 1/16 are taken out of Q
-// before, and out of the scores and the output after. Scale and lo are applied per token:
+// Nothing is dequantized: a mask is all it takes to make an exact operand of two codes (key_codes.cuh). Scale and lo
+// are applied per token:
 //   q.k = scale (q.code) + lo sum(q)        sum(p v) = sum((p scale) code) + sum(p lo)
 // p scale is exp2(score + log2(scale)), so that whatever V's scales are, the operand of the product lies within fp16.
 #pragma once
 
+#include "saw/common/pool.h"
 #include "saw/common/vec.cuh"
+#include "saw/paged_attention/decode/key_codes.cuh"
 #include "saw/paged_attention/decode/softmax.cuh"
 #include "saw/paged_attention/decode/work_list.cuh"
 
 namespace saw {
 
-// A warp's work on tiles of 4-bit rows for up to 8 * QueryTiles queries, 16 * Together tokens at a time to hide its own
-// latencies.
-template <typename Type, int HeadDim, int QueryTiles, int Together>
+// A warp's work on tiles of rows of codes for up to 8 * QueryTiles queries, 16 * Together tokens at a time to hide its
+// own latencies.
+template <typename Type, int HeadDim, int QueryTiles, int Together, int KeyBits = 4>
 class Int4Rows {
+    using Keys = KeyCodes<KeyBits, HeadDim>;
+
   public:
     using T = Type;
     static constexpr int kHeadDim = HeadDim;
     static constexpr int kQueryTiles = QueryTiles;
-    static constexpr int kRowBytes = int4_row_bytes(HeadDim);
+    static constexpr int kKeyRowBytes = 4 * Keys::kRowWords, kValueRowBytes = int4_row_bytes(HeadDim);
     // Rows beyond a sequence may be anything: their codes are finite, and their scale and lo are masked.
     static constexpr bool kNeedsZeros = false;
 
@@ -41,7 +44,7 @@ class Int4Rows {
         for (int first = 0; first < TileTokens; first += 32)
 #pragma unroll
             for (int odd = 0; odd < 2; odd += Together)
-                round(reinterpret_cast<uint32_t const*>(keys) + (first + 2 * odd) * kRowWords,
+                round(reinterpret_cast<uint32_t const*>(keys) + (first + 2 * odd) * Keys::kRowWords,
                       reinterpret_cast<uint32_t const*>(values) + (first + 2 * odd) * kRowWords,
                       position + first + 2 * odd, masked, view);
     }
@@ -53,32 +56,30 @@ class Int4Rows {
     __device__ void store_sums(float* scratch, float* max, float* sum, int group);
 
   private:
-    static constexpr int kRowWords = kRowBytes / 4;
+    // Of V.
+    static constexpr int kRowWords = kValueRowBytes / 4;
     static constexpr int kWords = HeadDim / 8;            // of 8 codes
-    static constexpr int kKeySteps = kWords / 4;          // words of a row that a thread scores
     static constexpr int kValueSteps = (kWords + 7) / 8;  // words of a row that a thread sums
     static_assert(kRowWords % 2 == 1, "an odd row length is what spreads rows over the banks");
-    static_assert(HeadDim % 32 == 0, "four threads share a row");
 
     using Scores = float[Together][QueryTiles][4];
 
     // Accumulator 4 j + m: rows g are dims 2m of word g + 8 j, rows g + 8 dims 2m + 1, 16 times.
     DecodeSoftmax<QueryTiles, 4 * kValueSteps> softmax;
     float lo[QueryTiles][2];  // sum(p lo)
-    // Q as the B operand: query g of each tile of 8, the dims of words t, t + 4, ... in the order that a masked word of
-    // codes has them: (0, 4), (1, 5) over 16, (2, 6), (3, 7) over 16.
-    uint32_t q_frag[QueryTiles][kKeySteps][4];
+    // Q as the B operand: query g of each tile of 8, the channels of words t, t + 4, ... of K.
+    uint32_t q_frag[QueryTiles][Keys::kSteps][Keys::kOperands];
     float q_sum[QueryTiles][2];  // sum(q) of queries 2t, 2t + 1, times score_scale
 
     __device__ void round(uint32_t const* keys, uint32_t const* values, int token, bool masked, DecodeView const& view);
-    __device__ void score(uint32_t const* keys, float (&s)[QueryTiles][4]) const;
     __device__ void softmax_update(int token, bool masked, __half2 const* key_tails, __half2 const* value_tails,
                                    Scores& s, DecodeView const& view);
     __device__ void accumulate(uint32_t const* values, uint32_t const (&prob)[QueryTiles][2]);
 };
 
-template <typename Type, int HeadDim, int QueryTiles, int Together>
-__device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::begin(T const* q, int group, float score_scale) {
+template <typename Type, int HeadDim, int QueryTiles, int Together, int KeyBits>
+__device__ void Int4Rows<Type, HeadDim, QueryTiles, Together, KeyBits>::begin(T const* q, int group,
+                                                                              float score_scale) {
     int const g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     softmax.reset();
 #pragma unroll
@@ -86,21 +87,20 @@ __device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::begin(T const* q,
         int const query = n * 8 + g;
         float total = 0.0f;
 #pragma unroll
-        for (int j = 0; j < kKeySteps; ++j) {
-            uint4 bits = {0, 0, 0, 0};
-            if (query < group) bits = *reinterpret_cast<uint4 const*>(q + query * HeadDim + (t + 4 * j) * 8);
+        for (int j = 0; j < Keys::kSteps; ++j) {
+            typename Keys::Channels bits = {};
+            if (query < group)
+                bits = *reinterpret_cast<typename Keys::Channels const*>(q + query * HeadDim +
+                                                                         (t + 4 * j) * Keys::kOfWord);
             T const* x = reinterpret_cast<T const*>(&bits);
-            float f[8];
+            float f[Keys::kOfWord];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
+            for (int i = 0; i < Keys::kOfWord; ++i) {
                 // bf16 reaches farther than fp16; such a query is beyond any softmax.
                 f[i] = fminf(fmaxf(to_float(x[i]), -65504.0f), 65504.0f);
                 total += f[i];
             }
-            q_frag[n][j][0] = pack_half2(f[0], f[4]);
-            q_frag[n][j][1] = pack_half2(f[1] * 0.0625f, f[5] * 0.0625f);
-            q_frag[n][j][2] = pack_half2(f[2], f[6]);
-            q_frag[n][j][3] = pack_half2(f[3] * 0.0625f, f[7] * 0.0625f);
+            Keys::pack(f, q_frag[n][j]);
         }
         total += __shfl_xor_sync(~0u, total, 1);
         total += __shfl_xor_sync(~0u, total, 2);
@@ -112,17 +112,18 @@ __device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::begin(T const* q,
     }
 }
 
-template <typename Type, int HeadDim, int QueryTiles, int Together>
-__device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::round(uint32_t const* keys, uint32_t const* values,
-                                                                     int token, bool masked, DecodeView const& view) {
+template <typename Type, int HeadDim, int QueryTiles, int Together, int KeyBits>
+__device__ void Int4Rows<Type, HeadDim, QueryTiles, Together, KeyBits>::round(uint32_t const* keys,
+                                                                              uint32_t const* values, int token,
+                                                                              bool masked, DecodeView const& view) {
     int const g = threadIdx.x % 32 / 4;
-    constexpr int kStep = 2 * kRowWords;  // between the rows of 16 tokens and of the next 16
+    constexpr int kKeyStep = 2 * Keys::kRowWords, kStep = 2 * kRowWords;  // from the rows of 16 tokens to the next 16
     Scores s;
 #pragma unroll
-    for (int u = 0; u < Together; ++u) score(keys + u * kStep, s[u]);
-    int const tail = 4 * g * kRowWords + kWords;
-    softmax_update(token + 4 * g, masked, reinterpret_cast<__half2 const*>(keys + tail),
-                   reinterpret_cast<__half2 const*>(values + tail), s, view);
+    for (int u = 0; u < Together; ++u) Keys::score(keys + u * kKeyStep, g, threadIdx.x % 4, q_frag, s[u]);
+    softmax_update(token + 4 * g, masked,
+                   reinterpret_cast<__half2 const*>(keys + 4 * g * Keys::kRowWords + Keys::kWords),
+                   reinterpret_cast<__half2 const*>(values + 4 * g * kRowWords + kWords), s, view);
 #pragma unroll
     for (int u = 0; u < Together; ++u) {
         uint32_t prob[QueryTiles][2];
@@ -135,47 +136,17 @@ __device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::round(uint32_t co
     }
 }
 
-// Codes of K times Q: s[.][0..1] of row 4g, s[.][2..3] of row 4g + 1.
-template <typename Type, int HeadDim, int QueryTiles, int Together>
-__device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::score(uint32_t const* keys,
-                                                                     float (&s)[QueryTiles][4]) const {
-    int const g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    uint32_t const* row = keys + 4 * g * kRowWords + t;
-    float odd[QueryTiles][4] = {};
-#pragma unroll
-    for (int n = 0; n < QueryTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kKeySteps; ++j) {
-        uint32_t const a = row[4 * j], b = row[4 * j + kRowWords];
-        uint32_t const a8 = a >> 8, b8 = b >> 8;
-        constexpr uint32_t kEven = 0x000f000f, kOdd = 0x00f000f0;
-#pragma unroll
-        for (int n = 0; n < QueryTiles; ++n) {
-            mma_16x8x16(s[n], a & kEven, b & kEven, a & kOdd, b & kOdd, q_frag[n][j][0], q_frag[n][j][1]);
-            mma_16x8x16(odd[n], a8 & kEven, b8 & kEven, a8 & kOdd, b8 & kOdd, q_frag[n][j][2], q_frag[n][j][3]);
-        }
-    }
-#pragma unroll
-    for (int n = 0; n < QueryTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] += odd[n][i];
-}
-
 // Products of codes in, P times V's scale out, both in s; the softmax's sums are kept up on the way.
-template <typename Type, int HeadDim, int QueryTiles, int Together>
-__device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::softmax_update(int token, bool masked,
-                                                                              __half2 const* key_tails,
-                                                                              __half2 const* value_tails, Scores& s,
-                                                                              DecodeView const& view) {
-    constexpr int kStep = 2 * kRowWords;
+template <typename Type, int HeadDim, int QueryTiles, int Together, int KeyBits>
+__device__ void Int4Rows<Type, HeadDim, QueryTiles, Together, KeyBits>::softmax_update(
+    int token, bool masked, __half2 const* key_tails, __half2 const* value_tails, Scores& s, DecodeView const& view) {
+    constexpr int kKeyStep = 2 * Keys::kRowWords, kStep = 2 * kRowWords;
     float log_scale[Together][2], inverse[Together][2], lo_over_scale[Together][2];  // of V
 #pragma unroll
     for (int u = 0; u < Together; ++u)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float2 const k = __half22float2(key_tails[u * kStep + r * kRowWords]);
+            float2 const k = __half22float2(key_tails[u * kKeyStep + r * Keys::kRowWords]);
             float2 const v = __half22float2(value_tails[u * kStep + r * kRowWords]);
             log_scale[u][r] = log2_fast(v.x);
             inverse[u][r] = reciprocal_fast(v.x);
@@ -221,9 +192,9 @@ __device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::softmax_update(in
 }
 
 // Codes of V times P: thread (g, t) holds words g, g + 8, ... of four tokens.
-template <typename Type, int HeadDim, int QueryTiles, int Together>
-__device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::accumulate(uint32_t const* values,
-                                                                          uint32_t const (&prob)[QueryTiles][2]) {
+template <typename Type, int HeadDim, int QueryTiles, int Together, int KeyBits>
+__device__ void Int4Rows<Type, HeadDim, QueryTiles, Together, KeyBits>::accumulate(
+    uint32_t const* values, uint32_t const (&prob)[QueryTiles][2]) {
     int const g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int j = 0; j < kValueSteps; ++j) {
@@ -251,9 +222,9 @@ __device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::accumulate(uint32
     }
 }
 
-template <typename Type, int HeadDim, int QueryTiles, int Together>
-__device__ void Int4Rows<Type, HeadDim, QueryTiles, Together>::store_sums(float* scratch, float* max, float* sum,
-                                                                          int group) {
+template <typename Type, int HeadDim, int QueryTiles, int Together, int KeyBits>
+__device__ void Int4Rows<Type, HeadDim, QueryTiles, Together, KeyBits>::store_sums(float* scratch, float* max,
+                                                                                   float* sum, int group) {
     int const g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     softmax.add_lanes(softmax.sum);
     softmax.add_lanes(lo);

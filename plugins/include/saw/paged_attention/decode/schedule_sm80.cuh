@@ -83,7 +83,8 @@ __device__ void DecodeSm80Kernel<Config>::hold_parts() {
     // What the table says of other blocks may be anything.
     if (token < next_length && token + part_tokens() > next_seen) {
         int32_t const entry = p.pool.table(c.sequence, lane % 2 ? kValue : kKey)[p.pool.block_of(token)];
-        held = p.pool.rows(entry, kv_head) + p.pool.row_of(token) * Rows::kRowBytes;
+        held = p.pool.rows<Rows::kKeyRowBytes, Rows::kValueRowBytes>(entry, kv_head) +
+               p.pool.row_of(token) * (lane % 2 ? Rows::kValueRowBytes : Rows::kKeyRowBytes);
     }
 }
 
@@ -108,17 +109,20 @@ __device__ void DecodeSm80Kernel<Config>::issue_tile_load(int slot) {
 template <typename Config>
 __device__ void DecodeSm80Kernel<Config>::issue_copies(int slot) {
     uint8_t* const stage = shared.stages[warp][slot];
-    int const part_bytes = part_tokens() * Rows::kRowBytes;
+    constexpr bool kOneSize = Rows::kKeyRowBytes == Rows::kValueRowBytes;
+    int const key_bytes = part_tokens() * Rows::kKeyRowBytes, value_bytes = part_tokens() * Rows::kValueRowBytes;
     for (int at = 0, from = held_at; at < Config::kTileTokens; at += part_tokens())
         for (int kv = 0; kv < 2; ++kv, ++from) {
             auto const source =
                 reinterpret_cast<uint8_t const*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(held), from));
-            uint8_t* const target = stage + kv * Config::kTileBytes + at * Rows::kRowBytes;
+            int const row_bytes = kOneSize || kv == kKey ? Rows::kKeyRowBytes : Rows::kValueRowBytes;
+            int const bytes = kOneSize || kv == kKey ? key_bytes : value_bytes;
+            uint8_t* const target = stage + kv * Config::kKeyTileBytes + at * row_bytes;
 #pragma unroll 4
-            for (int chunk = lane; chunk < part_bytes / 16; chunk += 32) {
+            for (int chunk = lane; chunk < bytes / 16; chunk += 32) {
                 bool seen = source != nullptr;
                 if constexpr (Rows::kNeedsZeros) {
-                    int const token = next_position + at + chunk * 16 / Rows::kRowBytes;
+                    int const token = next_position + at + chunk * 16 / row_bytes;
                     seen = seen && token >= next_seen && token < next_length;
                 }
                 if (seen || Rows::kNeedsZeros)

@@ -93,7 +93,7 @@ __device__ void DecodeSm90Kernel<Config>::hold_blocks() {
     int const block = held_block + lane / 2;
     if (block * p.pool.tokens_per_block >= next_length) return;  // what the table says of it may be anything
     int32_t const entry = p.pool.table(shared.ahead.sequence, lane % 2 ? kValue : kKey)[block];
-    held_rows = p.pool.rows(entry, kv_head);
+    held_rows = p.pool.rows<Config::kKeyRowBytes, Config::kValueRowBytes>(entry, kv_head);
 }
 
 // Warp 0: begin the copies of the next tile, and step past it. A tile is a copy of K and one of V for each of its
@@ -103,15 +103,18 @@ __device__ void DecodeSm90Kernel<Config>::issue_tile_load(int slot) {
     int const copy_tokens = min(p.pool.tokens_per_block, Config::kTileTokens);
     int const tokens = min(Config::kTileTokens, next_length - next_position);
     int const copies = 2 * p.pool.block_of(tokens + p.pool.tokens_per_block - 1);
-    uint32_t const bytes = copy_tokens * Config::kRowBytes;
-    if (lane == 0) mbarrier_arrive_expect(&shared.full[slot], copies * bytes);
+    // Of the lane's copy.
+    int const row_bytes = lane % 2 ? Config::kValueRowBytes : Config::kKeyRowBytes;
+    uint32_t const bytes = copy_tokens * row_bytes;
+    constexpr int kMeanRowBytes = (Config::kKeyRowBytes + Config::kValueRowBytes) / 2;
+    if (lane == 0) mbarrier_arrive_expect(&shared.full[slot], copies * (copy_tokens * kMeanRowBytes));
     __syncwarp();
     // A tile that begins within a block lies within it.
     int const begin = (held_block + lane / 2) * p.pool.tokens_per_block - next_position;
     int const within = max(-begin, 0), offset = max(begin, 0);
     if (begin + p.pool.tokens_per_block > 0 && offset < tokens) {
-        uint8_t* const target = shared.stages[slot] + (lane % 2) * Config::kTileBytes + offset * Config::kRowBytes;
-        bulk_copy(target, held_rows + within * Config::kRowBytes, bytes, &shared.full[slot]);
+        uint8_t* const target = shared.stages[slot] + (lane % 2) * Config::kKeyTileBytes + offset * row_bytes;
+        bulk_copy(target, held_rows + within * row_bytes, bytes, &shared.full[slot]);
     }
     if (--left == 0) return;
     next_position += Config::kTileTokens;

@@ -30,11 +30,9 @@ __device__ void PrefillSm90Kernel<Config>::consume() {
         attend<T>(tile.own, true, warpgroup, score_scale, !history, next, next_head);
         if (history) {
             float scale = score_scale;
-            if constexpr (Config::kCache == CacheType::kInt4) {
-                convert_queries(warpgroup);
-                if constexpr (Config::kOrdersOutputs) order_outputs<true>();
-                scale *= kQueryUnit;
-            }
+            if constexpr (Config::kConvertsQueries) convert_queries(warpgroup);
+            if constexpr (Config::kOrdersOutputs) order_outputs<true>();
+            if constexpr (Config::kCodes) scale *= kQueryUnit;
             attend<HistoryType>(tile.past, false, warpgroup, scale, true, next, next_head);
             if constexpr (Config::kOrdersOutputs) order_outputs<false>();
         }
@@ -64,7 +62,7 @@ __device__ void PrefillSm90Kernel<Config>::load_queries(int warpgroup, PrefillTi
     }
 }
 
-// Q as 4-bit history wants it, in place: fp16, and its channels in the order of the dequantized keys'.
+// Q as a history of codes wants it, in place: fp16, and its channels in the order of the dequantized keys'.
 template <typename Config>
 __device__ void PrefillSm90Kernel<Config>::convert_queries(int warpgroup) const {
     constexpr int kChunks = Config::kBoxes * 8;
@@ -81,7 +79,7 @@ __device__ void PrefillSm90Kernel<Config>::convert_queries(int warpgroup) const 
                 *pair = pack_half2(x.x * (1.0f / kQueryUnit), x.y * (1.0f / kQueryUnit));
             }
         }
-        *reinterpret_cast<uint4*>(chunk) = interleave(eight);
+        *reinterpret_cast<uint4*>(chunk) = Config::kKeyOrder == CodeOrder::kInterleaved ? interleave(eight) : eight;
     }
     fence_bulk_copy();
     named_barrier_sync(kGroupBarrier + warpgroup, 128);

@@ -5,9 +5,9 @@
 // arrive while the scores are computed, and the next keys while the output is. The chunk's own tiles come first, from
 // the diagonal down, then the history's, newest first.
 //
-// 4-bit rows are brought as they are into the slot that they are to fill; there all threads take their codes out, and
-// then put fp16 numbers in their place. Behind bf16 activations Q is rounded to fp16 once for them, between the chunk
-// and the history.
+// Rows of codes are brought as they are into the slot that they are to fill; there all threads take their codes out,
+// and then put fp16 numbers in their place. Behind bf16 activations Q is rounded to fp16 once for them, between the
+// chunk and the history.
 #pragma once
 
 #include <type_traits>
@@ -22,9 +22,10 @@ template <int HeadDim, typename T, CacheType Cache>
 struct PrefillSm80Config {
     using Type = T;
     // Of the history in shared memory.
-    using HistoryType = std::conditional_t<Cache == CacheType::kInt4, __half, T>;
+    static constexpr bool kCodes = Cache != CacheType::kUnquantized;
+    using HistoryType = std::conditional_t<kCodes, __half, T>;
     static constexpr int kHeadDim = HeadDim;
-    static constexpr bool kInt4 = Cache == CacheType::kInt4;
+    static constexpr int kKeyBits = key_bits(Cache);
 
     static constexpr int kWarps = 4;
     static constexpr int kThreads = kWarps * 32;
@@ -33,8 +34,8 @@ struct PrefillSm80Config {
     static constexpr int kTileTokens = HeadDim <= 128 ? 64 : 32;
     static constexpr int kChunks = HeadDim / 8;  // of 16 bytes, in a row
     static constexpr int kTileBytes = kTileTokens * HeadDim * 2;
-    static constexpr int kRowBytes = row_bytes(Cache, HeadDim);  // of the pool
-    static constexpr int kScores = kTileTokens / 2;              // of a thread
+    static constexpr int kKeyRowBytes = key_row_bytes(Cache, HeadDim), kValueRowBytes = row_bytes(Cache, HeadDim);
+    static constexpr int kScores = kTileTokens / 2;  // of a thread
     static constexpr int kOutputs = HeadDim / 2;
 };
 
@@ -91,7 +92,8 @@ class PrefillSm80Kernel {
     __device__ void bring_rows(KV which, int start, bool of_chunk) const;
     __device__ void bring_codes(KV which, int start) const;
     __device__ void wait_for(KV which, int start, bool of_chunk) const;
-    __device__ void dequantize(uint8_t* slot, int valid) const;
+    template <int Bits>
+    __device__ void dequantize(uint8_t* slot, int first, int end) const;
     template <typename U>
     __device__ void attend(KeyTiles tiles, bool of_chunk, float score_scale);
     template <typename U>
@@ -153,44 +155,49 @@ __device__ void PrefillSm80Kernel<Config>::round_queries() const {
 // Begin to copy a tile to its slot, which everybody has left.
 template <typename Config>
 __device__ void PrefillSm80Kernel<Config>::bring(KV which, int start, bool of_chunk) const {
-    if (Config::kInt4 && !of_chunk) {
+    if (Config::kCodes && !of_chunk) {
         bring_codes(which, start);
     } else {
         bring_rows(which, start, of_chunk);
     }
 }
 
-// Rows that do not exist become zeros: what lies there may be anything, and 0 * NaN is NaN.
+// Rows that do not exist, and those before all windows, become zeros: what lies there may be anything, and 0 * NaN is
+// NaN.
 template <typename Config>
 __device__ void PrefillSm80Kernel<Config>::bring_rows(KV which, int start, bool of_chunk) const {
     auto const* const packed = static_cast<T const*>(which == kKey ? p.k : p.v);
     int const valid = (of_chunk ? tile.chunk : tile.history) - start;
+    int const first = of_chunk ? 0 : tile.lowest(p.window) - start;
     uint32_t const target = shared_address(shared.slots[which]);
 #pragma unroll 4
     for (int i = threadIdx.x; i < Config::kTileTokens * Config::kChunks; i += Config::kThreads) {
         int const row = i / Config::kChunks, c = i % Config::kChunks, token = start + row;
         T const* source = packed;
-        if (row < valid && of_chunk) {
+        bool const exists = row < valid && row >= first;
+        if (exists && of_chunk) {
             source += (size_t(tile.first_token + token) * p.pool.num_kv_heads + kv_head) * Config::kHeadDim;
-        } else if (row < valid) {
+        } else if (exists) {
             int32_t const entry = p.pool.table(tile.sequence, which)[p.pool.block_of(token)];
             source = reinterpret_cast<T const*>(p.pool.rows(entry, kv_head)) + p.pool.row_of(token) * Config::kHeadDim;
         }
-        copy_async(target + place(row, c), source + (row < valid ? c * 8 : 0), row < valid ? 16 : 0);
+        copy_async(target + place(row, c), source + (exists ? c * 8 : 0), exists ? 16 : 0);
     }
 }
 
-// 4-bit rows, one after the other at the slot's beginning. They are no multiple of 16 bytes, but what a tile has of a
-// block is, and begins at one: whole blocks are copied, or whole tiles of them.
+// Rows of codes, one after the other at the slot's beginning. They are no multiple of 16 bytes, but what a tile has of
+// a block is, and begins at one: whole blocks are copied, or whole tiles of them.
 template <typename Config>
 __device__ void PrefillSm80Kernel<Config>::bring_codes(KV which, int start) const {
     int const end = min(start + Config::kTileTokens, tile.history);
-    int const tokens = min(p.pool.tokens_per_block, Config::kTileTokens), bytes = tokens * Config::kRowBytes;
+    int const row_bytes = which == kKey ? Config::kKeyRowBytes : Config::kValueRowBytes;
+    int const tokens = min(p.pool.tokens_per_block, Config::kTileTokens), bytes = tokens * row_bytes;
     int32_t const* const table = p.pool.table(tile.sequence, which);
     uint32_t target = shared_address(shared.slots[which]);
     for (int token = start; token < end; token += tokens, target += bytes) {
-        uint8_t const* const source =
-            p.pool.rows(table[p.pool.block_of(token)], kv_head) + p.pool.row_of(token) * Config::kRowBytes;
+        int32_t const entry = table[p.pool.block_of(token)];
+        uint8_t const* const source = p.pool.rows<Config::kKeyRowBytes, Config::kValueRowBytes>(entry, kv_head) +
+                                      p.pool.row_of(token) * row_bytes;
         for (int at = threadIdx.x * 16; at < bytes; at += Config::kThreads * 16)
             copy_async(target + at, source + at, 16);
     }
@@ -201,29 +208,43 @@ template <typename Config>
 __device__ void PrefillSm80Kernel<Config>::wait_for(KV which, int start, bool of_chunk) const {
     copy_async_wait();
     __syncthreads();
-    if (Config::kInt4 && !of_chunk) dequantize(shared.slots[which], tile.history - start);
+    if constexpr (Config::kCodes) {
+        if (of_chunk) return;
+        int const first = tile.lowest(p.window) - start, end = tile.history - start;
+        if (which == kKey) {
+            dequantize<Config::kKeyBits>(shared.slots[which], first, end);
+        } else {
+            dequantize<4>(shared.slots[which], first, end);
+        }
+    }
 }
 
 // A thread makes half of a row, or a quarter.
 template <typename Config>
-__device__ void PrefillSm80Kernel<Config>::dequantize(uint8_t* slot, int valid) const {
-    constexpr int kWords = Config::kTileTokens * Config::kChunks / Config::kThreads;
-    int const row = threadIdx.x % Config::kTileTokens, first = threadIdx.x / Config::kTileTokens * kWords;
-    auto const* const words = reinterpret_cast<uint32_t const*>(slot + row * Config::kRowBytes);
+template <int Bits>
+__device__ void PrefillSm80Kernel<Config>::dequantize(uint8_t* slot, int first, int end) const {
+    constexpr int kEights = Config::kTileTokens * Config::kChunks / Config::kThreads, kWordsOfEight = Bits / 4;
+    constexpr int kRowWords = Config::kHeadDim * Bits / 32;  // of codes
+    int const row = threadIdx.x % Config::kTileTokens, chunk = threadIdx.x / Config::kTileTokens * kEights;
+    auto const* const words = reinterpret_cast<uint32_t const*>(slot) + row * (kRowWords + 1);
     // What is no row has a scale and a lo of 0.
-    uint32_t const tail = row < valid ? words[Config::kChunks] : 0;
-    uint32_t codes[kWords];
+    uint32_t const tail = row >= first && row < end ? words[kRowWords] : 0;
+    uint32_t codes[kEights * kWordsOfEight];
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) codes[i] = words[first + i];
+    for (int i = 0; i < kEights * kWordsOfEight; ++i) codes[i] = words[chunk * kWordsOfEight + i];
     __syncthreads();
     constexpr int kAtOnce = 2;
-    Dequantizer const dequantizer(tail);
+    std::conditional_t<Bits == 4, Dequantizer, Dequantizer8> const dequantizer(tail);
 #pragma unroll
-    for (int i = 0; i < kWords; i += kAtOnce) {
+    for (int i = 0; i < kEights; i += kAtOnce) {
         uint4 eights[kAtOnce];
-        dequantizer.run<CodeOrder::kNatural>(codes + i, eights);
+        if constexpr (Bits == 4) {
+            dequantizer.template run<CodeOrder::kNatural>(codes + i, eights);
+        } else {
+            dequantizer.run(codes + i * kWordsOfEight, eights);
+        }
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) *reinterpret_cast<uint4*>(slot + place(row, first + i + j)) = eights[j];
+        for (int j = 0; j < kAtOnce; ++j) *reinterpret_cast<uint4*>(slot + place(row, chunk + i + j)) = eights[j];
     }
     __syncthreads();
 }

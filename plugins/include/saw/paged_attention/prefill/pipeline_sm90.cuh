@@ -7,8 +7,8 @@
 // and within a group the scores of a tile are computed with the output of the tile before.
 //
 // The chunk's own keys come first, from the diagonal down, as they are. Rows of history follow, newest first: 16-bit
-// rows as they are, 4-bit rows as fp16 numbers that the producers make of them, each row by one or two threads, in the
-// time that the tensor cores leave. fp16, whatever the activations are: it holds code * scale + lo better than bf16
+// rows as they are, rows of codes as fp16 numbers that the producers make of them, each row by one or two threads, in
+// the time that the tensor cores leave. fp16, whatever the activations are: it holds code * scale + lo better than bf16
 // does. So Q becomes fp16 between the chunk and the history, its channels in the order that is cheapest to give the
 // keys.
 #pragma once
@@ -25,9 +25,10 @@ template <int HeadDim, typename T, CacheType Cache>
 struct PrefillSm90Config {
     using Type = T;
     // Of the history in shared memory.
-    using HistoryType = std::conditional_t<Cache == CacheType::kInt4, __half, T>;
+    static constexpr bool kCodes = Cache != CacheType::kUnquantized;
+    using HistoryType = std::conditional_t<kCodes, __half, T>;
     static constexpr int kHeadDim = HeadDim;
-    static constexpr CacheType kCache = Cache;
+    static constexpr int kKeyBits = key_bits(Cache);
 
     static constexpr int kConsumers = 2;
     static constexpr int kThreads = (kConsumers + 1) * 128;
@@ -37,9 +38,9 @@ struct PrefillSm90Config {
     static constexpr int kQueryBoxBytes = kRows * 128;
     static constexpr int kTileBoxBytes = kTileTokens * 128;
     static constexpr int kTileBytes = kBoxes * kTileBoxBytes;  // of K, or of V
-    static constexpr int kRowBytes = row_bytes(Cache, HeadDim);
-    static constexpr int kStagedBytes = Cache == CacheType::kInt4 ? kTileTokens * kRowBytes : 0;
-    static constexpr int kStaged = 4;  // 4-bit tiles on their way
+    static constexpr int kKeyRowBytes = key_row_bytes(Cache, HeadDim), kValueRowBytes = row_bytes(Cache, HeadDim);
+    static constexpr int kStagedBytes = kCodes ? kTileTokens * kKeyRowBytes : 0;
+    static constexpr int kStaged = 4;  // tiles of codes on their way
     static constexpr int kSharedBytes = 232448 - 1024;
     static constexpr int kSlots = (kSharedBytes - kBoxes * kQueryBoxBytes - kStaged * kStagedBytes) / kTileBytes < 6
                                       ? (kSharedBytes - kBoxes * kQueryBoxBytes - kStaged * kStagedBytes) / kTileBytes
@@ -47,12 +48,16 @@ struct PrefillSm90Config {
     static constexpr int kScores = kTileTokens / 2;  // of a thread
     static constexpr int kOutputs = HeadDim / 2;
     // Of a thread, of the 168 times 384 that the CTA begins with. A head_dim of 256 has more outputs to hold.
-    static constexpr int kProducerRegisters = HeadDim <= 128 ? 72 : Cache == CacheType::kInt4 ? 56 : 40;
+    static constexpr int kProducerRegisters = HeadDim <= 128 ? 72 : kCodes ? 56 : 40;
     static constexpr int kConsumerRegisters = (168 * 3 - kProducerRegisters) / 2;
 
-    // Of the channels of dequantized values. To put the output into the other order takes registers for a moment.
+    // Of the channels of dequantized keys: codes of 8 bits come in order. And of values: to put the output into the
+    // other order takes registers for a moment.
+    static constexpr CodeOrder kKeyOrder = kKeyBits == 4 ? CodeOrder::kInterleaved : CodeOrder::kNatural;
     static constexpr CodeOrder kValueOrder = HeadDim <= 128 ? CodeOrder::kInterleaved : CodeOrder::kNatural;
-    static constexpr bool kOrdersOutputs = Cache == CacheType::kInt4 && kValueOrder == CodeOrder::kInterleaved;
+    static constexpr bool kConvertsQueries =
+        kCodes && (kKeyOrder == CodeOrder::kInterleaved || !std::is_same_v<T, HistoryType>);
+    static constexpr bool kOrdersOutputs = kCodes && kValueOrder == CodeOrder::kInterleaved;
 
     static_assert(kSlots >= 3, "K of the next tile, V of this one, and one on its way");
     static_assert(kStagedBytes % 128 == 0);
@@ -72,7 +77,7 @@ struct PrefillSm90Shared {
 // What the copy engine has to know of the 16-bit rows: boxes are 64 channels wide.
 struct PrefillMaps {
     CUtensorMap k, v;  // [num_tokens, num_kv_heads * head_dim], boxes of a tile's rows
-    CUtensorMap pool;  // [rows, head_dim], boxes of a block's rows; unused for 4-bit ones
+    CUtensorMap pool;  // [rows, head_dim], boxes of a block's rows; unused for codes
 };
 
 // Places in the ring, in the order in which the consumers want the tiles of a phase: K of the first, then K of each
@@ -126,11 +131,11 @@ class PrefillSm90Kernel {
     __device__ void produce_rows(KeyTiles tiles, bool chunk, int warp);
     __device__ void produce_dequantized(int warp);
     __device__ void copy_boxes(uint8_t* slot, int which, int start, bool chunk, uint64_t* full);
-    __device__ void copy_rows(uint8_t* slot, int which, int start, int valid, bool chunk, int warp);
+    __device__ void copy_rows(uint8_t* slot, int which, int start, int first, int valid, bool chunk, int warp);
     __device__ int block_offset(int step) const;
     __device__ void stage(int step, int offset);
-    template <CodeOrder Order>
-    __device__ void dequantize(uint8_t const* source, uint64_t* left, int valid);
+    template <int Bits, CodeOrder Order>
+    __device__ void dequantize(uint8_t const* source, uint64_t* left, int first, int end);
     __device__ void wait_for_slot() const { mbarrier_wait(&shared.empty[ring.slot], ring.parity ^ 1); }
     // K (0) or V (1), and which tile, of a phase's step.
     static __device__ int tile_of(KeyTiles tiles, int step, int& which) {

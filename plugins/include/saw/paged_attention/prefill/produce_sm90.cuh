@@ -11,7 +11,7 @@ __device__ void PrefillSm90Kernel<Config>::produce() {
     int const warp = threadIdx.x / 32;
     for (int index = blockIdx.x; tile.sequence >= 0;) {
         produce_rows(tile.own, true, warp);
-        if constexpr (Config::kCache == CacheType::kInt4) {
+        if constexpr (Config::kCodes) {
             produce_dequantized(warp);
         } else {
             produce_rows(tile.past, false, warp);
@@ -22,18 +22,18 @@ __device__ void PrefillSm90Kernel<Config>::produce() {
     }
 }
 
-// 16-bit tiles: whole ones by the copy engine, and what ends within a tile row by row.
+// 16-bit tiles: whole ones by the copy engine, and row by row what ends within a tile, or V's that a window begins in.
 template <typename Config>
 __device__ void PrefillSm90Kernel<Config>::produce_rows(KeyTiles tiles, bool chunk, int warp) {
     int const steps = 2 * tiles.count();
-    int const end = chunk ? tile.chunk : tile.history;
+    int const end = chunk ? tile.chunk : tile.history, lowest = chunk ? 0 : tile.lowest(p.window);
     for (int step = 0; step < steps; ++step) {
         int which;
         int const start = tile_of(tiles, step, which) * Config::kTileTokens;
         uint64_t* const full = &shared.full[ring.slot];
         wait_for_slot();
-        if (end - start < Config::kTileTokens) {
-            copy_rows(shared.slots[ring.slot], which, start, end - start, chunk, warp);
+        if (end - start < Config::kTileTokens || (which == kValue && start < lowest)) {
+            copy_rows(shared.slots[ring.slot], which, start, lowest - start, end - start, chunk, warp);
             copy_async_wait();
             fence_bulk_copy();
             __syncwarp();
@@ -61,15 +61,16 @@ __device__ void PrefillSm90Kernel<Config>::copy_boxes(uint8_t* slot, int which, 
     if (lane * rows >= Config::kTileTokens) return;
     int32_t const entry = p.pool.table(tile.sequence, KV(which))[p.pool.block_of(start) + lane];
     size_t const byte = p.pool.rows(entry, kv_head) - p.pool.base;
-    int const row = int(byte / Config::kRowBytes) + p.pool.row_of(start);
+    int const row = int(byte / Config::kValueRowBytes) + p.pool.row_of(start);
     for (int box = 0; box < Config::kBoxes; ++box)
         copy_box(slot + box * Config::kTileBoxBytes + lane * rows * 128, maps.pool, full, box * 64, row);
 }
 
-// A warp's quarter of a tile. Rows that do not exist become zeros: what lies there may be anything, and 0 * NaN is NaN.
+// A warp's quarter of a tile. Rows that do not exist, and those before a window, become zeros: what lies there may be
+// anything, and 0 * NaN is NaN.
 template <typename Config>
-__device__ void PrefillSm90Kernel<Config>::copy_rows(uint8_t* slot, int which, int start, int valid, bool chunk,
-                                                     int warp) {
+__device__ void PrefillSm90Kernel<Config>::copy_rows(uint8_t* slot, int which, int start, int first, int valid,
+                                                     bool chunk, int warp) {
     constexpr int kChunks = Config::kHeadDim / 8;  // of 16 bytes, in a row
     constexpr int kSteps = Config::kTileTokens * kChunks / 128;
     uint32_t const target = shared_address(slot);
@@ -102,17 +103,17 @@ __device__ void PrefillSm90Kernel<Config>::copy_rows(uint8_t* slot, int which, i
             source =
                 reinterpret_cast<uint8_t const*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(rows), holder));
         }
-        bool const exists = row < valid;
+        bool const exists = row < valid && row >= first;
         source += exists ? within * stride + c * 16 : 0;
         copy_async(target + (c / 8) * Config::kTileBoxBytes + row * 128 + ((c ^ row) % 8) * 16, source,
                    exists ? 16 : 0);
     }
 }
 
-// 4-bit tiles: bulk copies stage them as they are, and the four warps together make fp16 of one after the other.
+// Tiles of codes: bulk copies stage them as they are, and the four warps together make fp16 of one after the other.
 template <typename Config>
 __device__ void PrefillSm90Kernel<Config>::produce_dequantized(int warp) {
-    int const steps = 2 * tile.past.count();
+    int const steps = 2 * tile.past.count(), lowest = tile.lowest(p.window);
     if (warp == 0) {
         for (int step = 0; step < min(Config::kStaged, steps); ++step) stage(step, block_offset(step));
     }
@@ -127,9 +128,11 @@ __device__ void PrefillSm90Kernel<Config>::produce_dequantized(int warp) {
         if (stages) offset = block_offset(next);
         mbarrier_wait(&shared.arrived[place], (staged + step) / Config::kStaged % 2);
         if (which == kKey) {
-            dequantize<CodeOrder::kInterleaved>(shared.staged[place], &shared.left[place], tile.history - start);
+            dequantize<Config::kKeyBits, Config::kKeyOrder>(shared.staged[place], &shared.left[place], lowest - start,
+                                                            tile.history - start);
         } else {
-            dequantize<Config::kValueOrder>(shared.staged[place], &shared.left[place], tile.history - start);
+            dequantize<4, Config::kValueOrder>(shared.staged[place], &shared.left[place], lowest - start,
+                                               tile.history - start);
         }
         fence_bulk_copy();
         __syncwarp();
@@ -156,44 +159,60 @@ __device__ void PrefillSm90Kernel<Config>::stage(int step, int offset) {
     int const start = tile_of(tile.past, step, which) * Config::kTileTokens;
     int const end = min(start + Config::kTileTokens, tile.history);
     int const blocks = p.pool.block_of(end - 1) - p.pool.block_of(start) + 1;
-    int const bytes = min(p.pool.tokens_per_block, Config::kTileTokens) * Config::kRowBytes;
+    int const row_bytes = which == kKey ? Config::kKeyRowBytes : Config::kValueRowBytes;
+    int const bytes = min(p.pool.tokens_per_block, Config::kTileTokens) * row_bytes;
     int const count = staged + step, place = count % Config::kStaged;
     if (count >= Config::kStaged) mbarrier_wait(&shared.left[place], (count / Config::kStaged - 1) % 2);
     if (lane == 0) mbarrier_arrive_expect(&shared.arrived[place], blocks * bytes);
     __syncwarp();
     if (lane < blocks) {
-        uint8_t const* const rows = p.pool.rows(offset, kv_head) + p.pool.row_of(start) * Config::kRowBytes;
+        uint8_t const* const rows = p.pool.rows<Config::kKeyRowBytes, Config::kValueRowBytes>(offset, kv_head) +
+                                    p.pool.row_of(start) * row_bytes;
         bulk_copy(shared.staged[place] + lane * bytes, rows, bytes, &shared.arrived[place]);
     }
 }
 
-// A thread makes a row, or half of one. Neighbours read rows that lie an odd number of words apart, and write to chunks
-// that the swizzle spreads. Channels need not be in order: the queries' and the output's are put into the same one.
+// A thread makes a row, or half of one; what is none of [first, end), or lies before all windows, has a scale and a lo
+// of 0. Neighbours read rows that lie an odd number of words apart, and write to chunks that the swizzle spreads.
+// Channels need not be in order: the queries' and the output's are put into the same one.
 template <typename Config>
-template <CodeOrder Order>
-__device__ void PrefillSm90Kernel<Config>::dequantize(uint8_t const* source, uint64_t* left, int valid) {
+template <int Bits, CodeOrder Order>
+__device__ void PrefillSm90Kernel<Config>::dequantize(uint8_t const* source, uint64_t* left, int first, int end) {
     constexpr int kParts = 128 / Config::kTileTokens;
-    constexpr int kWords = Config::kHeadDim / 8 / kParts;
-    int const row = threadIdx.x % Config::kTileTokens;
-    int const first = kParts == 1 ? 0 : threadIdx.x / Config::kTileTokens * kWords;
-    auto const* const words = reinterpret_cast<uint32_t const*>(source + row * Config::kRowBytes);
-    uint32_t const tail = row < valid ? words[Config::kHeadDim / 8] : 0;
-    uint32_t codes[kWords];
+    constexpr int kRowWords = Config::kHeadDim * Bits / 32;  // of codes
+    constexpr int kWords = kRowWords / kParts, kWordsOfEight = Bits / 4;
+    // A thread's registers hold a row of 4 bits, and of 8 bits as many words or fewer.
+    constexpr int kHeld = Bits == 4 ? kWords : kWords % 16 == 0 ? 16 : 8;
+    int const row = threadIdx.x % Config::kTileTokens, part = kParts == 1 ? 0 : threadIdx.x / Config::kTileTokens;
+    auto const* const words = reinterpret_cast<uint32_t const*>(source) + row * (kRowWords + 1);
+    uint32_t const tail = row >= first && row < end ? words[kRowWords] : 0;
+    uint8_t* target = nullptr;
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) codes[i] = words[first + i];
-    mbarrier_arrive(left);  // each thread for itself, which costs nothing here: racecheck follows no other order
-    wait_for_slot();
-    uint8_t* const target = shared.slots[ring.slot] + row * 128;
-    constexpr int kAtOnce = 4;
-    Dequantizer const dequantizer(tail);
+    for (int from = 0; from < kWords; from += kHeld) {
+        uint32_t codes[kHeld];
 #pragma unroll
-    for (int i = 0; i < kWords; i += kAtOnce) {
-        uint4 eights[kAtOnce];
-        dequantizer.run<Order>(codes + i, eights);
+        for (int i = 0; i < kHeld; ++i) codes[i] = words[part * kWords + from + i];
+        // Each thread for itself, which costs nothing here: racecheck follows no other order.
+        if (from + kHeld == kWords) mbarrier_arrive(left);
+        if (from == 0) {
+            wait_for_slot();
+            target = shared.slots[ring.slot] + row * 128;
+        }
+        constexpr int kAtOnce = 4;
+        std::conditional_t<Bits == 4, Dequantizer, Dequantizer8> const dequantizer(tail);
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-            int const c = first + i + j;
-            *reinterpret_cast<uint4*>(target + (c / 8) * Config::kTileBoxBytes + ((c ^ row) % 8) * 16) = eights[j];
+        for (int i = 0; i < kHeld / kWordsOfEight; i += kAtOnce) {
+            uint4 eights[kAtOnce];
+            if constexpr (Bits == 4) {
+                dequantizer.template run<Order>(codes + i, eights);
+            } else {
+                dequantizer.run(codes + i * kWordsOfEight, eights);
+            }
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j) {
+                int const c = (part * kWords + from) / kWordsOfEight + i + j;
+                *reinterpret_cast<uint4*>(target + (c / 8) * Config::kTileBoxBytes + ((c ^ row) % 8) * 16) = eights[j];
+            }
         }
     }
 }

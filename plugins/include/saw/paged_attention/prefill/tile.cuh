@@ -29,6 +29,9 @@ struct PrefillTile {
     int begin, end;   // the queries, in the chunk
     KeyTiles own, past;
 
+    // The first position that some query sees. What lies before it in the pool may be another sequence's.
+    __device__ int lowest(int window) const { return lowest_seen(history + begin, window); }
+
     // Whether some query does not see some of the keys [first, end), of the chunk or of the history.
     __device__ bool hides(int first_key, int end_key, bool of_chunk, int window) const {
         bool const tail = of_chunk ? end_key > begin + 1 : end_key > history;
@@ -66,7 +69,7 @@ __device__ inline PrefillTile find_prefill_tile(PrefillParams const& p, int quer
         found.history = max(p.sequence_length[found.sequence] - found.chunk, 0);
         found.begin = place * queries;
         found.end = min(found.begin + queries, found.chunk);
-        int const lowest = lowest_seen(found.history + found.begin, p.window);
+        int const lowest = found.lowest(p.window);
         found.own = {max(lowest - found.history, 0) / KeysOfTile, (found.end - 1) / KeysOfTile};
         found.past.first = lowest / KeysOfTile;
         found.past.last = lowest < found.history ? (found.history - 1) / KeysOfTile : found.past.first - 1;
