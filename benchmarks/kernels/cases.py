@@ -14,7 +14,7 @@ SUITES: tuple[str, ...] = get_args(Suite)
 
 #: Our kernels by the format of the cache; ``bf16`` is kv ``fp16`` with rows of bfloat16. ``folded`` is the write of
 #: ``saw_int4`` as engines do it, V's rotation being folded into their weights, and ``framed`` that of calibrated ones.
-OURS = ("saw_int4", "folded", "framed", "int4", "bf16")
+OURS = ("saw_int4", "saw_k8v4", "folded", "framed", "int4", "bf16")
 #: What others cache in 8 bits, the fastest of which is "the fp8 peer"; XQA is TensorRT-LLM's own kernel.
 FP8_PEERS = ("xqa_fp8", "flashinfer_fp8")
 #: All that come with the package flashinfer.
@@ -22,6 +22,7 @@ FLASHINFER_PEERS = (*FP8_PEERS, "xqa", "flashinfer")
 PEERS = (*FLASHINFER_PEERS, "official")
 LABELS = {
     "saw_int4": "saw_int4",
+    "saw_k8v4": "saw_k8v4",
     "folded": "saw_int4, V folded",
     "framed": "saw_int4, frames",
     "int4": "int4",
@@ -157,6 +158,8 @@ def _decode(batch: int, context: int, *targets: Target, heads: Heads = LLAMA, qu
     peers = PEERS if heads == LLAMA else ("flashinfer",)
     within = Target("saw_int4", "ratio", 1.01, "int4")
     contenders = ("saw_int4", "int4", "bf16", *peers)
+    if heads == LLAMA:
+        contenders = ("saw_int4", "saw_k8v4", "int4", "bf16", *peers)
     return Case("decode", batch, batch, context - 1, contenders, heads, (*targets, within), quick)
 
 

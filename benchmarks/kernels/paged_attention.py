@@ -72,7 +72,7 @@ def decode(problem: Problem, name: str) -> Contender:
     return Contender(
         name,
         {"": lambda: launch},
-        bytes=problem.rows * fmt.row_bytes + problem.io_bytes,
+        bytes=problem.rows // 2 * fmt.pair_bytes + problem.io_bytes,
         cosine=lambda: problem.cosine(_turned(out, fmt, fmt.rotate_v)),
     )
 
@@ -105,7 +105,7 @@ def prefill(problem: Problem, name: str) -> Contender:
     return Contender(
         name,
         {"": lambda: launch},
-        bytes=problem.rows * fmt.row_bytes + problem.io_bytes + (k.numel() + v.numel()) * BYTES,
+        bytes=problem.rows // 2 * fmt.pair_bytes + problem.io_bytes + (k.numel() + v.numel()) * BYTES,
         flops=problem.flops,
         cosine=lambda: problem.cosine(_turned(out, fmt, fmt.rotate_v)),
     )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 #: Okabe and Ito's colours, which the colour-blind can tell apart, and markers for those who see none.
 _STYLES = {
     "saw_int4": ("#0072B2", "o"),
+    "saw_k8v4": ("#F0E442", "v"),
     "folded": ("#E69F00", "p"),
     "int4": ("#56B4E9", "s"),
     "bf16": ("#009E73", "^"),

@@ -24,7 +24,7 @@ from tests.support.rejection import rejected
 
 BANDWIDTH = Bandwidth(read_gbps=4000.0, copy_gbps=3500.0)
 #: µs per byte over the bytes' floor, by contender.
-SLOWNESS = {"saw_int4": 1.1, "folded": 1.08, "framed": 1.09, "int4": 1.1, "bf16": 1.05}
+SLOWNESS = {"saw_int4": 1.1, "saw_k8v4": 1.1, "folded": 1.08, "framed": 1.09, "int4": 1.1, "bf16": 1.05}
 SLOWNESS |= {"xqa_fp8": 1.3, "flashinfer_fp8": 1.4, "xqa": 1.1, "flashinfer": 1.02, "official": 4.6}
 
 
@@ -73,8 +73,8 @@ def results():
     for case in CASES:
         contenders = []
         for name in case.contenders:
-            bits = {"bf16": 512, "xqa": 512, "flashinfer": 512, "xqa_fp8": 256, "flashinfer_fp8": 256}.get(name, 136)
-            size = case.batch * case.context * case.heads.num_kv_heads * bits
+            sizes = {"bf16": 512, "xqa": 512, "flashinfer": 512, "xqa_fp8": 256, "flashinfer_fp8": 256, "saw_k8v4": 200}
+            size = case.batch * case.context * case.heads.num_kv_heads * sizes.get(name, 136)
             us = SLOWNESS[name] * size / BANDWIDTH.read_gbps / 1e3 + 5
             contenders.append(
                 (name, lambda name=name, us=us, size=size: Contender(name, {"": lambda: lambda: us}, size))
@@ -121,7 +121,7 @@ def test_the_cases_are_those_of_the_issue():
 def test_who_takes_part():
     for case in CASES:
         expected = {
-            "decode": {"saw_int4", "int4", "bf16", "flashinfer"} | (set(PEERS) if case.heads == LLAMA else set()),
+            "decode": {"saw_int4", "int4", "bf16", "flashinfer"} | ({"saw_k8v4", *PEERS} if case.heads == LLAMA else set()),
             "write": {"saw_int4", "folded", "framed", "int4", "official"},
             "prefill": {"saw_int4", "bf16", "flashinfer"},
         }
