@@ -121,7 +121,8 @@ def test_the_cases_are_those_of_the_issue():
 def test_who_takes_part():
     for case in CASES:
         expected = {
-            "decode": {"saw_int4", "int4", "bf16", "flashinfer"} | ({"saw_k8v4", *PEERS} if case.heads == LLAMA else set()),
+            "decode": {"saw_int4", "int4", "bf16", "flashinfer"}
+            | ({"saw_k8v4", *PEERS} if case.heads == LLAMA else set()),
             "write": {"saw_int4", "folded", "framed", "int4", "official"},
             "prefill": {"saw_int4", "bf16", "flashinfer"},
         }
