@@ -11,7 +11,8 @@
 namespace saw {
 
 // Rows of codes on Hopper. Those of 4 bits were chosen by measurement on an H200; keys of 8 make a tile half as large
-// again, so that an SM holds fewer CTAs or smaller tiles. Few CTAs of an SM leave a warp the registers to work on 32
+// again, so that an SM holds fewer CTAs or smaller tiles, and large groups of them have no instance for few sequences:
+// each is compiled for seconds. Few CTAs of an SM leave a warp the registers to work on 32
 // tokens at a time, and large tiles make a barrier's cost small. Q and the output of 16 heads of 256 are more than a
 // thread's registers: those take two CTAs that load their tiles themselves.
 template <CacheType Cache, int HeadDim, int QueryTiles>
@@ -74,18 +75,18 @@ struct DecodeSm90Choice<CacheType::kKey8Value4, 256, 1> {
 };
 template <>
 struct DecodeSm90Choice<CacheType::kKey8Value4, 64, 2> {
-    template <bool Few>
-    using Config = DecodeSm90Config<64, 2, 256, 1, 2, 3, Few, 8>;
+    template <bool>
+    using Config = DecodeSm90Config<64, 2, 256, 1, 2, 3, false, 8>;
 };
 template <>
 struct DecodeSm90Choice<CacheType::kKey8Value4, 96, 2> {
-    template <bool Few>
-    using Config = DecodeSm90Config<96, 2, 256, 1, 2, 2, Few, 8>;
+    template <bool>
+    using Config = DecodeSm90Config<96, 2, 256, 1, 2, 2, false, 8>;
 };
 template <>
 struct DecodeSm90Choice<CacheType::kKey8Value4, 128, 2> {
-    template <bool Few>
-    using Config = DecodeSm90Config<128, 2, 256, 1, 2, 2, Few, 8>;
+    template <bool>
+    using Config = DecodeSm90Config<128, 2, 256, 1, 2, 2, false, 8>;
 };
 
 // How an instance of pipeline_sm80.cuh uses an SM. A CTA's shared memory, warps * stages * tile, stays below the 99 KiB
