@@ -48,7 +48,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return "-".join(map(str, (self.family, self.head_dim, self.kv, *(v for _, v in self.options))))
+        name = "-".join(map(str, (self.family, self.head_dim, self.kv, *(v for _, v in self.options))))
+        return name.replace("/", "_")  # it is a folder's too
 
     def plan(self, folder: Path, backend: str) -> BuildPlan:
         """The plan of its engine in ``folder / name / backend``."""
