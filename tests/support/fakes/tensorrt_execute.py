@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from saw_trtllm.backends.reference.rotate_quantize_kv import apply_frame
-from saw_trtllm.format import hadamard
+from saw_trtllm.format import ROTATED, hadamard
 from tests.support.fakes import tensorrt as trt
 from tests.support.frames import unpack_frame
 from tests.support.packed_weights import unpack_weight
@@ -245,7 +245,7 @@ def _write(fields, x):
     if fields["use_k_frame"]:
         k_frame, q_frame = frames(x)
         k, q = (apply_frame(a.float(), frame) for a, frame in ((k, k_frame), (q, q_frame)))
-    elif fields["kv"] == "saw_int4":
+    elif fields["kv"] in ROTATED:
         q, k = _rotate(q, order), _rotate(k, order)
     if fields["rotate_v"]:
         v = _rotate(v, order)

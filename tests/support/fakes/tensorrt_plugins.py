@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 
+from saw_trtllm.format import KV_NAMES, ROTATED
 from tests.support.fakes.tensorrt_layers import ILayer
 from tests.support.fakes.tensorrt_types import *
 
@@ -146,12 +147,12 @@ def _parse_fields(plugin, fields):
         ):
             raise ValueError("a field is out of range")
         return values
-    order, rotated = values.get("hadamard_order", 1), values["kv"] == "saw_int4"
+    order, rotated = values.get("hadamard_order", 1), values["kv"] in ROTATED
     valid = (
         values["head_dim"] in (64, 96, 128, 256)
         and values["tokens_per_block"] in (16, 32, 64, 128)
         and values["dtype"] in ("float16", "bfloat16")
-        and values["kv"] in ("fp16", "int4", "saw_int4")
+        and values["kv"] in KV_NAMES
         and values["num_heads"] % values["num_kv_heads"] == 0
         and values["num_heads"] // values["num_kv_heads"] <= 16
         and 0 < values.get("range_factor", 1) <= 1

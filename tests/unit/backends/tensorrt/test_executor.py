@@ -109,7 +109,16 @@ def test_requests_with_preemption_give_what_the_reference_gives(kv, folders, mac
     assert cuda.everything() == []
 
 
-@pytest.mark.parametrize("options", [{"kv": "fp16"}, {"kv": "saw_int4"}, {"kv": "saw_int4", "kv_skip_layers": "0"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv": "fp16"},
+        {"kv": "saw_int4"},
+        {"kv": "saw_k8v4"},
+        {"kv": "saw_int4", "kv_skip_layers": "0"},
+        {"kv": "saw_int4", "kv_bits": "8/4:last"},
+    ],
+)
 def test_rows_are_copied_within_blocks_of_every_pool(options, folders, machine):
     """The second turn of a conversation, of which all but the new words are in the cache, and a fork within a block."""
     reference, folder = folders(**options)

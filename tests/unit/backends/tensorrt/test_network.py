@@ -241,6 +241,8 @@ CASES = {
     "llama, V not rotated": ("llama", {}, {"rotate_v": "disable"}),
     "llama, all logits": ("llama", {}, {"gather_context_logits": True}),
     "llama, a layer skipped": ("llama", {"num_hidden_layers": 3}, {"kv_skip_layers": "1"}),
+    "llama, keys of 8 bits": ("llama", {}, {"kv": "saw_k8v4", "calibrated": True}),
+    "llama, a layer's keys of 8 bits": ("llama", {}, {"kv_bits": "8/4:last"}),
     "llama 3, head_dim 128": ("llama3", {}, {}),
     "llama, head_dim 256": ("llama", {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1}, {}),
     "mistral, window": ("mistral", {}, {}),
