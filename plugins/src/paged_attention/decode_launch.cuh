@@ -10,9 +10,8 @@
 
 namespace saw {
 
-// Rows of codes on Hopper. Those of 4 bits were chosen by measurement on an H200; keys of 8 make a tile half as large
-// again, so that an SM holds fewer CTAs or smaller tiles, and large groups of them have no instance for few sequences:
-// each is compiled for seconds. Few CTAs of an SM leave a warp the registers to work on 32 tokens at a time, and large
+// Rows of codes on Hopper. Chosen by measurement on an H200; of keys of 8 bits, which make a tile half as large again,
+// at head_dim 128. Large groups of those have no instance for few sequences: each is compiled for seconds. Few CTAs of an SM leave a warp the registers to work on 32 tokens at a time, and large
 // tiles make a barrier's cost small. Q and the output of 16 heads of 256 are more than a thread's registers: those take
 // two CTAs that load their tiles themselves.
 template <CacheType Cache, int HeadDim, int QueryTiles>
@@ -61,12 +60,12 @@ struct DecodeSm90Choice<CacheType::kKey8Value4, 64, 1> {
 template <>
 struct DecodeSm90Choice<CacheType::kKey8Value4, 96, 1> {
     template <bool Few>
-    using Config = DecodeSm90Config<96, 1, 128, 2, 3, 3, Few, 8>;
+    using Config = DecodeSm90Config<96, 1, 256, 2, 2, 2, Few, 8>;
 };
 template <>
 struct DecodeSm90Choice<CacheType::kKey8Value4, 128, 1> {
     template <bool Few>
-    using Config = DecodeSm90Config<128, 1, 128, 2, 2, 3, Few, 8>;
+    using Config = DecodeSm90Config<128, 1, 256, 2, 2, 2, Few, 8>;
 };
 template <>
 struct DecodeSm90Choice<CacheType::kKey8Value4, 256, 1> {
