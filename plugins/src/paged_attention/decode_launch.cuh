@@ -11,9 +11,10 @@
 namespace saw {
 
 // Rows of codes on Hopper. Chosen by measurement on an H200; of keys of 8 bits, which make a tile half as large again,
-// at head_dim 128. Large groups of those have no instance for few sequences: each is compiled for seconds. Few CTAs of an SM leave a warp the registers to work on 32 tokens at a time, and large
-// tiles make a barrier's cost small. Q and the output of 16 heads of 256 are more than a thread's registers: those take
-// two CTAs that load their tiles themselves.
+// at head_dim 128. Large groups of those have no instance for few sequences: each is compiled for seconds. Few CTAs of
+// an SM leave a warp the registers to work on 32 tokens at a time, and large tiles make a barrier's cost small. Q and
+// the output of 16 heads of 256 are more than a thread's registers: those take two CTAs that load their tiles
+// themselves.
 template <CacheType Cache, int HeadDim, int QueryTiles>
 struct DecodeSm90Choice;
 // head_dim, query tiles, tile tokens, together, stages, CTAs per SM
