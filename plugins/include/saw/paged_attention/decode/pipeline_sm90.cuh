@@ -39,6 +39,9 @@ struct DecodeSm90Config {
     static constexpr int kSubtileTokens = 16 * kWarps;
     static constexpr int kTogether = Together;  // subtiles that a warp works on at a time, to hide its own latencies
     static constexpr int kRoundTokens = kTogether * kSubtileTokens;
+    // A large tile is worked on as soon as its first half is there. No block is larger than half of it.
+    static constexpr bool kHalves = TileTokens >= 256;
+    static constexpr int kFirstTokens = kHalves ? TileTokens / 2 : TileTokens;
     static constexpr int kWords = HeadDim / 8;  // words of 8 codes in a row of V
     static constexpr int kKeyRowBytes = 4 * Keys::kRowWords;
     static constexpr int kValueRowBytes = int4_row_bytes(HeadDim);
@@ -56,7 +59,8 @@ struct DecodeSm90Config {
 template <typename Config>
 struct DecodeSm90Shared {
     alignas(128) uint8_t stages[Config::kStages][Config::kStageBytes];
-    uint64_t full[Config::kStages];
+    uint64_t full[Config::kStages];  // of the tile, or of its first half
+    uint64_t rest[Config::kStages];  // of its second half
     uint64_t empty[Config::kStages];
     float max[Config::kWarps][Config::kMaxQueries];
     float sum[Config::kWarps][Config::kMaxQueries];
@@ -198,6 +202,7 @@ __device__ void DecodeSm90Kernel<Config>::run() {
     if (threadIdx.x == 0) {
         for (int i = 0; i < Config::kStages; ++i) {
             mbarrier_init(&shared.full[i], 1);
+            mbarrier_init(&shared.rest[i], 1);
             mbarrier_init(&shared.empty[i], Config::kThreads);
         }
         fence_bulk_copy();
@@ -236,6 +241,7 @@ __device__ void DecodeSm90Kernel<Config>::run() {
             mbarrier_wait(&shared.full[slot], parity);
 #pragma unroll 1
             for (int row = 0; row < Config::kTileTokens; row += Config::kRoundTokens) {
+                if (Config::kHalves && row == Config::kFirstTokens) mbarrier_wait(&shared.rest[slot], parity);
                 round<T>(position, shared.stages[slot], first_row + row);
                 // By now all warps have most likely left the slot of the tile before.
                 if (warp == 0 && row == 0 && previous >= 0 && left > 0) {

@@ -102,19 +102,25 @@ template <typename Config>
 __device__ void DecodeSm90Kernel<Config>::issue_tile_load(int slot) {
     int const copy_tokens = min(p.pool.tokens_per_block, Config::kTileTokens);
     int const tokens = min(Config::kTileTokens, next_length - next_position);
-    int const copies = 2 * p.pool.block_of(tokens + p.pool.tokens_per_block - 1);
+    auto const copies = [&](int n) { return 2 * p.pool.block_of(n + p.pool.tokens_per_block - 1); };
     // Of the lane's copy.
     int const row_bytes = lane % 2 ? Config::kValueRowBytes : Config::kKeyRowBytes;
     uint32_t const bytes = copy_tokens * row_bytes;
     constexpr int kMeanRowBytes = (Config::kKeyRowBytes + Config::kValueRowBytes) / 2;
-    if (lane == 0) mbarrier_arrive_expect(&shared.full[slot], copies * (copy_tokens * kMeanRowBytes));
+    if (lane == 0) {
+        int const first = min(tokens, Config::kFirstTokens);
+        mbarrier_arrive_expect(&shared.full[slot], copies(first) * (copy_tokens * kMeanRowBytes));
+        if (Config::kHalves)
+            mbarrier_arrive_expect(&shared.rest[slot], copies(tokens - first) * (copy_tokens * kMeanRowBytes));
+    }
     __syncwarp();
     // A tile that begins within a block lies within it.
     int const begin = (held_block + lane / 2) * p.pool.tokens_per_block - next_position;
     int const within = max(-begin, 0), offset = max(begin, 0);
     if (begin + p.pool.tokens_per_block > 0 && offset < tokens) {
         uint8_t* const target = shared.stages[slot] + (lane % 2) * Config::kKeyTileBytes + offset * row_bytes;
-        bulk_copy(target, held_rows + within * row_bytes, bytes, &shared.full[slot]);
+        bool const of_rest = Config::kHalves && offset >= Config::kFirstTokens;
+        bulk_copy(target, held_rows + within * row_bytes, bytes, &(of_rest ? shared.rest : shared.full)[slot]);
     }
     if (--left == 0) return;
     next_position += Config::kTileTokens;
