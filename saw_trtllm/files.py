@@ -16,7 +16,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -55,17 +55,28 @@ def replacing_file(path: Path | str) -> Iterator[BinaryIO]:
         _sync(path.parent)
 
 
-def write_large(path: Path, data: memoryview) -> int:
-    """Write a new file, of which all but the end goes to the disk while the rest is written; its bytes."""
-    data = data.cast("B")
+@contextlib.contextmanager
+def writing_large(path: Path) -> Iterator[Callable[[bytes | memoryview], None]]:
+    """Give a function that adds bytes to a new file: they go to the disk while the next are written.
+
+    All of them are there when the block has ended.
+    """
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
-        written, syncs = 0, []
-        while written < len(data):
-            written += file.write(data[written : written + _PIECE])
-            syncs.append(beside.submit(os.fdatasync, file.fileno()))
-        for sync in syncs:
+        syncs, pending = [], 0
+
+        def write(data: bytes | memoryview) -> None:
+            nonlocal pending
+            rest = memoryview(data).cast("B")
+            while rest:
+                written = file.write(rest[:_PIECE])
+                rest, pending = rest[written:], pending + written
+                if pending >= _PIECE:
+                    syncs.append(beside.submit(os.fdatasync, file.fileno()))
+                    pending = 0
+
+        yield write
+        for sync in [*syncs, beside.submit(os.fdatasync, file.fileno())]:
             sync.result()
-    return written
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.engine.record import StartUp
-from saw_trtllm.engine.config import engine_file
+from saw_trtllm.engine.config import rank_files
 from saw_trtllm.errors import EngineError
 from saw_trtllm.llm import LLM
 from saw_trtllm.runtime.sampling_params import SamplingParams
@@ -34,9 +34,10 @@ def time_start(folder: Path) -> StartUp:
         If it does not start.
     """
     start = time.monotonic()
-    with (folder / engine_file()).open("rb", buffering=0) as file:
-        while file.read(64 << 20):
-            pass
+    for path in rank_files(folder):
+        with path.open("rb", buffering=0) as file:
+            while file.read(64 << 20):
+                pass
     read = time.monotonic() - start
     done = subprocess.run([sys.executable, "-c", _OPEN, str(folder)], capture_output=True, text=True)
     if done.returncode:

@@ -20,7 +20,7 @@ from benchmarks.engine.steps import StepBench, measure
 from saw_trtllm.backends.tensorrt.cuda import DeviceBuffer, memory_info
 from saw_trtllm.backends.tensorrt.engine_checks import gib
 from saw_trtllm.backends.tensorrt.executor import TensorRTExecutor
-from saw_trtllm.engine.config import EngineConfig, engine_file
+from saw_trtllm.engine.config import EngineConfig, rank_files
 from saw_trtllm.errors import EngineError
 from saw_trtllm.llm import LLM
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
@@ -56,7 +56,7 @@ def _engine(kv: str, config: EngineConfig, build_s: float | None, folder: Path, 
         kv=kv,
         bytes_per_token=config.bytes_per_token,
         build_s=build_s,
-        engine_bytes=(folder / engine_file()).stat().st_size,
+        engine_bytes=sum(path.stat().st_size for path in rank_files(folder)),
         # What the pool could be: it may be no larger than the requests need.
         tokens=int(_FRACTION * (memory["pool"] + memory["free"])) // config.bytes_per_token,
         memory=memory,

@@ -17,11 +17,11 @@ import ml_dtypes
 import numpy as np
 import tokenizers
 
-from saw_trtllm.backends.tensorrt.build import built_for, serialize_engine
+from saw_trtllm.backends.tensorrt.build import built_for, write_engine
 from saw_trtllm.backends.tensorrt.constants import SCALES, packed_tensors
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.checkpoint import NUMPY_DTYPES, expected_shapes, shard_shape
-from saw_trtllm.engine.config import BuildConfig, EngineConfig, SawSection, engine_file
+from saw_trtllm.engine.config import BuildConfig, EngineConfig, SawSection
 from saw_trtllm.errors import ConfigError, EngineError, SawError
 from saw_trtllm.files import replacing_folder
 from saw_trtllm.format import KVFormat
@@ -120,8 +120,7 @@ def build_random(folder: Path, config: EngineConfig, options: NetworkOptions) ->
     try:
         with replacing_folder(folder, ENGINE_FILES) as part:
             for rank in range(config.tp_size):
-                engine = serialize_engine(tensorrt, config, weights.load, options, rank=rank)
-                (part / engine_file(rank)).write_bytes(engine)
+                write_engine(part, tensorrt, config, weights.load, options, rank=rank)
             write_tokenizer(part, config.pretrained_config.vocab_size)
             config.save(part)
             record_checksums(part)

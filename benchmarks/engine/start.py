@@ -19,7 +19,7 @@ from benchmarks.engine.random_engine import RandomWeights
 from saw_trtllm.checkpoint import SafetensorsWriter, expected_shapes
 from saw_trtllm.checkpoint.tensorrt_llm import rank_file, write_config
 from saw_trtllm.cli.common import format_bytes, print_table, run
-from saw_trtllm.engine.config import engine_file
+from saw_trtllm.engine.config import rank_files
 from saw_trtllm.errors import EngineError
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.quantization import TensorSpec
@@ -67,7 +67,7 @@ def measure(folder: Path, model: ModelConfig) -> dict[str, str]:
         start = time.monotonic()
         _python("-m", "saw_trtllm.cli.build", *flags)
         rows[f"{name}: build"] = f"{time.monotonic() - start:.1f} s"
-        rows[f"{name}: engine"] = format_bytes((engine / engine_file()).stat().st_size)
+        rows[f"{name}: engine"] = format_bytes(sum(path.stat().st_size for path in rank_files(engine)))
         for verify in ("verify", "as it is"):
             seconds = float(_python("-c", _OPEN, str(engine), verify).split()[-1])
             rows[f"{name}: open, {verify}"] = f"{seconds:.1f} s"

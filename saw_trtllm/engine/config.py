@@ -42,6 +42,17 @@ def engine_file(rank: int | str = 0) -> str:
     return f"rank{rank}.engine"
 
 
+def weights_file(rank: int | str = 0) -> str:
+    """Name of the weights that a rank's engine does not hold itself; of ``*`` the pattern of all."""
+    return f"rank{rank}.weights.safetensors"
+
+
+def rank_files(folder: Path, rank: int = 0) -> list[Path]:
+    """A rank's engine, and its weights if they are in a file of their own."""
+    paths = [folder / name for name in (engine_file(rank), weights_file(rank))]
+    return [path for path in paths if path.exists()]
+
+
 def k_center_name(layer: int) -> str:
     """Name of a layer's center of keys in an engine file: fp32 ``[num_kv_heads, head_dim]``."""
     return f"transformer.layers.{layer}.attention.k_center"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from saw_trtllm.backends.registry import open_executor
-from saw_trtllm.engine.config import EngineConfig, engine_file
+from saw_trtllm.engine.config import EngineConfig, engine_file, weights_file
 from saw_trtllm.errors import EngineError, RankError, SawError
 from saw_trtllm.parallel.channel import LeaderGoneError, RankChannel
 from saw_trtllm.parallel.codec import StepDecoder
@@ -168,6 +168,6 @@ def _follow(executor: Executor, channel: RankChannel, decoder: StepDecoder, rank
 
 def _verify(folder: Path, rank: int) -> None:
     try:
-        verify_engine(folder, only=(engine_file(rank),))
+        verify_engine(folder, only=(engine_file(rank), weights_file(rank)))
     except EngineError as e:
         raise EngineError(f"on {platform.node()}: {e}") from e

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -115,19 +115,13 @@ def check_not_replaced(folder: Path, checksums: dict[str, str]) -> None:
 
 def file_checksum(path: Path) -> str:
     """SHA-256 of the SHA-256 digests of a file's pieces of 16 MiB, which all cores compute."""
-    with path.open("rb") as file:
+    with path.open("rb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         descriptor = file.fileno()
-        return _checksum(lambda start: os.pread(descriptor, _PIECE, start), os.fstat(descriptor).st_size)
 
+        def digest(start: int) -> bytes:
+            return hashlib.sha256(os.pread(descriptor, _PIECE, start)).digest()
 
-def data_checksum(data: memoryview) -> str:
-    """:func:`file_checksum` of a file with these bytes."""
-    return _checksum(lambda start: data[start : start + _PIECE], len(data))
-
-
-def _checksum(piece: Callable[[int], bytes | memoryview], size: int) -> str:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = pool.map(lambda start: hashlib.sha256(piece(start)).digest(), range(0, size, _PIECE))
+        digests = pool.map(digest, range(0, os.fstat(descriptor).st_size, _PIECE))
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
 

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from saw_trtllm.checkpoint import TOKENIZER_FILES, copy_tokenizer_files
-from saw_trtllm.engine.config import CALIBRATION_FILE, CONFIG_FILE, engine_file
+from saw_trtllm.engine.config import CALIBRATION_FILE, CONFIG_FILE, engine_file, weights_file
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.files import replacing_folder
 from saw_trtllm.paths import is_file, read_json
 from saw_trtllm.plan.checksums import record_checksums
 
 #: What a build replaces in its folder; other files there stay.
-ENGINE_FILES = (CONFIG_FILE, engine_file("*"), CALIBRATION_FILE, *TOKENIZER_FILES)
+ENGINE_FILES = (CONFIG_FILE, engine_file("*"), weights_file("*"), CALIBRATION_FILE, *TOKENIZER_FILES)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from saw_trtllm.backends.tensorrt.constants import weight_inputs
 from saw_trtllm.backends.tensorrt.decoder import define_decoder
 from saw_trtllm.backends.tensorrt.graph import Graph
 from saw_trtllm.backends.tensorrt.profiles import step_inputs
@@ -34,7 +35,7 @@ def test_shapes_and_types(family, use_plugins, tmp_path):
     define_decoder(graph, config, plan.weights.load)
     network = graph.network
     inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
-    assert inputs.keys() == {x.name for x in step_inputs(config, tensorrt)}
+    assert inputs.keys() == {x.name for x in step_inputs(config, tensorrt)} | weight_inputs(config).keys()
     assert network.num_outputs == 1
     logits = network.get_output(0)
     assert (logits.name, tuple(logits.shape), logits.dtype) == (LOGITS.name, (-1, VOCAB), tensorrt.dtype("float32"))

@@ -178,5 +178,10 @@ def test_a_living_writers_part_is_left_alone(tmp_path):
 def test_a_large_file_is_written_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_PIECE", 4)
     data = bytes(range(11))
-    assert files.write_large(tmp_path / "file", memoryview(data)) == 11
-    assert (tmp_path / "file").read_bytes() == data
+    synced = []
+    monkeypatch.setattr(files.os, "fdatasync", lambda descriptor: synced.append(descriptor))
+    with files.writing_large(tmp_path / "file") as write:
+        write(data[:3])
+        write(memoryview(data)[3:])
+        assert (tmp_path / "file").read_bytes() == data  # it may be read before the disk has it
+    assert len(synced) == 3

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
 
-from saw_trtllm.backends.tensorrt.constants import Load, LoadArray, PackedWeights, packed_tensors
+from saw_trtllm.backends.tensorrt.constants import Load, LoadArray, PackedWeights, packed_tensors, weight_inputs
 from saw_trtllm.backends.tensorrt.decoder import define_decoder
 from saw_trtllm.backends.tensorrt.device import compute_capability
 from saw_trtllm.backends.tensorrt.graph import Graph
 from saw_trtllm.backends.tensorrt.profiles import profiles, shapes, step_inputs
 from saw_trtllm.backends.tensorrt.versions import TensorRT
-from saw_trtllm.engine.config import CALIBRATION_FILE, EngineConfig, WeightsSource, engine_file
+from saw_trtllm.checkpoint.writer import safetensors_header, tensor_bytes
+from saw_trtllm.engine.config import CALIBRATION_FILE, EngineConfig, WeightsSource, engine_file, weights_file
 from saw_trtllm.errors import BackendUnavailableError, EngineError
-from saw_trtllm.files import replacing_file, write_large
+from saw_trtllm.files import replacing_file, writing_large
 from saw_trtllm.model.quantization import TensorSpec
-from saw_trtllm.plan.checksums import data_checksum
+from saw_trtllm.plan.checksums import file_checksum
 from saw_trtllm.plan.folder import replacing_engine
 from saw_trtllm.plan.plan import BuildPlan
 from saw_trtllm.plan.tensorrt_options import NetworkOptions, Phases
@@ -65,24 +67,79 @@ def build_engine(
     """
     tensorrt = TensorRT.load() if tensorrt is None else tensorrt
     config = built_for(plan.config, tensorrt, plan.network.gemm_plugin)
-    source, nbytes, checksums = None, 0, dict[str, str]()
-    with ThreadPoolExecutor(1) as beside, replacing_engine(plan.output_dir, plan.checkpoint.folder, checksums) as part:
+    source, checksums = None, dict[str, str]()
+    with replacing_engine(plan.output_dir, plan.checkpoint.folder, checksums) as part:
         for rank in range(config.tp_size):
             with plan.weights.of_rank(rank).reading_ahead(plan.network.workers, progress) as load:
                 if plan.network.strip_plan:
                     engine, source = _serialize_stripped(tensorrt, config, load, plan, phases, rank, source)
+                    checksums[engine_file(rank)] = _write(part / engine_file(rank), [engine])
                 else:
-                    engine = serialize_engine(tensorrt, config, PackedWeights(load), plan.network, phases, rank)
-            data = memoryview(engine).cast("B")
-            checksum = beside.submit(data_checksum, data)  # from memory, while the disk is waited for
-            nbytes += write_large(part / engine_file(rank), data)
-            checksums[engine_file(rank)] = checksum.result()
-            del engine, data  # before the next
+                    packed = PackedWeights(load)
+                    checksums |= write_engine(part, tensorrt, config, packed, plan.network, phases, rank)
+        nbytes = sum((part / name).stat().st_size for name in checksums)
         section = config.saw_int4.model_copy(update={"weights": source})
         config.model_copy(update={"saw_int4": section}).save(part)
         if plan.network.strip_plan and plan.calibration is not None:
             plan.calibration.save(part / CALIBRATION_FILE)
         return nbytes
+
+
+def write_engine(
+    folder: Path,
+    tensorrt: TensorRT,
+    config: EngineConfig,
+    load: LoadArray,
+    options: NetworkOptions,
+    phases: Phases | None = None,
+    rank: int = 0,
+) -> dict[str, str]:
+    """Write a rank's engine with all its weights: those that are no part of the network while TensorRT builds.
+
+    Parameters
+    ----------
+    folder : Path
+    tensorrt : TensorRT
+    config : EngineConfig
+    load : callable
+        As :func:`serialize_engine`'s; two threads call it.
+    options : NetworkOptions
+    phases : Phases, optional
+    rank : int
+
+    Returns
+    -------
+    dict of (str, str)
+        Checksums of the files, by name.
+    """
+    specs = weight_inputs(config)
+    paths = [folder / engine_file(rank), *([folder / weights_file(rank)] if specs else [])]
+    ended = Event()
+    with ThreadPoolExecutor(1) as beside:
+        written = [beside.submit(_write, path, _tensors(specs, load, ended)) for path in paths[1:]]
+        try:
+            engine = serialize_engine(tensorrt, config, load, options, phases, rank)
+            checksums = [_write(paths[0], [engine]), *(each.result() for each in written)]
+        finally:
+            ended.set()
+    return {path.name: checksum for path, checksum in zip(paths, checksums, strict=True)}
+
+
+def _tensors(specs: dict[str, TensorSpec], load: LoadArray, ended: Event) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, piece by piece, unless the build has ended before."""
+    yield safetensors_header(specs)
+    for name, spec in specs.items():
+        if ended.is_set():
+            return
+        yield tensor_bytes(name, load(name), spec)
+
+
+def _write(path: Path, pieces: Iterable[Any]) -> str:
+    """Write a file; its checksum, which is computed while the disk is waited for."""
+    with writing_large(path) as write:
+        for piece in pieces:
+            write(piece)
+        return file_checksum(path)
 
 
 def _serialize_stripped(
@@ -96,7 +153,8 @@ def _serialize_stripped(
 ) -> tuple[Any, WeightsSource]:
     """A rank's engine without weights, and what it records of them, if an earlier rank's has not.
 
-    TensorRT leaves out what it is given, so it is given zeros. The weights are read beside it, to be checked.
+    TensorRT leaves out the constants that it is given, so it is given zeros. The weights are read beside it, to be
+    checked.
     """
     weights = plan.weights.of_rank(rank)
     specs = {name: TensorSpec(shape, config.pretrained_config.dtype) for name, shape in weights.shapes.items()}
@@ -104,14 +162,15 @@ def _serialize_stripped(
         specs |= packed_tensors(name, format, weights.shapes[name])
     zeros = _zeros(specs) | weights.constants
 
-    def read() -> WeightsSource:
+    def read() -> None:
         for name in weights.shapes:
             load(name)
-        return known or weights.source()
 
-    with ThreadPoolExecutor(1) as beside:
-        source = beside.submit(read)
-        return serialize_engine(tensorrt, config, zeros.__getitem__, plan.network, phases, rank), source.result()
+    with ThreadPoolExecutor(2) as beside:
+        checked, source = beside.submit(read), beside.submit(lambda: known or weights.source())
+        engine = serialize_engine(tensorrt, config, zeros.__getitem__, plan.network, phases, rank)
+        checked.result()
+        return engine, source.result()
 
 
 def _zeros(specs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:
@@ -162,11 +221,13 @@ def serialize_engine(
 def add_profiles(
     tensorrt: TensorRT, builder: Any, builder_config: Any, config: EngineConfig, decode_profile: bool
 ) -> None:
-    """Give every input its range in each optimization profile."""
+    """Give every input its range in each optimization profile: weights have a shape."""
     for ranges in profiles(config.build_config, decode_profile):
         profile = builder.create_optimization_profile()
         for tensor in step_inputs(config, tensorrt):
             profile.set_shape(tensor.name, *shapes(tensor, ranges))
+        for name, spec in weight_inputs(config).items():
+            profile.set_shape(name, *[spec.shape] * 3)
         builder_config.add_optimization_profile(profile)
 
 

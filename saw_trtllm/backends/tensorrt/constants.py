@@ -1,12 +1,21 @@
-"""A decoder's constants: what a build puts into the network, and a refit into an engine that has none."""
+"""A decoder's weights: which of them its network has as constants, and which are inputs that plugins alone read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 
 import numpy as np
 
-from saw_trtllm.checkpoint.layout import is_norm
+from saw_trtllm.checkpoint.layout import (
+    EMBEDDING,
+    LM_HEAD,
+    expected_shapes,
+    is_linear,
+    is_norm,
+    shard_format,
+    shard_shape,
+)
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.model.quantization import QuantizedWeight, TensorSpec, Weight, WeightFormat
 from saw_trtllm.model.rope import rotary_cos_sin
@@ -48,15 +57,50 @@ def packed_tensors(name: str, format: WeightFormat, shape: tuple[int, ...]) -> d
     return found
 
 
+def weight_inputs(config: EngineConfig) -> dict[str, TensorSpec]:
+    """The weights that are inputs of each rank's engine: those of which TensorRT would only be the keeper.
+
+    With the GEMM plugin all large ones are. A build then takes no longer for them, and who opens an engine puts them
+    where the plugins read them.
+
+    Parameters
+    ----------
+    config : EngineConfig
+        Of all ranks.
+    """
+    if config.build_config.plugin_config.gemm_plugin is None:
+        return {}
+    model, size = config.pretrained_config, config.tp_size
+    found: dict[str, TensorSpec] = {}
+    for name in expected_shapes(model):
+        if not (is_linear(name) or name == EMBEDDING) or (name == LM_HEAD and model.share_embedding_table):
+            continue
+        shape, format = shard_shape(name, model, size), config.saw_int4.quantized.get(name)
+        if format is None:
+            found[name] = TensorSpec(shape, model.dtype)
+        else:
+            packed = packed_tensors(name, shard_format(name, format, model, size), shape)
+            found |= {n: spec for n, spec in packed.items() if not n.endswith(PRE_SCALE)}
+    return found
+
+
 class PackedWeights:
-    """Gives tensors by name: of quantized weights, which are loaded once, the arrays of :func:`packed_tensors`."""
+    """Gives tensors by name: of quantized weights, which are loaded once, the arrays of :func:`packed_tensors`.
+
+    Threads may ask at once.
+    """
 
     def __init__(self, load: Load) -> None:
         self._load = load
         self._arrays: dict[str, np.ndarray] = {}
+        self._lock = Lock()
 
     def __call__(self, name: str) -> np.ndarray:
         """The array of a name, once."""
+        with self._lock:
+            return self._take(name)
+
+    def _take(self, name: str) -> np.ndarray:
         if name in self._arrays:
             return self._arrays.pop(name)
         weight_name = name.removesuffix(VALUES).removesuffix(SCALES).removesuffix(PRE_SCALE)

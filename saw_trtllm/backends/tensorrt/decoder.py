@@ -20,6 +20,7 @@ from saw_trtllm.backends.tensorrt.constants import (
     LoadArray,
     packed_shape,
     rope_table,
+    weight_inputs,
 )
 from saw_trtllm.backends.tensorrt.graph import Graph, Tensor
 from saw_trtllm.backends.tensorrt.profiles import step_inputs
@@ -57,6 +58,7 @@ class _Decoder:
         self._rank, self._num_ranks = rank, size
         self._formats = {n: shard_format(n, f, whole, size) for n, f in config.saw_int4.quantized.items()}
         self._shapes = {name: shard_shape(name, whole, size) for name in self._formats}
+        self._weight_inputs = weight_inputs(config)
         self.config = config = config.of_rank()
         self.model = config.pretrained_config
         self._constants = Constants(config, load)
@@ -157,4 +159,8 @@ class _Decoder:
         return self.graph.norm_heads(qkv, self._constants[name], H + 2 * Hkv, H + Hkv, self.model.norm_epsilon, name)
 
     def _constant(self, name: str) -> Tensor:
+        """What is the same in every step: an input of the engine, or a constant."""
+        spec = self._weight_inputs.get(name)
+        if spec is not None:
+            return self.graph.input(name, spec.dtype, spec.shape)
         return self.graph.constant(self._constants[name], name)

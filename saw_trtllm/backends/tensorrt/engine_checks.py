@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from saw_trtllm.backends.tensorrt import device
+from saw_trtllm.backends.tensorrt.constants import weight_inputs
 from saw_trtllm.backends.tensorrt.cuda import memory_info
 from saw_trtllm.backends.tensorrt.profiles import step_inputs
 from saw_trtllm.backends.tensorrt.refit import refit
 from saw_trtllm.backends.tensorrt.versions import TensorRT
-from saw_trtllm.engine.config import CONFIG_FILE, EngineConfig, engine_file
+from saw_trtllm.backends.tensorrt.weights import DeviceWeights, stored_weights
+from saw_trtllm.engine.config import CONFIG_FILE, EngineConfig, engine_file, weights_file
 from saw_trtllm.engine.tensors import LOGITS
 from saw_trtllm.errors import BackendUnavailableError, EngineError
 from saw_trtllm.paths import is_file
@@ -58,13 +60,14 @@ def check_versions(folder: Path, config: EngineConfig, tensorrt: TensorRT) -> No
 
 def read_engine(
     folder: Path, config: EngineConfig, tensorrt: TensorRT, runtime: Any, logger: Any, rank: int = 0
-) -> Any:
-    """Read a rank's engine onto the GPU.
+) -> tuple[Any, DeviceWeights]:
+    """Read a rank's engine onto the GPU, and all its weights.
 
     Parameters
     ----------
     folder : Path
     config : EngineConfig
+        Of all ranks.
     tensorrt : TensorRT
         With the plugins loaded.
     runtime : tensorrt.Runtime
@@ -74,20 +77,24 @@ def read_engine(
 
     Returns
     -------
-    tensorrt.ICudaEngine
+    engine : tensorrt.ICudaEngine
+    weights : DeviceWeights
+        Those that are its inputs.
 
     Raises
     ------
     EngineError
-        If there is no such file, it is not whole, it is of another config, or the GPU has no room for it.
+        If a file is not there or not whole, it is of another config, or the GPU has no room for it.
     """
     path = folder / engine_file(rank)
     if not is_file(path, EngineError):
         raise EngineError(f"{path} does not exist: {_AGAIN}")
     stripped = config.saw_int4.weights is not None
     weights = stripped_weights(folder, config).of_rank(rank) if stripped else None
+    specs = weight_inputs(config)
+    beside = sum(spec.nbytes for spec in specs.values())
     try:
-        size = path.stat().st_size if weights is None else weights.nbytes
+        size = path.stat().st_size + beside if weights is None else weights.nbytes
         # Mapped: TensorRT reads through it once, so a second copy of the weights in memory would be for nothing.
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             free = memory_info()[0]
@@ -95,7 +102,7 @@ def read_engine(
     except (OSError, ValueError) as e:  # mmap's word for an empty file is ValueError
         reason = getattr(e, "strerror", None) or e
         raise EngineError(f"{path} cannot be read as an engine ({reason}): {_AGAIN}") from e
-    if engine is None and size > free:
+    if size > free and (engine is None or beside > memory_info()[0]):
         raise EngineError(
             f"{path} holds {gib(size)} of weights and kernels and the GPU has {gib(free)} free: free memory there, or "
             "use a larger GPU"
@@ -104,8 +111,8 @@ def read_engine(
         raise EngineError(f"{path} cannot be read as an engine ({logger.reason}): {_AGAIN}")
     _check_tensors(path, config, tensorrt, engine)
     if weights is not None:
-        refit(path, weights, tensorrt, engine, logger)
-    return engine
+        return engine, refit(path, weights, tensorrt, engine, logger)
+    return engine, DeviceWeights(specs, stored_weights(folder / weights_file(rank), specs))
 
 
 def gib(nbytes: int) -> str:
@@ -117,8 +124,9 @@ def _check_tensors(path: Path, config: EngineConfig, tensorrt: TensorRT, engine:
     """Compare what the engine has with what its config says: a folder's two files may come from two builds."""
     due = {
         x.name: (tensorrt.dtype(x.dtype), tuple(-1 if isinstance(d, str) else d for d in x.shape))
-        for x in step_inputs(config, tensorrt)
+        for x in step_inputs(config.of_rank(), tensorrt)
     }
+    due |= {name: (tensorrt.dtype(spec.dtype), spec.shape) for name, spec in weight_inputs(config).items()}
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     found = {name: (engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))) for name in names}
     logits = found.pop(LOGITS.name, None)

@@ -102,7 +102,7 @@ class TensorRTExecutor:
         try:
             if collectives.size > 1:
                 self._hold(RankGroup(collectives))
-            self._open(folder, max_tokens, memory_fraction, pool_memory)
+            self._open(folder, config, max_tokens, memory_fraction, pool_memory)
             self._open_host_pool(host_cache_size)
             self._record(graphs)
         except BaseException:
@@ -189,21 +189,27 @@ class TensorRTExecutor:
     # -- start
 
     def _open(
-        self, folder: Path, max_tokens: int | None, memory_fraction: float, pool_memory: DeviceBuffer | None
+        self,
+        folder: Path,
+        whole: EngineConfig,
+        max_tokens: int | None,
+        memory_fraction: float,
+        pool_memory: DeviceBuffer | None,
     ) -> None:
         """Read the engine, and give out the GPU's memory."""
         config, model, build = self._config, self._config.pretrained_config, self._config.build_config
         before, total = memory_info()
         logger = self._tensorrt.logger()
         trt_runtime = self._tensorrt.trt.Runtime(logger)
-        engine = read_engine(folder, config, self._tensorrt, trt_runtime, logger, self._collectives.rank)
+        engine, inputs = read_engine(folder, whole, self._tensorrt, trt_runtime, logger, self._collectives.rank)
+        self._hold(inputs)
         weights = before - memory_info()[0]
         self._stream = self._hold(Stream())
         self.stream = self._stream.handle
         self._rows_copied = self._hold(Event())
         self._session = self._hold(Session(self._tensorrt, engine, logger))
         try:
-            self._session.open(self._stream)
+            self._session.open(self._stream, inputs.addresses)
         except KernelError as e:
             raise EngineError(f"the engine in {folder} does not start ({e}): build it anew with saw-build") from e
 

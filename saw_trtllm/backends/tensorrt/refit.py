@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from saw_trtllm.backends.tensorrt.constants import Constants, PackedWeights
+from saw_trtllm.backends.tensorrt.constants import Constants, PackedWeights, weight_inputs
 from saw_trtllm.backends.tensorrt.versions import TensorRT
+from saw_trtllm.backends.tensorrt.weights import DeviceWeights
 from saw_trtllm.engine.config import CONFIG_FILE
 from saw_trtllm.errors import EngineError
 from saw_trtllm.plan.weights import EngineWeights
 from saw_trtllm.progress import progress
 
 
-def refit(path: Path, weights: EngineWeights, tensorrt: TensorRT, engine: Any, logger: Any) -> None:
+def refit(path: Path, weights: EngineWeights, tensorrt: TensorRT, engine: Any, logger: Any) -> DeviceWeights:
     """Put weights into an engine, folded as a build folds them.
 
     Parameters
@@ -27,6 +28,11 @@ def refit(path: Path, weights: EngineWeights, tensorrt: TensorRT, engine: Any, l
     engine : tensorrt.ICudaEngine
     logger : tensorrt.ILogger
         The engine's.
+
+    Returns
+    -------
+    DeviceWeights
+        Those that are the engine's inputs.
 
     Raises
     ------
@@ -42,7 +48,8 @@ def refit(path: Path, weights: EngineWeights, tensorrt: TensorRT, engine: Any, l
         progress(len(weights.shapes), "weights", "tensors") as bar,
         weights.reading_ahead(progress=lambda _: bar.update()) as load,
     ):
-        constants = Constants(weights.config.of_rank(), PackedWeights(load))
+        packed = PackedWeights(load)
+        constants = Constants(weights.config.of_rank(), packed)
         for name in names:
             try:
                 arrays.append(np.ascontiguousarray(constants[name]))
@@ -56,3 +63,4 @@ def refit(path: Path, weights: EngineWeights, tensorrt: TensorRT, engine: Any, l
                 )
         if not refitter.refit_cuda_engine():
             raise EngineError(f"{path} does not take its weights ({logger.reason}): build it anew with saw-build")
+        return DeviceWeights(weight_inputs(weights.config), packed)

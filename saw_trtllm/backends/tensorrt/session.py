@@ -35,8 +35,8 @@ class Session:
         self._memory: DeviceBuffer | None = None
         self._contexts: list[Any] = []
 
-    def open(self, stream: Stream) -> None:
-        """Allocate the activations and make the contexts."""
+    def open(self, stream: Stream, weights: Mapping[str, int]) -> None:
+        """Allocate the activations and make the contexts, whose steps read ``weights`` at their addresses."""
         self._memory = DeviceBuffer(self.activation_bytes)
         for profile in range(self.num_profiles):
             context = self._tensorrt.create_context(self._engine, self._memory.address, self._memory.nbytes)
@@ -45,6 +45,9 @@ class Session:
             self._contexts.append(context)
             if not context.set_optimization_profile_async(profile, stream.handle):
                 raise self._error(f"does not take its optimization profile {profile}")
+            for name, address in weights.items():
+                if not context.set_tensor_address(name, address):
+                    raise self._error(f"does not take the address of {name}")
         stream.synchronize()
 
     def enqueue(

@@ -299,11 +299,13 @@ _OVER_CUDA = (
     "graphs",
     "host_pool",
     "memory",
+    "refit",
     "results",
     "sample_rows",
     "sampler",
     "session",
     "staging",
+    "weights",
 )
 
 

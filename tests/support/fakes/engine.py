@@ -17,6 +17,7 @@ import torch
 
 from saw_trtllm.backends.reference.cache import PagedCache
 from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs
+from saw_trtllm.backends.tensorrt.constants import weight_inputs
 from saw_trtllm.backends.tensorrt.profiles import profiles, shapes, step_inputs
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.engine.config import EngineConfig
@@ -88,10 +89,11 @@ class _Engine:
         self.module, self._address = module, address
         config = module.engine_config
         self.inputs = {x.name: x for x in step_inputs(config, TensorRT(module))}
+        self.weight_inputs = weight_inputs(config)
         self.ranges = profiles(config.build_config, decode_profile=module.num_profiles == 2)
         self.num_optimization_profiles = module.num_profiles
         self.device_memory_size = ACTIVATIONS
-        self.num_io_tensors = len(self.inputs) + 1
+        self.num_io_tensors = len(self.inputs) + len(self.weight_inputs) + 1
 
     def take(self, weights: dict[str, np.ndarray]) -> None:
         config = self.module.engine_config
@@ -104,18 +106,26 @@ class _Engine:
         positions = config.build_config.max_seq_len
         self.model = ReferenceModel(config.pretrained_config, weights.__getitem__, positions, **levers)
 
+    def read_weights(self, addresses: dict[str, int]) -> None:
+        """Of an engine whose file has them all there is nothing to read."""
+        assert not self.weight_inputs
+
     def __del__(self) -> None:
         self.module.cuda.device.pop(self._address, None)
 
     def get_tensor_name(self, index: int) -> str:
-        return [*self.inputs, LOGITS.name][index]
+        return [*self.inputs, *self.weight_inputs, LOGITS.name][index]
 
     def get_tensor_dtype(self, name: str) -> Any:
+        if name in self.weight_inputs:
+            return getattr(fake, self.weight_inputs[name].dtype)
         return fake.float32 if name == LOGITS.name else getattr(fake, self.inputs[name].dtype)
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         if name == LOGITS.name:
             return (-1, self.module.engine_config.pretrained_config.vocab_size)
+        if name in self.weight_inputs:
+            return self.weight_inputs[name].shape
         return tuple(-1 if isinstance(d, str) else d for d in self.inputs[name].shape)
 
     def create_execution_context_without_device_memory(self) -> _Context:
@@ -151,6 +161,7 @@ class _Context:
         if self.profile in module.refusing:
             return False
         cuda.on_device(self.device_memory, ACTIVATIONS)
+        self.engine.read_weights(self.addresses)
         addresses, extents = dict(self.addresses), dict(self.shapes)
         host = {name: self._host(name) for name in self.engine.inputs if name.startswith("host_")}
         pointers = host["host_kv_cache_pool_pointers"].view(np.int64).reshape(len(config.pools), 2)

@@ -1,5 +1,5 @@
-"""TensorRT 10's runtime over :mod:`tests.support.fakes.cuda` for engines without weights: what the stand-in's builder
-wrote is opened, takes its weights from a ``Refitter``, and computes with them what the reference does."""
+"""TensorRT 10's runtime over :mod:`tests.support.fakes.cuda`: what the stand-in's builder wrote is opened, takes its
+weights from a ``Refitter`` and from where its inputs lie, and computes with them what the reference does."""
 
 from __future__ import annotations
 
@@ -39,15 +39,35 @@ class _Runtime:
     def deserialize_cuda_engine(self, data: Any) -> StrippedEngine:
         described = json.loads(bytes(data))
         self._module.num_profiles = described["profiles"]
-        return StrippedEngine(self._module, described["refittable"])
+        engine = StrippedEngine(self._module, described.get("refittable", {}))
+        if "refittable" not in described:  # a whole engine: the stand-in's builder wrote no numbers
+            layers = fake.Builder.networks[-1]._layers
+            engine.give({x.name: x.weights.numpy() for x in layers if x.type.name == "CONSTANT"})
+        return engine
 
 
 class StrippedEngine(_Engine):
     def __init__(self, module: Module, refittable: dict[str, list]) -> None:
         size = sum(count * NUMPY_DTYPES[dtype].itemsize for dtype, count in refittable.values())
         super().__init__(module, module.cuda.cudaMalloc(size)[1])
-        self.refittable = refittable
+        self.refittable, self.constants = refittable, {}
         self.device_memory_size_v2 = ACTIVATIONS
+
+    def give(self, constants: dict[str, np.ndarray]) -> None:
+        model = self.module.engine_config.pretrained_config
+        shapes = expected_shapes(model)
+        # The network has norms in float32 and as rows.
+        self.constants = {
+            name: array.reshape(shapes[name]).astype(NUMPY_DTYPES[model.dtype]) if name in shapes else array
+            for name, array in constants.items()
+        }
+
+    def read_weights(self, addresses: dict[str, int]) -> None:
+        given = {
+            name: self.module.cuda.array(addresses[name], spec.numpy_dtype, spec.shape).copy()
+            for name, spec in self.weight_inputs.items()
+        }
+        self.take(self.constants | given)
 
     def create_execution_context(self, strategy: Any) -> Any:
         context = self.create_execution_context_without_device_memory()
@@ -77,12 +97,5 @@ class Refitter:
         if self._engine.module.out_of_memory or self._given.keys() != self._engine.refittable.keys():
             self._logger.log(1, "out of memory")
             return False
-        model = self._engine.module.engine_config.pretrained_config
-        shapes = expected_shapes(model)
-        # The network has norms in float32 and as rows.
-        weights = {
-            name: array.reshape(shapes[name]).astype(NUMPY_DTYPES[model.dtype]) if name in shapes else array
-            for name, array in self._given.items()
-        }
-        self._engine.take(weights)
+        self._engine.give(self._given)
         return True

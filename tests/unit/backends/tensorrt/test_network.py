@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from saw_trtllm.backends.reference.cache import PagedCache
 from saw_trtllm.backends.reference.int4 import TORCH_DTYPES
@@ -15,7 +16,7 @@ from saw_trtllm.backends.reference.paged_attention import paged_attention
 from saw_trtllm.backends.reference.rotate_quantize_kv import rotate_quantize_kv
 from saw_trtllm.backends.tensorrt.backend import TensorRTBackend
 from saw_trtllm.backends.tensorrt.build import build_engine, serialize_engine
-from saw_trtllm.backends.tensorrt.constants import PackedWeights
+from saw_trtllm.backends.tensorrt.constants import PackedWeights, weight_inputs
 from saw_trtllm.backends.tensorrt.decoder import define_decoder
 from saw_trtllm.backends.tensorrt.graph import Graph
 from saw_trtllm.backends.tensorrt.profiles import profiles, shapes, step_inputs
@@ -83,7 +84,7 @@ def plan(tmp_path):
 
 
 def define(tensorrt, plan, use_plugins=False, rank=None):
-    """The graph of a plan, or of a rank of it, which keeps its weights."""
+    """The graph of a plan, or of a rank of it, which keeps its weights: those that are its inputs in ``weights``."""
     network = tensorrt.create_network(tensorrt.builder(tensorrt.logger()))
     graph = Graph(tensorrt, network, use_plugins)
     config = plan.config
@@ -93,6 +94,12 @@ def define(tensorrt, plan, use_plugins=False, rank=None):
         config = config.model_copy(update={"build_config": limits})
     weights = plan.weights if rank is None else plan.weights.of_rank(rank)
     define_decoder(graph, config, PackedWeights(weights.load), rank or 0)
+    packed = PackedWeights(weights.load)
+    arrays = {name: packed(name) for name in weight_inputs(config)}
+    graph.weights = {
+        name: torch.from_numpy(x).long() if x.dtype == np.int32 else torch.from_numpy(x.astype(np.float32))
+        for name, x in arrays.items()
+    }
     return graph
 
 
@@ -107,7 +114,7 @@ class Execution:
     """
 
     def __init__(self, graph, plan, cache, monkeypatch, own_types=False, collectives=ALONE):
-        self.network, self.config, self.cache = graph.network, plan.config, cache
+        self.network, self.weights, self.config, self.cache = graph.network, graph.weights, plan.config, cache
         self.collectives = collectives
         self.dtype = TORCH_DTYPES[self.config.pretrained_config.dtype] if own_types else torch.float32
         if own_types:
@@ -122,7 +129,9 @@ class Execution:
         fed["host_kv_cache_pool_mapping"] = np.array(places, np.int32)
         fed["host_kv_cache_pool_pointers"] = np.array([[1 << 40, 0]] * len(pools))
         fed["host_max_attention_window_sizes"] = np.full(layers, self.config.build_config.max_seq_len, np.int32)
-        values = {t.name: torch.from_numpy(fed[t.name]).long() for t in self.network._inputs}
+        values = {t.name: torch.from_numpy(fed[t.name]).long() for t in self.network._inputs if t.name in fed}
+        values |= self.weights
+        assert values.keys() == {t.name for t in self.network._inputs}
         plugins = {"SawRotateQuantizeKV": self._write, "SawInt4PagedAttention": self._attention}
         plugins |= {"SawAllReduce": self._all_reduce, "SawAllGather": self._all_gather}
         outputs = fake_tensorrt_execute.execute(self.network, values, plugins)
@@ -519,8 +528,13 @@ def test_a_tied_head_is_the_embedding(plan, tensorrt):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """One with a GPU, TensorRT and the plugins."""
+    """One with a GPU, TensorRT, the plugins and cuBLASLt."""
     pretend_gpu(monkeypatch)
+    monkeypatch.setattr("saw_trtllm.backends.tensorrt.build.load_cublas_lt", lambda: True)
+
+
+#: Of an engine whose large weights are its inputs.
+RANK_FILES = [f"rank{rank}.{end}" for rank in range(2) for end in ("engine", "weights.safetensors")]
 
 
 def files(plan):
@@ -532,8 +546,8 @@ def test_the_folder_holds_an_engine(plan, tensorrt, tensorrt_86, machine, tmp_pa
     made, read = plan("qwen3", calibrated=True, backend="tensorrt", output_timing_cache=cache, workers=3), []
     made.output_dir.mkdir()
     size = build_engine(made, read.append, None, tensorrt)
-    assert files(made) == ["config.json", "generation_config.json", "rank0.engine"]
-    assert size == (made.output_dir / "rank0.engine").stat().st_size > 0
+    assert files(made) == ["config.json", "generation_config.json", *RANK_FILES[:2]]
+    assert size == sum((made.output_dir / name).stat().st_size for name in RANK_FILES[:2])
     assert sorted(read) == sorted(made.weights.shapes)
     assert len(read) == made.num_steps
     assert cache.read_bytes() == b""
@@ -549,16 +563,13 @@ def test_each_rank_has_an_engine_of_its_part(plan, tensorrt, machine):
     made, read = plan("qwen3", calibrated=True, backend="tensorrt", tp_size=2), []
     made.output_dir.mkdir()
     size = build_engine(made, read.append, None, tensorrt)
-    assert files(made) == ["config.json", "generation_config.json", "rank0.engine", "rank1.engine"]
-    assert size == sum((made.output_dir / name).stat().st_size for name in ("rank0.engine", "rank1.engine"))
+    assert files(made) == ["config.json", "generation_config.json", *RANK_FILES]
+    assert size == sum((made.output_dir / name).stat().st_size for name in RANK_FILES)
     assert len(read) == made.num_steps == 2 * len(made.weights.shapes)
     section = EngineConfig.load(made.output_dir).saw_int4
-    assert section.checksums.keys() >= {"rank0.engine", "rank1.engine"}
-    firsts = []
-    for network in list(fake_tensorrt.Builder.networks)[-2:]:
-        constants = [x.weights.numpy() for x in network._layers if x.type.name == "CONSTANT"]
-        (embedding,) = [x for x in constants if x.size == 102 * 96 and x.dtype == np.float16]
-        firsts.append(embedding.reshape(102, 96))
+    assert section.checksums.keys() >= set(RANK_FILES)
+    firsts = [load_file(made.output_dir / name)["transformer.vocab_embedding.weight"] for name in RANK_FILES[1::2]]
+    assert all(len(x) == 102 for x in firsts)
     whole = made.weights.load("transformer.vocab_embedding.weight")
     assert np.array_equal(np.concatenate(firsts)[:203], whole)
     assert not firsts[1][-1].any()

@@ -1,6 +1,7 @@
-"""Engines without weights: built by the stand-in for TensorRT 10, opened with the weights of their checkpoint."""
+"""Engines built by the stand-in for TensorRT 10, opened with the weights beside them or those of their checkpoint."""
 
 import json
+import os
 import shutil
 import sys
 import types
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from saw_trtllm import LLM, SamplingParams
 from saw_trtllm.backends.tensorrt.build import build_engine
-from saw_trtllm.backends.tensorrt.constants import Constants, PackedWeights
+from saw_trtllm.backends.tensorrt.constants import Constants, PackedWeights, weight_inputs
 from saw_trtllm.build import plan_build
 from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint
@@ -117,10 +118,15 @@ def test_all_but_a_few_bytes_are_left_out_under_the_checkpoints_names(monkeypatc
         assert sum(array.nbytes for array in weights if id(array) not in left_out) < 1000
         norms = {n for n in plan.weights.shapes if n.endswith(("q_layernorm.weight", "k_layernorm.weight"))}
         merged = {f"transformer.layers.{i}.attention.qk_layernorm" for i in range(2)}
-        assert set(network.refittable) == (set(plan.weights.shapes) - norms) | merged | {
+        config = EngineConfig.load(plan.output_dir)
+        inputs = weight_inputs(config)
+        assert bool(inputs) == (plugin != "disable")
+        named = {t.name for t in network._inputs}
+        assert inputs.keys() <= named
+        assert set(network.refittable) == (set(plan.weights.shapes) - norms - inputs.keys()) | merged | {
             f"rotary_cos_sin{table}" for table in tables
         }
-        constants = Constants(EngineConfig.load(plan.output_dir), plan.weights.load)
+        constants = Constants(config, plan.weights.load)
         for name, array in network.refittable.items():
             assert (constants[name].size, constants[name].dtype) == (array.size, array.dtype), name
 
@@ -137,17 +143,49 @@ def test_each_rank_leaves_out_its_part_of_quantized_weights(qformat, monkeypatch
     assert {path.name for path in plan.output_dir.glob("*.engine")} == {"rank0.engine", "rank1.engine"}
     for rank, network in enumerate(list(fake_tensorrt.Builder.networks)[-2:]):
         weights = plan.weights.of_rank(rank)
+        packed = PackedWeights(weights.load)
+        inputs = weight_inputs(EngineConfig.load(plan.output_dir))
+        assert "transformer.layers.0.mlp.proj.weight.values" in inputs
+        given = {t.name: (t.shape, t.dtype.name.lower()) for t in network._inputs}
+        for name, spec in inputs.items():
+            assert packed(name).shape == spec.shape == given[name][0]
         constants = Constants(weights.config.of_rank(), PackedWeights(weights.load))
-        assert {"transformer.layers.0.mlp.proj.weight.values"} < set(network.refittable)
         for name, array in network.refittable.items():
             assert (constants[name].size, constants[name].dtype) == (array.size, array.dtype), name
 
 
-def test_a_whole_engine_keeps_all(built):
+def test_a_whole_engine_keeps_all(built, machine, model, tmp_path):
+    """Also what is no part of TensorRT's file: it lies beside that, under its checksum."""
     folder = built(strip_plan=False)
+    whole = build_example(tmp_path / "whole", model_dir=model, **LIMITS)
     assert fake_tensorrt.Builder.networks[-1].refittable == {}
     assert fake_tensorrt.Builder.networks[-1].builder_config.flags == set()
     assert EngineConfig.load(folder).saw_int4.weights is None
+    shutil.rmtree(model)
+    machine(folder)
+    assert texts(folder) == texts(whole)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (
+            lambda file: file.unlink(),
+            r"weights of the engine cannot be read \(.*rank0\.weights\.safetensors does not exist",
+        ),
+        (lambda file: os.truncate(file, 1000), "is not a whole safetensors file"),
+        (lambda file: save_file({"x": np.zeros(1)}, file), "does not hold the weights that config.json beside it says"),
+    ],
+)
+def test_weights_beside_an_engine_that_are_not_its_own(damage, said, built, machine):
+    folder = built(strip_plan=False)
+    damage(folder / "rank0.weights.safetensors")
+    module = machine(folder)
+    with pytest.raises(EngineError, match=said):
+        texts(folder, verify=False)
+    assert module.cuda.everything() == []
+    with pytest.raises(EngineError, match=r"rank0\.weights\.safetensors"):
+        texts(folder)
 
 
 # -- other weights
