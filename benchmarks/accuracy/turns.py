@@ -28,7 +28,7 @@ from saw_trtllm.backends.reference.quantizers import KVQuantizer
 from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.checkpoint.calibration import Calibration
-from saw_trtllm.engine.config import PREFILL_CHUNK
+from saw_trtllm.engine.limits import PREFILL_CHUNK
 from saw_trtllm.eval.session import open_model
 from saw_trtllm.eval.variants import grid
 

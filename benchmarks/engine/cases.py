@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from benchmarks.common.target import Limit
-from saw_trtllm.engine.config import BuildConfig, PluginConfig
+from saw_trtllm.engine.limits import BuildConfig, PluginConfig
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.plugins.library import ALL_GATHER, ALL_REDUCE, ATTENTION, GEMM, QUANTIZED_GEMM, WRITE

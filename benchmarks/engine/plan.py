@@ -11,7 +11,8 @@ from typing import Any
 
 from benchmarks.engine import cases
 from benchmarks.engine.random_engine import build_in_child, engine_config
-from saw_trtllm.engine.config import CONFIG_FILE, BuildConfig, EngineConfig
+from saw_trtllm.engine.config import CONFIG_FILE, EngineConfig
+from saw_trtllm.engine.limits import BuildConfig
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.plan.tensorrt_options import NetworkOptions

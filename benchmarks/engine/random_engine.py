@@ -21,7 +21,8 @@ from saw_trtllm.backends.tensorrt.build import built_for, write_engine
 from saw_trtllm.backends.tensorrt.constants import SCALES, packed_tensors
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.checkpoint import NUMPY_DTYPES, expected_shapes, shard_shape
-from saw_trtllm.engine.config import BuildConfig, EngineConfig, SawSection
+from saw_trtllm.engine.config import EngineConfig, SawSection
+from saw_trtllm.engine.limits import BuildConfig
 from saw_trtllm.errors import ConfigError, EngineError, SawError
 from saw_trtllm.files import replacing_folder
 from saw_trtllm.format import KVFormat

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from saw_trtllm.engine.executor_view import as_built
+from saw_trtllm.engine.limits import BuildConfig
+from saw_trtllm.engine.pools import Pool, Region, regions_of
 from saw_trtllm.engine.step import PoolLayout
 from saw_trtllm.engine.windows import DECODES_AHEAD, most_blocks
 from saw_trtllm.errors import ConfigError, EngineError, first_error
-from saw_trtllm.format import FORMAT_VERSION, TOKENS_PER_BLOCK, KVFormat
-from saw_trtllm.model.config import MAX_POSITIONS, ModelConfig
+from saw_trtllm.format import FORMAT_VERSION, KVFormat
+from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.quantization import WeightFormat
 from saw_trtllm.paths import is_folder, read_json
 
@@ -28,11 +29,6 @@ _NOT_ENGINES = (
     ("model_type", "a Hugging Face model", "--model_dir"),
     ("architecture", "a checkpoint of TensorRT-LLM", "--checkpoint_dir"),
 )
-
-#: Tokens of a prefill chunk where no other number is asked for, at most. Long enough to fill a GPU's matrix units,
-#: short enough that decodes beside it do not stall, and the grain in which a 4-bit cache's prefixes are reused where
-#: the text must be deterministic.
-PREFILL_CHUNK = 512
 
 BackendName = Literal["tensorrt_llm", "tensorrt", "reference"]
 
@@ -66,99 +62,6 @@ def k_frame_name(layer: int) -> str:
 def q_frame_name(layer: int) -> str:
     """Name of a layer's frame of queries in an engine file, the inverse transpose of that of its keys."""
     return f"transformer.layers.{layer}.attention.q_frame"
-
-
-class PluginConfig(BaseModel):
-    """TensorRT-LLM's plugin switches: those that its executor reads, with the values that a SAW engine has."""
-
-    model_config = ConfigDict(extra="allow")
-
-    gpt_attention_plugin: str = "auto"
-    remove_input_padding: bool = True
-    paged_kv_cache: bool = True
-    tokens_per_block: int = 32
-    context_fmha: bool = True
-    use_paged_context_fmha: bool = True
-    lora_plugin: str | None = None
-    #: Of an engine of the backend tensorrt: the dtype of SawGemm, or None for TensorRT's own GEMMs.
-    gemm_plugin: str | None = None
-
-
-class BuildConfig(BaseModel):
-    """An engine's limits, in ``trtllm-build``'s words and with its defaults where it has any."""
-
-    model_config = ConfigDict(extra="allow")
-
-    max_batch_size: int = Field(2048, gt=0)
-    max_beam_width: Literal[1] = 1
-    max_input_len: int = Field(gt=0)
-    max_seq_len: int = Field(gt=1, le=MAX_POSITIONS)
-    max_num_tokens: int = Field(8192, gt=0, le=MAX_POSITIONS)
-    kv_cache_type: Literal["paged"] = "paged"
-    gather_context_logits: bool = False
-    gather_generation_logits: bool = False
-    speculative_decoding_mode: int = 1  # none
-    lora_config: dict[str, Any] = Field(default_factory=dict)
-    plugin_config: PluginConfig = Field(default_factory=PluginConfig)
-
-    @model_validator(mode="after")
-    def _check(self) -> BuildConfig:
-        if self.max_input_len >= self.max_seq_len:
-            raise ValueError(
-                f"max_input_len {self.max_input_len} leaves no token to generate within max_seq_len "
-                f"{self.max_seq_len}: lower the one or raise the other"
-            )
-        if self.tokens_per_block not in TOKENS_PER_BLOCK:
-            valid = ", ".join(map(str, TOKENS_PER_BLOCK))
-            raise ValueError(f"tokens_per_block {self.tokens_per_block} is not supported: choose one of {valid}")
-        if self.max_num_tokens < self.max_batch_size + self.tokens_per_block:
-            raise ValueError(
-                f"max_num_tokens {self.max_num_tokens} cannot hold a token of each of max_batch_size "
-                f"{self.max_batch_size} sequences and a block of {self.tokens_per_block} tokens of a prompt: make it "
-                f"at least {self.max_batch_size + self.tokens_per_block}, or lower max_batch_size"
-            )
-        return self
-
-    @property
-    def tokens_per_block(self) -> int:
-        """Tokens of a KV block."""
-        return self.plugin_config.tokens_per_block
-
-    @property
-    def most_prefill_chunk(self) -> int:
-        """Tokens of the largest chunk that fits into a step beside any decodes."""
-        most = self.max_num_tokens - self.max_batch_size
-        return most - most % self.tokens_per_block
-
-    @property
-    def prefill_chunk(self) -> int:
-        """Tokens of a prefill's chunk where no other number is asked for."""
-        return min(PREFILL_CHUNK, self.most_prefill_chunk)
-
-
-class StepLimits(NamedTuple):
-    """What a step holds: the limits of :class:`BuildConfig` that bound one another."""
-
-    max_batch_size: int
-    max_num_tokens: int
-    tokens_per_block: int
-
-    @classmethod
-    def of(cls, max_batch_size: int | None, max_num_tokens: int | None, tokens_per_block: int | None) -> StepLimits:
-        """Fill in the defaults for None. Where they do not fit what is given, they give way to it."""
-        defaults = BuildConfig.model_fields
-        if tokens_per_block is None:
-            most = PluginConfig.model_fields["tokens_per_block"].default
-            room = most if max_num_tokens is None else max_num_tokens - (max_batch_size or 1)
-            fitting = [size for size in TOKENS_PER_BLOCK if size <= min(most, room)]
-            tokens_per_block = max(fitting, default=TOKENS_PER_BLOCK[0])
-        if max_batch_size is None:
-            most = defaults["max_batch_size"].default
-            room = most if max_num_tokens is None else max_num_tokens - tokens_per_block
-            max_batch_size = max(1, min(most, room))
-        if max_num_tokens is None:
-            max_num_tokens = max(defaults["max_num_tokens"].default, max_batch_size + tokens_per_block)
-        return cls(max_batch_size, max_num_tokens, tokens_per_block)
 
 
 class WeightsSource(BaseModel):
@@ -229,42 +132,6 @@ class SawSection(BaseModel):
     def kv_format(self, dtype: str) -> KVFormat:
         """The format that was recorded; ``dtype`` is the engine's."""
         return KVFormat(self.kv, self.head_dim, dtype, self.hadamard_order, self.rotate_v, self.range_factor)
-
-
-class Pool(NamedTuple):
-    """Layers whose rows have one format and one block table, and lie in a block in this order.
-
-    Attributes
-    ----------
-    format : KVFormat
-    layers : sequence of int
-    table : int
-        Their block table.
-    region : int
-        The memory that they lie in, which they share with the pools of the same format of other tables: a block is
-        given to one table or to another.
-    """
-
-    format: KVFormat
-    layers: Sequence[int]
-    table: int = 0
-    region: int = 0
-
-
-class Region(NamedTuple):
-    """Memory of blocks: rows of one format, of so many layers each."""
-
-    format: KVFormat
-    num_layers: int
-
-
-def regions_of(pools: Sequence[Pool]) -> list[Region]:
-    """The regions that pools lie in."""
-    most: dict[int, Region] = {}
-    for pool in pools:
-        known = most.get(pool.region, Region(pool.format, 0))
-        most[pool.region] = Region(pool.format, max(known.num_layers, len(pool.layers)))
-    return [most[i] for i in sorted(most)]
 
 
 class EngineConfig(BaseModel):

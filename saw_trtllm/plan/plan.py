@@ -12,14 +12,8 @@ from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.checkpoint.calibration import Calibration
 from saw_trtllm.checkpoint.families import family_of
 from saw_trtllm.checkpoint.layout import check_tp_size, shard_format
-from saw_trtllm.engine.config import (
-    BackendName,
-    BuildConfig,
-    EngineConfig,
-    PluginConfig,
-    SawSection,
-    StepLimits,
-)
+from saw_trtllm.engine.config import BackendName, EngineConfig, SawSection
+from saw_trtllm.engine.limits import BuildConfig, PluginConfig, StepLimits
 from saw_trtllm.errors import ConfigError, first_error
 from saw_trtllm.format import ROTATED, KVFormat
 from saw_trtllm.model.config import Mapping, ModelConfig

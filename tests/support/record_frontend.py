@@ -26,7 +26,7 @@ from saw_trtllm.backends.tensorrt_llm.options import SwapOptions
 from saw_trtllm.build import build, plan_build
 from saw_trtllm.calibrate import calibrate
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
-from saw_trtllm.engine.config import Pool
+from saw_trtllm.engine.pools import Pool
 from saw_trtllm.engine.step import StepInputs
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.plan import BuildPlan

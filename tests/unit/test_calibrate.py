@@ -22,7 +22,8 @@ from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.checkpoint.calibration import Calibration, is_invertible
 from saw_trtllm.cli import build as saw_build
 from saw_trtllm.cli import calibrate as saw_calibrate
-from saw_trtllm.engine.config import EngineConfig, Pool
+from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.engine.pools import Pool
 from saw_trtllm.engine.step import DECODE, PREFILL, PoolLayout, StepPacker, StepSequence
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.eval.levers import measured_calibration, num_steps

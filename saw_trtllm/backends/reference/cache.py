@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from saw_trtllm.backends.reference.int4 import decode_rows, encode_rows
-from saw_trtllm.engine.config import Pool, regions_of
+from saw_trtllm.engine.pools import Pool, regions_of
 from saw_trtllm.engine.step import PREFILL, SECONDARY_POOL_BIT, RowCopy, StepInputs
 from saw_trtllm.format import KVFormat
 

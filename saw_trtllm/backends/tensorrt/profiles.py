@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from saw_trtllm.backends.tensorrt.versions import TensorRT
-from saw_trtllm.engine.config import BuildConfig, EngineConfig
+from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.engine.limits import BuildConfig
 from saw_trtllm.engine.tensors import (
     INPUTS,
     MAX_BLOCKS,

@@ -13,7 +13,8 @@ from saw_trtllm.backends.tensorrt.backend import TensorRTBackend
 from saw_trtllm.backends.tensorrt_llm.limits import TensorRTLLMLimits
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.cli import build as saw_build
-from saw_trtllm.engine.config import EngineConfig, Pool
+from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.engine.pools import Pool
 from saw_trtllm.engine.step import DECODE, StepInputs, StepSequence
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.format import KVFormat

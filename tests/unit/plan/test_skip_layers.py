@@ -15,7 +15,8 @@ from saw_trtllm.backends.reference.window import WindowModel
 from saw_trtllm.build import build, plan_build
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.cli import build as saw_build
-from saw_trtllm.engine.config import EngineConfig, Pool
+from saw_trtllm.engine.config import EngineConfig
+from saw_trtllm.engine.pools import Pool
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import ConfigError, EngineError
 from saw_trtllm.format import KVFormat

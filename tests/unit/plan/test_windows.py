@@ -5,7 +5,8 @@ import json
 import pytest
 
 from saw_trtllm.checkpoint import Checkpoint
-from saw_trtllm.engine.config import BuildConfig, EngineConfig, SawSection
+from saw_trtllm.engine.config import EngineConfig, SawSection
+from saw_trtllm.engine.limits import BuildConfig
 from saw_trtllm.engine.windows import first_block, most_blocks
 from saw_trtllm.errors import EngineError
 from saw_trtllm.format import KVFormat

@@ -11,7 +11,7 @@ from saw_trtllm.backends.reference.cache import PagedCache
 from saw_trtllm.backends.reference.model import ReferenceModel
 from saw_trtllm.build import build, plan_build
 from saw_trtllm.checkpoint import Checkpoint
-from saw_trtllm.engine.config import Pool
+from saw_trtllm.engine.pools import Pool
 from saw_trtllm.engine.step import DECODE, PREFILL, StepInputs, StepSequence
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.format import KVFormat, rotate

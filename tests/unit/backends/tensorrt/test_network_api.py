@@ -9,7 +9,8 @@ import pytest
 from saw_trtllm.backends.tensorrt.build import serialize_engine
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.checkpoint import NUMPY_DTYPES, expected_shapes
-from saw_trtllm.engine.config import BuildConfig, EngineConfig, SawSection
+from saw_trtllm.engine.config import EngineConfig, SawSection
+from saw_trtllm.engine.limits import BuildConfig
 from saw_trtllm.format import KVFormat
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
