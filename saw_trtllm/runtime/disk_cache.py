@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saw_trtllm.engine.config import CALIBRATION_FILE, EngineConfig
+from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.runtime.block_table import Content
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
@@ -59,7 +59,7 @@ def engine_fingerprint(config: EngineConfig, rule: object) -> bytes:
         If the engine has no checksums.
     """
     section = config.saw_int4
-    files = {name: digest for name, digest in section.checksums.items() if name.endswith((".engine", CALIBRATION_FILE))}
+    files = {name: digest for name, digest in section.checksums.items() if name.endswith((".engine", ".safetensors"))}
     if not files:
         raise ConfigError("disk_cache_dir needs an engine with checksums, and this one has none: build it anew")
     weights = section.weights.checksums if section.weights else {}

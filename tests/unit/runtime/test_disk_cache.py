@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
+from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.runtime import disk_cache
 from saw_trtllm.runtime.block_table import Content
@@ -263,6 +264,20 @@ def test_files_are_of_an_engine_a_salt_and_a_rule(engine, tmp_path):
 
         patch.setattr(disk_cache, "engine_fingerprint", other)
         assert answers(engine("saw_int4"), tmp_path)[1] == [0, 0]
+
+
+def test_files_are_of_the_weights_wherever_an_engine_has_them(engine):
+    config = EngineConfig.load(engine("saw_int4"))
+    names = ["rank0.engine", "rank0.weights.safetensors", "calibration.safetensors", "tokenizer.json"]
+
+    def fingerprint(changed):
+        checksums = {name: "1" if name == changed else "0" for name in names}
+        section = config.saw_int4.model_copy(update={"checksums": checksums})
+        return disk_cache.engine_fingerprint(config.model_copy(update={"saw_int4": section}), "any")
+
+    found = [fingerprint(name) for name in names]
+    assert len(set(found)) == 4
+    assert found[-1] == fingerprint(None)
 
 
 def replace_checksum(config):
