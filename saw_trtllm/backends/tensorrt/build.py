@@ -166,11 +166,12 @@ def _serialize_stripped(
         for name in weights.shapes:
             load(name)
 
-    with ThreadPoolExecutor(2) as beside:
-        checked, source = beside.submit(read), beside.submit(lambda: known or weights.source())
+    source = known or weights.source()  # first: it wants all cores, and TensorRT's start holds Python's lock
+    with ThreadPoolExecutor(1) as beside:
+        checked = beside.submit(read)
         engine = serialize_engine(tensorrt, config, zeros.__getitem__, plan.network, phases, rank)
         checked.result()
-        return engine, source.result()
+        return engine, source
 
 
 def _zeros(specs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:

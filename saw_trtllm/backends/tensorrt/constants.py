@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import Lock
+from typing import cast
 
 import numpy as np
 
@@ -97,16 +98,16 @@ class PackedWeights:
 
     def __call__(self, name: str) -> np.ndarray:
         """The array of a name, once."""
+        if not name.endswith((VALUES, SCALES, PRE_SCALE)):
+            return cast(np.ndarray, self._load(name))
         with self._lock:
-            return self._take(name)
+            return self._packed(name)
 
-    def _take(self, name: str) -> np.ndarray:
+    def _packed(self, name: str) -> np.ndarray:
         if name in self._arrays:
             return self._arrays.pop(name)
         weight_name = name.removesuffix(VALUES).removesuffix(SCALES).removesuffix(PRE_SCALE)
-        weight = self._load(weight_name)
-        if not isinstance(weight, QuantizedWeight):
-            return weight
+        weight = cast(QuantizedWeight, self._load(weight_name))
         format = weight.format
         values, scales = pack_weight(format.kind, weight.values, weight.scales, weight.zeros, format.block)
         self._arrays |= {weight_name + VALUES: values, weight_name + SCALES: scales}

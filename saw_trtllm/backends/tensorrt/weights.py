@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 
 from saw_trtllm.backends.tensorrt.constants import LoadArray
-from saw_trtllm.backends.tensorrt.cuda import ALIGNMENT, DeviceBuffer
+from saw_trtllm.backends.tensorrt.cuda import ALIGNMENT, DeviceBuffer, PinnedBuffer, Stream, call, runtime
 from saw_trtllm.checkpoint.reader import open_file
 from saw_trtllm.engine.config import CONFIG_FILE
 from saw_trtllm.errors import CheckpointError, EngineError
 from saw_trtllm.model.quantization import TensorSpec
+
+#: Bytes that are copied at a time, and threads that do so: one reads memory at a fraction of the GPU's bus.
+_PIECE, _THREADS = 16 << 20, 4
 
 
 class DeviceWeights:
@@ -22,7 +28,7 @@ class DeviceWeights:
     ----------
     specs : dict of (str, TensorSpec)
     load : callable
-        Gives the array of a name; each is asked for once.
+        Gives the array of a name; each is asked for once, by several threads.
 
     Attributes
     ----------
@@ -36,15 +42,53 @@ class DeviceWeights:
         self._memory = DeviceBuffer(end)
         self.addresses = {name: self._memory.address + place for name, place in places.items()}
         try:
-            for name, place in places.items():
-                self._memory.write(load(name), place)
+            self._fill(load)
         except BaseException:
             self.close()
             raise
 
+    def _fill(self, load: LoadArray) -> None:
+        device, lanes = call(runtime.cudaGetDevice), SimpleQueue[_Lane]()
+        with ExitStack() as stack, ThreadPoolExecutor(_THREADS) as pool:
+            for _ in range(min(_THREADS, len(self.addresses))):
+                lanes.put(stack.enter_context(closing(_Lane())))
+
+            def copy(name: str) -> None:
+                call(runtime.cudaSetDevice, device)
+                array, lane = load(name), lanes.get()
+                try:
+                    lane.copy(array, self.addresses[name])
+                finally:
+                    lanes.put(lane)
+
+            for _ in pool.map(copy, self.addresses):
+                pass
+
     def close(self) -> None:
         """Free them."""
         self._memory.close()
+
+
+class _Lane:
+    """A way to the GPU for one thread at a time, by pinned memory of its own."""
+
+    def __init__(self) -> None:
+        self._stream, self._buffer = Stream(), PinnedBuffer(_PIECE)
+        self._pinned = self._buffer.array(np.uint8, (_PIECE,))
+
+    def copy(self, array: np.ndarray, address: int) -> None:
+        """Copy an array there, and wait."""
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        for start in range(0, len(data), _PIECE):
+            piece = data[start : start + _PIECE]
+            np.copyto(self._pinned[: len(piece)], piece)
+            self._stream.upload(address + start, self._buffer.address, len(piece))
+            self._stream.synchronize()
+
+    def close(self) -> None:
+        """Free it."""
+        self._stream.close()
+        self._buffer.close()
 
 
 def stored_weights(path: Path, specs: Mapping[str, TensorSpec]) -> LoadArray:

@@ -169,11 +169,8 @@ def test_a_whole_engine_keeps_all(built, machine, model, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (
-            lambda file: file.unlink(),
-            r"weights of the engine cannot be read \(.*rank0\.weights\.safetensors does not exist",
-        ),
-        (lambda file: os.truncate(file, 1000), "is not a whole safetensors file"),
+        (lambda file: file.unlink(), r"rank0\.weights\.safetensors is not there, or not whole: copy the engine again"),
+        (lambda file: os.truncate(file, 1000), "is not there, or not whole"),
         (lambda file: save_file({"x": np.zeros(1)}, file), "does not hold the weights that config.json beside it says"),
     ],
 )
