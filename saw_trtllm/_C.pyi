@@ -157,6 +157,24 @@ def dequantize(
     device: int,
     stream: int,
 ) -> int: ...
+def quantize_rows(
+    *, x: int, num_rows: int, width: int, dtype: DType, values: int, scales: int, device: int, stream: int
+) -> int: ...
+def unpack_rows(
+    *,
+    values: int,
+    scales: int,
+    type: WeightType,
+    in_features: int,
+    out_features: int,
+    group: int,
+    first_row: int,
+    num_rows: int,
+    row_values: int,
+    row_scales: int,
+    device: int,
+    stream: int,
+) -> int: ...
 def rms_norm(
     *,
     x: int,

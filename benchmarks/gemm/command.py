@@ -15,7 +15,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "gemm",
         help="time products with weights of 4 and 8 bits on this machine's GPU",
         description="Time the products of an 8B Llama's linear layers on this machine's GPU, with weights of 4 and 8 "
-        "bits, beside cuBLAS and TensorRT: cold L2, CUDA graphs, all contenders of a case in turn.",
+        "bits, beside cuBLAS and TensorRT: launches that follow each other in a CUDA graph, weights that L2 does not "
+        "hold, all contenders of a case in turn.",
     )
     gemm.add_argument("--shapes", default=",".join(SHAPES), metavar="NAMES", help="comma-separated (default: all)")
     gemm.add_argument(

@@ -15,12 +15,13 @@ ROWS = (1, 8, 16, 32, 64, 2048)
 LABELS = {
     "int4": "saw INT4",
     "fp8": "saw FP8",
+    "fp8_inputs": "saw FP8 W8A8",
     "cublas": "cuBLAS fp16",
     "cublas_fp8": "cuBLAS FP8 W8A8",
     "tensorrt": "TensorRT fp16",
     "tensorrt_fp8": "TensorRT FP8",
 }
-PEERS = tuple(LABELS)[2:]
+PEERS = tuple(LABELS)[3:]
 #: The most µs of a product with ``fc``, by contender and rows.
 LIMITS = {("int4", 1): 10, ("int4", 16): 11, ("int4", 64): 18, ("fp8", 1): 17, ("fp8", 64): 18}
 #: The most that a product of many rows takes, in cuBLAS's times.
@@ -35,6 +36,8 @@ class Product(RecordPart):
     p10_us: float
     p90_us: float
     repetitions: int
+    chained: int = 1
+    """Launches that followed each other in the graph, each with another copy of the weight."""
     cuda_graph: bool
     bytes: int
     """Of weight, scales, activations and result."""

@@ -13,14 +13,14 @@ def report(results: GemmResults) -> Report:
         (((case.name, f"{case.rows:,}"), target) for case in results.cases for target in case.targets),
         ("weight", "rows"),
     )
-    rates = [["weight", "rows", "contender", "µs", "p10 to p90", "GB/s", "of the read bandwidth", "error"]]
+    rates = [["weight", "rows", "contender", "µs", "p10 to p90", "launches", "GB/s", "of the read bandwidth", "error"]]
     for case in results.cases:
         for p in case.products:
             share = f"{100 * p.gbps / results.bandwidth.read_gbps:.1f} %"
             error = "-" if p.error is None else f"{p.error:.4f}"
             spread = f"{p.p10_us:.1f} to {p.p90_us:.1f}"
-            row = [case.name, f"{case.rows:,}", LABELS[p.contender], f"{p.median_us:.1f}", spread, f"{p.gbps:.0f}"]
-            rates.append([*row, share, error])
+            row = [case.name, f"{case.rows:,}", LABELS[p.contender], f"{p.median_us:.1f}", spread, str(p.chained)]
+            rates.append([*row, f"{p.gbps:.0f}", share, error])
     notes = sorted({f"{LABELS[name]}: {why}" for case in results.cases for name, why in case.missing.items()})
     environment = environment_table(
         results.environment,

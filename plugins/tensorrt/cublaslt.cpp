@@ -79,20 +79,36 @@ struct OwnDesc {
     }
 };
 
+// What the heuristic gives: an algorithm, if there is one.
+struct Best {
+    Status status = 0;
+    bool found = false;
+    Algo algo{};
+};
+
 // In cuBLASLt's columns: y and x transposed are theirs, so that it is weight, transposed, times x.
 class Product {
   public:
-    Product(Handle handle, Linear const& linear) : handle_(handle), linear_(linear) {
+    Product(Handle handle, Linear const& linear, RowScales const* scales) : handle_(handle) {
         auto const [rows, in, out, y_stride, type, output_type] = linear;
         check(lib_.product_create(&product_.desc, kComputeF32, CUDA_R_32F), "cublasLtMatmulDescCreate");
-        check(lib_.product_set(product_.desc, kTransA, &kTranspose, sizeof(kTranspose)),
-              "cublasLtMatmulDescSetAttribute");
+        auto const set = [&](int attribute, auto const& value) {
+            return lib_.product_set(product_.desc, attribute, &value, sizeof(value));
+        };
+        check(set(kTransA, kTranspose), "cublasLtMatmulDescSetAttribute");
+        if (scales != nullptr) {
+            for (int mode : kScaleMode)
+                if (auto const status = set(mode, kScaleOfEachRow)) lacks_ = status;
+            check(set(kScale[0], scales->of_weight), "cublasLtMatmulDescSetAttribute");
+            check(set(kScale[1], scales->of_x), "cublasLtMatmulDescSetAttribute");
+        }
         check(lib_.matrix_create(&weight_.desc, type, in, out, in), "cublasLtMatrixLayoutCreate");
         check(lib_.matrix_create(&x_.desc, type, in, rows, in), "cublasLtMatrixLayoutCreate");
         check(lib_.matrix_create(&y_.desc, output_type, out, rows, y_stride), "cublasLtMatrixLayoutCreate");
     }
 
-    Algo best() const {
+    Best best() const {
+        if (lacks_ != 0) return {lacks_};
         OwnDesc preference(lib_.preference_destroy);
         check(lib_.preference_create(&preference.desc), "cublasLtMatmulPreferenceCreate");
         auto const set = [&](int attribute, auto const& value) {
@@ -108,14 +124,7 @@ class Product {
         int found = 0;
         auto const status = lib_.heuristic(handle_, product_.desc, weight_.desc, x_.desc, y_.desc, y_.desc,
                                            preference.desc, 1, &best, &found);
-        if (status != 0 || found == 0) {
-            auto const out = std::to_string(linear_.out), in = std::to_string(linear_.in);
-            throw PluginError(
-                "cuBLASLt has no algorithm for " + std::to_string(linear_.rows) + " rows of " + in +
-                " by a weight of [" + out + ", " + in + "] (" + lib_.status_name(status) +
-                "): build with --gemm_plugin disable, or of quantized weights with --qformat full_prec as well");
-        }
-        return best.algo;
+        return {status, status == 0 && found != 0, best.algo};
     }
 
     Status launch(Algo const& algo, void const* x, void const* weight, void* y, void* workspace,
@@ -128,7 +137,7 @@ class Product {
   private:
     Library const& lib_ = library();
     Handle handle_;
-    Linear linear_;
+    Status lacks_ = 0;  // what a library says that does not know scales of rows
     OwnDesc product_{lib_.product_destroy};
     OwnDesc weight_{lib_.matrix_destroy}, x_{lib_.matrix_destroy}, y_{lib_.matrix_destroy};
 };
@@ -142,30 +151,51 @@ int64_t rounded_up(int64_t rows) {
 }
 
 // Of all layers of a shape, in all contexts of a device.
-Algo known_best(Handle handle, Linear const& linear) {
+Best known_best(Handle handle, Linear const& linear, RowScales const* scales) {
     using Key = std::tuple<Handle, int64_t, int64_t, int64_t, int64_t, cudaDataType, cudaDataType>;
     static std::mutex mutex;
-    static auto* const known = new std::map<Key, Algo>;
+    static auto* const known = new std::map<Key, Best>;
     auto const [rows, in, out, y_stride, type, output_type] = linear;
     Key const key{handle, rows, in, out, y_stride, type, output_type};
     std::lock_guard<std::mutex> const lock(mutex);
     auto at = known->find(key);
-    if (at == known->end()) at = known->emplace(key, Product(handle, linear).best()).first;
+    if (at == known->end()) at = known->emplace(key, Product(handle, linear, scales).best()).first;
     return at->second;
+}
+
+Best run(Linear const& linear, RowScales const* scales, void const* x, void const* weight, void* y, void* workspace,
+         cudaStream_t stream) {
+    Handle const on_device = handle();
+    Product const product(on_device, linear, scales);
+    Linear rounded = linear;
+    rounded.rows = rounded_up(linear.rows);
+    Best best = known_best(on_device, rounded, scales);
+    if (!best.found) return best;
+    auto status = product.launch(best.algo, x, weight, y, workspace, stream);
+    // In case that a few more rows have one that these do not.
+    if (status != 0 && rounded.rows != linear.rows) {
+        best = product.best();
+        if (!best.found) return best;
+        status = product.launch(best.algo, x, weight, y, workspace, stream);
+    }
+    check(status, "cublasLtMatmul");
+    return best;
 }
 
 }  // namespace
 
 void multiply(Linear const& linear, void const* x, void const* weight, void* y, void* workspace, cudaStream_t stream) {
-    Handle const on_device = handle();
-    Product const product(on_device, linear);
-    Linear rounded = linear;
-    rounded.rows = rounded_up(linear.rows);
-    auto status = product.launch(known_best(on_device, rounded), x, weight, y, workspace, stream);
-    // In case that a few more rows have one that these do not.
-    if (status != 0 && rounded.rows != linear.rows)
-        status = product.launch(product.best(), x, weight, y, workspace, stream);
-    check(status, "cublasLtMatmul");
+    auto const best = run(linear, nullptr, x, weight, y, workspace, stream);
+    if (best.found) return;
+    auto const out = std::to_string(linear.out), in = std::to_string(linear.in);
+    throw PluginError("cuBLASLt has no algorithm for " + std::to_string(linear.rows) + " rows of " + in +
+                      " by a weight of [" + out + ", " + in + "] (" + library().status_name(best.status) +
+                      "): build with --gemm_plugin disable, or of quantized weights with --qformat full_prec as well");
+}
+
+bool multiply_scaled(Linear const& linear, RowScales const& scales, void const* x, void const* weight, void* y,
+                     void* workspace, cudaStream_t stream) {
+    return run(linear, &scales, x, weight, y, workspace, stream).found;
 }
 
 }  // namespace saw::trt::cublaslt

@@ -29,8 +29,9 @@ struct Heuristic {
 constexpr int kComputeF32 = 68;
 constexpr int32_t kTranspose = 1;
 constexpr uint32_t kReduceInComputeType = 2;
+constexpr int32_t kScaleOfEachRow = 3;  // from 12.9 on
 // Attributes: of a product, of a preference.
-constexpr int kTransA = 3;
+constexpr int kTransA = 3, kScale[] = {17, 18}, kScaleMode[] = {31, 32};  // the last two of A and of B
 constexpr int kMaxWorkspaceBytes = 1, kReductionSchemes = 3, kMinAlignment[] = {5, 6, 7, 8};  // of A, B, C, D
 
 struct Library {
@@ -63,11 +64,20 @@ struct Linear {
     int64_t rows, in, out, y_stride;
     cudaDataType type, output_type;  // of x and weight; of y
 };
+// What x and weight, both of CUDA_R_8F_E4M3, have a scale of for each row.
+struct RowScales {
+    float const* of_x;       // [rows]
+    float const* of_weight;  // [out]
+};
 // What NVIDIA recommends for Hopper.
 constexpr size_t kWorkspaceBytes = size_t(32) << 20;
 // What TensorRT's tensors have, and the fastest kernels need.
 constexpr uint32_t kAlignment = 16;
 // By the algorithm that cuBLASLt's heuristic finds the best. A PluginError if there is none.
 void multiply(Linear const& linear, void const* x, void const* weight, void* y, void* workspace, cudaStream_t stream);
+// The same of numbers in e4m3, with a scale for each row of x and of weight. False, and nothing is done, if cuBLASLt
+// has no such product: it has it on Hopper, from 12.9 on.
+bool multiply_scaled(Linear const& linear, RowScales const& scales, void const* x, void const* weight, void* y,
+                     void* workspace, cudaStream_t stream);
 
 }  // namespace saw::trt::cublaslt

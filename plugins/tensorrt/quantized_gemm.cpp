@@ -11,6 +11,8 @@ namespace {
 
 // Of the weight in 16 bits, for many rows: so much at a time.
 constexpr int64_t kSlabBytes = int64_t(128) << 20;
+// Of inputs in 8 bits.
+constexpr int64_t kInputBytes = int64_t(64) << 20;
 
 int64_t chunks_of(int64_t inputs) { return (inputs + kChunk - 1) / kChunk; }
 int64_t blocks_of(int64_t outputs) { return (outputs + kBlockRows - 1) / kBlockRows; }
@@ -24,7 +26,8 @@ std::vector<Field> QuantizedGemm::fields() {
             {names::kInFeatures, &in_features_, true},
             {names::kOutFeatures, &out_features_, true},
             {names::kWeightType, &weight_type_, true},
-            {names::kGroupSize, &group_size_, true}};
+            {names::kGroupSize, &group_size_, true},
+            {names::kQuantizeInput, &quantize_input_, false, false}};
 }
 
 void QuantizedGemm::validate() const {
@@ -39,6 +42,10 @@ void QuantizedGemm::validate() const {
     bool const small = group_size_ == 32 || group_size_ == 64;
     if (group_size_ != kChunk && !(small && type() == WeightType::kInt4))
         reject("group_size is " + std::to_string(group_size_) + ": it must be 128, or of int4 32 or 64");
+    check_flag(names::kQuantizeInput, quantize_input_);
+    if (quantize_input_ != 0 && (type() != WeightType::kFloat8 || out_features_ % 16 != 0))
+        reject("quantize_input is 1, weight_type " + weight_type_ + " and out_features " +
+               std::to_string(out_features_) + ": it must be 0 but of fp8 and a multiple of 16");
 }
 
 std::vector<Tensor> QuantizedGemm::inputs() const {
@@ -58,8 +65,12 @@ int QuantizedGemm::slab_rows() const {
     return int(std::min<int64_t>(fit, out_features_));
 }
 
+int QuantizedGemm::input_rows() const { return int(kInputBytes / in_features_) + 1; }
+
+// The weight's slab is of 16 bits, or of as many rows of 8 bits with their scales, which are less.
 size_t QuantizedGemm::workspace_bytes() const {
-    return cublaslt::kWorkspaceBytes + size_t(slab_rows()) * in_features_ * 2;
+    size_t const inputs = quantize_input_ != 0 ? size_t(input_rows()) * (in_features_ + sizeof(float)) : 0;
+    return cublaslt::kWorkspaceBytes + size_t(slab_rows()) * in_features_ * 2 + inputs;
 }
 
 void QuantizedGemm::prepare() const { cublaslt::handle(); }
@@ -77,6 +88,32 @@ void QuantizedGemm::multiply_many(Launch const& launch, PackedWeight const& weig
     }
 }
 
+// Of inputs as of the weight, e4m3 numbers with a scale for each row: false if cuBLASLt has no such product.
+bool QuantizedGemm::multiply_float8(Launch const& launch, PackedWeight const& weight) const {
+    auto const type = dtype() == DType::kBFloat16 ? CUDA_R_16BF : CUDA_R_16F;
+    auto* const slab = static_cast<uint8_t*>(launch.workspace) + cublaslt::kWorkspaceBytes;
+    auto* const inputs = slab + size_t(slab_rows()) * in_features_ * 2;
+    Float8Rows const of_weight{slab, reinterpret_cast<float*>(slab + size_t(slab_rows()) * in_features_)};
+    Float8Rows const of_x{inputs, reinterpret_cast<float*>(inputs + size_t(input_rows()) * in_features_)};
+    int const total = int(launch.input_desc[kX].dims.d[0]);
+    for (int row = 0; row < out_features_; row += slab_rows()) {
+        int const rows = std::min(slab_rows(), out_features_ - row);
+        check_cuda(saw_unpack_rows({weight, row, rows, of_weight}, launch.stream), "unpack_rows");
+        for (int first = 0; first < total; first += input_rows()) {
+            int const count = std::min(input_rows(), total - first);
+            auto const* const x = static_cast<uint16_t const*>(launch.inputs[kX]) + size_t(first) * in_features_;
+            auto* const y = static_cast<uint16_t*>(launch.outputs[0]) + size_t(first) * out_features_ + row;
+            if (row == 0 || count < total)
+                check_cuda(saw_quantize_rows({x, count, in_features_, dtype(), of_x}, launch.stream), "quantize_rows");
+            cublaslt::Linear const linear{count, in_features_, rows, out_features_, CUDA_R_8F_E4M3, type};
+            if (!cublaslt::multiply_scaled(linear, {of_x.scales, of_weight.scales}, of_x.values, of_weight.values, y,
+                                           launch.workspace, launch.stream))
+                return false;
+        }
+    }
+    return true;
+}
+
 void QuantizedGemm::enqueue(Launch const& launch) const {
     for (void const* address : {launch.inputs[kX], launch.inputs[kWeight], launch.inputs[kScales],
                                 static_cast<void const*>(launch.outputs[0])})
@@ -90,6 +127,7 @@ void QuantizedGemm::enqueue(Launch const& launch) const {
                               out_features_,
                               group_size_};
     auto const rows = launch.input_desc[kX].dims.d[0];
+    if (rows > kFewRows && quantize_input_ != 0 && multiply_float8(launch, weight)) return;
     if (rows > kFewRows) return multiply_many(launch, weight);
     check_cuda(saw_quantized_gemm({launch.inputs[kX], weight, launch.outputs[0], int(rows), dtype()}, launch.stream),
                "quantized_gemm");

@@ -27,10 +27,13 @@ class QuantizedGemm : public Op {
     int32_t out_features_ = 0;
     int32_t group_size_ = kChunk;
     std::string weight_type_;
+    int32_t quantize_input_ = 0;
 
     WeightType type() const { return weight_type_ == "fp8" ? WeightType::kFloat8 : WeightType::kInt4; }
     int slab_rows() const;
+    int input_rows() const;
     void multiply_many(Launch const& launch, PackedWeight const& weight) const;
+    bool multiply_float8(Launch const& launch, PackedWeight const& weight) const;
 };
 
 }  // namespace saw::trt

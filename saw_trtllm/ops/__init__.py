@@ -7,7 +7,14 @@ as the rows of a pool, is not.
 from saw_trtllm.ops.arrays import ACTIVATION_DTYPES
 from saw_trtllm.ops.lookup import lookup
 from saw_trtllm.ops.paged_attention import MAX_GROUP, decode_attention, decode_workspace_bytes, prefill_attention
-from saw_trtllm.ops.quantized_gemm import PackedShape, dequantize, pack_weight, quantized_gemm
+from saw_trtllm.ops.quantized_gemm import (
+    PackedShape,
+    dequantize,
+    pack_weight,
+    quantize_rows,
+    quantized_gemm,
+    unpack_rows,
+)
 from saw_trtllm.ops.rms_norm import rms_norm
 from saw_trtllm.ops.rotate_quantize_kv import pack_frame, rotate_quantize_kv
 from saw_trtllm.ops.sample import sample
@@ -24,9 +31,11 @@ __all__ = [
     "pack_frame",
     "pack_weight",
     "prefill_attention",
+    "quantize_rows",
     "quantized_gemm",
     "rms_norm",
     "rotate_quantize_kv",
     "sample",
     "silu_mul",
+    "unpack_rows",
 ]

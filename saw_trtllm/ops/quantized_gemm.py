@@ -227,11 +227,7 @@ def dequantize(
         If the GPU rejects the launch.
     """
     out = DeviceArray.of("y", y).check(ACTIVATION_DTYPES, ["num_rows", packed.in_features])
-    if first_row % ROWS or not 0 <= first_row <= packed.out_features - out.shape[0]:
-        raise OpError(
-            f"first_row is {first_row}: it must be a multiple of {ROWS}, and {out.shape[0]} rows from there among the "
-            f"{packed.out_features} of the weight"
-        )
+    _check_rows(first_row, out.shape[0], packed)
     weight, arrays = _weight(values, scales, packed)
     device = common_device([out, *arrays])
     module, handle = kernels(), stream_handle(stream)
@@ -245,6 +241,107 @@ def dequantize(
         **weight,
     )
     raise_for(code, "dequantize", f"{out.shape[0]} rows {out.dtype} of {packed}")
+
+
+def quantize_rows(x: Any, *, values: Any, scales: Any, stream: Any = None) -> None:
+    """Rows of activations as e4m3 numbers times a scale for each row: the largest's 448th.
+
+    Parameters
+    ----------
+    x : array
+        float16 or bfloat16 ``[num_rows, width]``; ``width`` is a multiple of 16.
+    values : array
+        uint8 ``[num_rows, width]``, written: the numbers' bytes.
+    scales : array
+        float32 ``[num_rows]``, written; 1 for a row of zeros.
+    stream : int or stream object, optional
+        Default: the legacy default stream.
+
+    Raises
+    ------
+    OpError
+        If an argument does not fit; nothing is launched.
+    KernelError
+        If the GPU rejects the launch.
+    """
+    rows = DeviceArray.of("x", x).check(ACTIVATION_DTYPES, ["num_rows", "width"])
+    if rows.shape[1] % 16:
+        raise OpError(f"x has rows of {rows.shape[1]} numbers: they must be a multiple of 16")
+    out = DeviceArray.of("values", values).check("uint8", rows.shape)
+    factors = DeviceArray.of("scales", scales).check("float32", rows.shape[:1])
+    device = common_device([rows, out, factors])
+    module, handle = kernels(), stream_handle(stream)
+    code = module.quantize_rows(
+        x=rows.address,
+        num_rows=rows.shape[0],
+        width=rows.shape[1],
+        dtype=getattr(module.DType, rows.dtype),
+        values=out.address,
+        scales=factors.address,
+        device=device,
+        stream=handle,
+    )
+    raise_for(code, "quantize_rows", f"{rows.shape[0]} rows {rows.dtype} of {rows.shape[1]}")
+
+
+def unpack_rows(
+    values: Any,
+    scales: Any,
+    *,
+    packed: PackedShape,
+    row_values: Any,
+    row_scales: Any,
+    first_row: int = 0,
+    stream: Any = None,
+) -> None:
+    """Rows of a packed weight in FP8 with one scale for each, as they were before they were packed.
+
+    Parameters
+    ----------
+    values, scales : array
+        Of :func:`pack_weight`.
+    packed : PackedShape
+    row_values : array
+        uint8 ``[num_rows, in_features]``, written: the numbers' bytes.
+    row_scales : array
+        float32 ``[num_rows]``, written.
+    first_row : int
+        Of the weight; a multiple of 64.
+    stream : int or stream object, optional
+        Default: the legacy default stream.
+
+    Raises
+    ------
+    OpError
+        If an argument does not fit; nothing is launched.
+    KernelError
+        If the GPU rejects the launch.
+    """
+    if packed.kind != "fp8":
+        raise OpError(f"a weight is of {packed.kind}: rows of 8 bits are unpacked of fp8")
+    out = DeviceArray.of("row_values", row_values).check("uint8", ["num_rows", packed.in_features])
+    factors = DeviceArray.of("row_scales", row_scales).check("float32", out.shape[:1])
+    _check_rows(first_row, out.shape[0], packed)
+    weight, arrays = _weight(values, scales, packed)
+    device = common_device([out, factors, *arrays])
+    code = kernels().unpack_rows(
+        first_row=first_row,
+        num_rows=out.shape[0],
+        row_values=out.address,
+        row_scales=factors.address,
+        device=device,
+        stream=stream_handle(stream),
+        **weight,
+    )
+    raise_for(code, "unpack_rows", f"{out.shape[0]} rows of {packed}")
+
+
+def _check_rows(first_row: int, num_rows: int, packed: PackedShape) -> None:
+    if first_row % ROWS or not 0 <= first_row <= packed.out_features - num_rows:
+        raise OpError(
+            f"first_row is {first_row}: it must be a multiple of {ROWS}, and {num_rows} rows from there among the "
+            f"{packed.out_features} of the weight"
+        )
 
 
 def _weight(values: Any, scales: Any, packed: PackedShape) -> tuple[dict[str, Any], list[DeviceArray]]:

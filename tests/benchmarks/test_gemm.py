@@ -12,11 +12,10 @@ import torch
 from benchmarks.__main__ import load_report, main
 from benchmarks.gemm import tensorrt_peer
 from benchmarks.gemm.record import GemmResults
-from benchmarks.gemm.run import Problem, Setup, measure_case, quantized, set_up, to_fp8
+from benchmarks.gemm.run import FEW_ROWS, Problem, Setup, measure_case, set_up, to_fp8
 from benchmarks.kernels.record import Bandwidth
 from benchmarks.kernels.run import MissingError
 from benchmarks.kernels.timing import CudaTimer
-from saw_trtllm.ops.quantized_gemm import PackedShape, pack_weight
 from tests.support.fakes import tensorrt as fake_tensorrt
 from tests.support.fakes.tensorrt_execute import execute
 from tests.support.packed_weights import unpack_weight
@@ -24,10 +23,10 @@ from tests.support.rejection import rejected
 
 
 class _Timer:
-    """Runs a launch once, and says that each took as many µs as its name has letters."""
+    """Runs what is to be timed once, and says that it took as many µs as its launches give."""
 
     def prepare(self, launch):
-        return types.SimpleNamespace(captured=True, time=launch())
+        return types.SimpleNamespace(captured=True, time=sum(launch()))
 
     def measure(self, prepared):
         return [[float(p.time)] * 20 for p in prepared]
@@ -38,7 +37,7 @@ def recorded(rows: int, times: dict[str, float]) -> GemmResults:
         if name not in times:
             raise MissingError("is not here")
         exact = problem.exact(problem.weight)
-        return Setup(lambda: times[name], 1000, exact.half(), exact)
+        return Setup([lambda: times[name]] * 3, 1000, exact.half(), exact)
 
     problem = Problem.make(64, 256, rows, "cpu")
     case = measure_case("fc", problem, ["int4", "fp8", "cublas", "tensorrt"], _Timer(), set_up)
@@ -56,7 +55,7 @@ def test_a_record_says_which_limits_were_met(tmp_path):
     assert report.tables["products"][1] == ["fc, 64 x 256", "1", "9.0", "20.0", "40.0"]
     assert report.notes == ["TensorRT fp16: is not here"]
     many = recorded(2048, {"int4": 44.0, "fp8": 50.0, "cublas": 40.0})
-    assert [(t.value, t.met) for t in many.cases[0].targets] == [(1.1, True), (1.25, False)]
+    assert [(t.value, t.met) for t in many.cases[0].targets] == [(1.1, True), (1.25, False), (None, None)]
 
 
 def test_errors_are_those_of_what_was_multiplied():
@@ -68,12 +67,11 @@ def test_errors_are_those_of_what_was_multiplied():
 def test_weights_are_packed_as_the_kernels_take_them(kind, most):
     """The array that a GPU is given stands for the weight, to what its bits allow."""
     problem = Problem.make(128, 256, 2, "cpu")
-    weight = quantized(problem, kind)
-    arrays = pack_weight(kind, weight.values, weight.scales, weight.zeros, weight.format.block)
-    packed = PackedShape.of(kind, weight.shape, weight.format.block[1])
-    assert arrays[0].shape == packed.values
-    unpacked = unpack_weight(kind, *arrays, weight.shape)
-    np.testing.assert_allclose(unpacked, weight.dequantize(), rtol=2**-17, atol=0)
+    packed = problem.packed(kind)
+    assert packed.values.shape == packed.shape.values
+    unpacked = unpack_weight(kind, packed.values.numpy(), packed.scales.numpy(), tuple(problem.weight.shape))
+    np.testing.assert_allclose(unpacked, packed.exact.numpy(), rtol=2**-17, atol=0)
+    assert problem.with_rows(5).packed(kind) is packed, "a weight is packed once"
     assert np.abs(unpacked - problem.weight.numpy()).std() < most * problem.weight.std()
 
 
@@ -118,8 +116,9 @@ def test_what_cannot_be_measured(argv, words, capsys):
 @pytest.mark.parametrize("rows", [1, 64, 256])
 def test_products_are_products(rows, tmp_path):
     problem = Problem.make(256, 512, rows)
-    case = measure_case("proj", problem, ["int4", "fp8", "cublas", "cublas_fp8"], CudaTimer(20), set_up)
+    names = ["int4", "fp8", "cublas", "cublas_fp8"] + ["fp8_inputs"] * (rows > FEW_ROWS)
+    case = measure_case("proj", problem, names, CudaTimer(20), set_up)
     assert case.missing == {}
     for product in case.products:
-        assert product.error < (0.05 if product.contender == "cublas_fp8" else 0.01)
+        assert product.error < (0.05 if product.contender in ("cublas_fp8", "fp8_inputs") else 0.01)
     json.loads(case.model_dump_json())

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from saw_trtllm import ops
+from saw_trtllm.backends.reference.quantized_input import round_input
 from saw_trtllm.model.quantization import QuantizedWeight, WeightFormat
 from tests.support.exactness import ROUNDING
 from tests.support.plugin_library import QUANTIZED_GEMM
@@ -95,6 +96,59 @@ def test_the_plugin_multiplies_any_number_of_rows(kind, block, dtype, make_plugi
             assert torch.equal(y, weight(x))
         else:
             assert_product(y, x, weight.exact.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (5, 592), (300, 4096)])
+def test_rows_are_rounded_as_the_reference_rounds_them(rows, width, dtype):
+    x = torch.randn(rows, width, dtype=dtype, device="cuda") * torch.rand(rows, 1, device="cuda").to(dtype)
+    x[rows // 2] = 0
+    values = torch.full((rows + 1, width), 0x55, dtype=torch.uint8, device="cuda")
+    scales = torch.full((rows,), torch.nan, device="cuda")
+    ops.quantize_rows(x, values=values[:rows], scales=scales, stream=torch.cuda.current_stream())
+    numbers = values[:rows].view(torch.float8_e4m3fn).float() * scales[:, None]
+    assert torch.equal(numbers, round_input(x.float(), "token"))
+    assert (values[rows] == 0x55).all()
+
+
+def test_a_weight_is_unpacked_as_it_was():
+    shape = _, inputs = 200, 592
+    weight = Weight("fp8", (1, inputs), shape)
+    for first, rows in ((0, 200), (64, 100), (192, 8)):
+        values = torch.full((rows + 1, inputs), 0x55, dtype=torch.uint8, device="cuda")
+        scales = torch.full((rows,), torch.nan, device="cuda")
+        into = {"row_values": values[:rows], "row_scales": scales, "stream": torch.cuda.current_stream()}
+        ops.unpack_rows(*weight.arrays, packed=weight.packed, first_row=first, **into)
+        numbers = values[:rows].view(torch.float8_e4m3fn).float() * scales[:, None]
+        assert torch.equal(numbers, weight.exact[first : first + rows])
+        assert (values[rows] == 0x55).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(208, 592), (4096, 4096)], ids=str)
+def test_the_plugin_multiplies_many_rows_in_8_bits(shape, dtype, make_plugin):
+    """What each row is rounded to is compressed-tensors' dynamic scale for a token, as the reference has it."""
+    out, inputs = shape
+    weight = Weight("fp8", (1, inputs), shape)
+    fields = {"in_features": inputs, "out_features": out, "weight_type": "fp8", "group_size": 128}
+    plugin = make_plugin(QUANTIZED_GEMM, dtype, **fields, quantize_input=1)
+    workspace = torch.empty(plugin.workspace_bytes(), dtype=torch.uint8, device="cuda")
+    for rows in (1, 192, 193, 1000):
+        x = torch.randn(rows, inputs, dtype=dtype, device="cuda") * torch.rand(rows, 1, device="cuda").to(dtype)
+        x[rows // 2] = 0
+        y = torch.full((rows, out), torch.nan, dtype=dtype, device="cuda")
+        bound = [(t.data_ptr(), list(t.shape)) for t in (x, *weight.arrays)]
+        stream = torch.cuda.current_stream().cuda_stream
+        assert plugin.enqueue(bound, [y.data_ptr()], workspace.data_ptr(), stream) == 0
+        if rows <= 192:
+            assert torch.equal(y, weight(x))
+            continue
+        if torch.cuda.get_device_capability()[0] != 9:
+            pytest.skip("cuBLASLt has no product with scales of rows on this GPU")
+        wide, exact = round_input(x.float(), "token").double(), weight.exact.double()
+        want, size = wide @ exact.T, wide.abs() @ exact.abs().T
+        # Of a step's 32 products tensor cores keep 13 bits behind the largest's first.
+        assert ((y.double() - want).abs() <= 2**-11 * size + ROUNDING[dtype] * want.abs()).all()
 
 
 def test_a_captured_graph():

@@ -75,7 +75,7 @@ OPTIONAL = {
     WRITE: {"rotate_v": 1, "range_factor": 0.875, "use_k_center": 1, "use_k_frame": 1, "use_q_frame": 1},
     ATTENTION: {"softmax_scale": 0.125, "softcap": 30.0, "window": 100, "use_sinks": 1},
     GEMM: {},
-    QUANTIZED_GEMM: {},
+    QUANTIZED_GEMM: {"quantize_input": 0},
     LOOKUP: {},
     RMS_NORM: {"use_residual": 1, "num_heads": 1, "num_normed": 1},
     SILU_MUL: {},
@@ -346,6 +346,12 @@ BAD_FIELDS = [
     (GEMM, {"in_features": 0}, "in_features is 0 and out_features 24: both must be at least 1"),
     (QUANTIZED_GEMM, {"weight_type": "int8"}, "weight_type is int8: it must be int4 or fp8"),
     (QUANTIZED_GEMM, {"group_size": 16}, "group_size is 16: it must be 128, or of int4 32 or 64"),
+    (QUANTIZED_GEMM, {"quantize_input": 2}, "quantize_input is 2: it must be 0 or 1"),
+    (
+        QUANTIZED_GEMM,
+        {"quantize_input": 1},
+        "quantize_input is 1, weight_type int4 and out_features 24: it must be 0 but of fp8 and a multiple of 16",
+    ),
     (QUANTIZED_GEMM, {"weight_type": "fp8"}, "group_size is 64: it must be 128, or of int4 32 or 64"),
     (
         QUANTIZED_GEMM,
@@ -791,6 +797,7 @@ def test_a_product_is_cublas_lts(cublas_lt, built, interface, make, said):
     assert other == first
     half, single = 2, 0
     common = {"op": "matmul", "transposed": 1, "alpha": 1, "beta": 0, "a": 0x2000, "b": 0x1000, "c": 0x3000}
+    common |= {"modes": [0, 0], "scales": [0, 0]}
     common |= {"a_desc": [half, 64, outputs, 64], "workspace": 0x4000, "bytes": workspace, "stream": 0x55, "d": 0x3000}
     for rows, found in ((12, products), (5, [last])):
         sizes = {"b_desc": [half, 64, rows, 64], "d_desc": [single, outputs, rows, outputs], "algo": rows}
@@ -847,6 +854,43 @@ def test_many_rows_are_multiplied_by_a_weight_in_16_bits(cublas_lt, built, make)
     (few,) = lib.recorded_calls(built.library)
     assert (few["op"], few["num_rows"], few["values"], few["scales"]) == ("quantized_gemm", 192, 0x2000, 0x3000)
     assert cublas_lt() == []
+
+
+def test_many_rows_in_8_bits_are_multiplied_by_a_weight_in_8_bits(cublas_lt, built, make):
+    """As much of both at a time as the workspace holds; in 16 bits where cuBLASLt has no such product."""
+    cublas_lt()
+    inputs = 1 << 18
+    fields = {"weight_type": "fp8", "group_size": 128, "quantize_input": 1}
+    plugin = make(QUANTIZED_GEMM, in_features=inputs, out_features=272, **fields)
+    slab, rows = 0x10000 + (32 << 20), (64 << 20) // inputs + 1
+    codes = slab + 2 * 256 * inputs
+    assert plugin.workspace_bytes() == (32 << 20) + 2 * 256 * inputs + rows * (inputs + 4)
+    weight = [(0x2000, [5, 2048, 4, 4, 32, 4]), (0x3000, [5, 2048, 1, 64])]
+    lib.recorded_calls(built.library)
+    assert plugin.enqueue([(0x1000, [300, inputs]), *weight], [0x5000], 0x10000, 0x55) == 0
+    scales = {"unpack_rows": slab + 256 * inputs, "quantize_rows": codes + rows * inputs}
+    calls = lib.recorded_calls(built.library)
+    assert all(call["code_scales"] == scales[call["op"]] for call in calls)
+    later = 0x1000 + 2 * rows * inputs
+    assert [(call["op"], call.get("x", call.get("first_row")), call["num_rows"], call["codes"]) for call in calls] == [
+        ("unpack_rows", 0, 256, slab),
+        ("quantize_rows", 0x1000, rows, codes),
+        ("quantize_rows", later, 300 - rows, codes),
+        ("unpack_rows", 256, 16, slab),
+        ("quantize_rows", 0x1000, rows, codes),
+        ("quantize_rows", later, 300 - rows, codes),
+    ]
+    products = [call for call in cublas_lt() if call["op"] == "matmul"]
+    e4m3, of_each_row = 28, 3
+    for call, out, count in zip(products, (256, 256, 16, 16), (rows, 300 - rows) * 2, strict=True):
+        assert (call["a_desc"], call["b_desc"]) == ([e4m3, inputs, out, inputs], [e4m3, inputs, count, inputs])
+        assert call["modes"] == [of_each_row] * 2
+        assert call["scales"] == [scales["unpack_rows"], scales["quantize_rows"]]
+        y = 0x5000 + 2 * (272 * rows * (count != rows) + 256 * (out == 16))
+        assert (call["d"], call["d_desc"][1:]) == (y, [out, count, 272])
+    assert plugin.enqueue([(0x1000, [200, inputs]), *weight], [0x5000], 0x10000, 0x55) == 0
+    assert [call["op"] for call in lib.recorded_calls(built.library)][-2:] == ["dequantize"] * 2
+    assert [call["modes"] for call in cublas_lt() if call["op"] == "matmul"] == [[0, 0]] * 2
 
 
 def test_without_cublas_lt_a_plugin_does_not_start(built, interface):

@@ -10,6 +10,7 @@
 #include "saw/quantized_gemm/dequantize.cuh"
 #include "saw/quantized_gemm/few_rows_sm80.cuh"
 #include "saw/quantized_gemm/few_rows_sm90.cuh"
+#include "saw/quantized_gemm/strips_sm90.cuh"
 
 namespace saw {
 
@@ -108,11 +109,42 @@ cudaError_t launch_tile(QuantizedGemmParams const& p, cudaStream_t stream) {
     return cudaLaunchKernelEx(&config, kernel, p, activations, splits);
 }
 
+template <typename T, WeightType W>
+cudaError_t launch_strips(QuantizedGemmParams const& p, cudaStream_t stream) {
+    auto* const kernel = &strip_kernel<T, W>;
+    auto* const sm80_kernel = &few_rows_sm80_kernel<T, W, kStripRows, kChunk>;
+    constexpr int kMostShared = StripShared<W>::bytes(kMostStrips);
+    constexpr int kSm80Shared = FewRowsSm80Stage<W, kStripRows, kChunk>::kShared;
+    static Prepared prepared;
+    static std::mutex mutex;
+    {
+        std::lock_guard<std::mutex> const lock(mutex);
+        if (!prepared.done)
+            if (auto e = prepare(kernel, kStripThreads, kMostShared, sm80_kernel, kSm80Shared, prepared)) return e;
+    }
+    int const blocks = (p.weight.out_features + kBlockRows - 1) / kBlockRows;
+    if (!prepared.hopper) {
+        sm80_kernel<<<blocks, kSm80Threads, kSm80Shared, stream>>>(p);
+        return cudaGetLastError();
+    }
+    // As few CTAs as run at once, as often as it takes.
+    int const all = blocks * (kBlockRows / kWarpRows), at_once = prepared.clusters[1];
+    int const waves = (all - 1) / (at_once * kMostStrips) + 1;
+    int const strips = (all - 1) / (at_once * waves) + 1, ctas = (all - 1) / strips + 1;
+    cudaLaunchAttribute attributes[2] = {};
+    auto const config =
+        describe_launch(dim3(ctas), kStripThreads, StripShared<W>::bytes(strips), 1, stream, attributes);
+    return cudaLaunchKernelEx(&config, kernel, p, strips);
+}
+
 template <WeightType W, int Group>
 cudaError_t launch_few_rows(QuantizedGemmParams const& p, cudaStream_t stream) {
     return dispatch_dtype(p.dtype, [&](auto type) {
-        return dispatch_tile(
-            p.num_rows, [&](auto tile) { return launch_tile<decltype(type), decltype(tile), W, Group>(p, stream); });
+        using T = decltype(type);
+        if constexpr (Group == kChunk)
+            if (p.num_rows <= kStripRows) return launch_strips<T, W>(p, stream);
+        return dispatch_tile(p.num_rows,
+                             [&](auto tile) { return launch_tile<T, decltype(tile), W, Group>(p, stream); });
     });
 }
 

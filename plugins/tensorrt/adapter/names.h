@@ -73,6 +73,7 @@ constexpr char kOutFeatures[] = "out_features";
 constexpr char kOutputDtype[] = "output_dtype";
 constexpr char kWeightType[] = "weight_type";
 constexpr char kGroupSize[] = "group_size";
+constexpr char kQuantizeInput[] = "quantize_input";
 constexpr char kVocabSize[] = "vocab_size";
 constexpr char kHiddenSize[] = "hidden_size";
 constexpr char kEpsilon[] = "epsilon";

@@ -49,6 +49,14 @@ def packed_shape(format: WeightFormat, shape: tuple[int, ...]) -> PackedShape:
     return PackedShape.of(format.kind, shape, format.block[1])
 
 
+def quantizes_input(format: WeightFormat, shape: tuple[int, ...]) -> bool:
+    """Whether a layer with a weight ``[out, in]`` multiplies many rows in 8 bits: as its checkpoint says (W8A8).
+
+    The product takes a scale for each row of the input and one for each output.
+    """
+    return format.activation == "token" and format.block[1] >= shape[1] and shape[0] % 16 == 0
+
+
 def packed_tensors(name: str, format: WeightFormat, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
     """The arrays of a quantized weight, by name."""
     packed = packed_shape(format, shape)

@@ -19,6 +19,7 @@ from saw_trtllm.backends.tensorrt.constants import (
     Constants,
     LoadArray,
     packed_shape,
+    quantizes_input,
     rope_table,
     weight_inputs,
 )
@@ -145,7 +146,8 @@ class _Decoder:
         if format.pre_scale:
             x = graph.cast(graph.cast(x, "float32") * self._constant(name + PRE_SCALE), x.dtype)
         values, scales = self._constant(name + VALUES), self._constant(name + SCALES)
-        y = graph.quantized_linear(x, values, scales, packed_shape(format, self._shapes[name]))
+        shape = self._shapes[name]
+        y = graph.quantized_linear(x, values, scales, packed_shape(format, shape), quantizes_input(format, shape))
         return graph.cast(y, dtype or y.dtype)
 
     def _norm(self, x: Tensor, weight: str, added: Tensor | None = None) -> tuple[Tensor, Tensor]:

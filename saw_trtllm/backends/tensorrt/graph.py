@@ -149,9 +149,15 @@ class Graph:
         fields = {"dtype": x.dtype, "in_features": inputs, "out_features": outputs, "output_dtype": given}
         return self.cast(self.plugin(GEMM, fields, [x, weight], [given])[0], dtype)
 
-    def quantized_linear(self, x: Tensor, values: Tensor, scales: Tensor, packed: PackedShape) -> Tensor:
-        """``x · weightᵀ`` of a packed weight: ``[n, inputs]`` to ``[n, outputs]`` of x's dtype, always our plugin."""
+    def quantized_linear(
+        self, x: Tensor, values: Tensor, scales: Tensor, packed: PackedShape, quantize_input: bool = False
+    ) -> Tensor:
+        """``x · weightᵀ`` of a packed weight: ``[n, inputs]`` to ``[n, outputs]`` of x's dtype, always our plugin.
+
+        With ``quantize_input`` many rows are rounded to e4m3 before, each with a scale of its own.
+        """
         fields: dict[str, int | float | str] = {"dtype": x.dtype, "weight_type": packed.kind}
+        fields |= {"quantize_input": int(quantize_input)}
         fields |= {"in_features": packed.in_features, "out_features": packed.out_features, "group_size": packed.group}
         return self.plugin(QUANTIZED_GEMM, fields, [x, values, scales], [x.dtype])[0]
 

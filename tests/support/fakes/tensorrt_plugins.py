@@ -99,7 +99,8 @@ FIELDS = {
     "SawGemm": {name: (_TEXT, None) for name in ("dtype", "output_dtype")}
     | {name: (_INT, None) for name in ("in_features", "out_features")},
     "SawQuantizedGemm": {name: (_TEXT, None) for name in ("dtype", "weight_type")}
-    | {name: (_INT, None) for name in ("in_features", "out_features", "group_size")},
+    | {name: (_INT, None) for name in ("in_features", "out_features", "group_size")}
+    | {"quantize_input": (_INT, 0)},
     "SawLookup": {"dtype": (_TEXT, None), "hidden_size": (_INT, None), "vocab_size": (_INT, None)},
     "SawRmsNorm": {"dtype": (_TEXT, None), "hidden_size": (_INT, None)}
     | {"epsilon": (_FLOAT, None), "use_residual": (_INT, 0), "num_heads": (_INT, 1), "num_normed": (_INT, 1)},

@@ -64,7 +64,7 @@ FAKE int cublasLtMatmulPreferenceSetAttribute(Desc d, int name, void const* valu
     return set(d, name, value, n);
 }
 FAKE int cublasLtMatmulPreferenceDestroy(Desc desc) { return delete static_cast<Sizes*>(desc), 0; }
-// An algorithm is the number of columns that it is for; 1001 take none but theirs.
+// An algorithm is the number of columns that it is for; 1001 take none but theirs, 13 have none, nor 200 with scales.
 FAKE int cublasLtMatmulAlgoGetHeuristic(void*, Desc product, Desc, Desc b, Desc, Desc, Desc preference, int,
                                         uint64_t* best, int* found) {
     auto& of = *static_cast<Sizes*>(preference);
@@ -73,7 +73,7 @@ FAKE int cublasLtMatmulAlgoGetHeuristic(void*, Desc product, Desc, Desc b, Desc,
          << ", \"workspace\": " << of[1] << ", \"reductions\": " << of[3] << ", \"alignment\": " << of[5] << "}\n";
     calls += call.str();
     best[0] = static_cast<Matrix*>(b)->columns;
-    *found = best[0] != 13;
+    *found = best[0] != 13 && !(best[0] == 200 && (*static_cast<Sizes*>(product))[31] != 0);
     return 0;
 }
 FAKE int cublasLtMatmul(void*, Desc product, float const* alpha, void const* a, Desc a_desc, void const* b, Desc b_desc,
@@ -82,12 +82,13 @@ FAKE int cublasLtMatmul(void*, Desc product, float const* alpha, void const* a, 
     uint64_t const columns = static_cast<Matrix*>(b_desc)->columns;
     std::ostringstream call;
     auto const address = [](void const* p) { return reinterpret_cast<uintptr_t>(p); };
-    call << "{\"op\": \"matmul\", \"transposed\": " << (*static_cast<Sizes*>(product))[3] << ", \"alpha\": " << *alpha
-         << ", \"beta\": " << *beta << ", \"a\": " << address(a) << ", \"b\": " << address(b)
-         << ", \"c\": " << address(c) << ", \"d\": " << address(d)
-         << ", \"a_desc\": " << text(*static_cast<Matrix*>(a_desc))
+    auto& of = *static_cast<Sizes*>(product);
+    call << "{\"op\": \"matmul\", \"transposed\": " << of[3] << ", \"alpha\": " << *alpha << ", \"beta\": " << *beta
+         << ", \"a\": " << address(a) << ", \"b\": " << address(b) << ", \"c\": " << address(c)
+         << ", \"d\": " << address(d) << ", \"a_desc\": " << text(*static_cast<Matrix*>(a_desc))
          << ", \"b_desc\": " << text(*static_cast<Matrix*>(b_desc))
-         << ", \"d_desc\": " << text(*static_cast<Matrix*>(d_desc)) << ", \"algo\": " << algo[0]
+         << ", \"d_desc\": " << text(*static_cast<Matrix*>(d_desc)) << ", \"modes\": [" << of[31] << ", " << of[32]
+         << "], \"scales\": [" << of[17] << ", " << of[18] << "]" << ", \"algo\": " << algo[0]
          << ", \"workspace\": " << address(workspace) << ", \"bytes\": " << bytes << ", \"stream\": " << address(stream)
          << "}\n";
     calls += call.str();

@@ -48,6 +48,7 @@ class Call {
             .add("out_features", weight.out_features)
             .add("group", weight.group);
     }
+    Call& add(saw::Float8Rows const& rows) { return add("codes", rows.values).add("code_scales", rows.scales); }
 
   private:
     std::ostringstream text_;
@@ -173,6 +174,16 @@ cudaError_t saw_quantized_gemm(QuantizedGemmParams const& p, cudaStream_t stream
 
 cudaError_t saw_dequantize(DequantizeParams const& p, cudaStream_t stream) {
     Call("dequantize").add(p.weight).ADD(first_row).ADD(num_rows).ADD(y).ADD_ENUM(dtype).add("stream", stream);
+    return cudaError_t(next_error);
+}
+
+cudaError_t saw_quantize_rows(QuantizeRowsParams const& p, cudaStream_t stream) {
+    Call("quantize_rows").ADD(x).ADD(num_rows).ADD(width).ADD_ENUM(dtype).add(p.y).add("stream", stream);
+    return cudaError_t(next_error);
+}
+
+cudaError_t saw_unpack_rows(UnpackRowsParams const& p, cudaStream_t stream) {
+    Call("unpack_rows").add(p.weight).ADD(first_row).ADD(num_rows).add(p.y).add("stream", stream);
     return cudaError_t(next_error);
 }
 

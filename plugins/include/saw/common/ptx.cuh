@@ -80,6 +80,10 @@ __device__ inline void copy_async(uint32_t shared, void const* global, int bytes
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
+__device__ inline void copy_async_8(uint32_t shared, void const* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
+}
+
 // The same through the L1 cache, for what other warps of the SM read too.
 __device__ inline void copy_async_cached(uint32_t shared, void const* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");

@@ -54,4 +54,29 @@ struct DequantizeParams {
 };
 SAW_API cudaError_t saw_dequantize(DequantizeParams const& params, cudaStream_t stream);
 
+// What a product of FP8 by FP8 takes: rows of e4m3 numbers and a scale for each.
+struct Float8Rows {
+    void* values;   // [num_rows, width]
+    float* scales;  // [num_rows]
+};
+
+// Rows of activations, each over its largest number's 448th (over 1 if all are 0) and rounded to the nearest.
+struct QuantizeRowsParams {
+    void const* x;  // [num_rows, width] of dtype
+    int num_rows;
+    int width;  // a multiple of 16
+    DType dtype;
+    Float8Rows y;
+};
+SAW_API cudaError_t saw_quantize_rows(QuantizeRowsParams const& params, cudaStream_t stream);
+
+// Rows of a weight of kFloat8 whose chunks have one scale, as they were before they were packed.
+struct UnpackRowsParams {
+    PackedWeight weight;
+    int first_row;  // a multiple of kBlockRows
+    int num_rows;
+    Float8Rows y;  // in_features wide
+};
+SAW_API cudaError_t saw_unpack_rows(UnpackRowsParams const& params, cudaStream_t stream);
+
 }  // namespace saw

@@ -338,6 +338,10 @@ def test_logits_of_ranks_are_the_references_of_one(family, tp_size, options, use
     fields = {"hidden_size": 64, "intermediate_size": 256}
     made = plan(family, fields=fields, kv="saw_int4", tp_size=tp_size, **options)
     graphs = check_ranks(made, use_plugins, tensorrt, monkeypatch)
+    # A scale for each token and each output: many rows are multiplied in 8 bits.
+    for layer in plugin_layers(graphs[0], "SawQuantizedGemm"):
+        whole = layer.plugin.fields["out_features"] % 16 == 0
+        assert layer.plugin.fields["quantize_input"] == (options["qformat"] == "fp8" and whole)
     assert len(plugin_layers(graphs[0], "SawAllReduce")) == 1 + 2 * 2
     assert len(plugin_layers(graphs[0], "SawAllGather")) == 1
 
@@ -353,7 +357,9 @@ def test_logits_of_ranks_of_a_quantized_checkpoint(case, tensorrt, monkeypatch, 
     )
     made = plan_build(options)
     assert all(format.pre_scale == (case == "modelopt AWQ") for format in made.weights.formats.values())
-    check_ranks(made, True, tensorrt, monkeypatch)
+    graphs = check_ranks(made, True, tensorrt, monkeypatch)
+    layers = plugin_layers(graphs[0], "SawQuantizedGemm")
+    assert not any(layer.plugin.fields["quantize_input"] for layer in layers), "blocks have no scale for each output"
 
 
 def check_ranks(made, use_plugins, tensorrt, monkeypatch):
