@@ -13,6 +13,7 @@ from saw_trtllm.build import build, plan_build
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.plan.options import BuildOptions
 from tests.support.models import make_hf_model
+from tests.support.tolerance import model_rounding
 
 WINDOWED = {
     "mistral": {},
@@ -91,7 +92,7 @@ def test_texts_are_those_of_transformers(family):
                 with torch.no_grad():
                     logits = model(ids).logits[0, len(prompts[i]) - 1 : -1]
                 best = logits.max(-1).values - logits.gather(1, ids[0, len(prompts[i]) :, None])[:, 0]
-                assert best.max() < 1e-4  # the largest, or one as large
+                assert best.max() <= 2 * model_rounding(logits)  # the largest, or one as large
                 prompts[i] = [*prompts[i], *output.outputs[0].token_ids, 5]
             prompts = [p[:150] for p in prompts]
             params = SamplingParams(max_tokens=20, ignore_eos=True)
