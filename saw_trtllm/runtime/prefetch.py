@@ -41,7 +41,8 @@ class Prefetch:
         self._blocks, self._host, self._waiting, self._open = blocks, host, waiting, open_table
 
     def ask(self, headroom: int) -> None:
-        """Ask the host and the disk for blocks of those who wait, and leave so many free ones to those who run."""
+        """Take in what has come, and ask for more for those who wait; so many free blocks are left to those who run."""
+        self._host.poll()
         room = self._host.num_slots
         for sequence in islice(self._waiting, NUM_SOUGHT_AHEAD):
             room -= self._blocks.blocks_for(sequence.num_tokens)

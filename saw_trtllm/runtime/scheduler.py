@@ -122,8 +122,7 @@ class Scheduler:
         Empty when there is nothing to do, or nothing before the step in flight is done.
         """
         self.copies, self.draws_late = [], False
-        if self.host is not None and self._prefetch is not None:
-            self.host.poll()
+        if self._prefetch is not None:
             self._prefetch.ask(self._headroom)
         step = self._schedule()
         if self.host is not None:
@@ -146,12 +145,13 @@ class Scheduler:
             if not self._grow(part.sequence.table, part.end):
                 if self._is_under_way():
                     return []
-                if not self._make_room(part):
-                    continue
+                made = self._make_room(part)
                 # Blocks that a prefill with windows was promised may be on their way to the host yet: then a decode of
                 # a later sequence has given way.
                 kept = [p for p in step[DECODE] if p.sequence.table.blocks]
                 budget, step[DECODE] = budget + len(step[DECODE]) - len(kept), kept
+                if not made:
+                    continue
             budget -= len(part.token_ids)
             step[part.kind].append(part)
         while self.waiting and len(self.running) < self._max_batch_size and preemptions == self.num_preemptions:

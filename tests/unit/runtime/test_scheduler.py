@@ -576,10 +576,15 @@ def check_random_load(make_runtime, load, cancelled_share, penalized_share=0.0, 
 WHOLE_POOL = {"exact": False, "reuse": True, "partial": False, "host_slots": 3, "disk": False, "tokens_per_block": 4}
 WHOLE_POOL |= {"chunk_blocks": 4, "max_batch_size": 1, "spare": 0, "spare_blocks": 0, "windows": (None,)}
 
+#: A prefill for which a decode of its step gives way, and which must give way itself all the same.
+NOT_ENOUGH = WHOLE_POOL | {"host_slots": 12, "tokens_per_block": 2, "chunk_blocks": 3, "max_batch_size": 2, "spare": 4}
+NOT_ENOUGH |= {"spare_blocks": 7, "windows": (3,)}
+
 
 @many_loads
 @given(**LOADS)
 @example(seed=0, **WHOLE_POOL)
+@example(seed=21387231, **NOT_ENOUGH)
 def test_everything_ends_as_it_would_alone(**load):
     check_random_load(Runtime, load, cancelled_share=0.1)
 
