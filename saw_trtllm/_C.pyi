@@ -44,6 +44,20 @@ def error_string(code: int) -> str: ...
 def dlpack_view(
     capsule: CapsuleType,
 ) -> tuple[int, tuple[int, ...], tuple[int, ...] | None, tuple[int, int]]: ...
+def gemm(
+    *,
+    x: int,
+    weight: int,
+    gate: int,
+    y: int,
+    num_rows: int,
+    in_features: int,
+    out_features: int,
+    dtype: DType,
+    wide: bool,
+    device: int,
+    stream: int,
+) -> int: ...
 def rotate_quantize_kv(
     *,
     qkv: int,

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from benchmarks.common.target import Limit, Unit
 from saw_trtllm.errors import ConfigError
 
-Suite = Literal["decode", "write", "prefill"]
+Suite = Literal["decode", "write", "prefill", "layers"]
 SUITES: tuple[str, ...] = get_args(Suite)
 
 #: Our kernels by the format of the cache; ``bf16`` is kv ``fp16`` with rows of bfloat16. ``folded`` is the write of
@@ -35,12 +35,14 @@ LABELS = {
 }
 
 #: What bounds a suite, where it is memory.
-BOUNDS = {"decode": "of read bandwidth", "write": "of copy bandwidth"}
+BOUNDS = {"decode": "of read bandwidth", "write": "of copy bandwidth", "layers": "of read bandwidth"}
 UNITS: dict[str, Unit] = {"time": "µs", "share": "%", "ratio": "x", "speedup": "x", "extra": "µs"}
 
 #: KV length of each sequence of a write of single tokens, and new tokens of each sequence of larger ones.
 WRITE_CONTEXT = 1024
 WRITE_CHUNK = 2048
+#: Of the suite ``layers``: a write and a decode of each in one graph, whose time is given by layer.
+LAYERS = 32
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Case:
 
     Attributes
     ----------
-    suite : {"decode", "write", "prefill"}
+    suite : {"decode", "write", "prefill", "layers"}
     batch : int
         Sequences.
     tokens : int
@@ -141,6 +143,8 @@ class Case:
         if self.suite == "decode":
             heads = "" if self.heads == LLAMA else f" {self.heads}"
             return f"{self.batch}x{self.context}{heads}"
+        if self.suite == "layers":
+            return f"{self.batch}x{self.context}"
         return str(self.tokens) if self.suite == "write" else f"{self.tokens} after {self.history}"
 
     @property
@@ -221,7 +225,17 @@ def _prefill_cases() -> list[Case]:
     return cases
 
 
-CASES: tuple[Case, ...] = (*_decode_cases(), *_write_cases(), *_prefill_cases())
+def _layers_cases() -> list[Case]:
+    limits = {(1, 4096): 12.5, (8, 4096): 22, (64, 8192): 142}
+    return [
+        Case(
+            "layers", batch, batch, context - 1, ("saw_int4",), targets=(Target("saw_int4", "time", limit),), quick=True
+        )
+        for (batch, context), limit in limits.items()
+    ]
+
+
+CASES: tuple[Case, ...] = (*_decode_cases(), *_write_cases(), *_prefill_cases(), *_layers_cases())
 
 
 def select_cases(suites: Sequence[str], peers: Sequence[str], quick: bool) -> list[Case]:

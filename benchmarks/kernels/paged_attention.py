@@ -15,7 +15,7 @@ from saw_trtllm.format import KVFormat
 _FILL_TOKENS = 1 << 17
 
 
-def _filled_pool(problem: Problem, fmt: KVFormat, offsets: torch.Tensor) -> torch.Tensor:
+def filled_pool(problem: Problem, fmt: KVFormat, offsets: torch.Tensor) -> torch.Tensor:
     """A pool of the problem's keys and values, written by rotate_quantize_kv with RoPE's angles at 0."""
     case, heads = problem.case, problem.case.heads
     pool = empty_pool(fmt, problem.blocks.numel(), case)
@@ -40,7 +40,7 @@ def _filled_pool(problem: Problem, fmt: KVFormat, offsets: torch.Tensor) -> torc
     return pool
 
 
-def _turned(x: torch.Tensor, fmt: KVFormat, which: bool = True) -> torch.Tensor:
+def turned(x: torch.Tensor, fmt: KVFormat, which: bool = True) -> torch.Tensor:
     """Rotated as ``rotate_quantize_kv`` leaves it, if ``which`` is; rotated twice, it is as before."""
     return rotate(x, fmt.hadamard_order).to(x.dtype) if which and fmt.hadamard_order > 1 else x
 
@@ -49,9 +49,9 @@ def decode(problem: Problem, name: str) -> Contender:
     """``decode_attention`` on a pool of the named format."""
     case, heads = problem.case, problem.case.heads
     fmt, offsets = kv_format(name, heads.head_dim), offsets_of(problem.blocks)
-    pool = _filled_pool(problem, fmt, offsets)
+    pool = filled_pool(problem, fmt, offsets)
     lengths = ints(*[case.context] * case.batch)
-    q = _turned(problem.q, fmt)
+    q = turned(problem.q, fmt)
     out = torch.empty_like(q)
     size = ops.decode_workspace_bytes(case.batch, heads.num_heads, heads.num_kv_heads, heads.head_dim)
     workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
@@ -73,7 +73,7 @@ def decode(problem: Problem, name: str) -> Contender:
         name,
         {"": lambda: launch},
         bytes=problem.rows // 2 * fmt.pair_bytes + problem.io_bytes,
-        cosine=lambda: problem.cosine(_turned(out, fmt, fmt.rotate_v)),
+        cosine=lambda: problem.cosine(turned(out, fmt, fmt.rotate_v)),
     )
 
 
@@ -81,9 +81,9 @@ def prefill(problem: Problem, name: str) -> Contender:
     """``prefill_attention`` of a chunk, its history in a pool of the named format."""
     case, heads = problem.case, problem.case.heads
     fmt, offsets = kv_format(name, heads.head_dim), offsets_of(problem.blocks)
-    pool = _filled_pool(problem, fmt, offsets)
-    q, k = _turned(problem.q, fmt), _turned(problem.chunk(problem.k).contiguous(), fmt)
-    v = _turned(problem.chunk(problem.v).contiguous(), fmt, fmt.rotate_v)
+    pool = filled_pool(problem, fmt, offsets)
+    q, k = turned(problem.q, fmt), turned(problem.chunk(problem.k).contiguous(), fmt)
+    v = turned(problem.chunk(problem.v).contiguous(), fmt, fmt.rotate_v)
     out = torch.empty_like(q)
     ends, lengths = ends_of(case.batch, case.chunk), ints(*[case.context] * case.batch)
 
@@ -107,5 +107,5 @@ def prefill(problem: Problem, name: str) -> Contender:
         {"": lambda: launch},
         bytes=problem.rows // 2 * fmt.pair_bytes + problem.io_bytes + (k.numel() + v.numel()) * BYTES,
         flops=problem.flops,
-        cosine=lambda: problem.cosine(_turned(out, fmt, fmt.rotate_v)),
+        cosine=lambda: problem.cosine(turned(out, fmt, fmt.rotate_v)),
     )

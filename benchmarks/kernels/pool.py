@@ -14,9 +14,10 @@ def kv_format(name: str, head_dim: int) -> KVFormat:
     return KVFormat(kv, head_dim, dtype="bfloat16", rotate_v=name == "saw_int4")
 
 
-def offsets_of(blocks: torch.Tensor) -> torch.Tensor:
-    """TensorRT-LLM's block table of a pool of one layer: ``block · 2 + (0 K, 1 V)``."""
-    return torch.stack([blocks * 2, blocks * 2 + 1], dim=1).int()
+def offsets_of(blocks: torch.Tensor, num_layers: int = 1) -> torch.Tensor:
+    """TensorRT-LLM's block table of a pool: ``block · num_layers · 2 + (0 K, 1 V)``."""
+    first = blocks * num_layers * 2
+    return torch.stack([first, first + 1], dim=1).int()
 
 
 def ints(*values: int) -> torch.Tensor:
@@ -29,7 +30,7 @@ def ends_of(count: int, tokens: int) -> torch.Tensor:
     return torch.arange(1, count + 1, dtype=torch.int32, device="cuda") * tokens
 
 
-def empty_pool(fmt: KVFormat, num_blocks: int, case: Case) -> torch.Tensor:
-    """A pool of one layer, of zeros."""
-    shape = fmt.pool_shape(num_blocks, 1, case.heads.num_kv_heads, case.tokens_per_block)
+def empty_pool(fmt: KVFormat, num_blocks: int, case: Case, num_layers: int = 1) -> torch.Tensor:
+    """A pool of zeros."""
+    shape = fmt.pool_shape(num_blocks, num_layers, case.heads.num_kv_heads, case.tokens_per_block)
     return torch.zeros(shape, dtype=torch.uint8, device="cuda")

@@ -72,7 +72,7 @@ class Problem:
     def rows(self) -> int:
         """Rows of K and V in the pool, without the step's own in a prefill."""
         case = self.case
-        tokens = case.batch * (case.context if case.suite == "decode" else case.history)
+        tokens = case.batch * (case.history if case.suite == "prefill" else case.context)
         return 2 * tokens * case.heads.num_kv_heads
 
     @property

@@ -11,6 +11,7 @@ from benchmarks.kernels.plots import plots
 from benchmarks.kernels.record import CaseResult, Measurement, Results
 
 _SHAPES = {"decode": "sequences x context", "write": "tokens", "prefill": "tokens after history"}
+_SHAPES["layers"] = _SHAPES["decode"]
 
 
 def suite_table(results: Results, suite: str) -> Table:

@@ -37,6 +37,8 @@ class Contender:
         0 where memory is what bounds it.
     cosine : callable, optional
         After a run: how near the output is to what it should be.
+    layers : int
+        That a launch runs one after the other: bytes and times are of one.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Contender:
     bytes: int
     flops: int = 0
     cosine: Callable[[], float] | None = None
+    layers: int = 1
 
 
 class MissingError(Exception):
@@ -89,7 +92,7 @@ def run_case(
         except (MissingError, SawError) as e:
             missing[name] = str(e)
     times = timer.measure([choice.prepared for _, choice in ready])
-    peak = {"decode": bandwidth.read_gbps, "write": bandwidth.copy_gbps, "prefill": None}[case.suite]
+    peak = {"write": bandwidth.copy_gbps, "prefill": None}.get(case.suite, bandwidth.read_gbps)
     measurements = [
         _measurement(contender, choice, sample, peak) for (contender, choice), sample in zip(ready, times, strict=True)
     ]
@@ -157,7 +160,7 @@ def first_line(error: Exception) -> str:
 
 
 def _measurement(contender: Contender, choice: _Choice, times: list[float], peak: float | None) -> Measurement:
-    tenths = quantiles(times, n=10, method="inclusive")
+    tenths = [each / contender.layers for each in quantiles(times, n=10, method="inclusive")]
     median = tenths[4]
     gbps = contender.bytes / median / 1e3
     return Measurement(

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.common.environment import describe, version_of
-from benchmarks.kernels import paged_attention, rotate_quantize_kv
+from benchmarks.kernels import layers, paged_attention, rotate_quantize_kv
 from benchmarks.kernels.cases import FLASHINFER_PEERS, OURS, Case, select_cases
 from benchmarks.kernels.peers import FlashInfer, Official
 from benchmarks.kernels.problem import Problem
@@ -111,6 +111,7 @@ def _contenders(
                 "decode": paged_attention.decode,
                 "prefill": paged_attention.prefill,
                 "write": rotate_quantize_kv.write,
+                "layers": layers.layers,
             }[case.suite]
             yield name, partial(set_up, problem or case, name)
         else:

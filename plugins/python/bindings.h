@@ -39,6 +39,7 @@ class DeviceGuard {
 
 void add_all_gather(py::module_& m);
 void add_all_reduce(py::module_& m);
+void add_gemm(py::module_& m);
 void add_lookup(py::module_& m);
 void add_rms_norm(py::module_& m);
 void add_rotate_quantize_kv(py::module_& m);

@@ -83,6 +83,7 @@ PYBIND11_MODULE(_C, m) {
     add_sample(m);
     add_rms_norm(m);
     add_silu_mul(m);
+    add_gemm(m);
     add_lookup(m);
     add_all_reduce(m);
     add_all_gather(m);

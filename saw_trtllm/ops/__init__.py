@@ -5,6 +5,7 @@ as the rows of a pool, is not.
 """
 
 from saw_trtllm.ops.arrays import ACTIVATION_DTYPES
+from saw_trtllm.ops.gemm import gemm
 from saw_trtllm.ops.lookup import lookup
 from saw_trtllm.ops.paged_attention import MAX_GROUP, decode_attention, decode_workspace_bytes, prefill_attention
 from saw_trtllm.ops.quantized_gemm import (
@@ -27,6 +28,7 @@ __all__ = [
     "decode_attention",
     "decode_workspace_bytes",
     "dequantize",
+    "gemm",
     "lookup",
     "pack_frame",
     "pack_weight",

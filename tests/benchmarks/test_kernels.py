@@ -113,6 +113,7 @@ def test_the_cases_are_those_of_the_issue():
     assert names["write"] == ["1", "4", "8", "16", "64", "256", "2048", "8192", "32768"]
     assert names["prefill"][0] == "8192 after 0"
     assert {"2048 after 0", "2048 after 32768", "2048 after 131072"} < set(names["prefill"])
+    assert names["layers"] == ["1x4096", "8x4096", "64x8192"]
     assert sum(map(len, names.values())) == len(CASES) == len({(c.suite, c.name) for c in CASES})
     assert {c.tokens_per_block for c in CASES} == {64}
     assert {str(LLAMA)} == {str(c.heads) for c in CASES if c.suite != "decode"} == {"32/8/128"}
@@ -125,6 +126,7 @@ def test_who_takes_part():
             | ({"saw_k8v4", *PEERS} if case.heads == LLAMA else set()),
             "write": {"saw_int4", "folded", "framed", "int4", "official"},
             "prefill": {"saw_int4", "bf16", "flashinfer"},
+            "layers": {"saw_int4"},
         }
         assert set(case.contenders) == expected[case.suite]
         for target in case.targets:
@@ -145,8 +147,10 @@ def test_shapes_of_a_case():
 
 def test_the_targets_are_those_of_the_issue(results):
     targets = {}
-    for _, case, must, _, _ in report(results).tables["targets"][1:]:
-        targets.setdefault(case, []).append(must)
+    for suite, case, must, _, _ in report(results).tables["targets"][1:]:
+        targets.setdefault(f"layers {case}" if suite == "layers" else case, []).append(must)
+    for name, limit in {"1x4096": 12.5, "8x4096": 22, "64x8192": 142}.items():
+        assert targets[f"layers {name}"] == [f"saw_int4: at most {limit} µs"]
     large = {"64x8192": (139, 2.15), "128x4096": (140, 1.85), "256x2048": (142, 1.9), "32x16384": (146, None)}
     for name, (limit, over_xqa) in large.items():
         assert targets[name] == [
@@ -370,7 +374,7 @@ def test_plot_without_matplotlib(results, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "needed"),
     [
-        (["--suite", "decode,encode"], "suite 'encode' is unknown: choose among decode, write, prefill"),
+        (["--suite", "decode,encode"], "suite 'encode' is unknown: choose among decode, write, prefill, layers"),
         (
             ["--peers", "vllm"],
             "peer 'vllm' is unknown: choose among xqa_fp8, flashinfer_fp8, xqa, ",
@@ -454,10 +458,10 @@ def test_every_contender_is_set_up_on_the_case_s_tensors(monkeypatch):
         def __getattr__(self, suite):
             return lambda given, name: called.append((suite, given, name))
 
-    for operation in ("paged_attention", "rotate_quantize_kv"):
+    for operation in ("layers", "paged_attention", "rotate_quantize_kv"):
         monkeypatch.setattr(bench_kernels, operation, Side())
     monkeypatch.setattr(bench_kernels.Problem, "make", lambda case: f"tensors of {case.name}")
-    for suite, name in (("decode", "1x4096"), ("write", "1"), ("prefill", "8192 after 0")):
+    for suite, name in (("decode", "1x4096"), ("write", "1"), ("prefill", "8192 after 0"), ("layers", "1x4096")):
         case = case_named(suite, name)
         for _, set_up in bench_kernels._contenders(case, Side(), Side()):
             set_up()

@@ -25,6 +25,7 @@ BANDWIDTH = Bandwidth(read_gbps=1.0, copy_gbps=1.0)
         Case("write", 1, 2048, 0, ("saw_int4", "int4")),
         Case("prefill", 1, 256, 0, ("saw_int4", "bf16"), Heads(8, 2, 128)),
         Case("prefill", 1, 256, 1024, ("saw_int4", "bf16"), Heads(8, 2, 128)),
+        Case("layers", 3, 3, 191, ("saw_int4",), Heads(8, 2, 128)),
     ],
     ids=lambda case: f"{case.suite}-{case.name}",
 )

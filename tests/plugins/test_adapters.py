@@ -74,7 +74,7 @@ FIELDS = {
 OPTIONAL = {
     WRITE: {"rotate_v": 1, "range_factor": 0.875, "use_k_center": 1, "use_k_frame": 1, "use_q_frame": 1},
     ATTENTION: {"softmax_scale": 0.125, "softcap": 30.0, "window": 100, "use_sinks": 1},
-    GEMM: {},
+    GEMM: {"use_gate": 1, "output_dtype": "float16"},
     QUANTIZED_GEMM: {"quantize_input": 0},
     LOOKUP: {},
     RMS_NORM: {"use_residual": 1, "num_heads": 1, "num_normed": 1},
@@ -252,14 +252,14 @@ def test_outputs(head_dim, dtype, built, make):
 @pytest.mark.parametrize("name", NAMES)
 def test_one_combination_of_types(name, built, make):
     plugin = make(name, **OPTIONAL[name])
-    count = 2 + (name in (RMS_NORM, QUANTIZED_GEMM)) - (name in ONE_INPUT)
+    count = 2 + (name in (RMS_NORM, GEMM, QUANTIZED_GEMM)) - (name in ONE_INPUT)
     count = len(StepOf([1], 1).inputs(built, name, optional=True)) if name in PLUGINS else count
     outputs = plugin.num_outputs()
     address = address_type(built)
     wanted = {
         WRITE: [HALF, *[INT32] * 4, address, INT32, FLOAT, FLOAT, HALF, HALF, HALF, HALF, HALF, INT32],
         ATTENTION: [HALF] * 3 + [INT32] * 5 + [address, INT32, INT32, FLOAT, HALF],
-        GEMM: [HALF, HALF, FLOAT],
+        GEMM: [HALF, HALF, HALF, HALF],
         QUANTIZED_GEMM: [HALF, INT32, FLOAT, HALF],
         LOOKUP: [INT32, HALF, HALF],
         RMS_NORM: [HALF, FLOAT, HALF, HALF, HALF],
@@ -343,6 +343,7 @@ BAD_FIELDS = [
     (ATTENTION, {"use_sinks": 3}, "use_sinks is 3"),
     (GEMM, {"dtype": "int8"}, "dtype is int8: it must be float16 or bfloat16"),
     (GEMM, {"output_dtype": "bfloat16"}, "output_dtype is bfloat16: it must be float32 or dtype, float16"),
+    (GEMM, {"use_gate": 1}, "output_dtype is float32 and use_gate 1: with a gate it must be dtype, float16"),
     (GEMM, {"in_features": 0}, "in_features is 0 and out_features 24: both must be at least 1"),
     (QUANTIZED_GEMM, {"weight_type": "int8"}, "weight_type is int8: it must be int4 or fp8"),
     (QUANTIZED_GEMM, {"group_size": 16}, "group_size is 16: it must be 128, or of int4 32 or 64"),
@@ -358,7 +359,7 @@ BAD_FIELDS = [
         {"in_features": 24},
         "in_features is 24 and out_features 24: they must be multiples of 16 and of 8",
     ),
-    (GEMM, {"weight": 1}, "the fields are dtype, in_features, out_features, output_dtype"),
+    (GEMM, {"weight": 1}, "the fields are dtype, in_features, out_features, output_dtype, use_gate"),
     (LOOKUP, {"hidden_size": -1}, "hidden_size is -1: it must be at least 1"),
     (LOOKUP, {"vocab_size": 0}, "vocab_size is 0: it must be at least 1"),
     (RMS_NORM, {"epsilon": -1.0}, "epsilon is -1.0+: it must be finite and at least 0"),
@@ -822,13 +823,47 @@ def test_a_product_that_fails(cublas_lt, make, said):
     assert plugin.enqueue([(0x1000, [13, 64]), weight], [0x3000], 0x4000, 0) != 0
     assert "cuBLASLt has no algorithm for 13 rows of 64 by a weight of [24, 64] (A_STATUS): build" in said()
     assert plugin.enqueue([(0x1008, [1, 64]), weight], [0x3000], 0x4000, 0) != 0
-    assert "SawGemm: x, weight or y does not lie on a multiple of 16 bytes" in said()
+    assert "SawGemm: x, weight, gate or y does not lie on a multiple of 16 bytes" in said()
     assert plugin.enqueue([(0x1000, [1, 60]), weight], [0x3000], 0x4000, 0) != 0
     assert "input x has shape [1, 60]: it must be [num_tokens, 64]" in said()
     cublas_lt(7)
     assert plugin.enqueue([(0x1000, [1, 64]), weight], [0x3000], 0x4000, 0) != 0
     assert "cublasLtMatmul gave A_STATUS" in said()
     cublas_lt()
+
+
+def test_few_rows_are_our_kernels(cublas_lt, built, make):
+    cublas_lt()
+    few_rows = CDLL(str(built.library)).saw_set_test_few_rows
+    few_rows(9)
+    lib.recorded_calls(built.library)
+    tensors = [(0x1000, [9, 64]), (0x2000, [24, 64]), (0x5000, [24, 64])]
+    gated = make(GEMM, use_gate=1, output_dtype="float16")
+    assert gated.enqueue(tensors, [0x3000], 0x10000, 0x55) == 0
+    assert make(GEMM).enqueue(tensors[:2], [0x3000], 0x10000, 0x55) == 0
+    few_rows(0)
+    same = {"op": "gemm", "x": 0x1000, "weight": 0x2000, "y": 0x3000, "num_rows": 9, "stream": 0x55, "dtype": 0}
+    same |= {"in_features": 64, "out_features": 24}
+    assert lib.recorded_calls(built.library) == [same | {"gate": 0x5000, "wide": 0}, same | {"gate": 0, "wide": 1}]
+    assert cublas_lt() == []
+
+
+def test_many_rows_with_a_gate_are_two_products_at_a_time(cublas_lt, built, make):
+    """The second one in the workspace, which has room for some rows; then the gate, in y's place."""
+    width = 1 << 16
+    plugin = make(GEMM, use_gate=1, output_dtype="float16", out_features=width)
+    lt, slab = 32 << 20, 1024 * width * 2
+    assert plugin.workspace_bytes() == lt + slab
+    cublas_lt()
+    lib.recorded_calls(built.library)
+    tensors = [(0x1000, [1027, 64]), (0x2000, [width, 64]), (0x5000, [width, 64])]
+    assert plugin.enqueue(tensors, [0x3000], 0x10000, 0x55) == 0
+    second, gate, rest = 0x3000 + slab, 0x10000 + lt, 0x1000 + 1024 * 64 * 2
+    products = [(call["a"], call["b"], call["d"], call["d_desc"][2]) for call in cublas_lt() if call["op"] == "matmul"]
+    assert products[:2] == [(0x2000, 0x1000, 0x3000, 1024), (0x5000, 0x1000, gate, 1024)]
+    assert products[2:] == [(0x2000, rest, second, 3), (0x5000, rest, gate, 3)]
+    gates = [(call["a"], call["b"], call["y"], call["count"]) for call in lib.recorded_calls(built.library)]
+    assert gates == [(0x3000, gate, 0x3000, 1024 * width), (second, gate, second, 3 * width)]
 
 
 def test_many_rows_are_multiplied_by_a_weight_in_16_bits(cublas_lt, built, make):

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "../launch.cuh"
 #include "saw/common/dispatch.h"
 #include "saw/rms_norm/kernel.cuh"
 #include "saw/rms_norm/params.h"
@@ -10,9 +11,9 @@ namespace saw {
 namespace {
 
 template <typename T, int N>
-void launch_rms_norm(RmsNormParams const& p, cudaStream_t stream) {
+cudaError_t launch_rms_norm(RmsNormParams const& p, cudaStream_t stream) {
     int const threads = std::min((p.width / N + 31) / 32 * 32, 1024);
-    rms_norm_kernel<T, N><<<p.num_rows * p.num_heads, threads, 0, stream>>>(p);
+    return launch_dependent<&rms_norm_kernel<T, N>>(p.num_rows * p.num_heads, threads, 0, stream, p);
 }
 
 }  // namespace
@@ -22,8 +23,7 @@ cudaError_t saw_rms_norm(RmsNormParams const& p, cudaStream_t stream) {
     if (int64_t(p.num_rows) * p.num_heads > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
     return dispatch_dtype(p.dtype, [&](auto type) {
         using T = decltype(type);
-        (p.width % kWide == 0 ? &launch_rms_norm<T, kWide> : &launch_rms_norm<T, 1>)(p, stream);
-        return cudaGetLastError();
+        return (p.width % kWide == 0 ? &launch_rms_norm<T, kWide> : &launch_rms_norm<T, 1>)(p, stream);
     });
 }
 

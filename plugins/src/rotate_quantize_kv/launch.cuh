@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../launch.cuh"
 #include "instances.h"
 #include "saw/common/dispatch.h"
 #include "saw/rotate_quantize_kv/kernel.cuh"
@@ -58,8 +59,7 @@ cudaError_t launch_rotate_quantize_kv_instance(RotateQuantizeKvParams const& p, 
     grid.token_step = warps / items_per_token;
     grid.item_step = warps % items_per_token;
     int const ctas = (warps + Config::kWarps - 1) / Config::kWarps;
-    rotate_quantize_kv_kernel<Config><<<ctas, dim3(32, Config::kWarps), 0, stream>>>(p, grid);
-    return cudaGetLastError();
+    return launch_dependent<&rotate_quantize_kv_kernel<Config>>(ctas, dim3(32, Config::kWarps), 0, stream, p, grid);
 }
 
 template <int HeadDim, int Order, CacheType Cache, typename T>

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../launch.cuh"
 #include "instances.h"
 #include "saw/common/dispatch.h"
 #include "saw/rotate_quantize_kv/frame_few.cuh"
@@ -61,13 +62,12 @@ cudaError_t launch_frame_typed(RotateQuantizeKvParams const& p, cudaStream_t str
         // On an H200 and 48 heads: 512 tokens take the many 33 µs and the few 19, 2048 tokens 44 and 58.
         if (device.hopper && p.num_tokens > 1024) {
             auto const runs = frame_runs(p, Many::kCtaRows, device.sms, grid);
-            frame_many_kernel<Many><<<runs, Many::kThreads, sizeof(FrameManyShared<Many>), stream>>>(p, grid);
-            return cudaGetLastError();
+            return launch_dependent<&frame_many_kernel<Many>>(runs, Many::kThreads, sizeof(FrameManyShared<Many>),
+                                                              stream, p, grid);
         }
     }
     auto const runs = frame_runs(p, Few::kRows, device.sms * Few::kCtasPerSm, grid);
-    frame_few_kernel<Few><<<runs, Few::kThreads, sizeof(FrameFewTile<Few>), stream>>>(p, grid);
-    return cudaGetLastError();
+    return launch_dependent<&frame_few_kernel<Few>>(runs, Few::kThreads, sizeof(FrameFewTile<Few>), stream, p, grid);
 }
 
 template <int HeadDim>

@@ -71,6 +71,7 @@ constexpr char kUseSinks[] = "use_sinks";
 constexpr char kInFeatures[] = "in_features";
 constexpr char kOutFeatures[] = "out_features";
 constexpr char kOutputDtype[] = "output_dtype";
+constexpr char kUseGate[] = "use_gate";
 constexpr char kWeightType[] = "weight_type";
 constexpr char kGroupSize[] = "group_size";
 constexpr char kQuantizeInput[] = "quantize_input";

@@ -115,7 +115,7 @@ class _Decoder:
             before = "pre_feedforward_layernorm" if inter else "post_layernorm"
             x, h = self._norm(x, f"{prefix}{before}.weight", added)
             fc, gate, proj = (f"{prefix}mlp.{name}.weight" for name in ("fc", "gate", "proj"))
-            h = graph.gated(self._linear(h, fc), self._linear(h, gate), self.model.hidden_act)
+            h = self._gated(h, fc, gate)
             added = graph.all_reduce(self._linear(h, proj), self._num_ranks)
             if inter:
                 _, added = self._norm(added, prefix + "post_feedforward_layernorm.weight")
@@ -149,6 +149,13 @@ class _Decoder:
         shape = self._shapes[name]
         y = graph.quantized_linear(x, values, scales, packed_shape(format, shape), quantizes_input(format, shape))
         return graph.cast(y, dtype or y.dtype)
+
+    def _gated(self, x: Tensor, fc: str, gate: str) -> Tensor:
+        """``activation(x · fcᵀ) · (x · gateᵀ)`` of named weights."""
+        graph, activation = self.graph, self.model.hidden_act
+        if self._formats.keys() & {fc, gate} or not graph.fuses_gate(activation):
+            return graph.gated(self._linear(x, fc), self._linear(x, gate), activation)
+        return graph.gated_linear(x, self._constant(fc), self._constant(gate))
 
     def _norm(self, x: Tensor, weight: str, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The sum, and its RMSNorm with a weight."""

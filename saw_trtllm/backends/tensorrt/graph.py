@@ -145,9 +145,20 @@ class Graph:
             layer = self.network.add_matrix_multiply(x.handle, op.NONE, weight.handle, op.TRANSPOSE)
             return self.cast(self._tensor("linear", layer, x.dtype), dtype)
         given = dtype if dtype == "float32" else x.dtype
-        outputs, inputs = weight.handle.shape
-        fields = {"dtype": x.dtype, "in_features": inputs, "out_features": outputs, "output_dtype": given}
-        return self.cast(self.plugin(GEMM, fields, [x, weight], [given])[0], dtype)
+        return self.cast(self._product(x, [weight], given), dtype)
+
+    def fuses_gate(self, activation: str) -> bool:
+        """Whether :meth:`gated_linear` is to be had, for an activation."""
+        return self._use_plugins and activation == "silu"
+
+    def gated_linear(self, x: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+        """``silu(x · weightᵀ) · (x · gateᵀ)``: ``[n, inputs]`` and ``[outputs, inputs]`` to ``[n, outputs]``."""
+        return self._product(x, [weight, gate], x.dtype, use_gate=1)
+
+    def _product(self, x: Tensor, weights: Sequence[Tensor], dtype: str, **fields: int) -> Tensor:
+        outputs, inputs = weights[0].handle.shape
+        sizes = {"dtype": x.dtype, "in_features": inputs, "out_features": outputs, "output_dtype": dtype}
+        return self.plugin(GEMM, sizes | fields, [x, *weights], [dtype])[0]
 
     def quantized_linear(
         self, x: Tensor, values: Tensor, scales: Tensor, packed: PackedShape, quantize_input: bool = False

@@ -210,7 +210,9 @@ def _row_wise_gemm(layer, x, weight, token_scale, channel_scale):
     return [(x @ weight.T) * token_scale * channel_scale]
 
 
-def _gemm(fields, x, weight):
+def _gemm(fields, x, weight, *gate):
+    if gate:
+        return torch.nn.functional.silu(x @ weight.T) * (x @ gate[0].T)
     return x.float() @ weight.float().T if fields["output_dtype"] == "float32" else x @ weight.T
 
 

@@ -97,7 +97,8 @@ FIELDS = {
     "SawInt4PagedAttention": _COMMON
     | {"softmax_scale": (_FLOAT, 0.0), "softcap": (_FLOAT, 0.0), "window": (_INT, 0), "use_sinks": (_INT, 0)},
     "SawGemm": {name: (_TEXT, None) for name in ("dtype", "output_dtype")}
-    | {name: (_INT, None) for name in ("in_features", "out_features")},
+    | {name: (_INT, None) for name in ("in_features", "out_features")}
+    | {"use_gate": (_INT, 0)},
     "SawQuantizedGemm": {name: (_TEXT, None) for name in ("dtype", "weight_type")}
     | {name: (_INT, None) for name in ("in_features", "out_features", "group_size")}
     | {"quantize_input": (_INT, 0)},
@@ -182,17 +183,15 @@ class SawPlugin(IPluginV3):
             expected.append((float32, None))
         if f.get("use_k_frame"):
             expected += [(float16, 4)] * 2
-        if f.get("use_residual"):
+        if f.get("use_residual") or f.get("use_gate"):
             expected.append(("dtype", 2))
         assert len(inputs) == len(expected), (self.plugin_type, len(inputs))
         for i, (x, (dtype, rank)) in enumerate(zip(inputs, expected, strict=True)):
             assert x.dtype == (self.dtype if dtype == "dtype" else dtype), (self.plugin_type, i, x.dtype)
             assert rank in (None, len(x.shape)), (self.plugin_type, i, x.shape)
         if self.plugin_type == "SawGemm":
-            assert (tuple(inputs[1].shape), inputs[0].shape[1]) == (
-                (f["out_features"], f["in_features"]),
-                f["in_features"],
-            )
+            assert {tuple(x.shape) for x in inputs[1:]} == {(f["out_features"], f["in_features"])}
+            assert inputs[0].shape[1] == f["in_features"]
             return [([rows, f["out_features"]], float32 if f["output_dtype"] == "float32" else self.dtype)]
         if self.plugin_type == "SawAllGather":
             assert inputs[0].shape[1] == f["in_features"]

@@ -4,6 +4,7 @@
 
 #include "saw/all_gather/params.h"
 #include "saw/all_reduce/params.h"
+#include "saw/gemm/params.h"
 #include "saw/lookup/params.h"
 #include "saw/paged_attention/params.h"
 #include "saw/quantized_gemm/params.h"
@@ -167,6 +168,26 @@ cudaError_t saw_rms_norm(RmsNormParams const& p, cudaStream_t stream) {
     return cudaError_t(next_error);
 }
 
+// Rows up to which a test lets our kernels multiply.
+int few_rows_of_test = 0;
+
+bool saw_has_gemm(GemmParams const& p) { return p.num_rows <= few_rows_of_test; }
+
+cudaError_t saw_gemm(GemmParams const& p, cudaStream_t stream) {
+    Call("gemm")
+        .ADD(x)
+        .ADD(weight)
+        .ADD(gate)
+        .ADD(y)
+        .ADD(num_rows)
+        .ADD(in_features)
+        .ADD(out_features)
+        .ADD_ENUM(dtype)
+        .add("wide", int(p.wide))
+        .add("stream", stream);
+    return cudaError_t(next_error);
+}
+
 cudaError_t saw_quantized_gemm(QuantizedGemmParams const& p, cudaStream_t stream) {
     Call("quantized_gemm").ADD(x).add(p.weight).ADD(y).ADD(num_rows).ADD_ENUM(dtype).add("stream", stream);
     return cudaError_t(next_error);
@@ -235,6 +256,8 @@ cudaError_t saw_all_gather(float const* parts, float* out, int num_ranks, int nu
 extern "C" __attribute__((visibility("default"))) void saw_set_test_ranks(int rank, int size, size_t one_shot_bytes) {
     saw::ranks_of_test = {rank, size, nullptr, one_shot_bytes, {}};
 }
+
+extern "C" __attribute__((visibility("default"))) void saw_set_test_few_rows(int rows) { saw::few_rows_of_test = rows; }
 
 // What was called since the last time it was asked, and the error that later calls return.
 extern "C" __attribute__((visibility("default"))) char const* saw_recorded_calls(int error_of_next_calls) {

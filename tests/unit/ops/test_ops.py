@@ -68,6 +68,10 @@ class FakeKernels:
         self.calls.append(("silu_mul", kwargs))
         return self.code
 
+    def gemm(self, **kwargs: Any) -> int:
+        self.calls.append(("gemm", kwargs))
+        return self.code
+
     def lookup(self, **kwargs: Any) -> int:
         self.calls.append(("lookup", kwargs))
         return self.code
@@ -86,7 +90,7 @@ class FakeKernels:
 @pytest.fixture
 def fake(monkeypatch) -> FakeKernels:
     kernels = FakeKernels()
-    operations = ("lookup", "paged_attention", "rms_norm", "rotate_quantize_kv", "sample", "silu_mul")
+    operations = ("gemm", "lookup", "paged_attention", "rms_norm", "rotate_quantize_kv", "sample", "silu_mul")
     for module in ("arrays", "pool", *operations):
         monkeypatch.setattr(sys.modules[f"saw_trtllm.ops.{module}"], "kernels", lambda: kernels)
     return kernels
@@ -157,6 +161,12 @@ def lookup_arguments() -> dict[str, Any]:
     return {"table": table, "rows": Fake("int32", TOKENS), "out": out}
 
 
+def gemm_arguments() -> dict[str, Any]:
+    x, y = Fake("bfloat16", TOKENS, 96, address=4096), Fake("bfloat16", TOKENS, 36, address=4 * 4096)
+    weight, gate = (Fake("bfloat16", 36, 96, address=4096 * i) for i in (2, 3))
+    return {"x": x, "weight": weight, "gate": gate, "y": y}
+
+
 def sample_arguments() -> dict[str, Any]:
     kinds = {
         "logits": ("float32", 40, 1001),
@@ -175,6 +185,7 @@ ARGUMENTS = {
     ops.rms_norm: norm_arguments,
     ops.silu_mul: gate_arguments,
     ops.lookup: lookup_arguments,
+    ops.gemm: gemm_arguments,
     ops.rotate_quantize_kv: write_arguments,
     ops.decode_attention: decode_arguments,
     ops.prefill_attention: prefill_arguments,
@@ -319,6 +330,16 @@ def test_gates_and_lookups_launch_with_what_the_arrays_say(fake):
     assert (lookup["table"] // 4096, lookup["out"] // 4096) == (320, TOKENS)
 
 
+def test_a_product_launches_with_what_the_arrays_say(fake):
+    ops.gemm(**gemm_arguments(), stream=5)
+    ops.gemm(**gemm_arguments() | {"gate": None, "y": Fake("float32", TOKENS, 36)})
+    (_, call), (_, plain) = fake.calls
+    assert [call[name] // 4096 for name in ("x", "weight", "gate", "y")] == [1, 2, 3, 4]
+    assert (call["num_rows"], call["in_features"], call["out_features"]) == (TOKENS, 96, 36)
+    assert (call["dtype"], call["wide"], call["stream"]) == ("bfloat16", False, 5)
+    assert (plain["gate"], plain["wide"]) == (0, True)
+
+
 def test_a_choice_launches_with_what_the_arrays_say(fake):
     ops.sample(**sample_arguments(), stream=5)
     ops.sample(**sample_arguments() | {"row_ends": None, "logits": Fake("float32", SEQUENCES, 1001, address=8192)})
@@ -353,6 +374,8 @@ BAD_ROWS = {
         {"logits": Fake("float32", SEQUENCES - 1, 9), "row_ends": None},
         "logits has 2 rows and tokens has 3: give a row each, or row_ends",
     ),
+    "many rows": (ops.gemm, {"x": Fake("bfloat16", 17, 96), "y": Fake("bfloat16", 17, 36)}, "at most 16 rows"),
+    "a gate with a wide y": (ops.gemm, {"y": Fake("float32", TOKENS, 36)}, "y has dtype float32"),
     "another out": (ops.lookup, {"out": Fake("float16", TOKENS, 95)}, r"out has shape .* \[11, 96\]"),
 }
 

@@ -1,6 +1,7 @@
 // The kernel of rms_norm().
 #pragma once
 
+#include "saw/common/ptx.cuh"
 #include "saw/common/vec.cuh"
 #include "saw/rms_norm/params.h"
 
@@ -19,6 +20,8 @@ __device__ inline float sum_of_block(float x) {
 // A block for each head of each row. A thread reads again what it has summed up, which it finds in L1.
 template <typename T, int N>
 __global__ void rms_norm_kernel(RmsNormParams p) {
+    allow_next_grid();  // a product, whose weights are copied meanwhile
+    wait_for_last_grid();
     using P = Pack<T, N>;
     size_t const begin = size_t(blockIdx.x) * p.width;
     auto const at = [&](void const* tensor) {

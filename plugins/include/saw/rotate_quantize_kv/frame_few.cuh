@@ -359,6 +359,8 @@ __device__ void FrameFewKernel<Config, Kind>::run() {
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     frame_few_kernel(__grid_constant__ RotateQuantizeKvParams const params, __grid_constant__ FrameGrid const grid) {
+    wait_for_last_grid();
+    allow_next_grid();
     extern __shared__ __align__(1024) uint8_t memory[];
     auto& tile = *reinterpret_cast<FrameFewTile<Config>*>(memory);
     if (blockIdx.x == 0) {

@@ -354,6 +354,8 @@ template <typename Config>
 __global__ void __launch_bounds__(kHopper ? Config::kThreads : 32, 1)
     frame_many_kernel(__grid_constant__ RotateQuantizeKvParams const params, __grid_constant__ FrameGrid const grid) {
     if constexpr (kHopper) {
+        wait_for_last_grid();
+        allow_next_grid();
         extern __shared__ __align__(1024) uint8_t memory[];
         auto& shared = *reinterpret_cast<FrameManyShared<Config>*>(memory);
         if (blockIdx.x == 0) {

@@ -488,6 +488,8 @@ template <typename Config>
 __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     rotate_quantize_kv_kernel(__grid_constant__ RotateQuantizeKvParams const params,
                               __grid_constant__ RotateQuantizeKvGrid const grid) {
+    wait_for_last_grid();
+    allow_next_grid();
     int const warp = blockIdx.x * Config::kWarps + threadIdx.y;
     if (warp >= grid.warps) return;
     RotateQuantizeKvKernel<Config> kernel(params, grid);

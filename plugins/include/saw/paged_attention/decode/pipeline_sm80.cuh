@@ -202,6 +202,7 @@ __device__ void DecodeSm80Kernel<Config>::work() {
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     decode_sm80_kernel(__grid_constant__ DecodeParams const params, float* partials, int* counters, int min_share) {
+    allow_next_grid();  // a product, whose weights are copied meanwhile to where CTAs have ended
     // On Hopper rows of codes are pipeline_sm90.cuh's, but for groups of more than 8 heads of 256.
     if constexpr (!kHopper || Config::Rows::kNeedsZeros || Config::kHeadDim > 128) {
         extern __shared__ __align__(128) uint8_t memory[];

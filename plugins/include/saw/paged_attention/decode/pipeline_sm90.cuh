@@ -270,6 +270,7 @@ __device__ void DecodeSm90Kernel<Config>::run() {
 template <typename Config, typename T>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     decode_sm90_kernel(__grid_constant__ DecodeParams const params, float* partials, int* counters) {
+    allow_next_grid();  // a product, whose weights are copied meanwhile to where CTAs have ended
     extern __shared__ __align__(128) uint8_t memory[];
     auto& shared = *reinterpret_cast<DecodeSm90Shared<Config>*>(memory);
     if constexpr (kHasBulkCopy) DecodeSm90Kernel<Config>(params, partials, counters, shared).template run<T>();
