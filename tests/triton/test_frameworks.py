@@ -4,14 +4,17 @@ pip install llama-index-llms-nvidia-triton litellm kserve
 """
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import distributions
+from pathlib import Path
 
 import pytest
 
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
-from tests.support.example import build_example
+from tests.support import ROOT
+from tests.support.example import EXAMPLE, build_example
 from tests.triton.test_server import PROMPT, running_server
 
 pytestmark = [
@@ -70,6 +73,26 @@ def test_litellm(server, texts):
     pieces = [c.choices[0].delta.content or "" for c in litellm.completion("triton/ensemble", **asked, stream=True)]
     assert len(pieces) > 1
     assert "".join(pieces) == texts[MAX_TOKENS]
+
+
+@needs("genai-perf")
+def test_genai_perf(server, tmp_path):
+    """It starts the perf_analyzer that is on PATH."""
+    tool = tmp_path / "perf_analyzer"
+    tool.write_text(f'#!/bin/sh\nexec {ROOT}/build_scripts/perf_analyzer {ROOT}/build/perf_analyzer "$@"\n')
+    tool.chmod(0o755)
+    command = [Path(sys.executable).parent / "genai-perf", "profile", "-m", "ensemble", "--streaming"]
+    command += ["--endpoint-type", "kserve", "--backend", "tensorrtllm", "-u", f"127.0.0.1:{server.grpc}"]
+    command += ["--tokenizer", EXAMPLE, "--num-prompts", 4, "--request-count", 4, "--concurrency", 2]
+    command += ["--synthetic-input-tokens-mean", 20, "--output-tokens-mean", 10, "--output-tokens-mean-deterministic"]
+    command += ["--artifact-dir", tmp_path / "results"]
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [results] = tmp_path.glob("results/*/profile_export_genai_perf.json")
+    results = json.loads(results.read_text())
+    assert results["request_count"]["avg"] == 4
+    assert results["output_sequence_length"]["avg"] == 10
 
 
 #: A process of its own, since kserve and tritonclient define the same messages.

@@ -191,3 +191,12 @@ def test_an_answer_follows_its_schema(client):
 def test_models_are_listed(client):
     assert [m.id for m in client.models.list()] == ["example", "exact"]
     assert client.models.retrieve("exact").id == "exact"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_langchain(url, llms):
+    langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+    expected = llms["example"].chat([USER], SamplingParams(max_tokens=12)).outputs[0].text
+    model = langchain.ChatOpenAI(base_url=f"{url}/v1", api_key="none", model="example", temperature=0, max_tokens=12)
+    assert model.invoke(USER["content"]).content == expected
+    assert "".join(piece.content for piece in model.stream(USER["content"])) == expected
