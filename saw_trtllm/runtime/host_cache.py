@@ -164,6 +164,11 @@ class HostCache:
         """Blocks that the host holds at most."""
         return self._memory.num_host_blocks
 
+    @property
+    def is_storing(self) -> bool:
+        """Whether blocks are on their way to the host, or to be."""
+        return bool(self._stores)
+
     def seek(self, table: BlockTable) -> None:
         """Begin to read what only the disk has of a sequence, and keep what the host has.
 

@@ -320,6 +320,9 @@ class Scheduler:
     def _make_room(self, part: Scheduled) -> bool:
         """Blocks for the sequence's next tokens, from those that were queued last if need be."""
         while not self._grow(part.sequence.table, part.end):
+            if self.host is not None and self.host.is_storing:
+                self.host.wait()  # a block on its way to the host is free sooner than a sequence is computed anew
+                continue
             victim = self.running[-1]
             self._preempt(victim)
             if victim is part.sequence:

@@ -579,12 +579,16 @@ WHOLE_POOL |= {"chunk_blocks": 4, "max_batch_size": 1, "spare": 0, "spare_blocks
 #: A prefill for which a decode of its step gives way, and which must give way itself all the same.
 NOT_ENOUGH = WHOLE_POOL | {"host_slots": 12, "tokens_per_block": 2, "chunk_blocks": 3, "max_batch_size": 2, "spare": 4}
 NOT_ENOUGH |= {"spare_blocks": 7, "windows": (3,)}
+#: One that has the pool for itself, while blocks that it was promised are on their way to the host.
+PROMISED = NOT_ENOUGH | {"tokens_per_block": 1, "max_batch_size": 6, "spare": 5, "spare_blocks": 3}
+PROMISED |= {"windows": (4, 4, 17)}
 
 
 @many_loads
 @given(**LOADS)
 @example(seed=0, **WHOLE_POOL)
 @example(seed=21387231, **NOT_ENOUGH)
+@example(seed=1238808148, **PROMISED)
 def test_everything_ends_as_it_would_alone(**load):
     check_random_load(Runtime, load, cancelled_share=0.1)
 
