@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import types
@@ -324,14 +325,17 @@ def test_an_engine_that_does_not_take_its_weights_is_one_sentence(built, machine
     assert module.cuda.everything() == []
 
 
-def test_a_weight_that_cannot_be_read_is_its_own_sentence(built, machine, model):
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.3.mlp.up_proj.weight"])
+def test_a_weight_that_cannot_be_read_is_its_own_sentence(name, built, machine, model):
+    """A constant of the engine, and an input, of which a thread tells that has others on their way."""
     folder = built()
     weights = load_file(model / "model.safetensors")
-    weights["model.norm.weight"][0] = np.inf
+    weights[name].reshape(-1)[0] = np.inf
     save_file(weights, model / "model.safetensors")
-    machine(folder)
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*NaN or infinite"):
+    module = machine(folder)
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)}.*NaN or infinite"):
         texts(folder, verify=False)
+    assert module.cuda.everything() == []
 
 
 def test_what_cannot_be_stripped_is_one_sentence(monkeypatch, model, tmp_path, capsys):
