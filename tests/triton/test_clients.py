@@ -52,7 +52,9 @@ def tensors(module, **values):
     for name, value in values.items():
         kind = {str: object, bool: bool, float: np.float32, int: np.int32}.get(type(value))
         array = value if kind is None else as_array(value, kind)
-        inputs.append(module.InferInput(name, list(array.shape), TYPES[array.dtype.kind]).set_data_from_numpy(array))
+        tensor = module.InferInput(name, list(array.shape), TYPES[array.dtype.kind])
+        tensor.set_data_from_numpy(array)  # which gives nothing back in tritonclient 2.34
+        inputs.append(tensor)
     return inputs
 
 
