@@ -69,15 +69,13 @@ def test_a_step_is_the_references(name, run):
         assert (error[len(error) - decodes :] <= own_4bit).all()
         allowed = tolerances(name, config, pools, rounding, own_4bit)
         for i, (region, found) in enumerate(zip(config.regions, pools, strict=True)):
-            want, tolerance = expected[f"{name}.pool{i}"], allowed[i][..., None]
+            both, tolerance = (found, expected[f"{name}.pool{i}"]), allowed[i][..., None]
             if not region.format.quantized:
-                assert_rows(found, want, tolerance, dtype)
+                assert_rows(*both, tolerance, dtype)
             elif region.format.k_row_bytes == region.format.row_bytes:
-                assert_codes(found, want, 4, tolerance, dtype)
+                assert_codes(*both, 4, tolerance, dtype)
             else:
-                for bits, *rows in zip(
-                    (8, 4), *(key_and_value_rows(x, region.format) for x in (found, want)), strict=True
-                ):
+                for bits, *rows in zip((8, 4), *(key_and_value_rows(x, region.format) for x in both), strict=True):
                     assert_codes(*rows, bits, tolerance, dtype)
 
 
