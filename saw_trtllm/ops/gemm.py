@@ -22,8 +22,8 @@ MAX_ROWS = 16
 def gemm(x: Any, weight: Any, *, y: Any, gate: Any = None, stream: Any = None) -> None:
     """``y = x · weightᵀ``, or with a gate ``silu(x · weightᵀ) · (x · gateᵀ)``; on Hopper alone.
 
-    Sums are in float32, and y is rounded once. The weights must not be written by the kernel that is before this one
-    on the stream: they are read before that has ended.
+    Sums are in float32 and rounded once, with a gate once more, as by :func:`silu_mul`. The weights must not be
+    written by the kernel that is before this one on the stream: they are read before that has ended.
 
     Parameters
     ----------

@@ -15,8 +15,6 @@ from tests.support.tolerance import tensor_core_rounding
 #: ``[out_features, in_features]``: Llama 3 8B's qkv, dense, fc and proj, and some that no fast kernel takes.
 SHAPES = [(6144, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (1000, 96), (33, 18)]
 ROWS = (1, 2, 8, 9, 16, 17, 64, 256, 999, 1000)
-#: Rows up to which the kernels are ours, where inputs and outputs are multiples of 8 and of 4.
-FEW = 16
 
 
 class Linear:
@@ -43,21 +41,18 @@ class Linear:
         return y
 
     def assert_right(self, x, y):
-        """Rounded once, of a sum in fp32.
+        """Rounded once, of a sum in fp32, and with a gate once more.
 
-        cuBLASLt's sums are rounded before a gate's activation too. SiLU's slope is at most 1.1, and it is computed to
-        within 1e-5 of itself.
+        SiLU's slope is at most 1.1, and it is computed to within 1e-5 of itself.
         """
         wide, rounding = x.double(), ROUNDING[self.output_dtype]
         (want, bound), *gate = [
             (wide @ weight.double().T, tensor_core_rounding(wide, weight.double())) for weight in self.weights
         ]
         for other, others_bound in gate:
-            ours = len(x) <= FEW and x.shape[1] % 8 == 0 and len(self.weights[0]) % 4 == 0
-            before = 0.0 if ours else rounding
             silu = torch.nn.functional.silu(want)
-            bound = 1.1 * (bound + before * want.abs()) + 1e-5 * silu.abs()
-            others_bound = others_bound + before * other.abs()
+            bound = 1.1 * (bound + rounding * want.abs()) + 1e-5 * silu.abs()
+            others_bound = others_bound + rounding * other.abs()
             bound = bound * (other.abs() + others_bound) + others_bound * silu.abs()
             want = silu * other
         # The smallest numbers of float16 lie 2^-24 apart.
@@ -84,7 +79,8 @@ def test_gated_products_are_right(shape, dtype, make_plugin):
     for rows in (*ROWS, *[5000] * (shape[0] == 14336)):
         x = torch.randn(rows, shape[1], dtype=dtype, device="cuda") / 16
         y = layer(x)
-        layer.assert_right(x, y)
+        some = slice(None, None, max(rows // 500, 1))  # fp64 takes eight times y's memory
+        layer.assert_right(x[some], y[some])
         assert torch.equal(layer(x), y)
 
 

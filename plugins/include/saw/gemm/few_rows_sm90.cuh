@@ -140,7 +140,11 @@ struct GemmKernel {
             float4 y = add_parts(0, at, ctas);
             if constexpr (Tile::Weights == 2) {
                 float4 const gate = add_parts(1, at, ctas);
-                y = {silu(y.x) * gate.x, silu(y.y) * gate.y, silu(y.z) * gate.z, silu(y.w) * gate.w};
+                // As if each product had been stored, which those of many rows are.
+                auto const gated = [](float a, float b) {
+                    return silu(to_float(from_float<T>(a))) * to_float(from_float<T>(b));
+                };
+                y = {gated(y.x, gate.x), gated(y.y, gate.y), gated(y.z, gate.z), gated(y.w, gate.w)};
             }
             Out* const to = static_cast<Out*>(p.y) + size_t(column + of) * p.out_features + row + m;
             if constexpr (sizeof(Out) == 4) {

@@ -7,9 +7,10 @@
 
 namespace saw {
 
-// y = x · weightᵀ, or with a gate silu(x · weightᵀ) · (x · gateᵀ): sums in fp32, silu of them, and y rounded once. The
-// same rows in the same number give the same bits. Tensors lie on multiples of 16 bytes. Weights must not be written by
-// the kernel that is before this one on the stream: they are read before that has ended.
+// y = x · weightᵀ, or with a gate silu(x · weightᵀ) · (x · gateᵀ): sums in fp32, rounded once, and with a gate once
+// more, as if two products had been stored for silu_mul(). The same rows in the same number give the same bits. Tensors
+// lie on multiples of 16 bytes. Weights must not be written by the kernel that is before this one on the stream: they
+// are read before that has ended.
 struct GemmParams {
     void const* x;       // [num_rows, in_features] of dtype
     void const* weight;  // [out_features, in_features] of dtype
