@@ -173,7 +173,7 @@ class EngineWeights:
     ) -> Iterator[Callable[[str], Weight]]:
         """Give what :meth:`load` does, from threads that are ahead of who asks, for each tensor.
 
-        A build keeps all of them in memory: TensorRT takes them at the end.
+        As many as are read and not taken yet are in memory, up to all of them.
 
         Parameters
         ----------
@@ -212,7 +212,7 @@ def stripped_weights(folder: Path, config: EngineConfig) -> EngineWeights:
     """
     source = config.saw_int4.weights
     if source is None:
-        raise EngineError(f"the engine in {folder} has its weights in it: saw-refit is for engines of --strip_plan")
+        raise EngineError(f"the engine in {folder} has its own weights: saw-refit is for engines of --strip_plan")
     place = weights_folder(folder, source)
     try:
         checkpoint = Checkpoint.open(place)

@@ -26,7 +26,7 @@ from saw_trtllm.plugins.layer import K_FRAME, Q_FRAME, ROTARY_COS_SIN
 Load = Callable[[str], Weight]
 LoadArray = Callable[[str], np.ndarray]
 
-#: What of a quantized weight the network has, behind the weight's name: see :func:`saw_trtllm.ops.pack_weight`.
+#: What of a quantized weight the network has, after the weight's name: see :func:`saw_trtllm.ops.pack_weight`.
 VALUES, SCALES, PRE_SCALE = ".values", ".scales", ".pre_scale"
 
 #: Of a layer: the weights of the norms of Q and K, a row for each head.

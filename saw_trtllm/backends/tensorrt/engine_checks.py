@@ -21,6 +21,8 @@ from saw_trtllm.plan.weights import stripped_weights
 from saw_trtllm.plugins import library
 
 _AGAIN = "build it anew with saw-build on this machine"
+#: Tensors that a message names: all weights may be others.
+_NAMED = 3
 
 
 def check_versions(folder: Path, config: EngineConfig, tensorrt: TensorRT) -> None:
@@ -132,9 +134,8 @@ def _check_tensors(path: Path, config: EngineConfig, tensorrt: TensorRT, engine:
     logits = found.pop(LOGITS.name, None)
     if found != due or logits is None or logits[1] != (-1, config.pretrained_config.vocab_size):
         different = sorted(n for n in found.keys() | due.keys() if found.get(n) != due.get(n)) or [LOGITS.name]
-        raise EngineError(
-            f"{path} is not of its {CONFIG_FILE}, which says otherwise of {', '.join(different)}: {_AGAIN}"
-        )
+        names = ", ".join(different[:_NAMED]) + f" and {len(different) - _NAMED} others" * (len(different) > _NAMED)
+        raise EngineError(f"{path} is not of its {CONFIG_FILE}, which says otherwise of {names}: {_AGAIN}")
     if logits[0] != tensorrt.dtype(LOGITS.dtype):
         raise EngineError(
             f"{path} gives logits that are not float32, from which this runtime samples: build it from a checkpoint "

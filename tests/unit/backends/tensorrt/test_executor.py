@@ -573,6 +573,25 @@ def test_a_file_of_another_build_is_rejected(rejected):
     )
 
 
+def test_an_engine_that_has_its_weights_elsewhere_is_rejected_by_the_names_of_few(rejected):
+    def without_plugin(folder):
+        config = EngineConfig.load(folder)
+        config.build_config.plugin_config.gemm_plugin = None
+        config.save(folder)
+
+    def prepare(cuda, module):
+        plugins = module.config.build_config.plugin_config.model_copy(update={"gemm_plugin": "float16"})
+        limits = module.config.build_config.model_copy(update={"plugin_config": plugins})
+        module.engine_config = module.config.model_copy(update={"build_config": limits})
+
+    # Five weights of each of four layers, and the embedding, which is the head too.
+    assert rejected(without_plugin, prepare=prepare) == (
+        "FOLDER/rank0.engine is not of its config.json, which says otherwise of "
+        "transformer.layers.0.attention.dense.weight, transformer.layers.0.attention.qkv.weight, "
+        f"transformer.layers.0.mlp.fc.weight and 18 others: {AGAIN}"
+    )
+
+
 def test_what_is_missing_is_said(rejected, monkeypatch):
     def no_gpu(cuda, module):
         cuda.failing["cudaGetDevice"] = cudaError_t.cudaErrorNoDevice

@@ -1,5 +1,7 @@
 """The project's own definitions: recorded by a stand-in for TensorRT, and run in PyTorch against the reference."""
 
+import errno
+import os
 import re
 import sys
 from dataclasses import replace
@@ -740,6 +742,24 @@ def test_a_build_that_fails_says_why_and_leaves_the_folder(plan, tensorrt, machi
     with pytest.raises(EngineError, match=r"did not build the engine: Could not find any implementation for node gath"):
         build_engine(made, None, None, tensorrt)
     assert {name: (made.output_dir / name).read_bytes() for name in files(made)} == before
+
+
+def test_a_full_disk_leaves_the_folder(plan, tensorrt, machine, monkeypatch):
+    """Also where it is full of the weights, which a thread writes while TensorRT builds."""
+    made = plan(backend="tensorrt")
+    made.output_dir.mkdir()
+    build_engine(made, None, None, tensorrt)
+    before = {name: (made.output_dir / name).read_bytes() for name in files(made)}
+
+    def fail(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("rank0.weights.safetensors"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        build_engine(made, None, None, tensorrt)
+    assert {name: (made.output_dir / name).read_bytes() for name in files(made)} == before
+    assert [path.name for path in made.output_dir.parent.iterdir() if path.name.endswith(".part")] == []
 
 
 def test_there_is_one_logger_which_forgets(tensorrt_86):
