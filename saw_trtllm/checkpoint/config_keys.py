@@ -21,7 +21,11 @@ log = logging.getLogger(__name__)
 
 COMMON = (
     KeyRule("honored", "the family", ("architectures",)),
-    KeyRule("honored", "of the weights; `saw-build --dtype` gives the engine another", ("dtype", "torch_dtype")),
+    KeyRule(
+        "honored",
+        "of the weights; an engine for a GPU has float16 for float32, and `saw-build --dtype` gives it another",
+        ("dtype", "torch_dtype"),
+    ),
     KeyRule("honored", "shape", ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")),
     KeyRule("honored", "shape", ("num_attention_heads", "num_key_value_heads", "head_dim")),
     KeyRule("honored", "the default of `--max_seq_len`", ("max_position_embeddings",)),

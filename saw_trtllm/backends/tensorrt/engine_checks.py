@@ -134,8 +134,10 @@ def _check_tensors(path: Path, config: EngineConfig, tensorrt: TensorRT, engine:
     logits = found.pop(LOGITS.name, None)
     if found != due or logits is None or logits[1] != (-1, config.pretrained_config.vocab_size):
         different = sorted(n for n in found.keys() | due.keys() if found.get(n) != due.get(n)) or [LOGITS.name]
-        names = ", ".join(different[:_NAMED]) + f" and {len(different) - _NAMED} others" * (len(different) > _NAMED)
-        raise EngineError(f"{path} is not of its {CONFIG_FILE}, which says otherwise of {names}: {_AGAIN}")
+        named = ", ".join(different[:_NAMED])
+        if len(different) > _NAMED:
+            named += f" and {len(different) - _NAMED} others"
+        raise EngineError(f"{path} is not of its {CONFIG_FILE}, which says otherwise of {named}: {_AGAIN}")
     if logits[0] != tensorrt.dtype(LOGITS.dtype):
         raise EngineError(
             f"{path} gives logits that are not float32, from which this runtime samples: build it from a checkpoint "
