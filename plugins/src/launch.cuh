@@ -9,9 +9,10 @@ namespace saw {
 
 // Launch a kernel of ours whose CTAs may start while the stream's previous kernel still runs (programmatic dependent
 // launch; an edge of the same kind in a captured graph). The kernel must call wait_for_last_grid() before it touches
-// memory that another kernel writes or reads; only constants may be read before. Not for kernels whose CTAs are to fill
-// the GPU evenly, as decode's: they would take what room others have left, where it happens to be. Code for GPUs older
-// than Hopper does not know the wait, so it is launched as usual.
+// memory that another kernel writes or reads; only constants may be read before, and only they and what copies have
+// brought by __ldg(). Not for kernels whose CTAs are to fill the GPU evenly, as decode's: they would take what room
+// others have left, where it happens to be. Code for GPUs older than Hopper does not know the wait, so it is launched
+// as usual.
 template <auto* Kernel, typename... Args>
 cudaError_t launch_dependent(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Args&&... args) {
     // Of the device's code; GPUs are alike in any machine that serves one engine.

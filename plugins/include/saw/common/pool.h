@@ -3,8 +3,7 @@
 // row    head_dim/2 bytes of codes (byte b: dim 2b in the low nibble, dim 2b+1 in the high one), fp16 scale, fp16 lo;
 //        of 8 bits: head_dim bytes of codes, and the same tail
 // pool   uint8 [num_blocks, num_layers, 2 (K, V), num_kv_heads, tokens_per_block, row_bytes]; where K's rows are
-// longer,
-//        a layer of a block has all rows of K, and then those of V
+//        longer, a layer of a block has all rows of K, and then those of V
 #pragma once
 
 #include <cstddef>

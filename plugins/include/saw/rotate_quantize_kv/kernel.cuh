@@ -434,8 +434,9 @@ __device__ void RotateQuantizeKvKernel<Config>::run_one(int warp) {
     Rows x;
 #pragma unroll
     for (int s = 0; s < Config::kSlots; ++s) unpack_chunk<T>(packed[s], x[s]);
+    // Not by __ldg(), which is for what nobody writes as long as this kernel is there, while it waits too.
     if (item.kind != kValueRows)
-        rope(x, [&](int s, int, int i) { return angles[s][i]; }, [&](int c) { return __ldg(chunks + c); });
+        rope(x, [&](int s, int, int i) { return angles[s][i]; }, [&](int c) { return __ldcs(chunks + c); });
     center(item, x);
     Place const where = place(item);
     rotate(item, x);

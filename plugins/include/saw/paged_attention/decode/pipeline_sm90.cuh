@@ -1,4 +1,4 @@
-// Decode: one query token per sequence against its 4-bit rows in the pool, at the speed of the memory.
+// Decode: one query token per sequence against its rows of codes in the pool, at the speed of the memory.
 //
 // The sequences' tokens, cut into tiles, form one work list. A persistent grid cuts it into equal splits, whatever the
 // batch and the lengths, and a split is worked on by as many CTAs as there are KV heads, one for each: they read what
