@@ -323,6 +323,11 @@ BAD_FIELDS = [
     (WRITE, {"kv": "fp8"}, "kv is fp8: it must be one of fp16, int4, saw_int4, saw_k8v4"),
     (WRITE, {"hadamard_order": 1}, "hadamard_order is 1: it must be a power of two from 16 that divides head_dim 128"),
     (WRITE, {"hadamard_order": 48}, "hadamard_order is 48"),
+    (
+        WRITE,
+        {"kv": "saw_k8v4", "hadamard_order": 64},
+        "hadamard_order is 64: kv saw_k8v4 has kernels of the largest one alone, so give 128",
+    ),
     (WRITE, {"hadamard_order": 256}, "hadamard_order is 256"),
     (WRITE, {"kv": "int4"}, "hadamard_order is 128 and rotate_v 0: kv int4 has no rotation"),
     (WRITE, {"kv": "fp16", "hadamard_order": 1, "rotate_v": 1}, "kv fp16 has no rotation"),
@@ -478,6 +483,15 @@ def test_an_engine_from_before_frames_runs(built, interface, make):
         calls.append(lib.recorded_calls(built.library))
     assert calls[0] == calls[1]
     assert (calls[0][0]["k_center"], calls[0][0]["k_frame"], calls[0][0]["q_frame"]) == (0x8000, 0, 0)
+
+
+@pytest.mark.parametrize(("name", "field"), [(GEMM, "use_gate"), (QUANTIZED_GEMM, "quantize_input")])
+def test_an_engine_from_before_a_field_has_its_default(name, field, built, interface, make):
+    now = make(name).serialized()
+    before = without_last_fields(now, interface, 1)
+    assert field in str(now)
+    assert field not in str(before)
+    assert built.creators[interface, name].deserialize(before).serialized() == now
 
 
 def with_value(data, interface: str, field: str, value: int):
@@ -832,16 +846,22 @@ def test_a_product_that_fails(cublas_lt, make, said):
     cublas_lt()
 
 
+@pytest.fixture
+def nine_rows_are_few(built):
+    set_few_rows = CDLL(str(built.library)).saw_set_test_few_rows
+    set_few_rows(9)
+    yield
+    set_few_rows(0)
+
+
+@pytest.mark.usefixtures("nine_rows_are_few")
 def test_few_rows_are_our_kernels(cublas_lt, built, make):
     cublas_lt()
-    few_rows = CDLL(str(built.library)).saw_set_test_few_rows
-    few_rows(9)
     lib.recorded_calls(built.library)
     tensors = [(0x1000, [9, 64]), (0x2000, [24, 64]), (0x5000, [24, 64])]
     gated = make(GEMM, use_gate=1, output_dtype="float16")
     assert gated.enqueue(tensors, [0x3000], 0x10000, 0x55) == 0
     assert make(GEMM).enqueue(tensors[:2], [0x3000], 0x10000, 0x55) == 0
-    few_rows(0)
     same = {"op": "gemm", "x": 0x1000, "weight": 0x2000, "y": 0x3000, "num_rows": 9, "stream": 0x55, "dtype": 0}
     same |= {"in_features": 64, "out_features": 24}
     assert lib.recorded_calls(built.library) == [same | {"gate": 0x5000, "wide": 0}, same | {"gate": 0, "wide": 1}]
