@@ -297,10 +297,14 @@ class TensorRTExecutor:
         sampling: Sequence[SamplingState | None],
     ) -> list[slice | None]:
         """Put a step's draws after its layers, and after them what the host wants of it; the rows of its logits."""
-        self._sampler.prepare(sampling)
-        self._sampler.enqueue(self.logits.address, rows, len(sampling), self._stream.handle)
-        spans = self._wanted(step, sampling, context_logits)
-        slot.download(self._stream, self._sampler, self.logits.address, spans)
+        try:
+            self._sampler.prepare(sampling)
+            self._sampler.enqueue(self.logits.address, rows, len(sampling), self._stream.handle)
+            spans = self._wanted(step, sampling, context_logits)
+            slot.download(self._stream, self._sampler, self.logits.address, spans)
+        except Exception:
+            self._stream.synchronize()  # the layers still write to blocks that are others' once the step has failed
+            raise
         return spans
 
     def _copy_rows(self, copies: Sequence[RowCopy]) -> None:

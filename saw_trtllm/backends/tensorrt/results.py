@@ -109,8 +109,9 @@ def _grown(buffer: PinnedBuffer, nbytes: int) -> PinnedBuffer:
     """A buffer of at least so many bytes: this one, or a new one in its place."""
     if buffer.nbytes >= nbytes:
         return buffer
+    grown = PinnedBuffer(nbytes)  # before the old one is given up: there may be no more memory
     buffer.close()
-    return PinnedBuffer(nbytes)
+    return grown
 
 
 class PendingResult:

@@ -186,8 +186,10 @@ class _StagedArrays:
         """Take a step's arrays in, in the place of the last ones: each one's key, address on the GPU, and length."""
         self._length = sum(map(len, arrays.values()))
         if self._length > self._capacity:
-            self.close()
+            before = self._on_gpu, self._pinned
             self._make(2 * self._length)
+            for buffer in before:
+                buffer.close()
         start, places = 0, []
         for i, array in arrays.items():
             self._staged[start : start + len(array)] = array
@@ -204,10 +206,15 @@ class _StagedArrays:
         self._pinned.close()
 
     def _make(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._on_gpu = cuda.DeviceBuffer(capacity * self._dtype.itemsize)
-        self._pinned = cuda.PinnedBuffer(capacity * self._dtype.itemsize)
-        self._staged = self._pinned.array(self._dtype, (capacity,))
+        on_gpu = cuda.DeviceBuffer(capacity * self._dtype.itemsize)
+        try:
+            pinned = cuda.PinnedBuffer(capacity * self._dtype.itemsize)
+        except BaseException:
+            on_gpu.close()
+            raise
+        # All at once: without the memory for more, what was there before goes on.
+        self._capacity, self._on_gpu, self._pinned = capacity, on_gpu, pinned
+        self._staged = pinned.array(self._dtype, (capacity,))
 
 
 def _upload(address: int, source: int, nbytes: int, stream: int) -> None:

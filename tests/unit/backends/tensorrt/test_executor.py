@@ -312,7 +312,7 @@ def test_a_draw_that_fails_is_the_results(folders, open_executor, monkeypatch):
     def no_room(sampling):
         raise KernelError("no room")
 
-    executor, _, _ = open_executor(folders()[1])
+    executor, cuda, _ = open_executor(folders()[1])
     first = executor.launch(pack(([5, 6, 7], 0, 3, PREFILL, [0])), [state()], [False])
     late = executor.launch(pack(([-1], 3, 3, DECODE, [0])), None, [False])
     token = first.result().token_ids[0]
@@ -321,6 +321,7 @@ def test_a_draw_that_fails_is_the_results(folders, open_executor, monkeypatch):
         late.draw([state()])
     with pytest.raises(KernelError, match="no room"):
         late.result()
+    assert cuda.streams[executor.stream].work == [], "layers write to blocks that have been given to others"
     again = executor.launch(pack(([token], 3, 3, DECODE, [0])), [state()], [False])
     assert len(again.result().token_ids) == 1
 

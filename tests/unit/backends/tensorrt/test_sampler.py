@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 
+from saw_trtllm.errors import KernelError
 from saw_trtllm.ops.sample import BANNED, LISTED, NOTHING, ROW, UNSEEN
 from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.sampling_params import SamplingParams
@@ -60,6 +61,23 @@ def test_rows_lists_and_masks_of_each_step(gpu):
                 np.testing.assert_array_equal(cuda.array(int(row["mask"]), np.uint32, (WORDS,)), state.mask)
             listed = cuda.array(int(row["listed"]), LISTED, (row["num_listed"],)) if row["num_listed"] else ()
             assert {x["token"]: (x["count"], x["bias"]) for x in listed} == expected_list(state)
+
+
+@pytest.mark.parametrize("failing", ["cudaMalloc", "cudaMallocHost"])
+def test_masks_that_find_no_memory_fail_alone(failing, gpu):
+    cuda, sampler, _ = gpu
+    few, held = [SamplingState(SamplingParams(), [4], [3], (7,))], cuda.everything()
+    many = [SamplingState(SamplingParams(), [4], [3], mask=np.zeros(WORDS, np.uint32))] * SEQUENCES
+    cuda.failing[failing] = fake_cuda.cudaError_t.cudaErrorMemoryAllocation
+    for _ in range(2):
+        with pytest.raises(KernelError, match="out of memory"):
+            sampler.prepare(many)
+    assert cuda.everything() == held
+    cuda.failing.clear()
+    for step in (few, many):
+        for _ in range(2):
+            sampler.prepare(step)
+            assert (sampler._sets[sampler._turn]._staged.rows["mask"][: len(step)] != 0).all() == (step is many)
 
 
 def expected_list(state):
