@@ -193,6 +193,11 @@ void multiply(Linear const& linear, void const* x, void const* weight, void* y, 
                       "): build with --gemm_plugin disable, or of quantized weights with --qformat full_prec as well");
 }
 
+bool has_scaled(Linear linear, RowScales const& scales) {
+    linear.rows = rounded_up(linear.rows);
+    return known_best(handle(), linear, &scales).found;
+}
+
 bool multiply_scaled(Linear const& linear, RowScales const& scales, void const* x, void const* weight, void* y,
                      void* workspace, cudaStream_t stream) {
     return run(linear, &scales, x, weight, y, workspace, stream).found;

@@ -76,7 +76,8 @@ constexpr uint32_t kAlignment = 16;
 // By the algorithm that cuBLASLt's heuristic finds the best. A PluginError if there is none.
 void multiply(Linear const& linear, void const* x, void const* weight, void* y, void* workspace, cudaStream_t stream);
 // The same of numbers in e4m3, with a scale for each row of x and of weight. False, and nothing is done, if cuBLASLt
-// has no such product: it has it on Hopper, from 12.9 on.
+// has no such product: it has it on Hopper, from 12.9 on. Whether it has is to be asked before x and weight are made.
+bool has_scaled(Linear linear, RowScales const& scales);
 bool multiply_scaled(Linear const& linear, RowScales const& scales, void const* x, void const* weight, void* y,
                      void* workspace, cudaStream_t stream);
 

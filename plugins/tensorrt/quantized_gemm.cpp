@@ -95,7 +95,12 @@ bool QuantizedGemm::multiply_float8(Launch const& launch, PackedWeight const& we
     auto* const inputs = slab + size_t(slab_rows()) * in_features_ * 2;
     Float8Rows const of_weight{slab, reinterpret_cast<float*>(slab + size_t(slab_rows()) * in_features_)};
     Float8Rows const of_x{inputs, reinterpret_cast<float*>(inputs + size_t(input_rows()) * in_features_)};
+    cublaslt::RowScales const scales{of_x.scales, of_weight.scales};
+    auto const product = [&](int count, int rows) {
+        return cublaslt::Linear{count, in_features_, rows, out_features_, CUDA_R_8F_E4M3, type};
+    };
     int const total = int(launch.input_desc[kX].dims.d[0]);
+    if (!cublaslt::has_scaled(product(std::min(input_rows(), total), slab_rows()), scales)) return false;
     for (int row = 0; row < out_features_; row += slab_rows()) {
         int const rows = std::min(slab_rows(), out_features_ - row);
         check_cuda(saw_unpack_rows({weight, row, rows, of_weight}, launch.stream), "unpack_rows");
@@ -105,8 +110,7 @@ bool QuantizedGemm::multiply_float8(Launch const& launch, PackedWeight const& we
             auto* const y = static_cast<uint16_t*>(launch.outputs[0]) + size_t(first) * out_features_ + row;
             if (row == 0 || count < total)
                 check_cuda(saw_quantize_rows({x, count, in_features_, dtype(), of_x}, launch.stream), "quantize_rows");
-            cublaslt::Linear const linear{count, in_features_, rows, out_features_, CUDA_R_8F_E4M3, type};
-            if (!cublaslt::multiply_scaled(linear, {of_x.scales, of_weight.scales}, of_x.values, of_weight.values, y,
+            if (!cublaslt::multiply_scaled(product(count, rows), scales, of_x.values, of_weight.values, y,
                                            launch.workspace, launch.stream))
                 return false;
         }

@@ -944,7 +944,7 @@ def test_many_rows_in_8_bits_are_multiplied_by_a_weight_in_8_bits(cublas_lt, bui
         y = 0x5000 + 2 * (272 * rows * (count != rows) + 256 * (out == 16))
         assert (call["d"], call["d_desc"][1:]) == (y, [out, count, 272])
     assert plugin.enqueue([(0x1000, [200, inputs]), *weight], [0x5000], 0x10000, 0x55) == 0
-    assert [call["op"] for call in lib.recorded_calls(built.library)][-2:] == ["dequantize"] * 2
+    assert [call["op"] for call in lib.recorded_calls(built.library)] == ["dequantize"] * 2
     assert [call["modes"] for call in cublas_lt() if call["op"] == "matmul"] == [[0, 0]] * 2
 
 
