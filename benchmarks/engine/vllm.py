@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common.vllm import engine_arguments, import_vllm
+from benchmarks.common.vllm import CACHES, engine_arguments, import_vllm
 from benchmarks.engine.record import Peer, PeerStep
 from saw_trtllm.errors import EngineError
 from saw_trtllm.model.config import ModelConfig
@@ -76,16 +76,13 @@ def _measure(folder: Path, shape: ModelConfig, kv: str, steps: Sequence[tuple[in
         return time.perf_counter() - start
 
     measured = []
-    for batch, context in sorted(
-        steps, reverse=True
-    ):  # the longest prompts first: the prefix cache has the others then
+    # The longest prompts of a batch first: the prefix cache has the others then.
+    for batch, context in sorted(steps, reverse=True):
         seconds(batch, context, FEW)
         few, many = (min(seconds(batch, context, tokens) for _ in range(TRIES)) for tokens in (FEW, MANY))
         measured.append(PeerStep(batch=batch, context=context, step_us=round(1e6 * (many - few) / (MANY - FEW), 1)))
-    dtype = engine_arguments(folder, shape, kv)["dtype"]
-    return Peer(
-        name=f"vLLM {vllm.__version__}", kv=kv, dtype=dtype, steps=sorted(measured, key=lambda s: (s.batch, s.context))
-    )
+    measured.sort(key=lambda step: (step.batch, step.context))
+    return Peer(name=f"vLLM {vllm.__version__}", kv=kv, dtype=CACHES[kv][1], steps=measured)
 
 
 if __name__ == "__main__":
