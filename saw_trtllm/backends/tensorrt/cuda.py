@@ -257,6 +257,14 @@ class PinnedBuffer:
         memory = (ctypes.c_char * size).from_address(self.address + offset)
         return np.frombuffer(memory, dtype).reshape(shape)
 
+    def grown(self, nbytes: int) -> PinnedBuffer:
+        """A buffer of at least so many bytes: this one, or a new one, for which this is freed if it can be had."""
+        if self.nbytes >= nbytes:
+            return self
+        buffer = PinnedBuffer(nbytes)
+        self.close()
+        return buffer
+
     def close(self) -> None:
         """Free it."""
         if self.address:

@@ -63,11 +63,11 @@ class ResultSlot:
         self._num_top = sampler.num_top
         if self._num_top:
             places = n * MAX_TOP_LOGPROBS
-            self._top = _grown(self._top, places * (8 + 4))
+            self._top = self._top.grown(places * (8 + 4))
             stream.download(self._top.address, sampler.top_logprobs_ptr, places * 8)
             stream.download(self._top.address + places * 8, sampler.top_tokens_ptr, places * 4)
         rows = sum(span.stop - span.start for span in spans if span is not None)
-        self._logits = _grown(self._logits, rows * row_bytes)
+        self._logits = self._logits.grown(rows * row_bytes)
         at = 0
         for span in spans:
             if span is not None:
@@ -103,15 +103,6 @@ class ResultSlot:
         """Free it."""
         for resource in (self._tokens, self._logprobs, self._logits, self._top, self._done):
             resource.close()
-
-
-def _grown(buffer: PinnedBuffer, nbytes: int) -> PinnedBuffer:
-    """A buffer of at least so many bytes: this one, or a new one in its place."""
-    if buffer.nbytes >= nbytes:
-        return buffer
-    grown = PinnedBuffer(nbytes)  # before the old one is given up: there may be no more memory
-    buffer.close()
-    return grown
 
 
 class PendingResult:

@@ -156,8 +156,7 @@ class Staging:
         self._copied.reverse()
         self._copied[0].synchronize()
         if self._pinned[0].nbytes < nbytes:
-            self._pinned[0].close()
-            self._pinned[0] = PinnedBuffer(2 * nbytes)
+            self._pinned[0] = self._pinned[0].grown(2 * nbytes)
         return self._pinned[0]
 
 

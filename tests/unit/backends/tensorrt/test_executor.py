@@ -326,6 +326,25 @@ def test_a_draw_that_fails_is_the_results(folders, open_executor, monkeypatch):
     assert len(again.result().token_ids) == 1
 
 
+def test_inputs_and_logits_that_find_no_memory_fail_alone(folders, open_executor):
+    """What was there before is still there for smaller steps."""
+    executor, cuda, _ = open_executor(folders()[1])
+    first, wants = pack(([5], 0, 1, PREFILL, [0])), state(return_generation_logits=True)
+    # As often as there are buffers in turn.
+    found, _ = (executor.launch(first, [state()], [False]).result() for _ in range(2))
+    large = pack((list(range(5, 205)), 0, 200, PREFILL, [0, 1, 2, 3, 4, 5, 6]))
+    for step, draws in ((large, [None]), (first, [wants])):
+        cuda.failing["cudaMallocHost"] = cudaError_t.cudaErrorMemoryAllocation
+        for _ in range(2):
+            with pytest.raises(KernelError, match="out of memory"):
+                executor.launch(step, draws, [False]).result()
+        cuda.failing.clear()
+        for _ in range(2):
+            assert executor.launch(first, [state()], [False]).result() == found
+    (logits,) = executor.launch(first, [wants], [False]).result().logits
+    assert int(logits.argmax()) == found.token_ids[0]
+
+
 def test_a_third_launch_keeps_the_first_ones_result(folders, open_executor):
     executor, _, _ = open_executor(folders()[1])
     steps = [executor.launch(pack(([5 + i], 0, 1, PREFILL, [i])), [state()], [False]) for i in range(3)]
