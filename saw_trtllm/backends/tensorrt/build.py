@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -126,11 +126,11 @@ def write_engine(
 
 
 def _tensors(specs: dict[str, TensorSpec], load: LoadArray, ended: Event) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, piece by piece, unless the build has ended before."""
+    """The bytes of a safetensors file, piece by piece; CancelledError if the build has ended before, without it."""
     yield safetensors_header(specs)
     for name, spec in specs.items():
         if ended.is_set():
-            return
+            raise CancelledError
         yield tensor_bytes(name, load(name), spec)
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from dataclasses import replace
+from threading import Event
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from saw_trtllm.backends.reference.int4 import TORCH_DTYPES
 from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs
 from saw_trtllm.backends.reference.paged_attention import paged_attention
 from saw_trtllm.backends.reference.rotate_quantize_kv import rotate_quantize_kv
+from saw_trtllm.backends.tensorrt import build
 from saw_trtllm.backends.tensorrt.backend import TensorRTBackend
-from saw_trtllm.backends.tensorrt.build import build_engine, serialize_engine
+from saw_trtllm.backends.tensorrt.build import build_engine, built_for, serialize_engine
 from saw_trtllm.backends.tensorrt.constants import PackedWeights, weight_inputs
 from saw_trtllm.backends.tensorrt.decoder import define_decoder
 from saw_trtllm.backends.tensorrt.graph import Graph
@@ -760,6 +762,27 @@ def test_a_full_disk_leaves_the_folder(plan, tensorrt, machine, monkeypatch):
         build_engine(made, None, None, tensorrt)
     assert {name: (made.output_dir / name).read_bytes() for name in files(made)} == before
     assert [path.name for path in made.output_dir.parent.iterdir() if path.name.endswith(".part")] == []
+
+
+def test_a_build_that_fails_waits_for_no_more_of_its_weights(plan, tensorrt, machine, monkeypatch, tmp_path):
+    """Neither are they written to their end, nor is what was written hashed."""
+    made, ended, loaded, hashed = plan(backend="tensorrt", gemm_plugin="float16"), Event(), [], []
+
+    def load(name):
+        loaded.append(name)
+        assert ended.wait(60)
+        return made.weights.load(name)
+
+    def fail(*args):
+        raise EngineError("TensorRT did not build the engine")
+
+    monkeypatch.setattr(build, "Event", lambda: ended)
+    monkeypatch.setattr(build, "serialize_engine", fail)
+    monkeypatch.setattr(build, "file_checksum", hashed.append)
+    config = built_for(made.config, tensorrt, "float16")
+    with pytest.raises(EngineError, match="did not build"):
+        build.write_engine(tmp_path, tensorrt, config, load, made.network)
+    assert (len(loaded) < 2, hashed) == (True, [])
 
 
 def test_there_is_one_logger_which_forgets(tensorrt_86):
