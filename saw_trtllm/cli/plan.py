@@ -104,7 +104,7 @@ def _plan(args: argparse.Namespace) -> None:
         return
     print(f"{gpu.name}: {format_bytes(gpu.memory)} at {gpu.bandwidth / 1e9:,.0f} GB/s\n")
     header = ["weights", "cache", "bytes", "KV per token", "tokens that fit", f"sequences of {context}"]
-    print_columns([*header, f"step of {args.concurrency}, at least"], [_row(c, checkpoint) for c in choices])
+    print_columns([*header, f"step of {args.concurrency}, at least"], [_row(c) for c in choices])
     for reason in left_out:
         print(f"\n{reason}")
     if not best.fits:
@@ -143,8 +143,8 @@ def _choice(plan: BuildPlan, options: BuildOptions, gpu: GpuModel, context: int,
     return Choice(options.qformat, options.kv, weights, per_token, tokens, sequences, step, fits)
 
 
-def _row(choice: Choice, checkpoint: Checkpoint) -> list[str]:
-    names = {"auto": "as they are", "full_prec": checkpoint.config.dtype}
+def _row(choice: Choice) -> list[str]:
+    names = {"auto": "as they are", "full_prec": next(iter(choice.weights))}
     return [
         names.get(choice.qformat, choice.qformat),
         choice.kv,

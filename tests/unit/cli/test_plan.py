@@ -75,7 +75,11 @@ def test_weights_that_come_quantized_stay_or_have_16_bits(capsys, tmp_path):
     found = planned(capsys, folder, "--gpu", "H200", "--context", 128)
     assert {c["qformat"] for c in found["choices"]} == {"auto", "full_prec"}
     as_they_are = found["choices"][0]["weights"]
-    assert set(as_they_are) == {"float32", "INT4 in groups of 32"}
+    # The model is in float32, which a GPU's engine has as float16.
+    assert set(as_they_are) == {"float16", "INT4 in groups of 32"}
+    assert saw_plan.main([str(folder), "--gpu", "H200", "--context", "128"]) == 0
+    rows = capsys.readouterr().out.splitlines()[3:7]
+    assert [row.split("  ")[0].strip() for row in rows] == ["as they are", "as they are", "float16", "float16"]
     assert Checkpoint.open(folder).formats
 
 
