@@ -94,6 +94,7 @@ def read_engine(
     stripped = config.saw_int4.weights is not None
     weights = stripped_weights(folder, config).of_rank(rank) if stripped else None
     specs = weight_inputs(config)
+    stored = stored_weights(folder / weights_file(rank), {} if stripped else specs)
     beside = sum(spec.nbytes for spec in specs.values())
     try:
         size = path.stat().st_size + beside if weights is None else weights.nbytes
@@ -114,7 +115,7 @@ def read_engine(
     _check_tensors(path, config, tensorrt, engine)
     if weights is not None:
         return engine, refit(path, weights, tensorrt, engine, logger)
-    return engine, DeviceWeights(specs, stored_weights(folder / weights_file(rank), specs))
+    return engine, DeviceWeights(specs, stored)
 
 
 def gib(nbytes: int) -> str:

@@ -175,13 +175,15 @@ def test_a_whole_engine_keeps_all(built, machine, model, tmp_path):
         (lambda file: save_file({"x": np.zeros(1)}, file), "does not hold the weights that config.json beside it says"),
     ],
 )
-def test_weights_beside_an_engine_that_are_not_its_own(damage, said, built, machine):
+def test_weights_beside_an_engine_that_are_not_its_own(damage, said, built, machine, monkeypatch):
+    """Said before the engine takes memory."""
     folder = built(strip_plan=False)
     damage(folder / "rank0.weights.safetensors")
-    module = machine(folder)
+    module, opened = machine(folder), []
+    monkeypatch.setattr(stripped._Runtime, "deserialize_cuda_engine", lambda runtime, data: opened.append(data))
     with pytest.raises(EngineError, match=said):
         texts(folder, verify=False)
-    assert module.cuda.everything() == []
+    assert (module.cuda.everything(), opened) == ([], [])
     with pytest.raises(EngineError, match=r"rank0\.weights\.safetensors"):
         texts(folder)
 
