@@ -324,7 +324,15 @@ time.sleep(600)
 def traces(script):
     """Processes and regions of a server."""
     processes = [p.pid for p in psutil.process_iter(["cmdline"]) if str(script) in (p.info["cmdline"] or [])]
-    return processes, [f for f in Path("/dev/shm").glob("saw_triton_*region") if f.read_text() == str(script)]
+    return processes, [f for f in Path("/dev/shm").glob("saw_triton_*region") if _text(f) == str(script)]
+
+
+def _text(path):
+    """Empty if it has gone meanwhile."""
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
 
 
 def wait_for(condition):
