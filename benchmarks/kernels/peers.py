@@ -62,7 +62,8 @@ class FlashInfer:
             workspace = torch.zeros(COMPILE_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
             # A backend that fails will say so where it is measured.
             with contextlib.suppress(Exception):
-                self._decode_launch(name, problem, backend, workspace, torch.empty_like(problem.q))()
+                cache = _paged_cache(problem, _cache_dtype(name))
+                self._decode_launch(problem, backend, cache, workspace, torch.empty_like(problem.q))()
 
         kinds = {(name, case.heads) for case in cases for name in case.contenders if name in FLASHINFER_PEERS}
         with ThreadPoolExecutor() as pool:
@@ -77,19 +78,18 @@ class FlashInfer:
 
     def decode(self, problem: Problem, name: str) -> Contender:
         """``BatchDecodeWithPagedKVCacheWrapper`` on tensor cores, or XQA."""
-        out = torch.empty_like(problem.q)
+        cache, out = _paged_cache(problem, _cache_dtype(name)), torch.empty_like(problem.q)
         variants = {
-            backend: partial(self._decode_launch, name, problem, backend, self._workspace, out)
+            backend: partial(self._decode_launch, problem, backend, cache, self._workspace, out)
             for backend in _backends(name)
         }
-        bytes_ = problem.rows * problem.case.heads.head_dim * _cache_dtype(name).itemsize + problem.io_bytes
+        bytes_ = problem.rows * problem.case.heads.head_dim * cache.itemsize + problem.io_bytes
         return Contender(name, variants, bytes_, cosine=lambda: problem.cosine(out))
 
     def _decode_launch(
-        self, name: str, problem: Problem, backend: str, workspace: torch.Tensor, out: torch.Tensor
+        self, problem: Problem, backend: str, cache: torch.Tensor, workspace: torch.Tensor, out: torch.Tensor
     ) -> Launch:
         case, heads = problem.case, problem.case.heads
-        cache = _paged_cache(problem, _cache_dtype(name))
         if backend == "xqa":
             workspace.zero_()
             lengths = torch.full((case.batch,), case.context, dtype=torch.int32, device="cuda")

@@ -113,7 +113,6 @@ def _contenders(
                 "write": rotate_quantize_kv.write,
                 "layers": layers.layers,
             }[case.suite]
-            yield name, partial(set_up, problem or case, name)
         else:
-            peer = flashinfer if name in FLASHINFER_PEERS else official
-            yield name, partial(getattr(peer, case.suite), problem or case, name)
+            set_up = getattr(flashinfer if name in FLASHINFER_PEERS else official, case.suite)
+        yield name, partial(set_up, problem or case, name)

@@ -57,7 +57,7 @@ def gemm(x: Any, weight: Any, *, y: Any, gate: Any = None, stream: Any = None) -
             f"x has shape {list(rows.shape)} and weight {list(first.shape)}: at most {MAX_ROWS} rows, a multiple of 8 "
             "inputs and a multiple of 4 outputs are taken"
         )
-    device = common_device([rows, first, out, *([] if other is None else [other])])
+    device = common_device([rows, first, out, other])
     module, handle = kernels(), stream_handle(stream)
     code = module.gemm(
         x=rows.address,
