@@ -120,6 +120,7 @@ RANK_CASES = [
     Case("qwen2", 128, "saw_int4", (("tp_size", 2),)),
     Case("qwen3", 128, "int4", (("tp_size", 2), *_BF16)),
     Case("gemma2", 64, "saw_int4", (("tp_size", 2), ("gemm_plugin", "disable"))),
+    Case("mistral", 128, "saw_int4", (("tp_size", 2),)),
     Case("mistral", 64, "fp16", (("tp_size", 4),)),
     Case("llama", 64, "saw_int4", (("tp_size", 8),)),
     Case("llama", 128, "saw_int4", (("tp_size", 2), ("qformat", "int4_wo"))),
