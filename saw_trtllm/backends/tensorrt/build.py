@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,9 @@ from threading import Event
 from typing import Any
 
 import numpy as np
+import psutil
 
+from saw_trtllm.backends.tensorrt import device
 from saw_trtllm.backends.tensorrt.constants import Load, LoadArray, PackedWeights, packed_tensors, weight_inputs
 from saw_trtllm.backends.tensorrt.decoder import define_decoder
 from saw_trtllm.backends.tensorrt.device import compute_capability
@@ -18,7 +21,7 @@ from saw_trtllm.backends.tensorrt.graph import Graph
 from saw_trtllm.backends.tensorrt.profiles import profiles, shapes, step_inputs
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.checkpoint.writer import safetensors_header, tensor_bytes
-from saw_trtllm.engine.config import CALIBRATION_FILE, EngineConfig, WeightsSource, engine_file, weights_file
+from saw_trtllm.engine.config import CALIBRATION_FILE, EngineConfig, engine_file, weights_file
 from saw_trtllm.errors import BackendUnavailableError, EngineError
 from saw_trtllm.files import replacing_file, writing_large
 from saw_trtllm.model.quantization import TensorSpec
@@ -49,7 +52,7 @@ def build_engine(
     progress : callable, optional
         Called with the name of each tensor that has been read, once a rank.
     phases : Phases, optional
-        Told of the phases of TensorRT's build, where it has them: from 10 on.
+        Told of the phases of TensorRT's build of rank 0, where it has them: from 10 on.
     tensorrt : TensorRT, optional
         By default the one that is installed.
 
@@ -67,22 +70,45 @@ def build_engine(
     """
     tensorrt = TensorRT.load() if tensorrt is None else tensorrt
     config = built_for(plan.config, tensorrt, plan.network.gemm_plugin)
-    source, checksums = None, dict[str, str]()
+    checksums = dict[str, str]()
+    # First: it wants all cores, and TensorRT's start holds Python's lock.
+    source = plan.weights.source() if plan.network.strip_plan else None
+    at_once = _ranks_at_once(plan, config)
+    readers = -(-_workers(plan) // at_once)
     with replacing_engine(plan.output_dir, plan.checkpoint.folder, checksums) as part:
-        for rank in range(config.tp_size):
-            with plan.weights.of_rank(rank).reading_ahead(plan.network.workers, progress) as load:
+
+        def write(rank: int) -> dict[str, str]:
+            told = phases if rank == 0 else None  # all ranks' have the same names
+            with plan.weights.of_rank(rank).reading_ahead(readers, progress) as load:
                 if plan.network.strip_plan:
-                    engine, source = _serialize_stripped(tensorrt, config, load, plan, phases, rank, source)
-                    checksums[engine_file(rank)] = _write(part / engine_file(rank), [engine])
-                else:
-                    packed = PackedWeights(load)
-                    checksums |= write_engine(part, tensorrt, config, packed, plan.network, phases, rank)
+                    engine = _serialize_stripped(tensorrt, config, load, plan, told, rank)
+                    return {engine_file(rank): _write(part / engine_file(rank), [engine])}
+                return write_engine(part, tensorrt, config, PackedWeights(load), plan.network, told, rank)
+
+        with device.threads(at_once) as pool:
+            for written in pool.map(write, range(config.tp_size)):
+                checksums |= written
         nbytes = sum((part / name).stat().st_size for name in checksums)
         section = config.saw_int4.model_copy(update={"weights": source})
         config.model_copy(update={"saw_int4": section}).save(part)
         if plan.network.strip_plan and plan.calibration is not None:
             plan.calibration.save(part / CALIBRATION_FILE)
         return nbytes
+
+
+def _ranks_at_once(plan: BuildPlan, config: EngineConfig) -> int:
+    """Ranks that are built side by side: as many as there are workers, and as the host's memory has room for.
+
+    TensorRT chooses its own GEMMs by their times, which another build on the GPU would disturb.
+    """
+    if config.build_config.plugin_config.gemm_plugin is None:
+        return 1
+    room = psutil.virtual_memory().available // max(1, plan.weights.of_rank(0).nbytes)
+    return max(1, min(config.tp_size, _workers(plan), room))
+
+
+def _workers(plan: BuildPlan) -> int:
+    return plan.network.workers or len(os.sched_getaffinity(0))
 
 
 def write_engine(
@@ -149,9 +175,8 @@ def _serialize_stripped(
     plan: BuildPlan,
     phases: Phases | None,
     rank: int,
-    known: WeightsSource | None,
-) -> tuple[Any, WeightsSource]:
-    """A rank's engine without weights, and what it records of them, if an earlier rank's has not.
+) -> Any:
+    """A rank's engine without weights.
 
     TensorRT leaves out the constants that it is given, so it is given zeros. The weights are read beside it, to be
     checked.
@@ -166,12 +191,11 @@ def _serialize_stripped(
         for name in weights.shapes:
             load(name)
 
-    source = known or weights.source()  # first: it wants all cores, and TensorRT's start holds Python's lock
     with ThreadPoolExecutor(1) as beside:
         checked = beside.submit(read)
         engine = serialize_engine(tensorrt, config, zeros.__getitem__, plan.network, phases, rank)
         checked.result()
-        return engine, source
+        return engine
 
 
 def _zeros(specs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:
