@@ -20,6 +20,8 @@ from benchmarks.goodput import command as goodput
 from benchmarks.goodput.record import GoodputResults
 from benchmarks.kernels import command as kernels
 from benchmarks.kernels.record import Results
+from benchmarks.scaling import command as scaling
+from benchmarks.scaling.record import ScalingResults
 from benchmarks.serving import command as serving
 from benchmarks.serving.record import ServingResults
 from benchmarks.streams import command as streams
@@ -36,6 +38,7 @@ examples:
   python -m benchmarks kernels --suite decode --peers none --quick
   python -m benchmarks gemm --output benchmarks/results/gemm_h200.json
   python -m benchmarks engine --output benchmarks/results/engine_h200.json
+  python -m benchmarks scaling --tp_size 1,2 --output benchmarks/results/scaling_h200.json
   python -m benchmarks accuracy --output benchmarks/results/accuracy.json
   python -m benchmarks weights --model_dir Llama-3.2-1B --quantized Llama-3.2-1B-W4A16 --text book.txt
   python -m benchmarks serving --engine_dir engine_fp16 engine_saw_int4 --output load.json
@@ -51,6 +54,7 @@ RECORDS: dict[str, type[Record]] = {
         Results,
         GemmResults,
         EngineResults,
+        ScalingResults,
         AccuracyResults,
         WeightsResults,
         ServingResults,
@@ -69,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (kernels, gemm, engine, accuracy, weights, serving, goodput, streams):
+    for command in (kernels, gemm, engine, scaling, accuracy, weights, serving, goodput, streams):
         command.add_parser(commands)
     reporting = commands.add_parser(
         "report",

@@ -6,22 +6,25 @@ import contextlib
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from threading import Lock
 
 import ml_dtypes
 import numpy as np
 import tokenizers
 
+from saw_trtllm.backends.tensorrt import device
 from saw_trtllm.backends.tensorrt.build import built_for, write_engine
 from saw_trtllm.backends.tensorrt.constants import SCALES, packed_tensors
 from saw_trtllm.backends.tensorrt.versions import TensorRT
 from saw_trtllm.checkpoint import NUMPY_DTYPES, expected_shapes, shard_shape
-from saw_trtllm.engine.config import EngineConfig, SawSection
+from saw_trtllm.engine.config import EngineConfig, SawSection, weights_file
 from saw_trtllm.engine.limits import BuildConfig
 from saw_trtllm.errors import ConfigError, EngineError, SawError
 from saw_trtllm.files import replacing_folder
@@ -59,16 +62,18 @@ class RandomWeights:
         self._block = np.random.default_rng(0).standard_normal(_BLOCK, np.float32)
         self._starts = {name: i * _STRIDE for i, name in enumerate(self._shapes)}
         self._numbers: dict[int, np.ndarray] = {}
+        self._lock = Lock()  # threads make the engines of ranks
 
     def load(self, name: str) -> np.ndarray:
         """A tensor in the model's dtype, or an array of a quantized weight; it is not to be written to."""
-        if name not in self._shapes:
-            return self._packed(name)
-        shape = self._shapes[name]
-        if len(shape) == 1:
-            return np.ones(shape, self._dtype)
-        start, size = self._starts[name], math.prod(shape)
-        return self._of_width(shape[-1])[start : start + size].reshape(shape)
+        with self._lock:
+            if name not in self._shapes:
+                return self._packed(name)
+            shape = self._shapes[name]
+            if len(shape) == 1:
+                return np.ones(shape, self._dtype)
+            start, size = self._starts[name], math.prod(shape)
+            return self._of_width(shape[-1])[start : start + size].reshape(shape)
 
     def _of_width(self, width: int) -> np.ndarray:
         """Numbers for all matrices of a width."""
@@ -120,13 +125,29 @@ def build_random(folder: Path, config: EngineConfig, options: NetworkOptions) ->
     weights = RandomWeights(config.pretrained_config, config.saw_int4.quantized)
     try:
         with replacing_folder(folder, ENGINE_FILES) as part:
-            for rank in range(config.tp_size):
-                write_engine(part, tensorrt, config, weights.load, options, rank=rank)
+            checksums = _write_ranks(part, tensorrt, config, weights, options)
             write_tokenizer(part, config.pretrained_config.vocab_size)
             config.save(part)
-            record_checksums(part)
+            record_checksums(part, checksums)
     except OSError as e:
         raise ConfigError(f"{folder} cannot be written ({e.strerror}): give another --engine_dir") from e
+
+
+def _write_ranks(
+    folder: Path, tensorrt: TensorRT, config: EngineConfig, weights: RandomWeights, options: NetworkOptions
+) -> dict[str, str]:
+    """Write all ranks' engines, at once, with the weights of one: links stand for the others', of the same shapes."""
+
+    def write(rank: int) -> dict[str, str]:
+        return write_engine(folder, tensorrt, config, weights.load, options, rank=rank, with_weights=rank == 0)
+
+    with device.threads(config.tp_size) as pool:
+        checksums = {name: x for written in pool.map(write, range(config.tp_size)) for name, x in written.items()}
+    for rank in range(1, config.tp_size):
+        if (first := weights_file(0)) in checksums:
+            os.link(folder / first, folder / weights_file(rank))
+            checksums[weights_file(rank)] = checksums[first]
+    return checksums
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from benchmarks.common.environment import describe
+from benchmarks.common.record import Environment
 from benchmarks.common.target import TargetResult
 from benchmarks.engine import cases
 from benchmarks.engine.plan import Plan, build_missing
@@ -38,13 +39,11 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
         If there is no GPU or no TensorRT, or an engine cannot be built.
     """
     # After the first look for TensorRT and a GPU, whose sentence is better than an import's.
-    environment = describe(
-        command, commit, gpu=device.gpu_name(), cuda=_cuda_version(), tensorrt=TensorRT.load().version
-    )
+    where = environment(command, commit)
     from benchmarks.engine.on_gpu import measure_alone, measure_ranks, measure_together
 
     results = EngineResults(
-        environment=environment,
+        environment=where,
         shape=Shape.of(plan.model, plan.qformat),
         optimization_level=plan.optimization_level,
         decode_profile=bool(plan.decode_profile),
@@ -87,6 +86,17 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
     results = results.model_copy(update={"aborted": aborted})
     keep()
     return results
+
+
+def environment(command: str, commit: str | None) -> Environment:
+    """Where engines are measured.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If there is no TensorRT or no GPU.
+    """
+    return describe(command, commit, gpu=device.gpu_name(), cuda=_cuda_version(), tensorrt=TensorRT.load().version)
 
 
 def judge(results: EngineResults) -> list[TargetResult]:

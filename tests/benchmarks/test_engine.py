@@ -16,16 +16,20 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks.common.record import Environment
 from benchmarks.common.report import write
-from benchmarks.engine import cases, compare, loop, random_engine, run, scaling, vllm
+from benchmarks.engine import cases, compare, loop, random_engine, run, vllm
 from benchmarks.engine.cases import BATCHES, CONTEXTS, KVS, classify, parse_numbers
 from benchmarks.engine.plan import Plan
 from benchmarks.engine.record import Engine, EngineResults, Loop, Peer, PeerStep, Profile, Shape, StartUp, Step
 from benchmarks.engine.report import peer_table, ratio_table, report, step_table
 from benchmarks.engine.run import judge, run_engines
 from benchmarks.engine.steps import ROUNDS, StepBench, measure
+from saw_trtllm.backends.tensorrt.constants import weight_inputs
+from saw_trtllm.backends.tensorrt.weights import stored_weights
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import DECODE
 from saw_trtllm.errors import ConfigError, EngineError, KernelError
+from saw_trtllm.plan.checksums import verify_engine
+from saw_trtllm.plan.plan import split_over_ranks
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.runtime.tokenizer import Tokenizer
@@ -132,6 +136,20 @@ def test_an_engine_of_random_weights_is_built(small, tmp_path, monkeypatch):
     tokenizer = Tokenizer.load(tmp_path / "int4")
     assert tokenizer.encode("w7 w63 w12") == [7, 63, 12]
     assert tokenizer.decode([7, 63, 12]) == "w7 w63 w12"
+
+
+def test_ranks_of_random_weights_share_a_file(small, tmp_path, monkeypatch):
+    pretend_gpu(monkeypatch)
+    monkeypatch.setattr("saw_trtllm.backends.tensorrt.build.load_cublas_lt", lambda: True)
+    config = random_engine.engine_config("saw_int4", split_over_ranks(small, 4), cases.build_limits())
+    random_engine.build_random(tmp_path, config, NetworkOptions())
+    found = EngineConfig.load(tmp_path)
+    assert {f"rank{rank}.engine" for rank in range(4)} <= found.saw_int4.checksums.keys()
+    assert len({(tmp_path / f"rank{rank}.weights.safetensors").stat().st_ino for rank in range(4)}) == 1
+    for rank in range(4):
+        stored = stored_weights(tmp_path / f"rank{rank}.weights.safetensors", weight_inputs(found))
+        assert stored("transformer.vocab_embedding.weight").shape == (16, 64)
+    verify_engine(tmp_path)
 
 
 def test_a_build_in_a_child_that_fails(small, tmp_path):
@@ -575,29 +593,6 @@ def test_vllm_s_steps_are_differences_of_texts(monkeypatch, tmp_path):
     assert asked[0]["kv_cache_dtype"] == "fp8"
     assert asked[1] == (4, 32), "the longest first"
     assert json.loads((tmp_path / "config.json").read_text())["num_key_value_heads"] == shape.num_key_value_heads
-
-
-def test_steps_are_compared_over_ranks(results, tmp_path, capsys):
-    """Of two records, the second of which has its steps in 0.6 of the time, a fifth of it between ranks."""
-    paths = []
-    for tp_size in (1, 2):
-        engines = []
-        for e in results.engines:
-            steps = [s.model_copy(update={"median_us": s.median_us * (0.6 if tp_size == 2 else 1)}) for s in e.steps]
-            profile = Profile(batch=64, context=8192, parts={"attention": 400.0, "ranks": 100.0})
-            engines.append(e.model_copy(update={"steps": steps, "profiles": [profile] * (tp_size - 1)}))
-        paths.append(tmp_path / f"tp{tp_size}.json")
-        results.model_copy(update={"tp_size": tp_size, "engines": engines, "targets": []}).save(paths[-1])
-    assert scaling.main([str(path) for path in reversed(paths)] + ["--plots", str(tmp_path)]) == 0
-    text = capsys.readouterr().out
-    us = results.engine("saw_int4").find(64, 8192).median_us
-    (row,) = [line for line in text.splitlines() if line.startswith("saw_int4") and " 64x8192 " in line]
-    assert row.split("  ")[-1].strip() == "-, 20 %"
-    assert f"{us:.0f} µs" in row
-    assert f"{0.6 * us:.0f} µs (0.60x)" in row
-    assert "saw_int4, 64x8192" in (tmp_path / "scaling.svg").read_text()
-    assert scaling.main([str(paths[0]), str(paths[0])]) == 2
-    assert "two records have engines of the same number of ranks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("model", "parameters"), [("Llama 3 70B", 70_553_706_496), ("Qwen3 32B", 32_762_123_264)])

@@ -119,6 +119,7 @@ def write_engine(
     options: NetworkOptions,
     phases: Phases | None = None,
     rank: int = 0,
+    with_weights: bool = True,
 ) -> dict[str, str]:
     """Write a rank's engine with all its weights: those that are no part of the network while TensorRT builds.
 
@@ -132,13 +133,15 @@ def write_engine(
     options : NetworkOptions
     phases : Phases, optional
     rank : int
+    with_weights : bool
+        Whether those that are no part of the network are written too.
 
     Returns
     -------
     dict of (str, str)
         Checksums of the files, by name.
     """
-    specs = weight_inputs(config)
+    specs = weight_inputs(config) if with_weights else {}
     paths = [folder / engine_file(rank), *([folder / weights_file(rank)] if specs else [])]
     ended = Event()
     with ThreadPoolExecutor(1) as beside:

@@ -70,6 +70,7 @@ class RankGroup:
         Whether small sums go by the one-shot kernel: where every GPU reaches the memory of every other.
     communicator : int
         NCCL's.
+    nccl_version : str
     ranks : saw_trtllm._C.Ranks
         What the kernel is given.
 
@@ -91,6 +92,7 @@ class RankGroup:
         near = len(set(_hosts(collectives))) == 1 and collectives.size <= self._module.MAX_RANKS
         peers = self._exchange(collectives) if near else []
         self.one_shot, self.communicator = bool(peers), self._nccl.communicator
+        self.nccl_version = self._nccl.version
         self.ranks = self._module.Ranks(
             rank=collectives.rank,
             size=collectives.size,
@@ -154,7 +156,7 @@ class _Nccl:
             raise BackendUnavailableError(f"an engine of several ranks needs NCCL, which cannot be loaded: {NCCL}")
         self._library: Any = library
         self._library.ncclGetErrorString.restype = ctypes.c_char_p
-        self._check_version(collectives)
+        self.version = self._check_version(collectives)
         unique = _UniqueId()
         if collectives.rank == 0:
             self._call("ncclGetUniqueId", ctypes.byref(unique))
@@ -165,7 +167,8 @@ class _Nccl:
         self._call("ncclCommInitRank", ctypes.byref(communicator), size, unique, rank)
         self.communicator: int = communicator.value or 0
 
-    def _check_version(self, collectives: Collectives) -> None:
+    def _check_version(self, collectives: Collectives) -> str:
+        """The version, which all ranks must have."""
         number = ctypes.c_int()
         self._call("ncclGetVersion", ctypes.byref(number))
         version = number.value // 10000, number.value // 100 % 100
@@ -174,10 +177,11 @@ class _Nccl:
                 f"NCCL {_words(version)} is installed and an engine of several ranks needs {_words(_OLDEST_NCCL)} or "
                 f"newer: {NCCL}"
             )
-        others = [int(theirs) for theirs in collectives.all_gather(np.array(number.value))]
-        if len(set(others)) > 1:
-            found = ", ".join(_words((n // 10000, n // 100 % 100, n % 100)) for n in others)
-            raise EngineError(f"the ranks have NCCL {found}: install one version on all machines")
+        numbers = [int(theirs) for theirs in collectives.all_gather(np.array(number.value))]
+        found = [_words((n // 10000, n // 100 % 100, n % 100)) for n in numbers]
+        if len(set(numbers)) > 1:
+            raise EngineError(f"the ranks have NCCL {', '.join(found)}: install one version on all machines")
+        return found[0]
 
     def close(self) -> None:
         # An abort, since the other ranks may be gone.

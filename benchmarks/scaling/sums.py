@@ -1,18 +1,15 @@
-"""``python -m benchmarks.engine.sums --tp_size N``: a sum between GPUs in a CUDA graph, by our kernel and by NCCL."""
+"""A sum between GPUs in a CUDA graph, by our kernel and by NCCL."""
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from statistics import median
 
 import numpy as np
 
-from benchmarks.engine.processes import start_ranks
-from saw_trtllm.cli.common import print_table, run
+from benchmarks.engine.processes import SECONDS, start_ranks
 from saw_trtllm.errors import KernelError
 from saw_trtllm.runtime.collectives import Collectives
 
@@ -36,6 +33,7 @@ class _Sums:
         self._collectives, self._device = collectives, call(runtime.cudaGetDevice)
         self._group, self._stream = RankGroup(collectives), Stream()
         self._module, self._nccl = kernels(), load_nccl()
+        self.nccl_version = self._group.nccl_version
         self._buffers = [DeviceBuffer(2 * most) for _ in range(2)]
         for buffer in self._buffers:
             buffer.fill(0)
@@ -46,9 +44,12 @@ class _Sums:
             return None
         arguments = {"ranks": self._group.ranks, "count": count, "dtype": self._module.DType.float16}
         arguments |= {"device": self._device, "stream": self._stream.handle}
+        there = [buffer.address for buffer in self._buffers]
+        if self._module.all_reduce(x=there[0], y=there[1], **arguments):
+            return None
         return self._time(lambda x, y: self._module.all_reduce(x=x, y=y, **arguments))
 
-    def by_nccl(self, count: int) -> float | None:
+    def by_nccl(self, count: int) -> float:
         """The same of NCCL, which takes any."""
         communicator, stream = ctypes.c_void_p(self._group.communicator), ctypes.c_void_p(self._stream.handle)
 
@@ -58,12 +59,12 @@ class _Sums:
 
         return self._time(enqueue)
 
-    def _time(self, enqueue: Callable[[int, int], int]) -> float | None:
+    def _time(self, enqueue: Callable[[int, int], int]) -> float:
         from benchmarks.engine.clock import StreamClock
 
         there = [buffer.address for buffer in self._buffers]
-        if enqueue(*there):
-            return None
+        if enqueue(*there):  # outside of a graph first: NCCL connects the ranks then
+            raise KernelError("a sum was not computed")
         self._stream.synchronize()
         with self._stream.capture() as graph:
             for _ in range(CHAIN):
@@ -83,28 +84,18 @@ class _Sums:
         return median(times[WARM_UP:]) / CHAIN
 
 
-def time_sums(collectives: Collectives, width: int) -> dict[str, str]:
-    """Of each number of rows both times, in words; all ranks call it."""
-    sums, found = _Sums(collectives, max(ROWS) * width), {f"rows of {width}": "our kernel, NCCL"}
-    for rows in ROWS:
-        times = sums.by_kernel(rows * width), sums.by_nccl(rows * width)
-        found[str(rows)] = ", ".join("not taken" if us is None else f"{us:.2f} µs" for us in times)
+def time_sums(collectives: Collectives, width: int) -> tuple[str, list[tuple[int, float | None, float]]]:
+    """NCCL's version, and of each number of rows µs of our kernel and of NCCL; all ranks call it."""
+    sums = _Sums(collectives, max(ROWS) * width)
+    return sums.nccl_version, [(rows, sums.by_kernel(rows * width), sums.by_nccl(rows * width)) for rows in ROWS]
+
+
+def measure_sums(tp_size: int, width: int) -> tuple[str, list[tuple[int, float | None, float]]]:
+    """What :func:`time_sums` finds, with this process as the first rank."""
+    collectives, processes = start_ranks(tp_size, time_sums, [(width,)] * (tp_size - 1))
+    with closing(collectives):
+        found = time_sums(collectives, width)
+    for process in processes:
+        process.join(SECONDS)
+        process.kill()
     return found
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine.sums", description=__doc__)
-    parser.add_argument("--tp_size", type=int, default=2, metavar="N", help="GPUs (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=4096, metavar="N", help="numbers of a row (default: %(default)s)")
-    args = parser.parse_args(argv)
-
-    def time_them() -> None:
-        collectives, _ = start_ranks(args.tp_size, time_sums, [(args.width,)] * (args.tp_size - 1))
-        print_table(time_sums(collectives, args.width))
-
-    return run(time_them)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
