@@ -3,16 +3,19 @@
 namespace saw {
 namespace {
 
-// CTAs for a row: as many as the GPU has SMs for. What they choose does not depend on it.
+// CTAs for a row: as many as the GPU has SMs for, but one where what runs was compiled for GPUs without clusters. What
+// they choose does not depend on it.
 cudaError_t choose_cluster(int num_rows, int& cluster) {
-    static int sms = 0, major = 0;  // of the current device; they are alike in any machine that serves one engine
+    static int sms = 0, most = 1;  // of the current device; they are alike in any machine that serves one engine
     if (sms == 0) {
         int device = 0;
+        cudaFuncAttributes attributes;
         if (auto e = cudaGetDevice(&device)) return e;
-        if (auto e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return e;
+        if (auto e = cudaFuncGetAttributes(&attributes, sample_kernel<true>)) return e;
+        most = attributes.ptxVersion >= 90 ? SampleConfig::kMaxCluster : 1;
         if (auto e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)) return e;
     }
-    cluster = major >= 9 ? SampleConfig::kMaxCluster : 1;
+    cluster = most;
     while (cluster > 1 && cluster * num_rows > sms) cluster /= 2;
     return cudaSuccess;
 }
