@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from typing import Any
 
@@ -23,6 +24,8 @@ except ImportError as e:
 
 #: TensorRT wants the tensors of an engine at multiples of so many bytes.
 ALIGNMENT = 256
+
+_HUGE_PAGE = 2 << 20
 
 #: What says that there is nothing to run on, rather than that something went wrong.
 _NO_GPU = ("cudaErrorNoDevice", "cudaErrorInitializationError", "cudaErrorStubLibrary")
@@ -236,17 +239,16 @@ class DeviceBuffer:
             call(runtime.cudaFree, address)
 
 
-class PinnedBuffer:
-    """Host memory that the GPU copies from and to by itself.
+class _HostBuffer:
+    """Memory of the host, at an address.
 
     Attributes
     ----------
     address, nbytes : int
     """
 
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.address = int(call(runtime.cudaMallocHost, max(nbytes, 1)))
+    address: int
+    nbytes: int
 
     def array(self, dtype: Any, shape: Sequence[int], offset: int = 0) -> np.ndarray:
         """A view as an array. It must not be used once the buffer is closed."""
@@ -256,6 +258,14 @@ class PinnedBuffer:
             raise ValueError(f"{offset} + {size} bytes of a buffer of {self.nbytes}")
         memory = (ctypes.c_char * size).from_address(self.address + offset)
         return np.frombuffer(memory, dtype).reshape(shape)
+
+
+class PinnedBuffer(_HostBuffer):
+    """Host memory that the GPU copies from and to by itself."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.address = int(call(runtime.cudaMallocHost, max(nbytes, 1)))
 
     def grown(self, nbytes: int) -> PinnedBuffer:
         """A buffer of at least so many bytes: this one, or a new one, for which this is freed if it can be had."""
@@ -270,3 +280,31 @@ class PinnedBuffer:
         if self.address:
             address, self.address = self.address, 0
             call(runtime.cudaFreeHost, address)
+
+
+class RegisteredBuffer(_HostBuffer):
+    """The same in two parts, of which the longer needs nothing of CUDA: pages that are there, and their pinning."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        # Of huge pages hundreds of times fewer are made, and pinned.
+        self._pages = mmap.mmap(-1, nbytes + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel without them
+            self._pages.madvise(mmap.MADV_HUGEPAGE)
+        first = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
+        self.address = -(-first // _HUGE_PAGE) * _HUGE_PAGE
+        self._is_pinned = False
+        ctypes.memset(self.address, 0, nbytes)  # other threads of Python go on meanwhile
+
+    def pin(self) -> None:
+        """Let the GPU copy from and to it by itself."""
+        call(runtime.cudaHostRegister, self.address, self.nbytes, runtime.cudaHostRegisterDefault)
+        self._is_pinned = True
+
+    def close(self) -> None:
+        """Let go of it, once nobody has an array of it any more."""
+        if self.address:
+            address, self.address = self.address, 0
+            if self._is_pinned:
+                call(runtime.cudaHostUnregister, address)
+            self._pages.close()

@@ -67,6 +67,7 @@ class Cuda:
     cudaStreamCaptureMode = cudaStreamCaptureMode
     cudaDeviceAttr = cudaDeviceAttr
     cudaStreamNonBlocking = cudaEventDisableTiming = cudaEventBlockingSync = 1
+    cudaHostRegisterDefault = 0
 
     def __init__(self, total: int = TOTAL) -> None:
         self.total = total
@@ -148,6 +149,13 @@ class Cuda:
     def cudaFreeHost(self, address):
         del self.pinned[address]
         return (cudaError_t.cudaSuccess,)
+
+    def cudaHostRegister(self, address, size, flags):
+        assert address not in self.pinned
+        self.pinned[address] = memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+        return (cudaError_t.cudaSuccess,)
+
+    cudaHostUnregister = cudaFreeHost
 
     def cudaMemset(self, address, value, size):
         self.on_device(address, size)

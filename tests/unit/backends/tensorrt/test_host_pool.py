@@ -44,3 +44,18 @@ def test_copies_wait_for_rows_that_are_copied_and_for_nothing_else(machine):
     for resource in (pool, steps, rows_copied):
         resource.close()
     assert machine.everything() == []
+
+
+def test_memory_that_cannot_be_pinned_is_not_used(machine, caplog):
+    from saw_trtllm.backends.tensorrt.cuda import DeviceBuffer
+    from saw_trtllm.backends.tensorrt.host_pool import HostPool
+
+    machine.failing["cudaHostRegister"] = fake.cudaError_t.cudaErrorMemoryAllocation
+    pool = DeviceBuffer(64)
+    host = HostPool([pool], [64], 4)
+    host._thread.join()
+    assert host.num_ready == 0
+    assert "of host_cache_size only 0 bytes can be pinned" in caplog.text
+    host.close()
+    pool.close()
+    assert machine.everything() == []
