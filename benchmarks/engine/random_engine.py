@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
@@ -20,9 +22,10 @@ import numpy as np
 import tokenizers
 
 from saw_trtllm.backends.tensorrt import device
-from saw_trtllm.backends.tensorrt.build import built_for, write_engine
-from saw_trtllm.backends.tensorrt.constants import SCALES, packed_tensors
+from saw_trtllm.backends.tensorrt.build import built_for, write_engine, write_weights
+from saw_trtllm.backends.tensorrt.constants import SCALES, packed_tensors, weight_inputs
 from saw_trtllm.backends.tensorrt.versions import TensorRT
+from saw_trtllm.backends.tensorrt.weights import stored_weights
 from saw_trtllm.checkpoint import NUMPY_DTYPES, expected_shapes, shard_shape
 from saw_trtllm.engine.config import EngineConfig, SawSection, weights_file
 from saw_trtllm.engine.limits import BuildConfig
@@ -31,7 +34,7 @@ from saw_trtllm.files import replacing_folder
 from saw_trtllm.format import KVFormat
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.quantization import WeightFormat
-from saw_trtllm.plan.checksums import record_checksums
+from saw_trtllm.plan.checksums import file_checksum, record_checksums
 from saw_trtllm.plan.folder import ENGINE_FILES
 from saw_trtllm.plan.formats import own_formats
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
@@ -44,6 +47,8 @@ logger = logging.getLogger(__name__)
 _BLOCK = 1_048_583
 #: Of them, between the beginnings of two matrices: no two are alike.
 _STRIDE = 64
+#: The weights of all engines in a folder's folders, of one shape.
+WEIGHTS = "random.safetensors"
 #: Between two reports of a build that goes on.
 _REPORT_S = 15.0
 
@@ -111,7 +116,7 @@ def engine_config(kv: str, model: ModelConfig, limits: BuildConfig, qformat: str
 
 
 def build_random(folder: Path, config: EngineConfig, options: NetworkOptions) -> None:
-    """Write an engine folder.
+    """Write an engine folder; engines in folders beside each other share one file of weights.
 
     Raises
     ------
@@ -122,10 +127,9 @@ def build_random(folder: Path, config: EngineConfig, options: NetworkOptions) ->
     """
     tensorrt = TensorRT.load()
     config = built_for(config, tensorrt, options.gemm_plugin)
-    weights = RandomWeights(config.pretrained_config, config.saw_int4.quantized)
     try:
         with replacing_folder(folder, ENGINE_FILES) as part:
-            checksums = _write_ranks(part, tensorrt, config, weights, options)
+            checksums = _write_ranks(part, folder.parent / WEIGHTS, tensorrt, config, options)
             write_tokenizer(part, config.pretrained_config.vocab_size)
             config.save(part)
             record_checksums(part, checksums)
@@ -134,20 +138,33 @@ def build_random(folder: Path, config: EngineConfig, options: NetworkOptions) ->
 
 
 def _write_ranks(
-    folder: Path, tensorrt: TensorRT, config: EngineConfig, weights: RandomWeights, options: NetworkOptions
+    folder: Path, shared: Path, tensorrt: TensorRT, config: EngineConfig, options: NetworkOptions
 ) -> dict[str, str]:
-    """Write all ranks' engines, at once, with the weights of one: links stand for the others', of the same shapes."""
+    """Write all ranks' engines, at once, and link their weights, all of the same shapes, to the shared ones."""
+    weights = RandomWeights(config.pretrained_config, config.saw_int4.quantized)
 
     def write(rank: int) -> dict[str, str]:
-        return write_engine(folder, tensorrt, config, weights.load, options, rank=rank, with_weights=rank == 0)
+        return write_engine(folder, tensorrt, config, weights.load, options, rank=rank, with_weights=False)
 
-    with device.threads(config.tp_size) as pool:
-        checksums = {name: x for written in pool.map(write, range(config.tp_size)) for name, x in written.items()}
-    for rank in range(1, config.tp_size):
-        if (first := weights_file(0)) in checksums:
-            os.link(folder / first, folder / weights_file(rank))
-            checksums[weights_file(rank)] = checksums[first]
+    with device.threads(config.tp_size) as pool, ThreadPoolExecutor(1) as beside:
+        written = beside.submit(_share_weights, shared, config, weights) if weight_inputs(config) else None
+        checksums = {name: x for names in pool.map(write, range(config.tp_size)) for name, x in names.items()}
+        for rank in range(config.tp_size if written else 0):
+            checksums[weights_file(rank)] = written.result()
+            os.link(shared, folder / weights_file(rank))
     return checksums
+
+
+def _share_weights(path: Path, config: EngineConfig, weights: RandomWeights) -> str:
+    """Write the weights that engines of one shape share, unless they are there; their checksum."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # engines of several formats are built at once
+        try:
+            stored_weights(path, weight_inputs(config))
+            return file_checksum(path)
+        except EngineError:  # not there, of a build that was ended, or of another shape
+            path.unlink(missing_ok=True)
+            return write_weights(path, config, weights.load)
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:

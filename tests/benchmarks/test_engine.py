@@ -138,18 +138,20 @@ def test_an_engine_of_random_weights_is_built(small, tmp_path, monkeypatch):
     assert tokenizer.decode([7, 63, 12]) == "w7 w63 w12"
 
 
-def test_ranks_of_random_weights_share_a_file(small, tmp_path, monkeypatch):
+def test_engines_of_random_weights_share_a_file(small, tmp_path, monkeypatch):
+    """All ranks, and all formats; one of another shape is written anew."""
     pretend_gpu(monkeypatch)
     monkeypatch.setattr("saw_trtllm.backends.tensorrt.build.load_cublas_lt", lambda: True)
-    config = random_engine.engine_config("saw_int4", split_over_ranks(small, 4), cases.build_limits())
-    random_engine.build_random(tmp_path, config, NetworkOptions())
-    found = EngineConfig.load(tmp_path)
-    assert {f"rank{rank}.engine" for rank in range(4)} <= found.saw_int4.checksums.keys()
-    assert len({(tmp_path / f"rank{rank}.weights.safetensors").stat().st_ino for rank in range(4)}) == 1
-    for rank in range(4):
-        stored = stored_weights(tmp_path / f"rank{rank}.weights.safetensors", weight_inputs(found))
-        assert stored("transformer.vocab_embedding.weight").shape == (16, 64)
-    verify_engine(tmp_path)
+    (tmp_path / random_engine.WEIGHTS).write_bytes(b"of a build that was ended")
+    for kv in ("saw_int4", "fp16"):
+        config = random_engine.engine_config(kv, split_over_ranks(small, 4), cases.build_limits())
+        random_engine.build_random(tmp_path / kv, config, NetworkOptions())
+        found = EngineConfig.load(tmp_path / kv)
+        assert {f"rank{rank}.engine" for rank in range(4)} <= found.saw_int4.checksums.keys()
+        verify_engine(tmp_path / kv)
+    files = [tmp_path / kv / f"rank{rank}.weights.safetensors" for kv in ("saw_int4", "fp16") for rank in range(4)]
+    assert len({path.stat().st_ino for path in files}) == 1
+    assert stored_weights(files[0], weight_inputs(found))("transformer.vocab_embedding.weight").shape == (16, 64)
 
 
 def test_a_build_in_a_child_that_fails(small, tmp_path):

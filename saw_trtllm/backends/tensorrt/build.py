@@ -141,11 +141,11 @@ def write_engine(
     dict of (str, str)
         Checksums of the files, by name.
     """
-    specs = weight_inputs(config) if with_weights else {}
-    paths = [folder / engine_file(rank), *([folder / weights_file(rank)] if specs else [])]
+    paths = [folder / engine_file(rank)]
+    paths += [folder / weights_file(rank)] if with_weights and weight_inputs(config) else []
     ended = Event()
     with ThreadPoolExecutor(1) as beside:
-        written = [beside.submit(_write, path, _tensors(specs, load, ended)) for path in paths[1:]]
+        written = [beside.submit(write_weights, path, config, load, ended) for path in paths[1:]]
         try:
             engine = serialize_engine(tensorrt, config, load, options, phases, rank)
             checksums = [_write(paths[0], [engine]), *(each.result() for each in written)]
@@ -154,8 +154,19 @@ def write_engine(
     return {path.name: checksum for path, checksum in zip(paths, checksums, strict=True)}
 
 
+def write_weights(path: Path, config: EngineConfig, load: LoadArray, ended: Event | None = None) -> str:
+    """Write the weights that are a rank's inputs; the file's checksum.
+
+    Raises
+    ------
+    CancelledError
+        If ``ended`` is set before the last is written.
+    """
+    return _write(path, _tensors(weight_inputs(config), load, ended or Event()))
+
+
 def _tensors(specs: dict[str, TensorSpec], load: LoadArray, ended: Event) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, piece by piece; CancelledError if the build has ended before, without it."""
+    """The bytes of a safetensors file, piece by piece."""
     yield safetensors_header(specs)
     for name, spec in specs.items():
         if ended.is_set():
