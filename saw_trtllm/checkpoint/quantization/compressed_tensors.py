@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,7 +99,7 @@ def reader(settings: dict[str, Any], path: Path) -> Callable[[Linear], StoredWei
     def read(linear: Linear) -> StoredWeight | None:
         if linear.find("weight_scale") is None:
             return None
-        group = next((g for g in given.config_groups.values() if _is_target(linear.name, g.targets)), None)
+        group = _group_of(linear.name, given.config_groups.values())
         if group is None or group.weights is None:
             raise CheckpointError(
                 f"{path} has no group of weights for {linear.name!r}, which is stored with scales: use the config that "
@@ -121,12 +121,20 @@ def reader(settings: dict[str, Any], path: Path) -> Callable[[Linear], StoredWei
     return read
 
 
-def _is_target(name: str, targets: list[str]) -> bool:
-    """Whether a group's targets name a linear layer: by a pattern from its beginning, by its name, or by its class."""
-    return any(
-        re.match(target[3:], name) is not None if target.startswith("re:") else target in (name, "Linear")
-        for target in targets
-    )
+def _group_of(name: str, groups: Iterable[Group]) -> Group | None:
+    """The group that names a linear layer most closely, as the library takes it.
+
+    A name comes before the patterns, which match from its beginning, and these before the class; of several patterns
+    the first in the alphabet.
+    """
+
+    def rank(target: str) -> int | None:
+        if target.startswith("re:"):
+            return 1 if re.match(target[3:], name) else None
+        return {name: 0, "Linear": 2}.get(target)
+
+    found = [(place, t, g) for g in groups for t in g.targets if (place := rank(t)) is not None]
+    return min(found, key=lambda match: match[:2])[2] if found else None
 
 
 def _packed(linear: Linear, weights: Arguments, path: Path) -> StoredWeight:
@@ -204,7 +212,7 @@ COMPRESSED_TENSORS = Dialect(
     file=None,
     keys=(
         KeyRule("honored", "the dialect", ("quant_method",)),
-        KeyRule("honored", "by the first group that names a layer", ("config_groups",)),
+        KeyRule("honored", "by the group that names a layer most closely", ("config_groups",)),
         KeyRule("honored", "`pack-quantized`, `float-quantized`, `naive-quantized`", ("format",)),
         KeyRule("honored", "a layer is quantized if its tensors are", ("ignore",)),
         KeyRule("rejected", "sparse weights", ("sparsity_config", "moe_sparsity_config"), (None, {})),

@@ -65,7 +65,7 @@ def reader(settings: dict[str, Any], path: Path) -> Callable[[Linear], StoredWei
             kind="int4" if given.bits == 4 else "int8",
             block=(1, columns),
             zeros=not given.sym,
-            act_order=given.desc_act,
+            act_order=given.desc_act and columns < inputs,  # one group has no order
             scale_dtype=scales.dtype,
         )
         return StoredWeight(
@@ -105,7 +105,7 @@ def _unpack(kind: WeightFormat, given: GptqSettings, name: str, *tensors: Any) -
         np.ascontiguousarray(values),
         scales.load().T,
         None if given.sym else zeros,
-        order.astype(np.int32) if given.desc_act and order is not None else None,
+        order.astype(np.int32) if kind.act_order and order is not None else None,
     )
 
 

@@ -18,7 +18,16 @@ from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.checkpoint.quantization import DIALECTS, TENSORRT_LLM, markdown_tables
 from saw_trtllm.errors import CheckpointError, ConfigError
 from tests.support.models import make_hf_model
-from tests.support.quantized import CASES, PRESETS, Case, compressed_tensors, fp8_channel, fp8_tensor, write_quantized
+from tests.support.quantized import (
+    CASES,
+    PRESETS,
+    Case,
+    compressed_tensors,
+    fp8_channel,
+    fp8_tensor,
+    gptq,
+    write_quantized,
+)
 from tests.unit.checkpoint.test_checkpoint import hugging_face_tensors
 
 #: Sizes that groups of 32 divide and blocks of 128 do not.
@@ -97,6 +106,16 @@ def test_model_optimizers_blocks_may_have_four_axes(tmp_path):
         np.testing.assert_array_equal(after.load(name), weight, err_msg=name)
 
 
+def test_one_group_has_no_order(tmp_path):
+    """``desc_act`` with a scale for a whole row: TensorRT's engines take it."""
+    case = Case(gptq(-1, desc_act=True), CASES["gptq -1"].config | {"desc_act": True})
+    folder, model = quantized_model(tmp_path, case)
+    ckpt = Checkpoint.open(folder)
+    assert not any(format.act_order for format in ckpt.formats.values())
+    for tensor, want in hugging_face_tensors(model).items():
+        np.testing.assert_array_equal(ckpt.load(tensor), want.detach().numpy(), err_msg=tensor)
+
+
 # -- settings
 
 
@@ -120,12 +139,20 @@ def test_groups_of_compressed_tensors_are_found_by_name(tmp_path):
     tensors = {n: x for n, x in tensors.items() if "mlp" not in n} | {n: x for n, x in floats.items() if "mlp" in n}
     save_file(tensors, folder / "model.safetensors")
     groups = [case.config["config_groups"]["group_0"] for case in (four, eight)]
-    groups[0]["targets"], groups[1] = ["re:.*self_attn.*"], groups[1] | {"format": "float-quantized"}
-    edit(
-        folder, lambda config: config["quantization_config"].update(config_groups=dict(zip("ab", groups, strict=True)))
-    )
-    formats = Checkpoint.open(folder).formats
-    assert [formats[f"transformer.layers.0.{n}.weight"].kind for n in ("attention.qkv", "mlp.fc")] == ["int4", "fp8"]
+    groups[1] = groups[1] | {"format": "float-quantized"}
+    mlp = [f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up", "down")]
+    # The library takes the closest target, wherever its group stands: a name, then a pattern, then the class.
+    for of_int4, of_fp8 in (
+        (["re:.*self_attn.*"], ["Linear"]),
+        (["Linear"], [r"re:.*mlp\.(gate|up|down)_proj$"]),
+        (["Linear", "re:.*"], mlp),
+    ):
+        groups[0]["targets"], groups[1]["targets"] = of_int4, of_fp8
+        named = dict(zip("ab", groups, strict=True))
+        edit(folder, lambda config, named=named: config["quantization_config"].update(config_groups=named))
+        formats = Checkpoint.open(folder).formats
+        kinds = [formats[f"transformer.layers.0.{n}.weight"].kind for n in ("attention.qkv", "mlp.fc")]
+        assert kinds == ["int4", "fp8"]
 
 
 def edit(folder, change, file="config.json"):
