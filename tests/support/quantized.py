@@ -263,7 +263,13 @@ CASES: dict[str, Case] = {
     ),
     "fp8 blocks": Case(
         fp8_block("weight_scale_inv"),
-        {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]},
+        {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "weight_block_size": [128, 128],
+            "scale_fmt": "ue8m0",
+        },
         formats={"kind": "fp8", "activation": "block"},
     ),
     "fp8 static": Case(
@@ -277,7 +283,7 @@ CASES: dict[str, Case] = {
         formats={"kind": "fp8", "activation": "tensor"},
     ),
     "modelopt FP8": Case(
-        fp8_tensor(), _modelopt("FP8"), "hf_quant_config.json", {"kind": "fp8", "activation": "tensor"}
+        fp8_tensor(), _modelopt("FP8", group_size=None), "hf_quant_config.json", {"kind": "fp8", "activation": "tensor"}
     ),
     "modelopt FP8 by channel": Case(
         fp8_channel,

@@ -66,7 +66,7 @@ AWQ = Dialect(
         KeyRule("honored", "4; others are rejected", ("bits", "w_bit")),
         KeyRule("honored", "-1, or what divides a layer's inputs", ("group_size", "q_group_size")),
         KeyRule("honored", "`gemm`; others, as `gemv` and `marlin`, are rejected", ("version", "format")),
-        KeyRule("honored", "a layer is quantized if its tensors are", ("modules_to_not_convert",)),
+        KeyRule("honored", "a layer is quantized if its tensors are", ("modules_to_not_convert", "dynamic")),
         KeyRule("harmless", "zero points are read as they are stored", ("zero_point", "sym")),
         KeyRule("harmless", "which kernels the library takes", ("backend", "exllama_config", "do_fuse")),
         KeyRule("harmless", "which kernels the library takes", ("modules_to_fuse", "fuse_max_seq_len")),

@@ -61,7 +61,7 @@ FP8 = Dialect(
         KeyRule("honored", "`e4m3`; others are rejected", ("fmt",)),
         KeyRule("honored", "a layer is quantized if its tensors are", ("modules_to_not_convert", "ignored_layers")),
         KeyRule("rejected", "embeddings in 8 bits", ("modules_to_convert",), (None, [])),
-        KeyRule("rejected", "scales of 8 bits", ("scale_fmt",), (None, "float")),
+        KeyRule("harmless", "scales are read as they are stored, in 16 or 32 bits", ("scale_fmt",)),
         KeyRule("rejected", "experts in 4 bits", ("expert_dtype",), (None, "fp8")),
         KeyRule("harmless", "the cache has scales of its own", ("kv_cache_scheme", "kv_cache_quant_method")),
         KeyRule("harmless", "what transformers does when it loads them", ("dequantize",)),

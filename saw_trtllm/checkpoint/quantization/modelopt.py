@@ -29,14 +29,14 @@ class LayerSettings(Settings):
     """Of a layer in a model of several algorithms."""
 
     quant_algo: str
-    group_size: int = 128
+    group_size: int | None = None
 
 
 class ModelOptSettings(Settings):
     """What is read of them."""
 
     quant_algo: str | None = None
-    group_size: int = 128
+    group_size: int | None = None
     quantized_layers: dict[str, LayerSettings] | None = None
 
 
@@ -78,7 +78,7 @@ def reader(settings: dict[str, Any], path: Path) -> Callable[[Linear], StoredWei
         if algorithm == "FP8_PB_WO":
             return stored_fp8(linear, "weight_scale", (128, 128), None)
         group_size = given.group_size if layer is None else layer.group_size
-        return stored_int4(linear, group_size, "weight_scale", "pre_quant_scale")
+        return stored_int4(linear, 128 if group_size is None else group_size, "weight_scale", "pre_quant_scale")
 
     return read
 
