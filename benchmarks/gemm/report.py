@@ -27,9 +27,8 @@ def report(results: GemmResults) -> Report:
         ["L2 before each run", results.flush],
         ["measured read bandwidth", f"{results.bandwidth.read_gbps:,.0f} GB/s"],
     )
-    return Report(
-        {"products": times(results), "rates": rates, "targets": targets, "environment": environment}, notes=notes
-    )
+    tables = {"products": times(results), "rates": rates, "targets": targets, "environment": environment}
+    return Report(tables, {"commit": results.environment.commit or "unknown"}, notes=notes)
 
 
 def times(results: GemmResults) -> Table:
