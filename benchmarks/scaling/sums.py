@@ -59,6 +59,10 @@ class _Sums:
 
         return self._time(enqueue)
 
+    def close(self) -> None:
+        """Leave the group."""
+        self._group.close()
+
     def _time(self, enqueue: Callable[[int, int], int]) -> float:
         from benchmarks.engine.clock import StreamClock
 
@@ -86,8 +90,8 @@ class _Sums:
 
 def time_sums(collectives: Collectives, width: int) -> tuple[str, list[tuple[int, float | None, float]]]:
     """NCCL's version, and of each number of rows µs of our kernel and of NCCL; all ranks call it."""
-    sums = _Sums(collectives, max(ROWS) * width)
-    return sums.nccl_version, [(rows, sums.by_kernel(rows * width), sums.by_nccl(rows * width)) for rows in ROWS]
+    with closing(_Sums(collectives, max(ROWS) * width)) as sums:
+        return sums.nccl_version, [(rows, sums.by_kernel(rows * width), sums.by_nccl(rows * width)) for rows in ROWS]
 
 
 def measure_sums(tp_size: int, width: int) -> tuple[str, list[tuple[int, float | None, float]]]:

@@ -12,7 +12,7 @@ from saw_trtllm import LLM
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError, RankError
 from saw_trtllm.parallel import open as opening
-from saw_trtllm.parallel import processes
+from saw_trtllm.parallel import processes, ray_ranks
 from saw_trtllm.parallel.ray_ranks import RayRanks
 from saw_trtllm.plan.ranks import build_id, check_build
 from saw_trtllm.plugins.gpus import Driver
@@ -63,6 +63,20 @@ def test_a_cluster_without_enough_gpus_is_rejected(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", fake_ray(CPU=64.0, GPU=1.0))
     with pytest.raises(EngineError, match="split over 2 ranks, a GPU each, and the Ray cluster has 1: add machines"):
         RayRanks(2, True, threading.Event())
+
+
+def test_a_cluster_that_stays_full_is_rejected(monkeypatch):
+    """What was asked of it is taken back, so that nothing comes of it later."""
+    ray, removed = fake_ray(CPU=64.0, GPU=8.0), []
+    group = types.SimpleNamespace(wait=lambda seconds: False)
+    ray.util = types.SimpleNamespace(
+        placement_group=lambda *args, **kwargs: group, remove_placement_group=removed.append
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(ray_ranks, "PLACEMENT_TIMEOUT", 0.0)
+    with pytest.raises(EngineError, match="the Ray cluster has had no room for 2 ranks within 0 s: end what else runs"):
+        RayRanks(2, True, threading.Event())
+    assert removed == [group]
 
 
 def test_ray_that_is_missing_is_said(monkeypatch, tp2):

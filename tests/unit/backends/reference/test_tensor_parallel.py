@@ -142,7 +142,7 @@ def test_texts_of_the_example_model(kv, num_texts, num_tokens, tmp_path, monkeyp
     prompts = ["def main():", "class Queue:\n    def put(self, item):", "import os\nimport sys\n", "for i in range("]
     params = [SamplingParams(max_tokens=16, **({"temperature": 0.8, "seed": 7} if i == 2 else {})) for i in range(4)]
     texts = []
-    for tp_size in (1, 2):
+    for tp_size in (1, 2, 4):
         folder = build_example(tmp_path / str(tp_size), kv=kv, tp_size=tp_size, dtype="float32")
         if tp_size > 1:  # in threads; what runs ranks as processes has tests of its own
             monkeypatch.setattr(llm_module, "open_executor", lambda *arguments: RankThreads(*arguments[:3]))
@@ -150,7 +150,7 @@ def test_texts_of_the_example_model(kv, num_texts, num_tokens, tmp_path, monkeyp
             outputs = llm.generate(prompts * 2, params * 2)
         assert [len(output.outputs[0].token_ids) for output in outputs] == [16] * 8
         texts.append([output.outputs[0].token_ids[:num_tokens] for output in outputs[:num_texts]])
-    assert texts[1] == texts[0]
+    assert texts[1] == texts[2] == texts[0]
 
 
 # -- what cannot work
