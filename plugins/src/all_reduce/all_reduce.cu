@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <array>
 
+#include "../launch.cuh"
 #include "saw/all_reduce/kernel.cuh"
 #include "saw/all_reduce/params.h"
 #include "saw/common/dispatch.h"
@@ -33,9 +34,8 @@ cudaError_t saw_all_reduce(Ranks const& ranks, void const* x, void* y, size_t co
     int const share = std::max(threads, (vectors + kReduceBlocks - 1) / kReduceBlocks);
     int const blocks = (vectors + share - 1) / share;
     return dispatch_dtype(dtype, [&](auto type) {
-        all_reduce_kernel<decltype(type)><<<blocks, threads, 0, stream>>>(ranks, static_cast<uint4 const*>(x),
-                                                                          static_cast<uint4*>(y), vectors, share);
-        return cudaGetLastError();
+        return launch_dependent<&all_reduce_kernel<decltype(type)>>(
+            blocks, threads, 0, stream, ranks, static_cast<uint4 const*>(x), static_cast<uint4*>(y), vectors, share);
     });
 }
 

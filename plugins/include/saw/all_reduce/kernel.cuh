@@ -10,6 +10,7 @@
 #pragma once
 
 #include "saw/all_reduce/params.h"
+#include "saw/common/ptx.cuh"
 #include "saw/common/vec.cuh"
 
 namespace saw {
@@ -51,7 +52,9 @@ struct ReduceBuffer {
 // Each block has `share` vectors of x, at most kSlotVectors.
 template <typename T>
 __global__ void __launch_bounds__(kReduceThreads)
-    all_reduce_kernel(Ranks ranks, uint4 const* x, uint4* y, int vectors, int share) {
+    all_reduce_kernel(__grid_constant__ Ranks const ranks, uint4 const* x, uint4* y, int vectors, int share) {
+    wait_for_last_grid();
+    allow_next_grid();  // a norm, and with it the product after it, whose weights are copied while this one waits
     int const block = blockIdx.x, thread = threadIdx.x, rank = ranks.rank, size = ranks.size;
     int const first = block * share, count = min(share, vectors - first);
     ReduceBuffer const ours{ranks.peers[rank]};
