@@ -8,7 +8,7 @@ from itertools import islice
 
 import numpy as np
 
-from saw_trtllm.runtime.block_table import Block, Content
+from saw_trtllm.runtime.block_table import Block, Content, tail_key
 
 #: Blocks that continue one prefix and are compared with a prompt that does too, the latest first: work must be bounded
 #: where thousands of prompts part at one place.
@@ -30,8 +30,8 @@ class BlockPool:
     num_evicted : int
         Full blocks that could be found and were taken for something else.
     adopt : callable or None
-        Asked with the index of a full block that can be found, and with it, when its last owner lets go of it; where it
-        returns true, the caller is its owner until it is released.
+        Asked with the index of a block that can be found, and with what it holds, when its last owner lets go of it;
+        where it returns true, the caller is its owner until it is released.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -86,7 +86,7 @@ class BlockPool:
         """The block after ``parent`` that begins as ``tokens`` do, and for how many of them; 0 if there is none."""
         best = (-1, 0)
         for index in islice(reversed(self._continuations.get(parent, {})), MAX_CANDIDATES):
-            rows = _common_prefix(self._blocks[index].tokens, tokens)
+            rows = common_prefix(self._blocks[index].tokens, tokens)
             if rows > best[1]:
                 best = (index, rows)
         return best
@@ -97,6 +97,10 @@ class BlockPool:
             self._blocks[index].key = content.key
             self._by_key[content.key] = index
             self._continue(index, content.parent, content.tokens)
+
+    def publish_tail(self, index: int, content: Content) -> None:
+        """Let others find the rows of a block that is not full, which has been given its content."""
+        self._continue(index, content.parent, content.tokens)
 
     def forget(self) -> None:
         """Let nobody find any block: what all of them hold is lost. Their owners keep them."""
@@ -144,9 +148,10 @@ class BlockPool:
             raise RuntimeError("the index holds continuations that no block is")
 
     def _adopted(self, index: int, block: Block) -> bool:
-        if block.key is None or block.parent is None or self.adopt is None:
+        if block.parent is None or self.adopt is None:
             return False
-        return self.adopt(index, Content(block.key, block.parent, block.tokens))
+        key = tail_key(block.parent, block.tokens) if block.key is None else block.key
+        return self.adopt(index, Content(key, block.parent, block.tokens))
 
     def _continue(self, index: int, parent: bytes, tokens: Sequence[int] | np.ndarray) -> None:
         block = self._blocks[index]
@@ -166,8 +171,8 @@ class BlockPool:
         block.key = block.parent = None
 
 
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+def common_prefix(a: Sequence[int] | np.ndarray, b: np.ndarray) -> int:
     """How many leading tokens two arrays have in common."""
     n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
+    different = np.flatnonzero(np.asarray(a[:n]) != b[:n])
     return int(different[0]) if len(different) else n

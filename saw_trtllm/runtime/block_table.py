@@ -7,6 +7,7 @@ block of a sequence, it has in this order: of the first ``tokens_per_block`` tok
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,12 +39,12 @@ class Block:
 
 
 class Content(NamedTuple):
-    """What a full block holds, wherever it lies.
+    """What a block holds, wherever it lies.
 
     Attributes
     ----------
     key, parent : bytes
-        Digests of all tokens up to its end, and before it.
+        Digests of all tokens up to its end, and before it. Of a tail, which is not full, see :func:`tail_key`.
     tokens : sequence of int
         Its own.
     """
@@ -100,6 +101,11 @@ class BlockTable:
     promised: int = 0
     fetched: list[int] | None = None
     sought: bool = False
+
+
+def tail_key(parent: bytes, tokens: np.ndarray) -> bytes:
+    """The name of a sequence's last block, which is not full: no sequence looks for it but by its parent."""
+    return hashlib.sha256(b"tail" + parent + tokens.tobytes()).digest()
 
 
 def of_table(key: bytes, table: int) -> bytes:

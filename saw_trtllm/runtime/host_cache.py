@@ -3,6 +3,8 @@
 A block is copied when its last sequence lets go of it, not when the pool takes it for something else: its content is
 final by then, and nobody has to wait. Until the copy is made the cache itself is an owner of the block, so that nothing
 overwrites it. What comes back comes into free blocks, beside the steps that run, and is found there like any other.
+A sequence's last block, which is not full, is a tail: its rows are copied by whoever goes on with them, so that nobody
+holds it once it has come back.
 
 Where there is a disk cache, what has been copied is written there too, and what only a file has of a request comes to
 the host while the request waits.
@@ -14,13 +16,14 @@ from collections import OrderedDict
 from collections.abc import Container, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from saw_trtllm.runtime.block_manager import BlockManager
-from saw_trtllm.runtime.block_table import BlockTable, Content
+from saw_trtllm.runtime.block_pool import MAX_CANDIDATES, common_prefix
+from saw_trtllm.runtime.block_table import BlockTable, Content, of_table
 from saw_trtllm.runtime.disk_cache import DiskCache
 
 
@@ -96,7 +99,7 @@ class _Store:
 class _Load:
     """A block on its way back, and whom it is for: a table, and the ``fetched`` that it had when it asked.
 
-    It has the tokens ``number * tokens_per_block`` and on of the sequence.
+    It has the tokens ``number * tokens_per_block`` and on of the sequence; a tail's number is -1.
     """
 
     copy: BlockCopy
@@ -139,9 +142,11 @@ class HostCache:
         self._writes: dict[bytes, Future[None]] = {}
         self._free_slots: list[int] = []
         self._held: OrderedDict[bytes, tuple[int, Content]] = OrderedDict()  # slot and content by key
+        self._tails: dict[bytes, dict[bytes, None]] = {}  # keys of those that are held, by their parents
         self._num_used = 0  # places that hold a block or are to
         self._stores: dict[bytes, _Store] = {}  # not yet done
         self._loads: dict[bytes, _Load] = {}
+        self._tails_for: dict[bytes, BlockTable] = {}  # whom the tails among them are for
         self._to_begin: tuple[list[_Store], list[_Load]] = ([], [])
         self._under_way: list[_Batch] = []
         self._moving = (self._loads, self._reads)
@@ -190,17 +195,20 @@ class HostCache:
                 break
             self._reads[key] = slot, self._disk.read(key, self._memory.host_block(slot))
 
-    def has_more(self, table: BlockTable) -> bool:
+    def has_more(self, table: BlockTable, tokens: Sequence[int]) -> bool:
         """Whether the host goes on where the pool ends with a sequence, whose keys are known."""
-        return not all(map(self._blocks.holds, self._blocks.needed(table, self._is_near)))
+        needed = self._blocks.needed(table, self._is_near)
+        return not all(map(self._blocks.holds, needed)) or bool(self._tails_after(table, needed, tokens))
 
-    def fetch(self, table: BlockTable, num_left: int) -> bool:
+    def fetch(self, table: BlockTable, tokens: Sequence[int], num_left: int) -> bool:
         """Hold what the pool has of a sequence and begin to bring back what the host has, until :meth:`let_go`.
 
         Parameters
         ----------
         table : BlockTable
             Opened before, so that its keys are known.
+        tokens : sequence of int
+            The sequence's.
         num_left : int
             Free blocks that this must leave; if it cannot, nothing is held, and it may be asked again.
 
@@ -217,18 +225,24 @@ class HostCache:
         if wanted and len(wanted) + num_left > self._blocks.num_free:
             self.let_go(table)
             return False
+        tails = self._tails_after(table, needed, tokens)
+        if len(wanted) + len(tails) + num_left <= self._blocks.num_free:
+            wanted += tails
+            self._tails_for |= dict.fromkeys(tails, table)
         places = {key: place for place, key in enumerate(table.keys)} if wanted else {}
         for key, block in zip(wanted, self._blocks.take(len(wanted)), strict=True):
             slot, content = self._held[key]
             self._held.move_to_end(key)
-            number = places[key] // self._blocks.num_tables
+            number = places.get(key, -1) // self._blocks.num_tables
             self._loads[key] = _Load(BlockCopy(block, slot), content, number, table, table.fetched)
             self._to_begin[1].append(self._loads[key])
         return True
 
     def is_fetching(self, table: BlockTable) -> bool:
         """Whether blocks of a sequence are on their way."""
-        return any(on_their_way and any(map(on_their_way.__contains__, table.keys)) for on_their_way in self._moving)
+        if any(on_their_way and any(map(on_their_way.__contains__, table.keys)) for on_their_way in self._moving):
+            return True
+        return any(waiting is table for waiting in self._tails_for.values())
 
     def let_go(self, table: BlockTable) -> bool:
         """Hold nothing for a sequence any more, now or when it comes. False if nothing was held."""
@@ -258,10 +272,17 @@ class HostCache:
                 del self._stores[key]
                 self._held[key] = (store.copy.slot, store.content)
                 self._blocks.release(store.copy.block)
-                if self._disk is not None:
+                if self._is_tail(store.content):
+                    self._tails.setdefault(store.content.parent, {})[key] = None
+                elif self._disk is not None:
                     self._writes[key] = self._disk.write(store.content, self._memory.host_block(store.copy.slot))
             for load in batch.loads:
                 del self._loads[load.content.key]
+                if self._is_tail(load.content):
+                    del self._tails_for[load.content.key]
+                    self._blocks.publish_tail(load.copy.block, load.content)
+                    self._blocks.release(load.copy.block)
+                    continue
                 self._blocks.publish(load.copy.block, load.content)
                 if load.table.fetched is load.fetched:
                     load.fetched.append(load.copy.block)
@@ -269,7 +290,7 @@ class HostCache:
                     self._blocks.release(load.copy.block)
             self.num_stored += len(batch.stores)
             self.num_loaded += len(batch.loads)
-            self.num_loaded_tokens += len({load.number for load in batch.loads}) * self._blocks.tokens_per_block
+            self.num_loaded_tokens += sum({load.number: len(load.content.tokens) for load in batch.loads}.values())
         for key in [key for key, (_, read) in self._reads.items() if read.done()]:
             slot, read = self._reads.pop(key)
             content = read.result()
@@ -301,8 +322,10 @@ class HostCache:
             for copy in [*(store.copy for store in stores), *(load.copy for load in loads)]:
                 self._blocks.release(copy.block)
         self._held.clear()
+        self._tails.clear()
         self._stores.clear()
         self._loads.clear()
+        self._tails_for.clear()
         self._under_way.clear()
         self._to_begin = ([], [])
         self._free_slots.clear()
@@ -311,6 +334,24 @@ class HostCache:
     def _begin(self, stores: list[_Store], loads: list[_Load]) -> None:
         pending = self._memory.transfer([m.copy for m in stores], [m.copy for m in loads])
         self._under_way.append(_Batch(pending, stores, loads))
+
+    def _is_tail(self, content: Content) -> bool:
+        return len(content.tokens) < self._blocks.tokens_per_block
+
+    def _tails_after(self, table: BlockTable, needed: Sequence[bytes], tokens: Sequence[int]) -> list[bytes]:
+        """Of each table the tail after ``needed`` that goes on as ``tokens`` do for more rows than the pool has."""
+        if not self._tails:
+            return []
+        tables, size, tails = self._blocks.num_tables, self._blocks.tokens_per_block, []
+        start = (table.keys.index(needed[-1]) // tables + 1) * size if needed else 0
+        due = np.asarray(tokens[start : start + size], dtype=np.int32)
+        for parent in needed[-tables:] or (of_table(table.root, i) for i in range(tables)):
+            candidates = islice(reversed(self._tails.get(parent, {})), MAX_CANDIDATES)
+            rows = {key: common_prefix(self._held[key][1].tokens, due) for key in candidates}
+            best = max(rows, key=rows.__getitem__, default=b"")
+            if rows.get(best, 0) > self._blocks.continuation(parent, due)[1] and best not in self._loads:
+                tails.append(best)
+        return tails
 
     def _is_near(self, key: bytes) -> bool:
         """Whether the pool or the host has a block."""
@@ -337,7 +378,12 @@ class HostCache:
         for key in self._held:
             if key not in self._loads and key not in kept and self._is_written(key):
                 self.num_evicted += 1
-                return self._held.pop(key)[0]
+                slot, content = self._held.pop(key)
+                if self._is_tail(content):
+                    self._tails[content.parent].pop(key)
+                    if not self._tails[content.parent]:
+                        del self._tails[content.parent]
+                return slot
         return None
 
     def _is_written(self, key: bytes) -> bool:

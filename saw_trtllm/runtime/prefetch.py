@@ -7,7 +7,6 @@ from collections.abc import Callable
 from itertools import islice
 
 from saw_trtllm.runtime.block_manager import BlockManager
-from saw_trtllm.runtime.block_table import BlockTable
 from saw_trtllm.runtime.host_cache import HostCache
 from saw_trtllm.runtime.sequence import Sequence
 
@@ -61,20 +60,20 @@ class Prefetch:
                 break
             if table.fetched is None:
                 self._open(sequence)
-                self._host.fetch(table, headroom)
+                self._host.fetch(table, sequence.tokens(0, sequence.num_tokens), headroom)
                 self._blocks.close(table)
 
     def let_one_go(self, num_kept: int) -> bool:
         """Free what is held for the last of the waiting, but for the first ``num_kept``; false if nothing is."""
         return any(self._host.let_go(s.table) for s in reversed(list(islice(self._waiting, num_kept, None))))
 
-    def is_awaited(self, table: BlockTable, num_missing: int, headroom: int, copying: bool) -> bool:
+    def is_awaited(self, sequence: Sequence, num_missing: int, headroom: int, copying: bool) -> bool:
         """Whether a sequence must wait for blocks that are on their way.
 
         Parameters
         ----------
-        table : BlockTable
-            Opened.
+        sequence : Sequence
+            Its table is open.
         num_missing : int
             Blocks that it lacks beside what is open.
         headroom : int
@@ -82,17 +81,18 @@ class Prefetch:
         copying : bool
             Whether rows of blocks are to be copied before the step that is being scheduled.
         """
-        host = self._host
+        host, table = self._host, sequence.table
         if host.is_fetching(table):
             return True
         fits = num_missing + headroom <= self._blocks.num_free
         if fits and table.fetched is None:
             # There was no room yet for what the host has of it, or it was let go of and may be gone.
             host.seek(table)
-            if copying and host.has_more(table):
+            tokens = sequence.tokens(0, sequence.num_tokens)
+            if copying and host.has_more(table, tokens):
                 # Copies from the host begin before this step, and might take a block that it copies rows from.
                 return True
-            host.fetch(table, headroom)
+            host.fetch(table, tokens, headroom)
             return host.is_fetching(table)
         if not fits and set(table.fetched or ()) - set(self._blocks.held(table)):
             # Of what is held for this one, whole chunks are open now; the rest may be what it lacks.

@@ -366,7 +366,9 @@ class Scheduler:
         missing, headroom = self.blocks.missing(table, sequence.num_tokens), self._headroom
         while missing + headroom > self.blocks.num_free and self._let_one_go(1):
             pass
-        awaits = self._prefetch is not None and self._prefetch.is_awaited(table, missing, headroom, bool(self.copies))
+        awaits = self._prefetch is not None and self._prefetch.is_awaited(
+            sequence, missing, headroom, bool(self.copies)
+        )
         if awaits or len(part.token_ids) > budget or missing + headroom > self.blocks.num_free:
             self.blocks.close(table)
             return None

@@ -46,7 +46,7 @@ def test_each_waits_for_its_own_copies_alone():
     tables = [BlockTable(), BlockTable()]
     for table, prompt in zip(tables, PROMPTS, strict=True):
         assert blocks.open(table, prompt) == 0
-        assert host.fetch(table, 0)
+        assert host.fetch(table, prompt, 0)
         blocks.close(table)
     host.begin()
     assert [(stores, loads) for stores, loads, _ in memory.begun] == [(0, 2), (0, 2)]
@@ -78,10 +78,44 @@ def test_tokens_that_come_back_are_counted_once_for_all_tables():
     for index in blocks.take(8):  # something else, which nobody finds
         blocks.release(index)
     assert blocks.open(table, prompt) == 0
-    assert host.fetch(table, 0)
+    assert host.fetch(table, prompt, 0)
     blocks.close(table)
     host.begin()
     memory.begun.pop()[-1].made = True
     host.poll()
     assert (host.num_loaded, host.num_loaded_tokens) == (6, 16)
     assert blocks.open(table, prompt) == 16
+
+
+def test_rows_of_a_block_that_is_not_full_come_back_too():
+    """A conversation goes on where it ended, and nobody holds the block that its rows are copied from."""
+    memory, blocks, said = Memory(), BlockManager(4, 4), [*range(7)]
+    host, table = HostCache(blocks, memory), BlockTable()
+    blocks.open(table, said)
+    blocks.grow(table, 7)
+    blocks.register(table, said)
+    blocks.register_tail(table, said)
+    blocks.close(table)
+    host.begin()
+    assert memory.begun[-1][:2] == (2, 0)
+    memory.begun.pop()[-1].made = True
+    host.poll()
+    for index in blocks.take(4):  # something else, which nobody finds
+        blocks.release(index)
+
+    table, goes_on = BlockTable(), [*said, 9]
+    assert blocks.open(table, goes_on) == 0
+    assert host.has_more(table, goes_on)
+    assert host.fetch(table, goes_on, 0)
+    blocks.close(table)
+    host.begin()
+    assert memory.begun[-1][:2] == (0, 2)
+    assert host.is_fetching(table)
+    memory.begun.pop()[-1].made = True
+    host.poll()
+    assert not host.is_fetching(table)
+    assert (host.num_loaded_tokens, blocks.num_free) == (7, 3)
+    assert blocks.open(table, goes_on) == 7
+    assert table.partial is not None
+    assert not host.has_more(table, goes_on)
+    blocks.check()

@@ -107,7 +107,7 @@ class FakeCopies:
         pool, host = self.transfers.model.pool, self.transfers.host
         size = range(self.transfers.model.tokens_per_block)
         for block, slot in self.stores:
-            host[slot] = [pool[block, i] for i in size]
+            host[slot] = [pool.get((block, i), -1) for i in size]  # of a tail some were never written
         pool.update({(block, i): int(host[slot, i]) for block, slot in self.loads for i in size})
 
 
