@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
-import logging
 import os
 import weakref
 from collections.abc import Mapping
@@ -15,7 +13,7 @@ from typing import Any
 
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import StepPacker
-from saw_trtllm.errors import ConfigError, ContextLengthError, EngineError, RequestError, SawError
+from saw_trtllm.errors import ConfigError, EngineError, RequestError, SawError
 from saw_trtllm.model.end_ids import read_end_ids
 from saw_trtllm.parallel.config import ParallelConfig
 from saw_trtllm.parallel.executor import GroupExecutor
@@ -25,23 +23,19 @@ from saw_trtllm.plan.checksums import check_not_replaced, verify_engine
 from saw_trtllm.progress import progress
 from saw_trtllm.runtime.block_manager import BlockManager
 from saw_trtllm.runtime.chat_template import ChatTemplate, Messages
-from saw_trtllm.runtime.detokenizer import Detokenizer
 from saw_trtllm.runtime.disk_cache import DiskCache
 from saw_trtllm.runtime.engine_core import EngineCore
-from saw_trtllm.runtime.guided_decoding import Guide, Guides
 from saw_trtllm.runtime.host_cache import HostCache
+from saw_trtllm.runtime.input_processor import InputProcessor
 from saw_trtllm.runtime.keywords import check_keywords, is_number, shown
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
-from saw_trtllm.runtime.outputs import GenerationResult, OutputQueue, RequestOutput
-from saw_trtllm.runtime.prompt import Prompt, check_input_len, encode_prompt, read_prompt, split_prompts
+from saw_trtllm.runtime.outputs import GenerationResult, RequestOutput
+from saw_trtllm.runtime.prompt import Prompt, encode_prompt, split_prompts
 from saw_trtllm.runtime.request import Request
 from saw_trtllm.runtime.sampling_params import SamplingParams
 from saw_trtllm.runtime.scheduler import Scheduler
-from saw_trtllm.runtime.sequence import Sequence
 from saw_trtllm.runtime.stats import Stats
 from saw_trtllm.runtime.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 _ADVICE = {
     "tensor_parallel_size": "build the engine with saw-build --tp_size",
@@ -121,17 +115,14 @@ class LLM:
             raise EngineError(f"model is {shown(model)}: give the --output_dir of saw-build")
         kv_cache_config = KvCacheConfig.of(kv_cache_config)
         parallel_config = ParallelConfig.of(parallel_config)
-        self._retry = retry
         folder = Path(model)
         self.config = EngineConfig.load(folder)
         if verify:
             verify_engine(folder, tokenizer=tokenizer is None)
         self.tokenizer = _load_tokenizer(folder, tokenizer)
-        self._end_ids = read_end_ids(folder)
-        if self._end_ids is None:
-            self._end_ids = self.tokenizer.eos_ids if self.tokenizer else ()
-        self._guides: Guides | None = None  # made when a text is guided, which takes a second
-        self._hints = self.chat_template is not None
+        end_ids = read_end_ids(folder)
+        if end_ids is None:
+            end_ids = self.tokenizer.eos_ids if self.tokenizer else ()
         build = self.config.build_config
         chunk = _prefill_chunk(self.config, prefill_chunk)
         interchangeable = not (self.config.kv_format.quantized and kv_cache_config.deterministic)
@@ -154,7 +145,7 @@ class LLM:
         interrupt = self.executor.interrupt if isinstance(self.executor, GroupExecutor) else None
         packer = StepPacker(self.config.pool_layout)
         self._core = EngineCore(self.executor, self._scheduler, packer, max_queue_size, interrupt)
-        self._ids = itertools.count()
+        self._inputs = InputProcessor(self.config, self.tokenizer, end_ids, self._scheduler.check, retry)
         # An interpreter that exits under a thread that computes would abort.
         self._shutdown = weakref.finalize(self, self._core.shutdown)
 
@@ -207,7 +198,7 @@ class LLM:
             raise RequestError(
                 f"{len(params)} sampling parameters came with {len(prompts)} prompts: give one, or one each"
             )
-        requests = [self._requests(p, s, streaming=False) for p, s in zip(prompts, params, strict=True)]
+        requests = [self._inputs.requests(p, s, streaming=False) for p, s in zip(prompts, params, strict=True)]
         results = [self._submit(texts, wait=True) for texts in requests]
         outputs = []
         with progress(len(results), "generate", "prompts", show=use_tqdm) as bar:
@@ -318,11 +309,11 @@ class LLM:
         QueueFullError
             If ``max_queue_size`` requests wait already.
         """
-        return self._submit(self._requests(inputs, sampling_params, streaming))
+        return self._submit(self._inputs.requests(inputs, sampling_params, streaming))
 
     def check(self, inputs: Prompt, sampling_params: SamplingParams | None = None) -> None:
         """Raise what :meth:`generate_async` would raise, and begin nothing."""
-        self._requests(inputs, sampling_params, streaming=False)
+        self._inputs.requests(inputs, sampling_params, streaming=False)
 
     @property
     def alive(self) -> bool:
@@ -343,62 +334,6 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _requests(self, prompt: Prompt, params: SamplingParams | None, streaming: bool) -> list[Request]:
-        """One request for each text of a prompt."""
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params is {shown(params)}: give SamplingParams(...), or nothing")
-        text, ids, salt = read_prompt(prompt)
-        ids = self._encode(text or "") if ids is None else ids
-        self._check(ids, params)
-        if params.stop_strings and self.tokenizer is None:
-            raise RequestError(
-                "stop strings need a tokenizer, and this engine has none: give stop_token_ids, or a tokenizer"
-            )
-        end_ids = set(params.stop_token_ids or ())
-        if not params.ignore_eos:
-            end_ids.update((self._end_ids or ()) if params.end_id is None else {params.end_id})
-        # What the model cannot say ends nothing; the sampler must not look it up.
-        vocab = self.config.pretrained_config.vocab_size
-        end_ids = {i for i in end_ids if 0 <= i < vocab}
-        if params.min_tokens and len(end_ids) == vocab:
-            raise RequestError("min_tokens is given and every token ends the text: leave a token out of stop_token_ids")
-        bad_runs = self._bad_runs(params)
-        outputs = OutputQueue()
-        requests: list[Request] = []
-        for index in range(params.n):
-            leader = requests[0].sequence if requests else None
-            its_params = replace(params, seed=((params.seed or 0) + index) % 2**64) if index else params
-            sequence = Sequence(next(self._ids), ids, its_params, cache_salt=salt, leader=leader)
-            self._scheduler.check(sequence)
-            detokenizer = Detokenizer(self.tokenizer, params.stop_strings, params.include_stop_str_in_output)
-            guide = self._guide(params)
-            its_text = (detokenizer, streaming, outputs, index, bad_runs, guide)
-            requests.append(Request(sequence, text, end_ids, *its_text, retries=self._retry))
-        return requests
-
-    def _guide(self, params: SamplingParams) -> Guide | None:
-        """What a text must follow."""
-        if params.guided_decoding is None:
-            return None
-        if self.tokenizer is None:
-            raise RequestError("guided_decoding needs a tokenizer, and this engine has none")
-        if self._guides is None:
-            vocab = self.config.pretrained_config.vocab_size
-            self._guides = Guides(self.tokenizer, vocab, tuple(i for i in self._end_ids or () if 0 <= i < vocab))
-        return self._guides.make(params.guided_decoding)
-
-    def _bad_runs(self, params: SamplingParams) -> list[list[int]]:
-        """The bad runs of tokens, and those of the bad words at the beginning of a text and within."""
-        if params.bad and self.tokenizer is None:
-            raise RequestError("bad words need a tokenizer, and this engine has none: give bad_token_ids")
-        texts = [form for word in params.bad_words for form in (word, f" {word}")]
-        encode = self.tokenizer.encode if self.tokenizer else None
-        runs = [encode(text, add_special_tokens=False) for text in texts] if encode else []
-        runs += map(list, params.bad_token_sequences or ())
-        vocab = self.config.pretrained_config.vocab_size
-        return [run for run in runs if run and 0 <= run[-1] < vocab]
-
     def _submit(self, requests: list[Request], wait: bool = False) -> GenerationResult:
         ids = [request.sequence.request_id for request in requests]
 
@@ -415,40 +350,6 @@ class LLM:
             result.abort()  # those that were taken before the queue was full
             raise
         return result
-
-    def _encode(self, text: str) -> list[int]:
-        if self.tokenizer is None:
-            raise RequestError("this engine has no tokenizer: give token ids, or LLM(..., tokenizer=FOLDER)")
-        if self._hints and not self.tokenizer.names_special(text):
-            self._hints = False
-            log.warning(
-                "this model was taught to answer in conversations and the prompt is none: use LLM.chat, saw-run --chat "
-                "or /v1/chat/completions, which apply its chat template"
-            )
-        return encode_prompt(self.tokenizer, text, self.max_input_len)
-
-    def _check(self, ids: list[int], params: SamplingParams) -> None:
-        build, vocab = self.config.build_config, self.config.pretrained_config.vocab_size
-        if not ids:
-            raise RequestError("the prompt is empty: give at least one token")
-        check_input_len(len(ids), build.max_input_len)
-        if len(ids) + params.max_tokens > build.max_seq_len:
-            raise ContextLengthError(
-                f"the prompt's {len(ids)} tokens and max_tokens {params.max_tokens} exceed the engine's max_seq_len "
-                f"{build.max_seq_len}: ask for at most {build.max_seq_len - len(ids)}"
-            )
-        if min(ids) < 0 or max(ids) >= vocab:
-            raise RequestError(
-                f"the prompt holds token {shown(min(ids) if min(ids) < 0 else max(ids))}: ids go from 0 to {vocab - 1}"
-            )
-        for name in ("bad_token_ids", "logit_bias"):
-            unknown = next((i for i in getattr(params, name) or () if not 0 <= i < vocab), None)
-            if unknown is not None:
-                raise RequestError(f"{name} names token {shown(unknown)}: ids go from 0 to {vocab - 1}")
-        wanted = {"return_context_logits": "context", "return_generation_logits": "generation"}
-        for option, name in {**wanted, "prompt_logprobs": "context"}.items():
-            if getattr(params, option) and not getattr(build, f"gather_{name}_logits"):
-                raise RequestError(f"{option} needs an engine built with --gather_{name}_logits")
 
 
 def _load_tokenizer(folder: Path, tokenizer: Path | str | Tokenizer | None) -> Tokenizer | None:

@@ -119,7 +119,7 @@ def test_the_order_of_queueing_does_not_change_a_token(open_llm):
     prompts, params = requests(4, 60, shared=(0, 20, 70))
     alone = token_ids(open_llm("fp16", prefill_chunk=32).generate(prompts, params))
     llm = open_llm("fp16", prefill_chunk=32, kv_cache_config=KvCacheConfig(224))
-    made = [llm._requests(p, s, streaming=False) for p, s in zip(prompts, params, strict=True)]
+    made = [llm._inputs.requests(p, s, streaming=False) for p, s in zip(prompts, params, strict=True)]
     results = [llm._submit(request) for request in reversed(made)]
     assert token_ids(r.result(60) for r in results) == alone[::-1]
     assert llm.stats().preemptions_total > 0
@@ -673,7 +673,7 @@ def test_a_text_that_cannot_be_made_ends_its_request_alone(open_llm, broken, cap
     llm = open_llm()
     params = SamplingParams(max_tokens=8, ignore_eos=True)
     expected = llm.generate(STEM, params).outputs
-    bad = [llm._requests([5, 6], ENDLESS, streaming) for streaming in (False, True)]
+    bad = [llm._inputs.requests([5, 6], ENDLESS, streaming) for streaming in (False, True)]
     for [request] in bad:
         request._detokenizer = BrokenDetokenizer(broken)
     with caplog.at_level(logging.CRITICAL):
