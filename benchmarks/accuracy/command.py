@@ -78,4 +78,5 @@ def _run(args: argparse.Namespace, command: str) -> None:
     ):
         if args.output is not None:
             results.save(args.output)
-    print(report(results).plain())
+    if "example" in results.models:  # what the others are compared with
+        print(report(results).plain())

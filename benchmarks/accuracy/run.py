@@ -219,7 +219,13 @@ def run_accuracy(
     calibration_windows = _windows(CALIBRATION, tokenizer, CALIBRATION_TOKENS)
     found = dict(previous.models) if previous else {}
     environment = describe(
-        command, commit, cpu=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__
+        command,
+        commit,
+        gpu=torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+        cpu=cpu_name(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
     )
     for name in models:
         found[name] = rounded(measure(name, windows, calibration_windows, device))
