@@ -42,6 +42,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     real.add_argument(
         "--calibration_tokens", type=int, default=16384, metavar="N", help="of that text (default: %(default)s)"
     )
+    real.add_argument(
+        "--no_own_text", action="store_true", help="calibrate on that text alone, and on none that the model makes up"
+    )
     finish(accuracy, _run)
 
 
@@ -60,9 +63,8 @@ def _run(args: argparse.Namespace, command: str) -> None:
         if args.text is None or args.calibration_text is None:
             raise ConfigError("--model_dir needs two texts: give --text and --calibration_text")
         lengths = (args.max_tokens, args.max_seq_len, args.calibration_tokens)
-        results = run_real(
-            args.model_dir, args.text, args.calibration_text, *lengths, args.device, command, args.commit
-        )
+        run = (args.device, command, args.commit, not args.no_own_text)
+        results = run_real(args.model_dir, args.text, args.calibration_text, *lengths, *run)
         if args.output is not None:
             results.save(args.output)
         print(report(results).plain())

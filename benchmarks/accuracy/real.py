@@ -48,6 +48,7 @@ def run_real(
     device: str,
     command: str,
     commit: str | None,
+    own_text: bool = True,
 ) -> AccuracyResults:
     """Measure every cache on one model.
 
@@ -69,6 +70,8 @@ def run_real(
         As it was typed.
     commit : str, optional
         For a tree without its git repository.
+    own_text : bool
+        Whether the model makes up a text to be calibrated on too, which takes longer than all else.
     """
     start = time.monotonic()
     checkpoint = Checkpoint.open(model_dir)
@@ -78,10 +81,12 @@ def run_real(
     calibration_windows = make_windows(calibration_ids, longest, max_seq_len, calibration_tokens)
     model = open_model(checkpoint, max_seq_len, choose_device(device))
     own, statistics = (Statistics(checkpoint, model) for _ in range(2))
-    length = min(GENERATED_LENGTH, max_seq_len)
-    own.gather(generated_windows(model, prefix_token(tokenizer), calibration_tokens // length, length))
+    if own_text:
+        length = min(GENERATED_LENGTH, max_seq_len)
+        own.gather(generated_windows(model, prefix_token(tokenizer), calibration_tokens // length, length))
     statistics.gather(calibration_windows)
-    caches = caches_of(checkpoint.config.head_size, statistics.calibration(), own.calibration())
+    calibrations = (statistics.calibration(), own.calibration() if own_text else None)
+    caches = caches_of(checkpoint.config.head_size, *calibrations)
     with tqdm(total=len(windows) * (1 + len(caches)), unit="window", disable=not sys.stderr.isatty()) as bar:
         measured = measure(model, windows, {"fp16": model.exact} | caches, bar.update)
     entry = entry_of(model, windows, caches, measured) | {
@@ -107,15 +112,18 @@ def run_real(
     )
 
 
-def caches_of(head_dim: int, calibration: Calibration, own: Calibration) -> dict[str, KVQuantizer]:
+def caches_of(head_dim: int, calibration: Calibration, own: Calibration | None) -> dict[str, KVQuantizer]:
     """What is compared, by name: the peers, the default, and what calibrations on a text and on the model's own add."""
     rows, wide = KVFormat("saw_int4", head_dim), KVFormat("saw_k8v4", head_dim)
+    by_itself = (
+        {} if own is None else {"saw_int4, calibrated on its own text": QuantizedRows.calibrated(rows, rows, own)}
+    )
     return {
         "fp8 e4m3, no scales": Fp8(),
         "plain int4, min-max": QuantizedRows(KVFormat("int4", head_dim, range_factor=1.0)),
         "the paper's recipe": QuantizedRows(KVFormat("saw_int4", head_dim, range_factor=1.0)),
         "saw_int4": QuantizedRows(rows),
-        "saw_int4, calibrated on its own text": QuantizedRows.calibrated(rows, rows, own),
+        **by_itself,
         "saw_int4, calibrated": QuantizedRows.calibrated(rows, rows, calibration),
         "saw_int4, calibrated, ends chosen": QuantizedRows.calibrated(rows, rows, calibration, END_CUTS),
         "saw_k8v4": QuantizedRows(wide),

@@ -1,8 +1,8 @@
-"""Tasks of our own for ``saw-eval --tasks``: a fact far back in a text, sums in chains.
+"""Tasks of our own for ``saw-eval --tasks``: a fact far back in a text, sums in chains, programs that must run.
 
 ``python -m benchmarks.accuracy.tasks --text pages.txt --output_dir tasks``, then ``saw-eval --tasks
-saw_needle,saw_chain --include_path tasks``. A document counts as right where each token of its answer is the likeliest,
-with every token before it read from the cache.
+saw_needle,saw_chain,saw_program --include_path tasks``. A document counts as right where each token of its answer is
+the likeliest, with every token before it read from the cache; a program where it gives what it should.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import random
 import sys
 from pathlib import Path
 
+from benchmarks.accuracy.programs import programs
 from saw_trtllm.cli.common import run
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.eval.text import read_text
@@ -20,6 +21,7 @@ from saw_trtllm.paths import is_folder
 
 _COLORS = ("red", "blue", "green", "yellow", "black", "white", "brown", "gray")
 _PLACES = ("gate", "cellar", "tower", "garden", "kitchen", "library", "stable", "harbor")
+_PROGRAM = "saw_program"
 #: Chains that each document of ``saw_chain`` begins with, and sums of one.
 _SHOTS, _SUMS = 4, 3
 _TASK = """\
@@ -27,13 +29,22 @@ task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
-output_type: loglikelihood
 doc_to_text: "{{{{prompt}}}}"
 doc_to_target: "{{{{answer}}}}"
 target_delimiter: ""
+"""
+_SCORED = """\
+output_type: loglikelihood
 metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+"""
+_RUN = """\
+output_type: generate_until
+generation_kwargs: {until: ["\\n"], max_gen_toks: 48}
+process_results: !function saw_program.process_results
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
 """
 
 Document = dict[str, str]
@@ -81,7 +92,11 @@ def write_tasks(folder: Path, tasks: dict[str, list[Document]]) -> None:
     for name, documents in tasks.items():
         data = folder.resolve() / f"{name}.jsonl"
         data.write_text("".join(json.dumps(d) + "\n" for d in documents), encoding="utf-8")
-        (folder / f"{name}.yaml").write_text(_TASK.format(name=name, data=data), encoding="utf-8")
+        rest = _RUN if name == _PROGRAM else _SCORED
+        (folder / f"{name}.yaml").write_text(_TASK.format(name=name, data=data) + rest, encoding="utf-8")
+    # The harness looks for functions in files beside the task's.
+    text = "from benchmarks.accuracy.programs import process_results as process_results\n"
+    (folder / f"{_PROGRAM}.py").write_text(text, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,7 +114,8 @@ def _write(args: argparse.Namespace) -> None:
     if not is_folder(args.output_dir):
         raise ConfigError(f"--output_dir {args.output_dir} is not a folder: give one that is there")
     text = read_text(args.text)
-    write_tasks(args.output_dir, {"saw_needle": needles(text, args.words, args.count), "saw_chain": chains(args.count)})
+    found = {"saw_needle": needles(text, args.words, args.count), "saw_chain": chains(args.count)}
+    write_tasks(args.output_dir, found | {_PROGRAM: programs(args.count)})
 
 
 if __name__ == "__main__":

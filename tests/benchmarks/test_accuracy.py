@@ -5,23 +5,26 @@ import json
 import re
 import typing
 
+import pytest
 from matplotlib.figure import Figure
 
 from benchmarks.__main__ import load_report, main
-from benchmarks.accuracy import tasks
+from benchmarks.accuracy import programs, tasks
 from tests.support.example import EXAMPLE
 
 
-def test_a_checkpoint_on_two_texts(tmp_path, capsys):
+@pytest.mark.parametrize("own_text", [True, False])
+def test_a_checkpoint_on_two_texts(own_text, tmp_path, capsys):
     output = tmp_path / "accuracy_example.json"
     argv = ["accuracy", "--model_dir", EXAMPLE, "--text", typing.__file__, "--calibration_text", argparse.__file__]
     argv += ["--max_tokens", 256, "--max_seq_len", 128, "--device", "cpu", "--output", output]
-    argv += ["--calibration_tokens", 1024]
+    argv += ["--calibration_tokens", 1024, *([] if own_text else ["--no_own_text"])]
     assert main([str(a) for a in argv]) == 0
     assert "saw_k8v4, calibrated" in capsys.readouterr().out
     report = load_report(output)
     kl = {name.removeprefix("kl "): float(x) for name, x in report.numbers.items() if name.startswith("kl ")}
     assert kl["saw_k8v4"] < kl["saw_int4"] < kl["plain int4, min-max"]
+    assert ("saw_int4, calibrated on its own text" in kl) is own_text
     header, *rows = report.tables["caches"]
     sizes = {row[0]: int(row[header.index("bytes/token")].replace(",", "")) for row in rows}
     assert sizes["saw_int4, calibrated"] == sizes["the paper's recipe"] == 4 * 2 * 136
@@ -59,6 +62,24 @@ def test_tasks_have_one_answer(tmp_path):
         assert all(a + b == total for a, b, total in sums)
         assert len(sums) == 5 * 3
     assert f"test: {tmp_path / 'saw_chain.jsonl'}" in (tmp_path / "saw_chain.yaml").read_text()
+
+
+def test_a_program_is_right_if_it_gives_what_its_reference_gives():
+    """The reference is; another result, none, an error, no Python and no end are not."""
+    document = programs.programs(1)[0]
+    assert programs.is_right(document, document["answer"])
+    assert programs.is_right(document, f" 1 +{document['answer']} - 1")
+    for wrong in (" x", "", " x +", " x / 0", " [0 for _ in iter(int, 1)]"):
+        assert not programs.is_right(document, wrong), wrong
+
+
+def test_every_reference_is_right():
+    """One program for each kind, run with what it is called with."""
+    for document in programs.programs(len(programs._KINDS), seed=1):
+        calls = json.loads(document["calls"])
+        space: dict = {}
+        exec(document["head"] + document["answer"], space)
+        assert all(space["f"](*call) is not None for call in calls), document
 
 
 def test_a_text_may_be_too_short_to_hide_a_fact_in(tmp_path, capsys):
