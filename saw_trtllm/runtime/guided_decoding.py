@@ -92,7 +92,7 @@ class GuidedDecodingParams:
             value = value.model_json_schema()
         if isinstance(value, bool):
             if not value:
-                raise RequestError("the JSON schema is false, which nothing meets: give another")
+                raise RequestError("guided_decoding cannot be followed: its JSON schema is false, which nothing meets")
             value = {}
         if value is None or isinstance(value, str):
             return value

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from saw_trtllm.serve.openai.errors import ApiError
-from saw_trtllm.serve.openai.protocol import ChatRequest, Strict
+from saw_trtllm.serve.openai.protocol import ChatRequest, Flag, Number, Strict, Whole
 
 
 class Tool(Strict):
@@ -26,14 +26,14 @@ class ToolChoice(Strict):
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
-    disable_parallel_tool_use: bool = False
+    disable_parallel_tool_use: Flag = False
 
 
 class Thinking(Strict):
     """Whether it thinks first; the budget is ``max_tokens``."""
 
     type: Literal["enabled", "adaptive", "disabled"]
-    budget_tokens: int | None = None
+    budget_tokens: Whole | None = None
     display: str | None = None
 
 
@@ -57,12 +57,12 @@ class CountRequest(Strict):
 class MessagesRequest(CountRequest):
     """``/v1/messages``."""
 
-    max_tokens: int = Field(ge=1)
-    stream: bool = False
+    max_tokens: Whole = Field(ge=1)
+    stream: Flag = False
     stop_sequences: list[str] | None = None
-    temperature: float | None = Field(None, ge=0, le=1)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    temperature: Number | None = Field(None, ge=0, le=1)
+    top_p: Number | None = Field(None, ge=0, le=1)
+    top_k: Whole | None = Field(None, ge=0)
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] = "auto"
 

@@ -13,7 +13,7 @@ from saw_trtllm.serve.anthropic.protocol import CountRequest, MessagesRequest, a
 from saw_trtllm.serve.openai.chat import read_tools
 from saw_trtllm.serve.openai.connection import start_stream, while_connected
 from saw_trtllm.serve.openai.metrics import Meter, Metrics
-from saw_trtllm.serve.openai.model import Models, ServedModel, beside_the_loop
+from saw_trtllm.serve.openai.model import Models, ServedModel, beside_the_loop, name_user
 
 #: Where they are; errors below it have Anthropic's shape.
 MESSAGES = "/v1/messages"
@@ -25,6 +25,7 @@ def add_messages(app: FastAPI, models: Models, metrics: Metrics, guard: Sequence
     @app.post(MESSAGES, dependencies=list(guard))
     async def messages(body: MessagesRequest, request: Request) -> Response:
         model, chat = models.find(body.model), as_chat(body)
+        name_user(body.metadata.user_id if body.metadata else None)
         answer = await beside_the_loop(len(str(chat.messages)), MessagesAnswer, model, chat, Meter(metrics, model.name))
         if body.stream:
             return await start_stream(request, answer.events())

@@ -24,7 +24,7 @@ from saw_trtllm.serve.openai.completions import CompletionAnswer
 from saw_trtllm.serve.openai.connection import BodyLimit, ClientGoneError, start_stream, while_connected
 from saw_trtllm.serve.openai.errors import ApiError, answer_to, error_body, from_validation
 from saw_trtllm.serve.openai.metrics import Meter, Metrics
-from saw_trtllm.serve.openai.model import Models, ServedModel, beside_the_loop
+from saw_trtllm.serve.openai.model import Models, ServedModel, beside_the_loop, name_user
 from saw_trtllm.serve.openai.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -92,8 +92,9 @@ def _guard(api_keys: Sequence[str]) -> Any:
     async def check(request: Request) -> None:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         given = token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+        sent = given.strip().encode("latin-1")  # the bytes as they came
         # All are compared, in the time that one takes: how long it takes tells nothing of a key.
-        if sum([hmac.compare_digest(given.strip().encode(), key) for key in keys]) == 0:
+        if sum([hmac.compare_digest(sent, key) for key in keys]) == 0:
             raise ApiError("invalid_api_key", "the API key is missing or wrong: send one as Authorization: Bearer KEY")
 
     return check
@@ -116,7 +117,9 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
             whys = {RecursionError: "it is nested too deeply", UnicodeDecodeError: "it is not UTF-8"}
             why = whys.get(type(error.__cause__), "it holds a number of too many digits")
             return error_response(path, ApiError(code, f"the body cannot be read: {why}; send a JSON object"), metrics)
-        return error_response(path, ApiError(code, f"{request.method} {path}: {error.detail}"), metrics)
+        response = error_response(path, ApiError(code, f"{request.method} {path}: {error.detail}"), metrics)
+        response.headers.update(error.headers or {})  # which methods there are
+        return response
 
     async def gone(_: Request, error: Exception) -> Response:
         return Response(status_code=499)  # which nobody reads
@@ -136,7 +139,8 @@ def error_response(path: str, error: Exception, metrics: Metrics | None = None) 
     if answer.status >= 500:
         logger.error("a request failed: %s", error, exc_info=error)
     headers = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}.get(answer.status)
-    body = anthropic_error(error) if path.startswith(MESSAGES) else error_body(error)
+    prompt = "prompt" if path in ("/v1/completions", "/tokenize") else "messages"
+    body = anthropic_error(error) if path.startswith(MESSAGES) else error_body(error, prompt)
     return JSONResponse(body, answer.status, headers)
 
 
@@ -144,6 +148,7 @@ def _add_generation(app: FastAPI, models: Models, metrics: Metrics, guard: list[
     @app.post("/v1/chat/completions", dependencies=guard)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         model = models.find(body.model)
+        name_user(body.user)
         meter = Meter(metrics, model.name)
         size = sum(len(str(message.get("content", ""))) for message in body.messages)
         answer = await beside_the_loop(size, ChatAnswer, model, body, meter)
@@ -154,6 +159,7 @@ def _add_generation(app: FastAPI, models: Models, metrics: Metrics, guard: list[
     @app.post("/v1/completions", dependencies=guard)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         model = models.find(body.model)
+        name_user(body.user)
         meter = Meter(metrics, model.name)
         size = sum(len(p) if isinstance(p, str | list) else 1 for p in body.prompt)
         answer = await beside_the_loop(size, CompletionAnswer, model, body, meter)
@@ -198,7 +204,7 @@ def _add_tokens(app: FastAPI, models: Models, guard: list[Any]) -> None:
 
 
 def _add_state(app: FastAPI, models: Models, metrics: Metrics) -> None:
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         return Response(status_code=200 if all(model.llm.alive for model in models) else 503)
 
@@ -210,7 +216,7 @@ def _add_state(app: FastAPI, models: Models, metrics: Metrics) -> None:
     async def read_metrics() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/")
+    @app.api_route("/", methods=["GET", "HEAD"])
     async def page() -> Response:
         return FileResponse(Path(__file__).with_name("page.html"), media_type="text/html")
 

@@ -78,6 +78,7 @@ BY_CLASS: tuple[tuple[type[Exception], Answer], ...] = (
 
 #: Messages about a field's value begin with its name.
 _NAMED = re.compile(r"([a-z_]+) (?:is|holds|names|says|cannot be) ")
+_MESSAGE = re.compile(r"message (\d+) ")
 #: The API's names of what the runtime calls otherwise.
 _RENAMED = {"guided_decoding": "response_format", "bad": "bad_words"}
 #: What a field may be that has several types: of each pydantic complains alone.
@@ -96,8 +97,15 @@ def answer_to(error: Exception) -> Answer:
     return next(answer for kind, answer in BY_CLASS if isinstance(error, kind))
 
 
-def error_body(error: Exception) -> dict[str, Any]:
-    """An error as OpenAI's API writes it. What is not a :class:`SawError` stays in the log."""
+def error_body(error: Exception, prompt: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's API writes it. What is not a :class:`SawError` stays in the log.
+
+    Parameters
+    ----------
+    error : Exception
+    prompt : str, optional
+        The field that the request has its prompt in.
+    """
     answer = answer_to(error)
     message = str(error) if isinstance(error, SawError) else "the server failed; its log says why"
     named = _NAMED.match(message) if answer.code == "invalid_value" else None
@@ -105,6 +113,10 @@ def error_body(error: Exception) -> dict[str, Any]:
     if name in _RENAMED:
         message = message.replace(name, _RENAMED[name], 1)
     param = getattr(error, "param", _RENAMED.get(name, name) if name else None)
+    if param is None and (number := _MESSAGE.match(message)):
+        param = f"messages.{number[1]}"
+    elif param is None and message.startswith("the prompt"):
+        param = prompt
     return {"error": {"message": message, "type": answer.type, "param": param, "code": answer.code}}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -21,10 +22,12 @@ from saw_trtllm.runtime.outputs import CompletionOutput, GenerationResult
 from saw_trtllm.runtime.prompt import Prompt, encode_prompt
 from saw_trtllm.runtime.sampling_params import SamplingParams
 from saw_trtllm.runtime.tokenizer import Tokenizer
+from saw_trtllm.serve.openai.conversation import read_conversation
 from saw_trtllm.serve.openai.errors import ApiError
 from saw_trtllm.serve.openai.protocol import ChatRequest, TokenizeRequest
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 #: Characters of a prompt from which on it is tokenized beside the loop that answers the others: about a millisecond.
 _LONG = 4096
@@ -62,14 +65,16 @@ class ServedModel:
 
     def chat_prompt(self, request: ChatRequest, tools: list[dict[str, Any]] | None) -> dict[str, Any]:
         """A conversation as a prompt."""
-        prompt = self.llm.chat_prompt(
-            request.messages,
+        return cast("dict[str, Any]", self.salted(self._rendered(request, tools), request.cache_salt))
+
+    def _rendered(self, request: ChatRequest | TokenizeRequest, tools: list[dict[str, Any]] | None) -> dict[str, Any]:
+        return self.llm.chat_prompt(
+            read_conversation(request.messages or (), self.template_text),
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
             tools=tools,
             chat_template_kwargs=request.chat_template_kwargs,
         )
-        return cast("dict[str, Any]", self.salted(prompt, request.cache_salt))
 
     def salted(self, prompt: Prompt, salt: str | None) -> Prompt:
         """A prompt whose blocks only prompts of the same salt find."""
@@ -100,14 +105,7 @@ class ServedModel:
         if (request.prompt is None) == (request.messages is None):
             raise ApiError("invalid_value", "give a prompt or messages, one of them", "prompt")
         if request.messages is not None:
-            prompt = self.llm.chat_prompt(
-                request.messages,
-                add_generation_prompt=request.add_generation_prompt,
-                continue_final_message=request.continue_final_message,
-                tools=request.tools,
-                chat_template_kwargs=request.chat_template_kwargs,
-            )
-            return prompt["prompt_token_ids"]
+            return self._rendered(request, request.tools)["prompt_token_ids"]
         special = request.add_special_tokens is not False
         return encode_prompt(self._tokenizer(), request.prompt or "", self.llm.max_input_len, special)
 
@@ -236,6 +234,12 @@ def read_defaults(folder: Path) -> dict[str, Any]:
         advice = {}
     found = {name: advice[name] for name in _ADVISED if advice.get(name) is not None}
     return {"temperature": 1.0, **found}
+
+
+def name_user(user: str | None) -> None:
+    """Say in the log who asks, as the client names them."""
+    if user is not None:
+        log.info("a request of %s", shown(user))
 
 
 async def beside_the_loop(size: int, work: Callable[..., T], *arguments: Any) -> T:

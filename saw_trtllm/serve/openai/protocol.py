@@ -9,7 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
-TokenIds = list[Annotated[int, Field(strict=True)]]
+#: JSON's own types: text that looks like a number, or true in its place, is none.
+Whole = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+TokenIds = list[Whole]
 
 
 class Strict(BaseModel):
@@ -26,7 +30,7 @@ class Strict(BaseModel):
 class StreamOptions(Strict):
     """What comes in a stream beside the text."""
 
-    include_usage: bool = False
+    include_usage: Flag = False
     include_obfuscation: Literal[False] = False
 
 
@@ -36,7 +40,7 @@ class JsonSchema(Strict):
     name: str = "answer"
     description: str | None = None
     schema_: dict[str, Any] | bool = Field(True, alias="schema")
-    strict: bool | None = None
+    strict: Flag | None = None
 
 
 class ResponseFormat(Strict):
@@ -52,25 +56,25 @@ class Generation(Strict):
     """The fields that both kinds of completions have. ``user`` names who asks, in the log."""
 
     model: str | None = None
-    stream: bool = False
+    stream: Flag = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    n: int | None = Field(None, ge=1, le=128)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = None
+    n: Whole | None = Field(None, ge=1, le=128)
+    temperature: Number | None = Field(None, ge=0, le=2)
+    top_p: Number | None = Field(None, ge=0, le=1)
+    seed: Whole | None = None
     stop: str | list[str] | None = None
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[int, float] | None = None
+    presence_penalty: Number | None = Field(None, ge=-2, le=2)
+    frequency_penalty: Number | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[int, Number] | None = None
     # beyond OpenAI's, in vLLM's words
-    top_k: int | None = Field(None, ge=-1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = None
-    min_tokens: int | None = Field(None, ge=0)
+    top_k: Whole | None = Field(None, ge=-1)
+    min_p: Number | None = Field(None, ge=0, le=1)
+    repetition_penalty: Number | None = None
+    min_tokens: Whole | None = Field(None, ge=0)
     stop_token_ids: TokenIds | None = None
-    ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
+    ignore_eos: Flag = False
+    include_stop_str_in_output: Flag = False
     bad_words: list[str] | None = None
     cache_salt: str | None = None
 
@@ -119,26 +123,26 @@ class CompletionRequest(Generation):
     """``/v1/completions``."""
 
     prompt: str | TokenIds | list[str] | list[TokenIds]
-    max_tokens: int | None = Field(16, ge=0)
-    best_of: int | None = Field(None, ge=1, le=128)
-    echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=20)
+    max_tokens: Whole | None = Field(16, ge=0)
+    best_of: Whole | None = Field(None, ge=1, le=128)
+    echo: Flag = False
+    logprobs: Whole | None = Field(None, ge=0, le=20)
 
 
 class ChatRequest(Generation):
     """``/v1/chat/completions``."""
 
     messages: list[dict[str, Any]]
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    max_tokens: Whole | None = Field(None, ge=1)
+    max_completion_tokens: Whole | None = Field(None, ge=1)
+    logprobs: Flag | None = False
+    top_logprobs: Whole | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool = True
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    parallel_tool_calls: Flag = True
+    add_generation_prompt: Flag = True
+    continue_final_message: Flag = False
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -148,12 +152,12 @@ class TokenizeRequest(Strict):
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_special_tokens: Flag | None = None
+    add_generation_prompt: Flag = True
+    continue_final_message: Flag = False
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    return_token_strs: bool = False
+    return_token_strs: Flag = False
 
 
 class DetokenizeRequest(Strict):

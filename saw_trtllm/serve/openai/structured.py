@@ -14,6 +14,11 @@ def response_guide(response_format: ResponseFormat | None) -> GuidedDecodingPara
     if response_format is None or response_format.type == "text":
         return None
     kind = response_format.type
+    if others := [
+        name for name in ("json_schema", "regex", "grammar") if name != kind and getattr(response_format, name)
+    ]:
+        what = f"a response_format of type {kind} has no {others[0]}: leave it out, or give that type"
+        raise ApiError("invalid_value", what, "response_format")
     if kind == "json_object":
         return GuidedDecodingParams(json_object=True)
     value = getattr(response_format, kind)

@@ -49,13 +49,32 @@ def error_of(response):
         (CHAT, {"messages": [USER], "modalities": []}, 400, "unknown_parameter", "modalities", "has no modalities"),
         (CHAT, {}, 400, "missing_required_parameter", "messages", "messages is missing"),
         (CHAT, {"messages": []}, 400, "invalid_value", "messages", "messages is []"),
-        (CHAT, {"messages": [{"role": "user"}]}, 400, "invalid_value", None, "message 0 has no content"),
+        (CHAT, {"messages": [{"role": "user"}]}, 400, "invalid_value", "messages.0", "message 0 has no content"),
         (CHAT, {"messages": [USER], "temperature": "hot"}, 400, "invalid_value", "temperature", "valid number"),
+        (CHAT, {"messages": [USER], "temperature": "1"}, 400, "invalid_value", "temperature", "valid number"),
+        (CHAT, {"messages": [USER], "n": True}, 400, "invalid_value", "n", "valid integer"),
+        (CHAT, {"messages": [USER], "ignore_eos": "yes"}, 400, "invalid_value", "ignore_eos", "valid boolean"),
+        (CHAT, {"messages": [{**USER, "role": "admin"}]}, 400, "invalid_value", "messages.0.role", "the role 'admin'"),
+        (CHAT, {"messages": [{**USER, "audio": {"id": "a"}}]}, 400, "unknown_parameter", "messages.0.audio", "'audio'"),
         (CHAT, {"messages": [USER], "temperature": 3}, 400, "invalid_value", "temperature", "less than or equal to 2"),
         (CHAT, {"messages": [USER], "n": 0}, 400, "invalid_value", "n", "greater than or equal to 1"),
         (CHAT, {"messages": [USER], "top_logprobs": 2}, 400, "invalid_value", "top_logprobs", "needs logprobs"),
-        (CHAT, {"messages": [USER], "max_tokens": 5000}, 400, "context_length_exceeded", None, "max_seq_len 2048"),
-        (CHAT, {"messages": [{**USER, "content": "x" * 40000}]}, 400, "context_length_exceeded", None, "takes 2047"),
+        (
+            CHAT,
+            {"messages": [USER], "max_tokens": 5000},
+            400,
+            "context_length_exceeded",
+            "messages",
+            "max_seq_len 2048",
+        ),
+        (
+            CHAT,
+            {"messages": [{**USER, "content": "x" * 40000}]},
+            400,
+            "context_length_exceeded",
+            "messages",
+            "takes 2047",
+        ),
         (CHAT, {"messages": [USER], "model": "other"}, 404, "model_not_found", "model", "the models are example"),
         (CHAT, {"messages": [USER], "model": "exact"}, 400, "invalid_value", None, "has no chat template"),
         (
@@ -67,6 +86,14 @@ def error_of(response):
             "Invalid type",
         ),
         (CHAT, {"messages": [USER], "response_format": {"type": "regex"}}, 400, "invalid_value", "response_format", ""),
+        (
+            CHAT,
+            {"messages": [USER], "response_format": {"type": "json_object", "regex": "a"}},
+            400,
+            "invalid_value",
+            "response_format",
+            "has no regex",
+        ),
         (CHAT, {"messages": [USER], "tools": [TOOL]}, 400, "unsupported_parameter", "tools", "knows no tools"),
         (CHAT, {"messages": [USER], "tools": [{}]}, 400, "invalid_value", "tools", "a tool must be"),
         (CHAT, {"messages": [USER], "tool_choice": "required"}, 400, "invalid_value", "tool_choice", "needs tools"),
@@ -75,17 +102,24 @@ def error_of(response):
         (CHAT, {"messages": [USER], "chat_template_kwargs": {"tools": 1}}, 400, "invalid_value", KWARGS, "names tools"),
         (CHAT, {"messages": [USER], "chat_template_kwargs": deep(900, {})}, 400, "invalid_value", None, "too deeply"),
         (CHAT, {"messages": [{**USER, "content": deep(900, [])}]}, 400, "invalid_value", None, "too deeply"),
-        (CHAT, {"messages": [{**USER, "content": [{"type": "text"}]}]}, 400, "invalid_value", None, "has a part {"),
-        (CHAT, {"messages": [{**USER, "content": [IMAGE]}]}, 400, "invalid_value", None, "takes text alone"),
-        (CHAT, {"messages": [{**USER, "tool_calls": 5}]}, 400, "invalid_value", None, "has the tool_calls 5"),
+        (
+            CHAT,
+            {"messages": [{**USER, "content": [{"type": "text"}]}]},
+            400,
+            "invalid_value",
+            "messages.0",
+            "has a part {",
+        ),
+        (CHAT, {"messages": [{**USER, "content": [IMAGE]}]}, 400, "invalid_value", "messages.0", "takes text alone"),
+        (CHAT, {"messages": [{**USER, "tool_calls": 5}]}, 400, "invalid_value", "messages.0", "has the tool_calls 5"),
         (CHAT, {"messages": [USER], "tool_choice": 5}, 400, "invalid_value", "tool_choice", "none, auto, required or"),
         (CHAT, {"messages": [USER], "stop": [5]}, 400, "invalid_value", "stop", "it must be text or a list of texts"),
         (CHAT, {"messages": [USER], "stop": [""]}, 400, "invalid_value", "stop", "none of them empty"),
         (TEXT, {"prompt": "x", "suffix": "y"}, 400, "unknown_parameter", "suffix", "has no suffix: leave it out"),
         (TEXT, {"prompt": {}}, 400, "invalid_value", "prompt", "prompt is {}: it must be text, a list of texts, token"),
         (TEXT, {"prompt": []}, 400, "invalid_value", "prompt", "0 prompts came"),
-        (TEXT, {"prompt": ""}, 400, "invalid_value", None, "the prompt is empty"),
-        (TEXT, {"prompt": [5000]}, 400, "invalid_value", None, "the prompt holds token 5000"),
+        (TEXT, {"prompt": ""}, 400, "invalid_value", "prompt", "the prompt is empty"),
+        (TEXT, {"prompt": [5000]}, 400, "invalid_value", "prompt", "the prompt holds token 5000"),
         (TEXT, {"prompt": "x", "max_tokens": 0}, 400, "invalid_value", "max_tokens", "needs echo"),
         (TEXT, {"prompt": "x", "best_of": 1, "n": 2}, 400, "invalid_value", "best_of", "give at least n"),
         (TEXT, {"prompt": "x", "logprobs": 21}, 400, "invalid_value", "logprobs", "less than or equal to 20"),
@@ -117,7 +151,10 @@ def test_bodies_that_are_none(url, http):
         assert (status, error["code"]) == (400, "invalid_json")
         assert said in error["message"]
     assert error_of(http.get(url + "/v1/nothing"))[1]["code"] == "unknown_url"
-    assert error_of(http.get(url + CHAT))[0] == 405
+    response = http.get(url + CHAT)
+    assert error_of(response)[0] == 405
+    assert response.headers["allow"] == "POST"
+    assert http.get(url + "/v1/messages").json()["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -129,13 +166,14 @@ def test_a_body_that_is_too_large_is_not_read(url, http, chunked):
 
 
 def test_a_key_is_asked_for(engine):
-    with serving_engines({"example": engine("saw_int4")}, ["secret", "other"]) as (url, _):
+    with serving_engines({"example": engine("saw_int4")}, ["secret", "other", "schl\u00fcssel"]) as (url, _):
         for key in ("wrong", "secre"):
             with pytest.raises(openai.AuthenticationError) as e:
                 openai.OpenAI(base_url=f"{url}/v1", api_key=key).models.list()
             assert e.value.code == "invalid_api_key"
         assert openai.OpenAI(base_url=f"{url}/v1", api_key="other").models.list().data[0].id == "example"
-        assert httpx.get(f"{url}/v1/models", headers={"x-api-key": "secret"}, timeout=60).status_code == 200
+        for key in (b"secret", "schl\u00fcssel".encode()):
+            assert httpx.get(f"{url}/v1/models", headers={"x-api-key": key}, timeout=60).status_code == 200
         assert [httpx.get(f"{url}/{path}", timeout=60).status_code for path in ("health", "metrics", "tokenize")] == [
             200,
             200,
