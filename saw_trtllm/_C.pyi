@@ -214,6 +214,21 @@ class Ranks:
 
 def all_reduce_buffer_bytes(size: int) -> int: ...
 def set_ranks(*, device: int, ranks: Ranks | None) -> int: ...
+def all_reduce_norm(
+    *,
+    ranks: Ranks,
+    x: int,
+    residual: int,
+    weight: int,
+    y: int,
+    sum: int,
+    num_rows: int,
+    width: int,
+    epsilon: float,
+    dtype: DType,
+    device: int,
+    stream: int,
+) -> int: ...
 def all_reduce(*, ranks: Ranks, x: int, y: int, count: int, dtype: DType, device: int, stream: int) -> int: ...
 def all_gather(
     *, parts: int, out: int, num_ranks: int, num_rows: int, width: int, out_width: int, device: int, stream: int

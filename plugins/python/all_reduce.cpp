@@ -30,6 +30,23 @@ int all_reduce(Ranks const& ranks, Address x, Address y, size_t count, DType dty
     return saw_all_reduce(ranks, at<void const>(x), at<void>(y), count, dtype, at<CUstream_st>(stream));
 }
 
+int all_reduce_norm(Ranks const& ranks, Address x, Address residual, Address weight, Address y, Address sum,
+                    int num_rows, int width, float epsilon, DType dtype, int device, Address stream) {
+    DeviceGuard const guard(device);
+    RmsNormParams p{};
+    p.x = at<void const>(x);
+    p.residual = at<void const>(residual);
+    p.weight = at<float const>(weight);
+    p.y = at<void>(y);
+    p.sum = at<void>(sum);
+    p.num_rows = num_rows;
+    p.num_heads = p.num_normed = 1;
+    p.width = width;
+    p.epsilon = epsilon;
+    p.dtype = dtype;
+    return saw_all_reduce_norm(ranks, p, at<CUstream_st>(stream));
+}
+
 }  // namespace
 
 void add_all_reduce(py::module_& m) {
@@ -41,6 +58,9 @@ void add_all_reduce(py::module_& m) {
     m.def("set_ranks", &set_ranks, py::kw_only(), py::arg("device"), py::arg("ranks"));
     m.def("all_reduce", &all_reduce, ReleaseGil(), py::kw_only(), py::arg("ranks"), py::arg("x"), py::arg("y"),
           py::arg("count"), py::arg("dtype"), py::arg("device"), py::arg("stream"));
+    m.def("all_reduce_norm", &all_reduce_norm, ReleaseGil(), py::kw_only(), py::arg("ranks"), py::arg("x"),
+          py::arg("residual"), py::arg("weight"), py::arg("y"), py::arg("sum"), py::arg("num_rows"), py::arg("width"),
+          py::arg("epsilon"), py::arg("dtype"), py::arg("device"), py::arg("stream"));
 }
 
 }  // namespace saw::python

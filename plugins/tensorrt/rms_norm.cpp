@@ -1,7 +1,5 @@
 #include "rms_norm.h"
 
-#include <cmath>
-
 #include "adapter/names.h"
 #include "saw/rms_norm/params.h"
 
@@ -20,8 +18,7 @@ std::vector<Field> RmsNorm::fields() {
 
 void RmsNorm::validate() const {
     RowOp::validate();
-    if (!(std::isfinite(epsilon_) && epsilon_ >= 0.0f))
-        reject("epsilon is " + std::to_string(epsilon_) + ": it must be finite and at least 0");
+    check_epsilon(epsilon_);
     check_flag(names::kUseResidual, use_residual_);
     if (num_normed_ < 1 || num_heads_ < num_normed_)
         reject("num_heads is " + std::to_string(num_heads_) + " and num_normed " + std::to_string(num_normed_) +

@@ -24,11 +24,13 @@ def group():
         streams = [torch.cuda.Stream() for _ in range(size)]
         torch.cuda.synchronize()
 
-        def enqueue(rank, x, y):
+        def enqueue(rank, x, y, **norm):
             dtype = getattr(module.DType, str(x.dtype).removeprefix("torch."))
-            arguments = {"ranks": ranks[rank], "x": x.data_ptr(), "y": y.data_ptr(), "count": x.numel()}
-            stream = torch.cuda.current_stream().cuda_stream
-            return module.all_reduce(**arguments, dtype=dtype, device=x.device.index, stream=stream)
+            arguments = {"ranks": ranks[rank], "x": x.data_ptr(), "dtype": dtype, "device": x.device.index}
+            arguments["stream"] = torch.cuda.current_stream().cuda_stream
+            if norm:
+                return module.all_reduce_norm(**arguments, **norm)
+            return module.all_reduce(**arguments, y=y.data_ptr(), count=x.numel())
 
         return streams, enqueue
 
@@ -66,6 +68,35 @@ def test_sums_of_all_extents_in_a_row(size, dtype, group):
     for of_ranks, results in zip(parts, sums, strict=True):
         want = in_order(of_ranks)
         assert all(torch.equal(result, want) for result in results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(1, 4096), (3, 5120), (64, 4096), (65, 2048), (128, 4096), (64, 8192)])
+def test_a_norm_after_a_sum(rows, width, dtype, group):
+    """The residual's sum bit for bit, the norm within a rounding more than PyTorch's; a plain sum between them."""
+    streams, enqueue = group(2)
+    shape = {"device": "cuda", "dtype": dtype}
+    x = [torch.randn(rows, width, **shape) for _ in streams]
+    residual, weight = torch.randn(rows, width, **shape), torch.rand(width, device="cuda") + 0.5
+    y, added, total = ([torch.full_like(residual, torch.nan) for _ in streams] for _ in range(3))
+    norm = {"residual": residual.data_ptr(), "weight": weight.data_ptr(), "num_rows": rows, "width": width}
+    torch.cuda.synchronize()
+    for rank, stream in enumerate(streams):
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                outputs = {"y": y[rank].data_ptr(), "sum": added[rank].data_ptr()}
+                assert enqueue(rank, x[rank], None, **norm, **outputs, epsilon=0.125) == 0
+                if rows * width <= 1 << 19:
+                    assert enqueue(rank, x[rank], total[rank]) == 0
+    torch.cuda.synchronize()
+    want = (in_order(x).float() + residual.float()).to(dtype)
+    normed = want.float() * (want.float().square().mean(1, keepdim=True) + 0.125).rsqrt() * weight
+    for rank in range(2):
+        assert torch.equal(added[rank], want)
+        assert torch.equal(y[rank], y[0])
+        torch.testing.assert_close(y[rank].float(), normed, rtol=torch.finfo(dtype).eps, atol=2**-24)
+    assert all(torch.equal(found, in_order(x)) for found in total)
 
 
 @pytest.mark.gpu

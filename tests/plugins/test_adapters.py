@@ -79,11 +79,10 @@ OPTIONAL = {
     LOOKUP: {},
     RMS_NORM: {"use_residual": 1, "num_heads": 1, "num_normed": 1},
     SILU_MUL: {},
-    ALL_REDUCE: {},
+    ALL_REDUCE: {"use_norm": 1, "epsilon": 0.125},
     ALL_GATHER: {},
 }
-#: Those of one input.
-ONE_INPUT = (ALL_REDUCE, ALL_GATHER)
+
 PLUGINS = [WRITE, ATTENTION]
 
 
@@ -252,7 +251,7 @@ def test_outputs(head_dim, dtype, built, make):
 @pytest.mark.parametrize("name", NAMES)
 def test_one_combination_of_types(name, built, make):
     plugin = make(name, **OPTIONAL[name])
-    count = 2 + (name in (RMS_NORM, GEMM, QUANTIZED_GEMM)) - (name in ONE_INPUT)
+    count = 2 + (name in (RMS_NORM, GEMM, QUANTIZED_GEMM, ALL_REDUCE)) - (name == ALL_GATHER)
     count = len(StepOf([1], 1).inputs(built, name, optional=True)) if name in PLUGINS else count
     outputs = plugin.num_outputs()
     address = address_type(built)
@@ -264,7 +263,7 @@ def test_one_combination_of_types(name, built, make):
         LOOKUP: [INT32, HALF, HALF],
         RMS_NORM: [HALF, FLOAT, HALF, HALF, HALF],
         SILU_MUL: [HALF, HALF, HALF],
-        ALL_REDUCE: [HALF, HALF],
+        ALL_REDUCE: [HALF, FLOAT, HALF, HALF, HALF],
         ALL_GATHER: [FLOAT, FLOAT],
     }[name]
     assert len(wanted) == count + outputs
@@ -393,6 +392,8 @@ BAD_FIELDS = [
     ),
     (ALL_REDUCE, {"num_ranks": 1}, "num_ranks is 1: it must be at least 2"),
     (ALL_REDUCE, {"hidden_size": 0}, "hidden_size is 0: it must be at least 1"),
+    (ALL_REDUCE, {"use_norm": 2}, "use_norm is 2"),
+    (ALL_REDUCE, {"use_norm": 1, "epsilon": -1.0}, "epsilon is -1.000000: it must be finite and at least 0"),
     (ALL_GATHER, {"out_features": 205}, "num_ranks times in_features at least out_features"),
     (SILU_MUL, {"hidden_size": (1 << 31) - 1}, "the numbers of a row are 2147483647"),
     (LOOKUP, {"hidden_size": (1 << 30) + 1}, "give smaller hidden_size"),
@@ -1031,6 +1032,17 @@ def test_a_small_sum_is_the_kernels(built, interface, make, set_ranks):
     assert plugin.enqueue([(1, [7, 64])], [9], 0, 0x55) == 0
     (call,) = lib.recorded_calls(built.library)
     assert call == {"op": "all_reduce", "rank": 1, "x": 1, "y": 9, "count": 448, "dtype": 0, "stream": 0x55}
+
+
+def test_a_norm_after_a_small_sum_is_of_the_same_kernel(built, interface, make, set_ranks):
+    """After a sum of two GPUs and more by NCCL, or one that has no room in a block, it is that of SawRmsNorm."""
+    set_ranks(1, 2, 7 * 64 * 2)
+    plugin = of_engine(built, interface, make(ALL_REDUCE, use_norm=1, epsilon=0.125), ALL_REDUCE)
+    assert plugin.output_shapes([[7, 64], [1, 64], [7, 64]]) == [[7, 64]] * 2
+    assert plugin.enqueue([(1, [7, 64]), (2, [1, 64]), (3, [7, 64])], [9, 10], 0, 0x55) == 0
+    (call,) = lib.recorded_calls(built.library)
+    rows = {"x": 1, "weight": 2, "residual": 3, "y": 9, "sum": 10, "num_rows": 7, "width": 64, "epsilon": 0.125}
+    assert call == {"op": "all_reduce_norm", "rank": 1, "dtype": 0, "stream": 0x55} | rows
 
 
 @pytest.mark.parametrize("name", [ALL_REDUCE, ALL_GATHER])

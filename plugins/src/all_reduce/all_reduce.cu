@@ -39,6 +39,26 @@ cudaError_t saw_all_reduce(Ranks const& ranks, void const* x, void* y, size_t co
     });
 }
 
+bool saw_is_one_shot_norm(Ranks const& ranks, int num_rows, int width) {
+    int const a_block = (num_rows + kReduceBlocks - 1) / kReduceBlocks;
+    return saw_is_one_shot(ranks, size_t(num_rows) * width) && width % kWide == 0 &&
+           int64_t(a_block) * width <= int64_t(kSlotVectors) * kWide;
+}
+
+cudaError_t saw_all_reduce_norm(Ranks const& ranks, RmsNormParams const& norm, cudaStream_t stream) {
+    if (norm.num_rows == 0) return cudaSuccess;
+    bool const is_known = norm.num_heads == 1 && norm.num_normed == 1 && norm.residual != nullptr;
+    if (!is_known || !saw_is_one_shot_norm(ranks, norm.num_rows, norm.width)) return cudaErrorInvalidValue;
+    int const width = norm.width / kWide;
+    int const a_block = (norm.num_rows + kReduceBlocks - 1) / kReduceBlocks;
+    int const blocks = (norm.num_rows + a_block - 1) / a_block;
+    int const threads = std::min((width + 31) / 32 * 32, kReduceThreads);
+    return dispatch_dtype(norm.dtype, [&](auto type) {
+        return launch_dependent<&all_reduce_norm_kernel<decltype(type)>>(blocks, threads, 0, stream, ranks, norm, width,
+                                                                         a_block * width);
+    });
+}
+
 cudaError_t saw_set_ranks(int device, Ranks const* ranks) {
     if (device < 0 || device >= int(ranks_of_devices.size())) return cudaErrorInvalidDevice;
     ranks_of_devices[device] = ranks == nullptr ? Ranks{} : *ranks;

@@ -79,6 +79,7 @@ constexpr char kVocabSize[] = "vocab_size";
 constexpr char kHiddenSize[] = "hidden_size";
 constexpr char kEpsilon[] = "epsilon";
 constexpr char kUseResidual[] = "use_residual";
+constexpr char kUseNorm[] = "use_norm";
 constexpr char kNumNormed[] = "num_normed";
 constexpr char kNumRanks[] = "num_ranks";
 

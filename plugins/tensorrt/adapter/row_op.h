@@ -13,6 +13,9 @@ class RowOp : public Op {
     void validate() const override;
 
   protected:
+    // Of a norm.
+    void check_epsilon(float epsilon) const;
+
     int32_t hidden_size_ = 0;
 };
 

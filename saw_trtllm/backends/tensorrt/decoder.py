@@ -81,7 +81,7 @@ class _Decoder:
         for i in self._layers:
             with graph.scope(layer_prefix(i).removesuffix(".")):
                 x, added = self._layer(layer_prefix(i), i, x, added)
-        x = x + cast(Tensor, added)
+        x = x + (cast(Tensor, added) if self.model.inter_layernorms else self._sum(cast(Tensor, added)))
         if not self.config.build_config.gather_context_logits:
             one = graph.constant(np.ones(1, np.int32))
             x = graph.gather(x, self._inputs[LAST_TOKEN_IDS.name] - one)
@@ -104,21 +104,24 @@ class _Decoder:
         return graph.all_reduce(graph.embedding(weight, ids - first, partial=True), self._num_ranks)
 
     def _layer(self, prefix: str, i: int, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``[num_tokens, hidden_size]``, and what is still to be added to it, to the same: a norm adds it."""
+        """``[num_tokens, hidden_size]``, and what is still to be added to it, to the same: a norm adds it.
+
+        That is a rank's part yet, but for norms of the layers' ends.
+        """
         graph, inter = self.graph, self.model.inter_layernorms
         with graph.scope("attention"):
             x, h = self._norm(x, prefix + "input_layernorm.weight", added)
             added = self._attention(prefix + "attention.", i, h)
             if inter:
-                _, added = self._norm(added, prefix + "post_layernorm.weight")
+                _, added = self._norm(self._sum(added), prefix + "post_layernorm.weight")
         with graph.scope("mlp"):
             before = "pre_feedforward_layernorm" if inter else "post_layernorm"
             x, h = self._norm(x, f"{prefix}{before}.weight", added)
             fc, gate, proj = (f"{prefix}mlp.{name}.weight" for name in ("fc", "gate", "proj"))
             h = self._gated(h, fc, gate)
-            added = graph.all_reduce(self._linear(h, proj), self._num_ranks)
+            added = self._linear(h, proj)
             if inter:
-                _, added = self._norm(added, prefix + "post_feedforward_layernorm.weight")
+                _, added = self._norm(self._sum(added), prefix + "post_feedforward_layernorm.weight")
             return x, added
 
     def _attention(self, prefix: str, i: int, x: Tensor) -> Tensor:
@@ -136,7 +139,7 @@ class _Decoder:
             constants[K_FRAME] = self._constant(k_frame_name(i))
             constants[Q_FRAME] = self._constant(q_frame_name(i))
         context = paged_attention(graph, self.config, i, qkv, constants, self._inputs)
-        return graph.all_reduce(self._linear(context, prefix + "dense.weight"), self._num_ranks)
+        return self._linear(context, prefix + "dense.weight")
 
     def _linear(self, x: Tensor, name: str, dtype: str | None = None) -> Tensor:
         """``x · weightᵀ`` of a named weight, in ``dtype`` if given."""
@@ -159,7 +162,14 @@ class _Decoder:
 
     def _norm(self, x: Tensor, weight: str, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The sum, and its RMSNorm with a weight."""
-        return self.graph.rms_norm(x, self._constant(weight), self.model.norm_epsilon, added)
+        graph, constant, epsilon = self.graph, self._constant(weight), self.model.norm_epsilon
+        if added is None or self.model.inter_layernorms:
+            return graph.rms_norm(x, constant, epsilon, added)
+        return graph.norm_of_sum(added, constant, epsilon, x, self._num_ranks)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """What the ranks have parts of."""
+        return self.graph.all_reduce(x, self._num_ranks)
 
     def _norm_qk(self, layer: int, qkv: Tensor) -> Tensor:
         """RMSNorm over each head of Q and K, in ``[num_tokens, (num_heads + 2 num_kv_heads) head_dim]``."""

@@ -231,6 +231,17 @@ class Graph:
         fields = {"dtype": x.dtype, "hidden_size": x.handle.shape[1], "num_ranks": num_ranks}
         return self.plugin(ALL_REDUCE, fields, [x], [x.dtype])[0]
 
+    def norm_of_sum(
+        self, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor, num_ranks: int
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`rms_norm` of the sum of ``x`` over all ranks, with a residual."""
+        if num_ranks == 1 or not self._use_plugins:
+            return self.rms_norm(residual, weight, epsilon, self.all_reduce(x, num_ranks))
+        fields: dict[str, int | float | str] = {"dtype": x.dtype, "hidden_size": x.handle.shape[1]}
+        fields |= {"num_ranks": num_ranks, "use_norm": 1, "epsilon": float(epsilon)}
+        y, added = self.plugin(ALL_REDUCE, fields, [x, weight, residual], [x.dtype] * 2)
+        return added, y
+
     def all_gather(self, x: Tensor, width: int, num_ranks: int) -> Tensor:
         """The first ``width`` columns of all ranks' ``[n, columns]`` side by side, in float32."""
         if num_ranks == 1:

@@ -106,7 +106,8 @@ FIELDS = {
     "SawRmsNorm": {"dtype": (_TEXT, None), "hidden_size": (_INT, None)}
     | {"epsilon": (_FLOAT, None), "use_residual": (_INT, 0), "num_heads": (_INT, 1), "num_normed": (_INT, 1)},
     "SawSiluMul": {"dtype": (_TEXT, None), "hidden_size": (_INT, None)},
-    "SawAllReduce": {"dtype": (_TEXT, None), "hidden_size": (_INT, None), "num_ranks": (_INT, None)},
+    "SawAllReduce": {"dtype": (_TEXT, None), "hidden_size": (_INT, None), "num_ranks": (_INT, None)}
+    | {"use_norm": (_INT, 0), "epsilon": (_FLOAT, 0.0)},
     "SawAllGather": {name: (_INT, None) for name in ("in_features", "out_features", "num_ranks")},
 }
 PLUGIN_INPUTS = {
@@ -174,6 +175,7 @@ class SawPlugin(IPluginV3):
     @property
     def num_outputs(self):
         counts = {"SawRotateQuantizeKV": 4, "SawRmsNorm": 1 + self.fields.get("use_residual", 0)}
+        counts["SawAllReduce"] = 1 + self.fields.get("use_norm", 0)
         return counts.get(self.plugin_type, 1)
 
     def outputs(self, inputs):
@@ -183,6 +185,8 @@ class SawPlugin(IPluginV3):
             expected.append((float32, None))
         if f.get("use_k_frame"):
             expected += [(float16, 4)] * 2
+        if f.get("use_norm"):
+            expected += [(float32, 2), ("dtype", 2)]
         if f.get("use_residual") or f.get("use_gate"):
             expected.append(("dtype", 2))
         assert len(inputs) == len(expected), (self.plugin_type, len(inputs))

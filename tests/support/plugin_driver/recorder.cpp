@@ -237,6 +237,26 @@ cudaError_t saw_all_reduce(Ranks const& ranks, void const* x, void* y, size_t co
     return cudaError_t(next_error);
 }
 
+bool saw_is_one_shot_norm(Ranks const& ranks, int num_rows, int width) {
+    return saw_is_one_shot(ranks, size_t(num_rows) * width);
+}
+
+cudaError_t saw_all_reduce_norm(Ranks const& ranks, RmsNormParams const& p, cudaStream_t stream) {
+    Call("all_reduce_norm")
+        .add("rank", ranks.rank)
+        .ADD(x)
+        .ADD(residual)
+        .ADD(weight)
+        .ADD(y)
+        .ADD(sum)
+        .ADD(num_rows)
+        .ADD(width)
+        .ADD(epsilon)
+        .ADD_ENUM(dtype)
+        .add("stream", stream);
+    return cudaError_t(next_error);
+}
+
 cudaError_t saw_all_gather(float const* parts, float* out, int num_ranks, int num_rows, int width, int out_width,
                            cudaStream_t stream) {
     Call("all_gather")

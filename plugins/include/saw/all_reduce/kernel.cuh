@@ -1,4 +1,5 @@
-// The kernel of all_reduce(): one-shot, every rank sends its numbers to all others and adds what it gets.
+// The kernels of all_reduce(), with a norm and without: one-shot, every rank sends its numbers to all others and adds
+// what it gets.
 //
 // A buffer is   flags    uint32 [kBlocks][kMaxRanks]      by block and sender: the number of the sum that has arrived
 //               numbers  uint32 [kBlocks]                 by block: that of this rank's last sum
@@ -12,6 +13,7 @@
 #include "saw/all_reduce/params.h"
 #include "saw/common/ptx.cuh"
 #include "saw/common/vec.cuh"
+#include "saw/rms_norm/kernel.cuh"
 
 namespace saw {
 
@@ -49,40 +51,86 @@ struct ReduceBuffer {
     }
 };
 
+// What a block has of a sum: `count` vectors of x, whose numbers of all ranks are there once it is made.
+struct BlockSum {
+    Ranks const& ranks;
+    uint4 const* x;
+    uint32_t const number;
+
+    // Each block of every rank calls it. It sends this rank's vectors, and waits for the others'.
+    __device__ BlockSum(Ranks const& ranks, uint4 const* x, int count)
+        : ranks(ranks), x(x), number(*ReduceBuffer{ranks.peers[ranks.rank]}.number(blockIdx.x) + 1) {
+        int const block = blockIdx.x, thread = threadIdx.x, rank = ranks.rank, size = ranks.size;
+        ReduceBuffer const ours{ranks.peers[rank]};
+        for (int i = thread; i < count; i += blockDim.x) {
+            uint4 const sent = x[i];
+            for (int step = 1; step < size; ++step) {
+                int const peer = (rank + step) % size;
+                ReduceBuffer{ranks.peers[peer]}.slot(number, block, rank, size)[i] = sent;
+            }
+        }
+        __syncthreads();
+        if (thread < size && thread != rank) {
+            store_release(ReduceBuffer{ranks.peers[thread]}.flag(block, rank), number);
+            // Numbers wrap around after 2^32 sums.
+            while (int32_t(load_acquire(ours.flag(block, thread)) - number) < 0) {
+            }
+        }
+        if (thread == 0) *ours.number(block) = number;
+        __syncthreads();
+    }
+
+    // A vector of the sum, added in the order of the ranks and rounded once.
+    template <typename T>
+    __device__ uint4 at(int i) const {
+        ReduceBuffer const ours{ranks.peers[ranks.rank]};
+        float sum[kWide] = {}, part[kWide];
+        for (int sender = 0; sender < ranks.size; ++sender) {
+            uint4 const* const slot = ours.slot(number, blockIdx.x, sender, ranks.size);
+            unpack_chunk<T>(sender == ranks.rank ? x[i] : __ldcg(slot + i), part);
+            for (int j = 0; j < kWide; ++j) sum[j] += part[j];
+        }
+        return pack_chunk<T>(sum);
+    }
+};
+
 // Each block has `share` vectors of x, at most kSlotVectors.
 template <typename T>
 __global__ void __launch_bounds__(kReduceThreads)
     all_reduce_kernel(__grid_constant__ Ranks const ranks, uint4 const* x, uint4* y, int vectors, int share) {
     wait_for_last_grid();
     allow_next_grid();  // a norm, and with it the product after it, whose weights are copied while this one waits
-    int const block = blockIdx.x, thread = threadIdx.x, rank = ranks.rank, size = ranks.size;
-    int const first = block * share, count = min(share, vectors - first);
-    ReduceBuffer const ours{ranks.peers[rank]};
-    uint32_t const number = *ours.number(block) + 1;
+    int const first = blockIdx.x * share, count = min(share, vectors - first);
+    BlockSum const sum(ranks, x + first, count);
+    for (int i = threadIdx.x; i < count; i += blockDim.x) y[first + i] = sum.at<T>(i);
+}
 
-    for (int i = thread; i < count; i += blockDim.x) {
-        uint4 const sent = x[first + i];
-        for (int step = 1; step < size; ++step) {
-            int const peer = (rank + step) % size;
-            ReduceBuffer{ranks.peers[peer]}.slot(number, block, rank, size)[i] = sent;
+// Likewise, whole rows of `width` vectors.
+template <typename T>
+__global__ void __launch_bounds__(kReduceThreads)
+    all_reduce_norm_kernel(__grid_constant__ Ranks const ranks, RmsNormParams norm, int width, int share) {
+    wait_for_last_grid();
+    allow_next_grid();
+    int const first = blockIdx.x * share, count = min(share, norm.num_rows * width - first);
+    auto const at = [&](void const* tensor) { return static_cast<uint4*>(const_cast<void*>(tensor)) + first; };
+    BlockSum const reduced(ranks, at(norm.x), count);
+    for (int row = 0; row < count; row += width) {
+        float square = 0.0f, x[kWide], other[kWide];
+        for (int i = row + threadIdx.x; i < row + width; i += blockDim.x) {
+            unpack_chunk<T>(reduced.at<T>(i), x);
+            unpack_chunk<T>(at(norm.residual)[i], other);
+            for (int j = 0; j < kWide; ++j) x[j] += other[j];
+            at(norm.sum)[i] = pack_chunk<T>(x);
+            unpack_chunk<T>(at(norm.sum)[i], x);
+            for (int j = 0; j < kWide; ++j) square += x[j] * x[j];
         }
-    }
-    __syncthreads();
-    if (thread < size && thread != rank) {
-        store_release(ReduceBuffer{ranks.peers[thread]}.flag(block, rank), number);
-        // Numbers wrap around after 2^32 sums.
-        while (int32_t(load_acquire(ours.flag(block, thread)) - number) < 0) {
+        float const scale = rsqrtf(sum_of_block(square) / float(width * kWide) + norm.epsilon);
+        for (int i = row + threadIdx.x; i < row + width; i += blockDim.x) {
+            unpack_chunk<T>(at(norm.sum)[i], x);
+            for (int j = 0; j < kWide; ++j) x[j] = x[j] * scale * norm.weight[(i - row) * kWide + j];
+            at(norm.y)[i] = pack_chunk<T>(x);
         }
-    }
-    if (thread == 0) *ours.number(block) = number;
-    __syncthreads();
-    for (int i = thread; i < count; i += blockDim.x) {
-        float sum[kWide] = {}, part[kWide];
-        for (int sender = 0; sender < size; ++sender) {
-            unpack_chunk<T>(sender == rank ? x[first + i] : __ldcg(ours.slot(number, block, sender, size) + i), part);
-            for (int j = 0; j < kWide; ++j) sum[j] += part[j];
-        }
-        y[first + i] = pack_chunk<T>(sum);
+        __syncthreads();  // sum_of_block's memory is used again
     }
 }
 

@@ -6,6 +6,7 @@
 
 #include "saw/common/library.h"
 #include "saw/common/pool.h"
+#include "saw/rms_norm/params.h"
 
 namespace saw {
 
@@ -32,6 +33,13 @@ SAW_API bool saw_is_one_shot(Ranks const& ranks, size_t count);
 // two calls run one after the other. It waits for the other ranks' on the GPU.
 SAW_API cudaError_t saw_all_reduce(Ranks const& ranks, void const* x, void* y, size_t count, DType dtype,
                                    cudaStream_t stream);
+
+// Whether such a sum of rows of `width` numbers goes by the buffers with the norm after it.
+SAW_API bool saw_is_one_shot_norm(Ranks const& ranks, int num_rows, int width);
+
+// saw_rms_norm() of the sum of all ranks' norm.x, which lies nowhere: one head, with a residual. Otherwise as
+// saw_all_reduce(), for rows that saw_is_one_shot_norm() takes.
+SAW_API cudaError_t saw_all_reduce_norm(Ranks const& ranks, RmsNormParams const& norm, cudaStream_t stream);
 
 // Tells the plugins of a device the ranks of its engine, before the first step; null takes them away.
 SAW_API cudaError_t saw_set_ranks(int device, Ranks const* ranks);

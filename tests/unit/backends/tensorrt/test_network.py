@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from saw_trtllm.backends.reference.cache import PagedCache
 from saw_trtllm.backends.reference.int4 import TORCH_DTYPES
-from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs
+from saw_trtllm.backends.reference.model import ReferenceModel, calibrated_inputs, rms_norm
 from saw_trtllm.backends.reference.paged_attention import paged_attention
 from saw_trtllm.backends.reference.rotate_quantize_kv import rotate_quantize_kv
 from saw_trtllm.backends.tensorrt import build
@@ -168,7 +168,11 @@ class Execution:
 
     def _all_reduce(self, fields, x):
         assert fields["num_ranks"] == self.collectives.size
-        return [torch.from_numpy(self.collectives.all_reduce(x[0].numpy()))]
+        total = torch.from_numpy(self.collectives.all_reduce(x[0].numpy()))
+        if not fields.get("use_norm"):
+            return [total]
+        added = total + x[2]
+        return [rms_norm(added, x[1][0], fields["epsilon"]), added]
 
     def _all_gather(self, fields, x):
         assert fields["num_ranks"] == self.collectives.size
@@ -343,6 +347,10 @@ def test_logits_of_ranks_are_the_references_of_one(family, tp_size, options, use
     fields = {"hidden_size": 64, "intermediate_size": 256}
     made = plan(family, fields=fields, kv="saw_int4", tp_size=tp_size, **options)
     graphs = check_ranks(made, use_plugins, tensorrt, monkeypatch)
+    sums = [layer.plugin.fields["use_norm"] for layer in plugin_layers(graphs[0], "SawAllReduce")]
+    between = not made.config.pretrained_config.inter_layernorms and use_plugins
+    layers = made.config.pretrained_config.num_hidden_layers
+    assert sums == [0, *[int(between)] * (2 * layers - 1), 0], "a norm follows all but the first and the last"
     # A scale for each token and each output: many rows are multiplied in 8 bits.
     for layer in plugin_layers(graphs[0], "SawQuantizedGemm"):
         whole = layer.plugin.fields["out_features"] % 16 == 0
