@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from saw_trtllm import LLM, SamplingParams
+from saw_trtllm import LLM, KvCacheConfig, SamplingParams
 from saw_trtllm.errors import RankError
 
 FAULTS = ("killed", "stopped", "slowed")
@@ -144,9 +144,11 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=5, help="of each kind of fault")
     parser.add_argument("--retry", type=int, default=0)
     parser.add_argument("--step_timeout", type=float, default=10.0)
+    parser.add_argument("--kv_cache_max_tokens", type=int, metavar="N", help="by default what the memory allows")
     args = parser.parse_args()
+    cache = KvCacheConfig(max_tokens=args.kv_cache_max_tokens)
     parallel = {"ranks": args.ranks, "step_timeout": args.step_timeout}
-    with LLM(args.engine_dir, parallel_config=parallel, retry=args.retry) as llm:
+    with LLM(args.engine_dir, kv_cache_config=cache, parallel_config=parallel, retry=args.retry) as llm:
         numbers = random.Random(1)
         vocab = llm.config.pretrained_config.vocab_size
         prompts = [[numbers.randrange(vocab) for _ in range(numbers.randint(4, 60))] for _ in range(args.requests)]
