@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.serving import load
+from benchmarks.serving import load, step_broadcast
 from benchmarks.serving.record import ServingResults
+from benchmarks.serving.step_broadcast import StepBroadcastResults
 
 #: Two clients, three requests each of 100 ms: the first token of a client's n-th request comes after 10 n ms.
 ANALYZER = """\
@@ -51,6 +52,15 @@ def test_a_row_for_each_concurrency(engine, monkeypatch, tmp_path, capsys):
 def test_a_load_that_fails_ends_with_what_was_said(engine, monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, tmp_path, engine("saw_int4"), "#!/bin/sh\necho no server there\nexit 3\n") == 2
     assert "perf_analyzer failed with 3:\nno server there" in capsys.readouterr().err
+
+
+def test_a_step_arrives_at_all_ranks_in_time(tmp_path, capsys):
+    """How long it takes is measured; that each part is, for every step, is what this holds."""
+    output = tmp_path / "broadcast.json"
+    assert step_broadcast.main(["--steps", "40", "--sequences", "4", "--step", "0", "--output", str(output)]) == 0
+    spans = StepBroadcastResults.load(output).spans
+    assert spans["whole"].p50_us > max(spans[name].p50_us for name in ("pack", "send", "unpack")) > 0
+    assert "from there to the last rank" in capsys.readouterr().out
 
 
 def test_prompts_of_words_are_all_different():

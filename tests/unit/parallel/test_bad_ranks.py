@@ -79,6 +79,19 @@ def test_a_cluster_that_stays_full_is_rejected(monkeypatch):
     assert removed == [group]
 
 
+def test_the_cluster_that_is_named_is_joined_or_named(monkeypatch):
+    ray, asked = fake_ray(CPU=64.0), []
+    ray.is_initialized, ray.init = lambda: False, lambda **options: asked.append(options)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert ray_ranks.connect(2) is ray
+    assert asked[0]["address"] == "head:6379"
+    assert "num_cpus" not in asked[0], "a cluster has what it has"
+    ray.init = lambda **options: ray.of_another_version
+    with pytest.raises(BackendUnavailableError, match="Ray does not start or answer at RAY_ADDRESS=head:6379"):
+        ray_ranks.connect(2)
+
+
 def test_ray_that_is_missing_is_said(monkeypatch, tp2):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(BackendUnavailableError, match=r"pip install 'saw-trtllm\[ray\]', or give parallel_config"):

@@ -3,6 +3,7 @@
 import random
 import threading
 
+import httpx
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from saw_trtllm import llm as llm_module
 from saw_trtllm.errors import ConfigError, RankError
 from tests.support.example import build_example
 from tests.support.executor.remembering import RememberingExecutor, expected_text
+from tests.support.openai_server import serving_engines
 
 
 class LosingExecutor(RememberingExecutor):
@@ -142,6 +144,16 @@ def test_a_stream_goes_on_where_it_was(open_llm):
     pieces = list(llm.generate_async(prompt, params, streaming=True))
     assert [token for piece in pieces for token in piece.outputs[0].token_ids_diff] == expected
     assert llm.executor.num_losses == 2
+
+
+def test_a_client_is_told_with_the_code_that_says_so(folder, monkeypatch):
+    monkeypatch.setattr(llm_module, "open_executor", lambda *arguments: LosingExecutor(*arguments[:3]))
+    with serving_engines({"example": folder}) as (url, [model]):
+        model.llm.executor.loses_in = (5,)
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 20, "ignore_eos": True})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["code"]) == (503, "server_error", "rank_lost")
+    assert error["message"].startswith("rank 1 was lost while it computed this request: send it again")
 
 
 @pytest.mark.parametrize("retry", [-1, 1.5, "2", None])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from saw_trtllm import LLM, GuidedDecodingParams, KvCacheConfig, SamplingParams
-from saw_trtllm.errors import EngineError, RequestError
+from saw_trtllm.errors import EngineError, RankError, RequestError
 from saw_trtllm.runtime.stats import Stats
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve import ensemble, metrics, names, tensorrt_llm
@@ -683,6 +683,25 @@ def test_more_requests_than_may_wait_are_unavailable(engine_dir, tokenizer, monk
     gate.set()
     for request in requests[:3]:
         assert request.sender.wait_final()[0].error is None
+    model.finalize()
+
+
+def test_a_rank_that_is_lost_is_told_from_what_a_client_did(engine_dir, tokenizer, monkeypatch):
+    model = TensorrtLlmModel(pb_utils, Parameters(gpt_model_path=engine_dir))
+    executor, steps = model._llm._core._executor, itertools.count()
+    execute = executor.execute
+
+    def lose(*args):
+        if next(steps) == 2:  # a text that has begun
+            raise RankError("rank 1 was lost")
+        return execute(*args)
+
+    monkeypatch.setattr(executor, "execute", lose)
+    request = Request(llm_inputs(tokenizer.encode(PROMPT), 4))
+    model.execute([request])
+    final = request.sender.wait_final()[-1]
+    assert code_of(final) == "UNAVAILABLE"
+    assert final.error.message.startswith("rank 1 was lost while it computed this request: send it again")
     model.finalize()
 
 
