@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -110,7 +111,33 @@ def measure(
     With the ``original`` of a model whose weights are quantized, it is that one's predictions, with an exact cache,
     that all are measured against.
     """
-    sums = {name: Sums() for name in quantizers}
+
+    def read(window: torch.Tensor, exact: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, quantizer in quantizers.items():
+            same = quantizer is model.exact and original is None
+            yield name, exact if same else model.hidden(window[None], quantizer)[0]
+
+    return measure_read(model, windows, read, progress, original)
+
+
+def measure_read(
+    model: WindowModel,
+    windows: torch.Tensor,
+    read: Callable[[torch.Tensor, torch.Tensor], Iterable[tuple[str, torch.Tensor]]],
+    progress: Callable[[], None] | None = None,
+    original: WindowModel | None = None,
+) -> dict[str, Sums]:
+    """The same of whatever reads windows.
+
+    Parameters
+    ----------
+    model, windows, progress, original
+        As for :func:`measure`.
+    read : callable
+        Takes a window ``[T]`` and what ``lm_head`` is given with an exact cache, fp32 ``[T, hidden_size]``; gives the
+        same with each of the caches, by name.
+    """
+    sums: dict[str, Sums] = defaultdict(Sums)
     for window in windows:
         exact = (original or model).hidden(window[None])[0]
         if not exact.isfinite().all():
@@ -119,13 +146,12 @@ def measure(
                 "dtype that it was trained in"
             )
         hidden = {}
-        for name, quantizer in quantizers.items():
-            same = quantizer is model.exact and original is None
-            hidden[name] = exact if same else model.hidden(window[None], quantizer)[0]
+        for name, rows in read(window, exact):
+            hidden[name] = rows
             if progress is not None:
                 progress()
         _compare(model, original or model, window, exact, hidden, sums)
-    return sums
+    return dict(sums)
 
 
 def _compare(

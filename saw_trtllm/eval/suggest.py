@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 
 from saw_trtllm.backends.reference.quantizers import KVQuantizer, SkipLayers, bytes_per_token
 from saw_trtllm.backends.reference.window import WindowModel
-from saw_trtllm.eval.metrics import measure, standard_error
+from saw_trtllm.eval.metrics import Sums, measure, measure_read, standard_error
 
 #: Layers at most that are measured together, where no budget says how many.
 _MAX_TOGETHER = 4
@@ -179,9 +179,7 @@ def suggest(
         Bytes of a token over all layers, to choose for.
     """
     num_layers = model.config.num_hidden_layers
-    tried = [Bits(exact=(i,)) for i in range(num_layers)]
-    tried += [] if wide is None else [Bits(wide=(i,)) for i in range(num_layers)]
-    whole, *single = _measure(model, windows, quantizer, wide, [Bits(), *tried], progress)
+    whole, *single = _measure_layers(model, windows, quantizer, wide, progress)
     layers = sorted((_kept(x, whole) for x in single), key=lambda x: -x.gain_per_kib)
     if budget is None:
         sets = _best(layers, _largest_set(num_layers))
@@ -206,6 +204,27 @@ def _largest_set(num_layers: int) -> int:
     return max(1, min(_MAX_TOGETHER, num_layers - 1))
 
 
+def _measure_layers(
+    model: WindowModel,
+    windows: torch.Tensor,
+    quantizer: KVQuantizer,
+    wide: KVQuantizer | None,
+    progress: Callable[[], None] | None,
+) -> list[_Measured]:
+    """The cache as it is, then each layer with more bits of either kind."""
+    layers = range(model.config.num_hidden_layers)
+    tried = [bits for i in layers for bits in (Bits(exact=(i,)), Bits(wide=(i,)))[: 1 if wide is None else 2]]
+    sets = [Bits(), *tried]
+    others = [model.exact] if wide is None else [model.exact, wide]
+
+    def read(window: torch.Tensor, _: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        yield str(sets[0]), model.hidden(window[None], quantizer)[0]
+        for bits, rows in zip(tried, model.hidden_by_layer(window[None], quantizer, others), strict=True):
+            yield str(bits), rows[0]
+
+    return _sized(model, _caches(model, quantizer, wide, sets), measure_read(model, windows, read, progress))
+
+
 def _measure(
     model: WindowModel,
     windows: torch.Tensor,
@@ -214,13 +233,22 @@ def _measure(
     sets: list[Bits],
     progress: Callable[[], None] | None,
 ) -> list[_Measured]:
-    caches = {s: SkipLayers(SkipLayers(quantizer, s.wide, wide or quantizer), s.exact, model.exact) for s in sets}
-    found = measure(model, windows, {str(s): cache for s, cache in caches.items()}, progress)
+    caches = _caches(model, quantizer, wide, sets)
+    return _sized(model, caches, measure(model, windows, {str(s): cache for s, cache in caches.items()}, progress))
+
+
+def _caches(
+    model: WindowModel, quantizer: KVQuantizer, wide: KVQuantizer | None, sets: list[Bits]
+) -> dict[Bits, KVQuantizer]:
+    return {s: SkipLayers(SkipLayers(quantizer, s.wide, wide or quantizer), s.exact, model.exact) for s in sets}
+
+
+def _sized(model: WindowModel, caches: dict[Bits, KVQuantizer], found: Mapping[str, Sums]) -> list[_Measured]:
     c = model.config
     shape = (c.num_hidden_layers, c.num_key_value_heads, c.head_size)
     return [
-        _Measured(s, sums.quality(0.0).kl_mean, sums.kl_pieces(), bytes_per_token(caches[s], *shape))
-        for s, sums in zip(caches, found.values(), strict=True)
+        _Measured(s, found[str(s)].quality(0.0).kl_mean, found[str(s)].kl_pieces(), bytes_per_token(cache, *shape))
+        for s, cache in caches.items()
     ]
 
 

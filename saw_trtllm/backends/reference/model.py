@@ -165,8 +165,11 @@ class ReferenceModel:
 
     def _decode(self, ids: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Token ids ``[...]`` to the residual stream after the last layer, fp32 ``[..., hidden_size]``."""
-        x = self._embed(ids) * self.config.embedding_scale
-        for i, w in enumerate(self._layers):
+        return self._decode_layers(self._embed(ids) * self.config.embedding_scale, attend)
+
+    def _decode_layers(self, x: torch.Tensor, attend: Attend, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """The residual stream from before layer ``first`` to before layer ``last``, by default after all."""
+        for i, w in list(enumerate(self._layers))[first:last]:
             added = self._sum(attend(i, w, self._norm(x, w["input_layernorm.weight"])))
             if self.config.inter_layernorms:
                 x = x + self._norm(added, w["post_layernorm.weight"])

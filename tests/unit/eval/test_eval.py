@@ -258,6 +258,18 @@ def test_outliers_are_found(tmp_path):
     assert sum(outliers.k_histogram) == pytest.approx(1 / (16 / 81), rel=1e-3)
 
 
+def test_a_layer_left_to_another_cache_begins_where_it_differs(example, windows):
+    """The layers before it are computed once, and what comes out is what a run of its own gives."""
+    narrow, others = Damaged(0.2, 0.1, 0.3, 0.2), [example.exact, Damaged(0.01, 0.01, 0.01, 0.01)]
+    found = list(example.hidden_by_layer(windows[:1, :64], narrow, others))
+    alone = [
+        example.hidden(windows[:1, :64], SkipLayers(narrow, (layer,), other)) for layer in range(4) for other in others
+    ]
+    assert len(found) == len(alone)
+    for ours, theirs in zip(found, alone, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 def test_the_damaged_layer_is_suggested(example, windows):
     steps = []
     found = suggest(example, windows[:1], Damaged(0.05, 0.05, 1.5, 0.05), lambda: steps.append(1))
