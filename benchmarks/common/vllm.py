@@ -13,6 +13,27 @@ from saw_trtllm.model.config import ModelConfig
 #: vLLM's words for a cache, and the dtype of the activations: its fp8 kernels want bfloat16.
 CACHES = {"fp16": ("auto", "float16"), "fp8": ("fp8", "bfloat16")}
 
+_FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
+#: ``--qformat``'s weights in dialects that vLLM reads: FP8 as llm-compressor's FP8_DYNAMIC, with inputs in 8 bits, and
+#: INT4 as AutoAWQ's, which vLLM multiplies by Marlin's kernels.
+QUANTIZATIONS: dict[str, dict[str, Any] | None] = {
+    "full_prec": None,
+    "fp8": {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**_FP8, "strategy": "channel", "dynamic": False},
+                "input_activations": {**_FP8, "strategy": "token", "dynamic": True},
+            }
+        },
+    },
+    "int4_wo": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
+}
+
 
 def chosen_caches(given: str) -> list[str]:
     """What ``--vllm`` names.
@@ -44,8 +65,10 @@ def import_vllm() -> Any:
     return vllm
 
 
-def engine_arguments(folder: Path, shape: ModelConfig, kv: str) -> dict[str, Any]:
+def engine_arguments(folder: Path, shape: ModelConfig, kv: str, qformat: str = "full_prec") -> dict[str, Any]:
     """Those of all vLLM engines here: dummy weights of a shape, whose config is written to ``folder``, and a cache.
+
+    ``qformat`` is one of :data:`QUANTIZATIONS`.
 
     Raises
     ------
@@ -54,7 +77,10 @@ def engine_arguments(folder: Path, shape: ModelConfig, kv: str) -> dict[str, Any
     """
     if shape.architecture != "LlamaForCausalLM":
         raise ConfigError(f"vLLM is measured on Llama's shape, and the engine is of {shape.architecture}")
-    Path(folder, "config.json").write_text(json.dumps(hugging_face_config(shape)))
+    config = hugging_face_config(shape)
+    if (quantization := QUANTIZATIONS[qformat]) is not None:
+        config["quantization_config"] = quantization
+    Path(folder, "config.json").write_text(json.dumps(config))
     cache, dtype = CACHES[kv]
     return {
         "model": str(folder),

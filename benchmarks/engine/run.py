@@ -73,7 +73,8 @@ def run_engines(plan: Plan, command: str, commit: str | None = None, output: Pat
         if not ranks:
             measure_together(plan, results.engines, keep)
         for kv in plan.vllm:
-            peer = measure_vllm(plan.model, kv, [step for step in plan.steps() if step in cases.PEER_STEPS])
+            steps = [step for step in plan.steps() if step in cases.PEER_STEPS]
+            peer = measure_vllm(plan.model, kv, plan.qformat, steps)
             results = results.model_copy(update={"peers": [*results.peers, peer]})
             keep()
     except (SawError, RuntimeError) as e:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 FEW, MANY, TRIES = 9, 105, 2
 
 
-def measure_vllm(shape: ModelConfig, kv: str, steps: Sequence[tuple[int, int]]) -> Peer:
+def measure_vllm(shape: ModelConfig, kv: str, qformat: str, steps: Sequence[tuple[int, int]]) -> Peer:
     """A cache's steps, measured in a child, which gives the GPU's memory back.
 
     Parameters
@@ -32,6 +32,8 @@ def measure_vllm(shape: ModelConfig, kv: str, steps: Sequence[tuple[int, int]]) 
     shape : ModelConfig
     kv : str
         Of :data:`benchmarks.common.vllm.CACHES`.
+    qformat : str
+        Of :data:`benchmarks.common.vllm.QUANTIZATIONS`.
     steps : sequence of (int, int)
         Batches and contexts.
 
@@ -41,7 +43,8 @@ def measure_vllm(shape: ModelConfig, kv: str, steps: Sequence[tuple[int, int]]) 
         If the child fails.
     """
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
-        job = {"folder": folder, "shape": shape.model_dump(mode="json"), "kv": kv, "steps": steps}
+        job = {"folder": folder, "shape": shape.model_dump(mode="json"), "kv": kv, "qformat": qformat}
+        job["steps"] = steps
         if subprocess.run([sys.executable, "-m", "benchmarks.engine.vllm", json.dumps(job)]).returncode:
             raise EngineError(f"vLLM's steps with {kv} could not be measured: see above")
         return Peer.model_validate_json(Path(folder, "peer.json").read_text())
@@ -50,16 +53,17 @@ def measure_vllm(shape: ModelConfig, kv: str, steps: Sequence[tuple[int, int]]) 
 def main() -> int:
     """The child's side of :func:`measure_vllm`."""
     job = json.loads(sys.argv[1])
-    peer = _measure(Path(job["folder"]), ModelConfig(**job["shape"]), job["kv"], [tuple(step) for step in job["steps"]])
+    steps = [tuple(step) for step in job["steps"]]
+    peer = _measure(Path(job["folder"]), ModelConfig(**job["shape"]), job["kv"], job["qformat"], steps)
     Path(job["folder"], "peer.json").write_text(peer.model_dump_json())
     return 0
 
 
-def _measure(folder: Path, shape: ModelConfig, kv: str, steps: Sequence[tuple[int, int]]) -> Peer:
+def _measure(folder: Path, shape: ModelConfig, kv: str, qformat: str, steps: Sequence[tuple[int, int]]) -> Peer:
     vllm = import_vllm()
     batches, contexts = ({step[i] for step in steps} for i in range(2))
     llm = vllm.LLM(
-        **engine_arguments(folder, shape, kv),
+        **engine_arguments(folder, shape, kv, qformat),
         max_model_len=max(contexts) + MANY,
         max_num_seqs=max(batches),
         gpu_memory_utilization=0.9,

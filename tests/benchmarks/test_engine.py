@@ -589,12 +589,14 @@ def test_vllm_s_steps_are_differences_of_texts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(vllm, "import_vllm", Vllm)
     monkeypatch.setattr(vllm.time, "perf_counter", lambda: clock.now)
-    peer = vllm._measure(tmp_path, shape, "fp8", [(1, 16), (4, 16), (4, 32)])
+    peer = vllm._measure(tmp_path, shape, "fp8", "int4_wo", [(1, 16), (4, 16), (4, 32)])
     assert (peer.name, peer.kv, peer.dtype) == ("vLLM 0.26.0", "fp8", "bfloat16")
     assert [(s.batch, s.context, s.step_us) for s in peer.steps] == [(1, 16, 2000), (4, 16, 2000), (4, 32, 2000)]
     assert asked[0]["kv_cache_dtype"] == "fp8"
     assert asked[1] == (4, 32), "the longest first"
-    assert json.loads((tmp_path / "config.json").read_text())["num_key_value_heads"] == shape.num_key_value_heads
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["num_key_value_heads"] == shape.num_key_value_heads
+    assert written["quantization_config"]["quant_method"] == "awq"
 
 
 @pytest.mark.parametrize(("model", "parameters"), [("Llama 3 70B", 70_553_706_496), ("Qwen3 32B", 32_762_123_264)])
