@@ -28,6 +28,12 @@ inline cudaLaunchConfig_t describe_launch(dim3 grid, int threads, int shared, in
     return config;
 }
 
+inline cudaError_t count_multiprocessors(int& count) {
+    int device = 0;
+    if (auto e = cudaGetDevice(&device)) return e;
+    return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+}
+
 // What the current device runs of a kernel, found once; GPUs are alike in any machine that serves one engine.
 class SplitLaunch {
   public:

@@ -67,6 +67,18 @@ def test_products_are_right(kind, block, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "block"), FORMATS[2:])
+def test_a_multiprocessor_has_any_number_of_strips(kind, block, dtype):
+    """Strips are 16 rows of the weight; the last multiprocessor has fewer, and more than seven are done in turns."""
+    for strips in (1, 2, 3, 4, 5, 6, 7, 9):
+        out = 16 * strips * torch.cuda.get_device_properties(0).multi_processor_count - 24
+        weight = Weight(kind, block, (out, 1296))
+        for rows in (1, 4, 8, 16):
+            x = torch.randn(rows, 1296, dtype=dtype, device="cuda")
+            weight.assert_right(x, weight(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "block"), FORMATS)
 def test_a_dequantized_weight_is_rounded_once(kind, block, dtype):
     weight = Weight(kind, block, (200, 592))

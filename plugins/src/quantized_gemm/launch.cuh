@@ -21,64 +21,73 @@ cudaError_t dispatch_tile(int num_rows, F&& f) {
     return f(FewRowsTile<2, 64, 5, 1>{});
 }
 
+template <typename T, WeightType W, int Columns, int Group>
+cudaError_t launch_sm80(QuantizedGemmParams const& p, cudaStream_t stream) {
+    auto* const kernel = &few_rows_sm80_kernel<T, W, Columns, Group>;
+    constexpr int kShared = FewRowsSm80Stage<W, Columns, Group>::kShared;
+    if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return e;
+    int const blocks = (p.weight.out_features + kBlockRows - 1) / kBlockRows;
+    kernel<<<dim3(blocks, (p.num_rows + Columns - 1) / Columns), kSm80Threads, kShared, stream>>>(p);
+    return cudaGetLastError();
+}
+
 template <typename T, typename Tile, WeightType W, int Group>
 cudaError_t launch_tile(QuantizedGemmParams const& p, cudaStream_t stream) {
     auto* const kernel = &few_rows_kernel<T, Tile, W, Group>;
-    auto* const sm80_kernel = &few_rows_sm80_kernel<T, W, Tile::Columns, Group>;
     constexpr int kShared = FewRowsShared<Tile, W, Group>::kBytes;
-    constexpr int kSm80Shared = FewRowsSm80Stage<W, Tile::Columns, Group>::kShared;
     static SplitLaunch known;
     if (auto e = known.prepare(kernel, Tile::Threads, kShared)) return e;
-    int const blocks = (p.weight.out_features + kBlockRows - 1) / kBlockRows;
-    int const chunks = (p.weight.in_features + kChunk - 1) / kChunk;
-    int const columns = (p.num_rows + Tile::Columns - 1) / Tile::Columns;
-    if (!known.hopper()) {
-        if (auto e = cudaFuncSetAttribute(sm80_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSm80Shared))
-            return e;
-        sm80_kernel<<<dim3(blocks, columns), kSm80Threads, kSm80Shared, stream>>>(p);
-        return cudaGetLastError();
-    }
+    if (!known.hopper()) return launch_sm80<T, W, Tile::Columns, Group>(p, stream);
     CUtensorMap activations;
     if (auto e = map_rows(activations, p.x, p.num_rows, p.weight.in_features, Tile::Columns, p.dtype)) return e;
+    int const blocks = (p.weight.out_features + kBlockRows - 1) / kBlockRows;
     int const tiles = (blocks + Tile::Blocks - 1) / Tile::Blocks;
-    int const splits = known.splits(tiles * columns, chunks);
+    int const columns = (p.num_rows + Tile::Columns - 1) / Tile::Columns;
+    int const splits = known.splits(tiles * columns, (p.weight.in_features + kChunk - 1) / kChunk);
     cudaLaunchAttribute attributes[2] = {};
     auto const config =
         describe_launch(dim3(tiles * splits, columns), Tile::Threads, kShared, splits, stream, attributes);
     return cudaLaunchKernelEx(&config, kernel, p, activations, splits);
 }
 
-template <typename T, WeightType W>
-cudaError_t launch_strips(QuantizedGemmParams const& p, cudaStream_t stream) {
-    auto* const kernel = &strip_kernel<T, W>;
-    auto* const sm80_kernel = &few_rows_sm80_kernel<T, W, kStripRows, kChunk>;
-    constexpr int kMostShared = StripShared<W>::bytes(kMostStrips);
-    constexpr int kSm80Shared = FewRowsSm80Stage<W, kStripRows, kChunk>::kShared;
+template <typename T, WeightType W, int Tiles, int Strips = kMostStrips>
+cudaError_t launch_strips(QuantizedGemmParams const& p, int strips, cudaStream_t stream) {
+    if constexpr (Strips > 1)
+        if (strips < Strips) return launch_strips<T, W, Tiles, Strips - 1>(p, strips, stream);
+    using Tile = StripTile<Tiles, Strips>;
+    auto* const kernel = &strip_kernel<T, Tile, W>;
+    constexpr int kShared = StripShared<Tile, W>::kBytes;
     static SplitLaunch known;
-    if (auto e = known.prepare(kernel, kStripThreads, kMostShared)) return e;
-    int const blocks = (p.weight.out_features + kBlockRows - 1) / kBlockRows;
-    if (!known.hopper()) {
-        if (auto e = cudaFuncSetAttribute(sm80_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSm80Shared))
-            return e;
-        sm80_kernel<<<blocks, kSm80Threads, kSm80Shared, stream>>>(p);
-        return cudaGetLastError();
-    }
-    // As few CTAs as run at once, as often as it takes.
-    int const all = blocks * (kBlockRows / kWarpRows), at_once = known.at_once(1);
-    int const waves = (all - 1) / (at_once * kMostStrips) + 1;
-    int const strips = (all - 1) / (at_once * waves) + 1, ctas = (all - 1) / strips + 1;
+    if (auto e = known.prepare(kernel, kStripThreads, kShared)) return e;
+    if (!known.hopper()) return launch_sm80<T, W, Tile::Rows, kChunk>(p, stream);
+    int const ctas = (count_strips(p.weight) - 1) / Strips + 1;
     cudaLaunchAttribute attributes[2] = {};
-    auto const config =
-        describe_launch(dim3(ctas), kStripThreads, StripShared<W>::bytes(strips), 1, stream, attributes);
-    return cudaLaunchKernelEx(&config, kernel, p, strips);
+    auto const config = describe_launch(dim3(ctas), kStripThreads, kShared, 1, stream, attributes);
+    return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+// Strips of a CTA: a CTA for each multiprocessor, as often as it takes. With 5 to 8 rows and few strips, two of one
+// each hide better what they wait for.
+inline int strips_of_cta(QuantizedGemmParams const& p, int multiprocessors) {
+    int const all = count_strips(p.weight);
+    if (p.num_rows > 4 && p.num_rows <= 8 && all <= 2 * multiprocessors) return 1;
+    int const waves = (all - 1) / (multiprocessors * kMostStrips) + 1;
+    return (all - 1) / (multiprocessors * waves) + 1;
 }
 
 template <WeightType W, int Group>
 cudaError_t launch_few_rows(QuantizedGemmParams const& p, cudaStream_t stream) {
+    int multiprocessors = 0;
+    if (auto e = count_multiprocessors(multiprocessors)) return e;
+    int const strips = strips_of_cta(p, multiprocessors);
+    // Of long sums with few strips, the tiles' clusters are faster from 9 rows on.
+    int const most = strips <= 2 && p.weight.in_features > 64 * kChunk ? 8 : 16;
     return dispatch_dtype(p.dtype, [&](auto type) {
         using T = decltype(type);
-        if constexpr (Group == kChunk)
-            if (p.num_rows <= kStripRows) return launch_strips<T, W>(p, stream);
+        if constexpr (Group == kChunk) {
+            if (p.num_rows <= 8) return launch_strips<T, W, 1>(p, strips, stream);
+            if (p.num_rows <= most) return launch_strips<T, W, 2>(p, strips, stream);
+        }
         return dispatch_tile(p.num_rows,
                              [&](auto tile) { return launch_tile<T, decltype(tile), W, Group>(p, stream); });
     });
