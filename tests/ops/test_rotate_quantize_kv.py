@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saw_trtllm.backends.reference.int4 import rotate
-from saw_trtllm.backends.reference.rotate_quantize_kv import apply_rope
+from saw_trtllm.backends.reference.rotate_quantize_kv import apply_rope, rope_angles
 from saw_trtllm.errors import OpError
 from saw_trtllm.format import ROW_TAIL_BYTES, KVFormat, hadamard_orders
 from tests.support.paged import LAYER
@@ -165,7 +165,7 @@ def test_the_rope_here_is_the_references(rng):
     """exact_rows is written out again above; the two must not drift apart."""
     step = make_step(saw(128, 128), MIXED, rng, dtype="bfloat16")
     exact, _ = exact_rows(step)
-    rope = apply_rope(step.split()[1], step.cos_sin[step.position_ids.long()])
+    rope = apply_rope(step.split()[1], *rope_angles(step.cos_sin[step.position_ids.long()]))
     bound = rotated_rounding(128, exact.abs().amax(-1, keepdim=True))
     assert ((rotate(rope, 128).double() - exact).abs() <= bound).all()
 

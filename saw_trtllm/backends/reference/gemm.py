@@ -16,9 +16,9 @@ from saw_trtllm.backends.reference.threads import all_threads, thread_counts
 _BASE_ROWS = (16, 8, 4, 2, 1)
 _MORE_ROWS = (4, 8, 32, 64, 128, 256, 512, 1024)
 #: Products that one call makes, beside a single one.
-_MORE_PRODUCTS = (4, 16, 64)
-#: Multiplications of a product that all threads share, 0.7 ms of one core.
-_SHARED = 1 << 25
+_MORE_PRODUCTS = (2, 4, 8, 16, 32, 64)
+#: Multiplications of a product that all threads share, 0.35 ms of one core.
+_SHARED = 1 << 24
 #: Elements that a probe compares, at least.
 _PROBED = 512
 
@@ -31,7 +31,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     x : torch.Tensor
         fp32 ``[n, in]``.
     weight, bias : torch.Tensor
-        fp32 ``[out, in]`` and ``[out]``, at multiples of 64 bytes.
+        fp32 ``[out, in]``, contiguous or the transpose of such, and ``[out]``, at multiples of 64 bytes.
 
     Returns
     -------
@@ -40,16 +40,25 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     if not x.is_cpu:
         return F.linear(x, weight, bias)
-    matrix, n = weight.mT, len(x)
+    matrix, n = weight.mT, x.shape[0]
     sizes = _tile_rows(*matrix.shape, matrix.stride(-1) != 1, thread_counts(), _ceiling(n))
     x = pad_rows(x, sizes[0])
-    if len(x) in sizes:
+    padded = x.shape[0]
+    if padded in sizes:
         out = _call(torch.mm, aligned(x), matrix)
     else:
-        out = x.new_empty(len(x), len(weight))
+        out = x.new_empty(padded, matrix.shape[1])
         for tile, target in zip(tiles(x, sizes), tiles(out, sizes), strict=True):
             _mm(aligned(tile), matrix, target)
-    return out[:n] if bias is None else out[:n] + bias
+    if padded != n:
+        out = out[:n]
+    return out if bias is None else out + bias
+
+
+def least_rows(weight: torch.Tensor) -> int:
+    """:func:`linear` adds rows to its input up to a multiple of so many."""
+    matrix = weight.mT
+    return _tile_rows(*matrix.shape, matrix.stride(-1) != 1, thread_counts(), _ceiling(1))[0]
 
 
 def products(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:

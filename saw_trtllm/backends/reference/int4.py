@@ -52,11 +52,10 @@ def quantize(
     """
     y = y.float()
     lowest, highest = y.amin(-1), y.amax(-1)
-    if not end_cuts:
-        mid = (lowest + highest) / 2
-        half = range_factor * (highest - lowest) / 2
-        return _encode(y, mid - half, 2 * half, code_max)
     width = highest - lowest
+    if not end_cuts:
+        width = range_factor * width
+        return _encode(y, (lowest + highest - width) / 2, width, code_max)
     best = _encode(y, lowest + end_cuts[0] * width, (1 - 2 * end_cuts[0]) * width, code_max)
     least = torch.full_like(width, torch.inf)
     for low, high in itertools.product(end_cuts, repeat=2):
@@ -75,7 +74,7 @@ def _encode(
     """Codes, scale and lo of rows ``y`` between ``lowest`` and ``lowest + width``."""
     lo = lowest.clamp(-_FP16_MAX, _FP16_MAX).half()
     scale = (width.clamp_min(code_max * fmt.MIN_SCALE) / code_max).clamp_max(_FP16_MAX).half()
-    codes = ((y - lo.float()[..., None]) / scale.float()[..., None]).round().clamp(0, code_max)
+    codes = (y - lo.float()[..., None]).div_(scale.float()[..., None]).round_().clamp_(0, code_max)
     return codes.to(torch.uint8), scale, lo
 
 
@@ -110,11 +109,20 @@ def encode_rows(y: torch.Tensor, kv_format: KVFormat, *, wide: bool = False) -> 
     return torch.cat([codes if wide else pack(codes), tail], dim=-1)
 
 
-def decode_rows(rows: torch.Tensor, kv_format: KVFormat, *, wide: bool = False) -> torch.Tensor:
-    """The pool's bytes, uint8 ``[..., row_bytes]``, to rotated rows in fp32, ``[..., head_dim]``."""
+def decode_rows(
+    rows: torch.Tensor, kv_format: KVFormat, *, wide: bool = False, used: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The pool's bytes, uint8 ``[..., row_bytes]``, to rotated rows in fp32, ``[..., head_dim]``.
+
+    Where ``used``, int32 that broadcasts to ``[...]``, has 0 in place of 1, a row of zeros comes of whatever is there.
+    """
     if not kv_format.quantized:
-        return rows.contiguous().view(TORCH_DTYPES[kv_format.dtype]).float()
-    codes = rows[..., : -fmt.ROW_TAIL_BYTES]
-    codes = codes if wide else unpack(codes)
-    tail = rows[..., -fmt.ROW_TAIL_BYTES :].contiguous().view(torch.float16)
-    return dequantize(codes, tail[..., 0], tail[..., 1])
+        numbers = rows.contiguous().view(TORCH_DTYPES[kv_format.dtype]).float()
+        return numbers if used is None else numbers.masked_fill_(used[..., None] == 0, 0)
+    codes, tail = rows.split_with_sizes([rows.shape[-1] - fmt.ROW_TAIL_BYTES, fmt.ROW_TAIL_BYTES], -1)
+    # Scale and lo in one number: a row of which both are 0 is one of zeros.
+    tail = tail.contiguous().view(torch.int32)
+    if used is not None:
+        tail = tail * used[..., None]
+    scale, lo = tail.view(torch.float16).float().unbind(-1)
+    return dequantize(codes if wide else unpack(codes), scale, lo)

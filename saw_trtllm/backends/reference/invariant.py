@@ -78,7 +78,7 @@ def is_alike(y: torch.Tensor, expected: torch.Tensor) -> bool:
 def tiles(x: torch.Tensor, sizes: tuple[int, ...], dim: int = 0) -> Sequence[torch.Tensor]:
     """``x``, whose length along ``dim`` is a multiple of the least of ``sizes``, in tiles of these sizes."""
     n = x.shape[dim]
-    return [x] if n in sizes else x.split(_splits(n, sizes), dim)
+    return [x] if n in sizes else x.split_with_sizes(_splits(n, sizes), dim)
 
 
 @cache

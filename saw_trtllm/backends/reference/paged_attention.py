@@ -8,19 +8,16 @@ Each query's result is independent of what else is in the step, down to the last
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import reduce
 
 import torch
 
-from saw_trtllm.backends.reference.cache import KEY_TILE, K, PagedPool, Prefill, StepPlan, V
+from saw_trtllm.backends.reference.cache import KEY_TILE, PagedPool, Prefill, StepPlan
 from saw_trtllm.backends.reference.gemm import products, row_sum
 from saw_trtllm.backends.reference.invariant import aligned, exp, pad_rows, tanh
 
 #: Queries of a prefill that are attended at a time, so that scores do not grow with chunk x context.
 _QUERY_TILE = 512
-#: Elements of keys that decodes read at a time, 4 MiB of fp32.
-_DECODE_ELEMENTS = 1 << 20
 
 
 def paged_attention(
@@ -60,87 +57,69 @@ def paged_attention(
     scale = softmax_scale or 1 / math.sqrt(q.shape[-1])
     out = torch.empty_like(q)
     for p in plan.prefills:
-        keys, values = (
-            _with_history(pool, layer, which, p, x[p.tokens].float().transpose(0, 1), window)
-            for which, x in ((K, k), (V, v))
-        )
-        for start in range(0, p.tokens.stop - p.tokens.start, _QUERY_TILE):
-            tile = slice(p.tokens.start + start, min(p.tokens.start + start + _QUERY_TILE, p.tokens.stop))
+        keys, values = _with_history(pool, layer, p, k, v, window)
+        for start in range(p.tokens.start, p.tokens.stop, _QUERY_TILE):
+            tile = slice(start, min(start + _QUERY_TILE, p.tokens.stop))
             rows = q[tile].float().unflatten(1, (len(keys), -1)).permute(1, 2, 0, 3)
-            last_key = plan.slots[tile].repeat(rows.shape[1])[:, None]
-            weights = _weights(rows.flatten(1, 2), keys, last_key, scale, window, softcap)
+            hidden = _hidden(keys.shape[1], plan.slots[tile, None], window)
+            weights = _weights(rows.flatten(1, 2), keys, hidden, scale, softcap)
             heads = _weighted_mean(weights, values)
             out[tile] = heads.unflatten(1, rows.shape[1:3]).permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
-    for group in _decode_groups(plan, k[0].numel() * pool.tokens_per_block):
-        lengths, blocks = plan.decode_lengths[group], plan.decode_blocks[group]
-        seen = None if window is None else lengths - window
-        keys = pool.read(layer, K, blocks, lengths, seen)
-        first = plan.decode_tokens.start
-        tokens = slice(first + group.start, first + group.start + len(lengths))
-        rows = q[tokens].float().unflatten(1, (keys.shape[1], -1))
-        last_key = (lengths - 1)[:, None, None, None, None]
-        weights = _weights(rows, keys, last_key, scale, window, softcap)
-        # Values come to where the keys were, which is in the processor's caches still.
-        del keys
-        heads = _weighted_mean(weights, pool.read(layer, V, blocks, lengths, seen))
-        out[tokens] = heads.flatten(1, 2).to(q.dtype)
+    for d in plan.decodes(window):
+        keys, values = pool.read(layer, d.blocks, d.used)
+        rows = q[d.tokens].float().unflatten(1, (keys.shape[1], -1))
+        heads = _weighted_mean(_weights(rows, keys, d.hidden, scale, softcap), values)
+        out[d.tokens] = heads.flatten(1, 2)
     return out
 
 
-def _decode_groups(plan: StepPlan, block_elements: int) -> Iterator[slice]:
-    """So many decodes at a time that calls are not too short and that what they read stays in a cache.
-
-    Their number is a power of two, so that few calls make all of their products.
-    """
-    num_decodes, num_blocks = plan.decode_blocks.shape
-    fitting = max(1, _DECODE_ELEMENTS // max(1, num_blocks * block_elements))
-    size = 1 << (fitting.bit_length() - 1)
-    return (slice(start, start + size) for start in range(0, num_decodes, size))
-
-
 def _with_history(
-    pool: PagedPool, layer: int, which: int, p: Prefill, current: torch.Tensor, window: int | None
-) -> torch.Tensor:
+    pool: PagedPool, layer: int, p: Prefill, keys: torch.Tensor, values: torch.Tensor, window: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The pool's rows and the chunk's own, fp32 ``[num_kv_heads, keys, D]``, padded to whole tiles."""
+    keys, values = (x[p.tokens].float().transpose(0, 1) for x in (keys, values))
     if p.history:
-        seen = [] if window is None else [torch.tensor(p.history), torch.tensor(p.history - window + 1)]
-        current = torch.cat([pool.read(layer, which, p.blocks, *seen)[:, : p.history], current], dim=1)
-    return aligned(pad_rows(current, KEY_TILE))
+        place, used = torch.arange(len(p.blocks) * pool.tokens_per_block), None
+        if window is not None:
+            used = ((place < p.history) & (place > p.history - window))[None].int()
+        read = (x[0, :, : p.history] for x in pool.read(layer, p.blocks[None], used))
+        keys, values = (torch.cat(pair, dim=1) for pair in zip(read, (keys, values), strict=True))
+    keys, values = (aligned(pad_rows(x, KEY_TILE)) for x in (keys, values))
+    return keys, values
+
+
+def _hidden(num_keys: int, last_key: torch.Tensor, window: int | None) -> torch.Tensor:
+    """The keys that queries do not see, given the last that each sees, ``[n, 1]``: bool ``[tiles, n, KEY_TILE]``."""
+    position = torch.arange(num_keys).view(-1, 1, KEY_TILE)
+    hidden = position > last_key
+    if window is not None:
+        hidden |= position <= last_key - window
+    return hidden
 
 
 def _weights(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    last_key: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    q: torch.Tensor, keys: torch.Tensor, hidden: torch.Tensor, scale: float, softcap: float | None
 ) -> torch.Tensor:
-    """What each row of ``q`` gives to the keys up to its ``last_key``: softmax without its division.
+    """What each row of ``q`` gives to the keys that are not hidden from it: softmax without its division.
 
     Parameters
     ----------
     q : torch.Tensor
-        fp32 ``[..., num_kv_heads, n, D]``.
+        fp32 ``[..., num_kv_heads, heads · n, D]``: n queries of each head that shares these keys.
     keys : torch.Tensor
-        fp32 ``[..., num_kv_heads, tiles · KEY_TILE, D]``, finite beyond ``last_key`` too.
-    last_key : torch.Tensor
-        int64 ``[..., num_kv_heads or 1, tiles or 1, n or 1, 1]``.
+        fp32 ``[..., num_kv_heads, tiles · KEY_TILE, D]``, finite where they are hidden too.
+    hidden : torch.Tensor
+        bool ``[..., num_kv_heads or 1, tiles, n, KEY_TILE]``.
 
     Returns
     -------
     torch.Tensor
-        fp32 ``[..., num_kv_heads, tiles, n, KEY_TILE]``.
+        fp32 ``[..., num_kv_heads, tiles, heads · n, KEY_TILE]``.
     """
-    keys = keys.unflatten(-2, (-1, KEY_TILE))
-    scores = products(q, keys.mT) * scale
+    scores = products(q, keys.unflatten(-2, (-1, KEY_TILE)).mT) * scale
     if softcap is not None:
         scores = softcap * tanh(scores / softcap)
-    position = torch.arange(keys.shape[-3] * KEY_TILE).view(-1, 1, KEY_TILE)
-    hidden = position > last_key
-    if window is not None:
-        hidden |= position <= last_key - window
-    scores.masked_fill_(hidden, -torch.inf)
+    scores.unflatten(-2, (-1, hidden.shape[-2])).masked_fill_(hidden.unsqueeze(-3), -torch.inf)
     return exp(scores - scores.amax((-3, -1), keepdim=True))
 
 

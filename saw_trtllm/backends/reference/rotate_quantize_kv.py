@@ -7,29 +7,33 @@ from __future__ import annotations
 
 import torch
 
-from saw_trtllm.backends.reference.cache import K, PagedPool, StepPlan, V
+from saw_trtllm.backends.reference.cache import PagedPool, StepPlan
 from saw_trtllm.backends.reference.gemm import products
 from saw_trtllm.backends.reference.int4 import rotate
 from saw_trtllm.backends.reference.invariant import aligned
 
 
-def apply_rope(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+def rope_angles(cos_sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of a head's dims, fp32 ``[n, 1, head_dim]`` each, of ``[n, head_dim / 2, 2]``.
+
+    The sines are negative in the first half, whose dims lose what those of the second half gain.
+    """
+    cos, sin = cos_sin[:, None].unbind(-1)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate NeoX half-split pairs (i, i + head_dim/2).
 
     Parameters
     ----------
     x : torch.Tensor
         ``[n, heads, head_dim]``.
-    cos_sin : torch.Tensor
-        fp32 ``[n, head_dim / 2, 2]``.
+    cos, sin : torch.Tensor
+        What :func:`rope_angles` gives.
     """
-    cos, sin = cos_sin[:, None, :, 0].contiguous(), cos_sin[:, None, :, 1].contiguous()
-    a, b = x.float().chunk(2, dim=-1)
-    out = x.new_empty(x.shape, dtype=torch.float32)
-    left, right = out.chunk(2, dim=-1)
-    torch.mul(a, cos, out=left).sub_(b * sin)
-    torch.mul(b, cos, out=right).add_(a * sin)
-    return out
+    x = x.float()
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
 
 
 def apply_frame(x: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
@@ -91,9 +95,10 @@ def rotate_quantize_kv(
         Rotated q, k and v, in the activations' dtype and the shapes of the inputs.
     """
     dtype, order = q.dtype, pool.format.hadamard_order
-    angles = cos_sin[plan.positions]
+    if cos_sin not in plan.angles:
+        plan.angles[cos_sin] = rope_angles(cos_sin[plan.positions])
     heads = [q.shape[1], k.shape[1]]
-    both, v = apply_rope(torch.cat([q, k], dim=1), angles), v.float()
+    both = apply_rope(torch.cat([q, k], dim=1), *plan.angles[cos_sin])
     if k_center is not None:
         both[:, heads[0] :] -= k_center
     if k_frame is None or q_frame is None:
@@ -101,8 +106,6 @@ def rotate_quantize_kv(
     else:
         q, k = both.split(heads, dim=1)
         q, k = apply_frame(q, q_frame), apply_frame(k, k_frame)
-    if rotate_v:
-        v = rotate(v, order)
-    pool.write(layer, K, plan.write_blocks, plan.write_offsets, k)
-    pool.write(layer, V, plan.write_blocks, plan.write_offsets, v)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+    values = rotate(v, order) if rotate_v else v.float()
+    pool.write(layer, plan.write_blocks, plan.write_offsets, k, values)
+    return q.to(dtype), k.to(dtype), values.to(dtype) if rotate_v else v

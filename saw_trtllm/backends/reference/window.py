@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from saw_trtllm.backends.reference.model import Attend, ReferenceModel
 from saw_trtllm.backends.reference.quantizers import Exact, KVQuantizer, SkipLayers
-from saw_trtllm.backends.reference.rotate_quantize_kv import apply_rope
+from saw_trtllm.backends.reference.rotate_quantize_kv import apply_rope, rope_angles
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.quantization import Weight
@@ -211,8 +211,8 @@ class WindowModel(ReferenceModel):
         c = self.config
         # Rounded where an engine's tensors are: as projected, and Q once more when it has been turned.
         q, k, v = (t.float() for t in self._qkv(w, x))
-        angles = self._rope[c.has_local_rope(layer)][start : start + x.shape[1]].repeat(len(x), 1, 1)
-        q, k = (apply_rope(t.flatten(0, 1), angles).view_as(t) for t in (q, k))
+        angles = rope_angles(self._rope[c.has_local_rope(layer)][start : start + x.shape[1]].repeat(len(x), 1, 1))
+        q, k = (apply_rope(t.flatten(0, 1), *angles).view_as(t) for t in (q, k))
         q = q.to(self.dtype).float()
         if observe is not None:
             for b in range(len(x)):

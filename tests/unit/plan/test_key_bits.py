@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from saw_trtllm import LLM, SamplingParams
-from saw_trtllm.backends.reference.cache import K, PagedCache, PagedPool, V
+from saw_trtllm.backends.reference.cache import PagedCache, PagedPool
+from saw_trtllm.backends.reference.int4 import encode_rows
 from saw_trtllm.backends.reference.model import ReferenceModel
 from saw_trtllm.backends.reference.quantizers import QuantizedRows, SkipLayers
 from saw_trtllm.backends.reference.window import WindowModel
@@ -53,18 +54,17 @@ def test_rows_of_two_sizes_lie_apart_and_move_as_bytes(rng):
     assert pool.data.shape == (3, 2, 2, 16, 68 + 36)
     x = torch.randn(16, 2, 64, generator=rng)
     blocks, offsets = torch.full((16,), 1), torch.arange(16)
-    pool.write(1, K, blocks, offsets, x)
-    assert pool.data[1, 1].flatten()[2 * 16 * 68 :].count_nonzero() == 0
-    pool.write(1, V, blocks, offsets, x)
+    pool.write(1, blocks, offsets, x, x)
+    for wide, rows in zip((True, False), pool.data[1, 1].flatten().split([2 * 16 * 68, 2 * 16 * 36]), strict=True):
+        assert torch.equal(rows.view(2, 16, -1), encode_rows(x.transpose(0, 1), pool.format, wide=wide))
     step = (x.amax(-1) - x.amin(-1)).max()
-    for which, levels in ((K, 255), (V, 15)):
-        error = (pool.read(1, which, torch.tensor([1])) - x.transpose(0, 1)).abs().max()
+    for found, levels in zip(pool.read(1, torch.tensor([[1]])), (255, 15), strict=True):
+        error = (found[0] - x.transpose(0, 1)).abs().max()
         assert step / levels / 4 < error < step / levels
     cache = PagedCache([Pool(pool.format, [0, 1])], 3, 2, 16)
     cache.pools[0].data.copy_(pool.data)
     cache.copy([(1, 2, 5)])
-    for which in (K, V):
-        source, target = (cache.pools[0].read(1, which, torch.tensor([b])) for b in (1, 2))
+    for source, target in cache.pools[0].read(1, torch.tensor([[1], [2]])):
         assert torch.equal(source[:, :5], target[:, :5])
         assert target[:, 5:].count_nonzero() == 0
 
