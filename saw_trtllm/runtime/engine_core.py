@@ -20,7 +20,7 @@ from saw_trtllm.engine.step import PREFILL, StepPacker
 from saw_trtllm.errors import EngineError, QueueFullError, RankError, SawError, ShutdownError
 from saw_trtllm.runtime.executor import Executor, PendingStep, StepOutput
 from saw_trtllm.runtime.guided_decoding import MaskThreads
-from saw_trtllm.runtime.outputs import require_process
+from saw_trtllm.runtime.outputs import require_process, whole_step
 from saw_trtllm.runtime.request import Request
 from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.scheduler import Scheduler
@@ -326,8 +326,9 @@ class EngineCore:
                 continue
             self._under_way.popleft()
             self._scheduler.advance(step.parts)
-            for i, s in enumerate(step.parts):
-                self._hand_out(s, output, i)
+            with whole_step():
+                for i, s in enumerate(step.parts):
+                    self._hand_out(s, output, i)
             if self._guided:
                 self._work_out_masks()
 

@@ -9,7 +9,9 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from functools import partial
+from typing import ClassVar, Literal, cast
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
@@ -91,6 +93,65 @@ class RequestOutput:
     prompt_logprobs: list[float | None] | None = None
 
 
+class _LoopWaker:
+    """Sets events of an event loop from other threads, in one call all that come before the loop has its turn.
+
+    Each call is one of the system, after which both threads want the interpreter: a step gives a piece to each request.
+    """
+
+    _of: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopWaker]] = WeakKeyDictionary()
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = ref(loop)
+        self._due: deque[asyncio.Event] = deque()
+        self._is_called = False
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> _LoopWaker:
+        """The one of the loop that runs in this thread."""
+        waker = cls._of.get(loop)
+        if waker is None:
+            waker = cls._of[loop] = cls(loop)
+        return waker
+
+    def wake(self, event: asyncio.Event) -> None:
+        """Set an event, from any thread."""
+        self._due.append(event)
+        if not self._is_called and (loop := self._loop()) is not None:
+            self._is_called = True
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits there
+                loop.call_soon_threadsafe(self._set)
+
+    def _set(self) -> None:
+        self._is_called = False  # before the last look: what comes from now on is another call's
+        while self._due:
+            self._due.popleft().set()
+
+
+class _Held(threading.local):
+    wakers: list[Callable[[], None]] | None = None
+
+
+_held = _Held()
+
+
+@contextlib.contextmanager
+def whole_step() -> Iterator[None]:
+    """Wake those who wait for pieces that this thread puts in the context when it ends.
+
+    Whoever is woken by a step's first piece wants the interpreter, and has it as soon as some library lets go of it for
+    a moment: then each piece is taken by itself, with a message of its own.
+    """
+    wakers: list[Callable[[], None]] = []
+    _held.wakers = wakers
+    try:
+        yield
+    finally:
+        _held.wakers = None
+        for wake in wakers:
+            wake()
+
+
 class OutputQueue:
     """A request's pieces, on their way from the engine to the :class:`GenerationResult` that gives them out.
 
@@ -107,6 +168,9 @@ class OutputQueue:
         with self.changed:
             self.pieces.append(piece)
             self.changed.notify_all()
+            if _held.wakers is not None:
+                _held.wakers += self.wakers
+                return
             for wake in self.wakers:
                 wake()
 
@@ -225,12 +289,7 @@ class GenerationResult:
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
         require_process(self._pid)
         event, queue = asyncio.Event(), self._outputs
-        loop = asyncio.get_running_loop()
-
-        def wake() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits there
-                loop.call_soon_threadsafe(event.set)
-
+        wake = partial(_LoopWaker.of(asyncio.get_running_loop()).wake, event)
         with queue.changed:
             queue.wakers.append(wake)
         try:

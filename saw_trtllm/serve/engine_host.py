@@ -120,10 +120,11 @@ class EngineHost:
 
     def _notice(self, client: Client, key: int) -> None:
         self._ready.append((client, key))
-        self._wake.set()
+        if not self._wake.is_set():
+            self._wake.set()
 
     def _run(self) -> None:
-        # The engine's thread hands out a whole step before this one gets a turn: that makes the messages large.
+        # It is woken when a whole step has been handed out: that makes the messages large.
         while not self._closed or self._ready or self._rejected:
             self._wake.wait()
             self._wake.clear()
