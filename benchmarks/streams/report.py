@@ -46,4 +46,7 @@ def report(results: StreamsResults) -> Report:
     environment = environment_table(results.environment, ["engine of", results.model], *pace, ["texts", texts])
     cpu = f"{results.environment.cpu or 'unknown'}, {results.environment.cores} cores"
     numbers = {"cpu": cpu, "commit": results.environment.commit or "unknown", "command": results.environment.command}
+    for r in results.rows:
+        numbers[f"{r.path} {r.clients} first ms"] = f"{r.first_ms_p50:.1f}"
+        numbers[f"{r.path} {r.clients} µs"] = f"{sum(r.cpu_us_per_token.values()):.1f}"
     return Report({"environment": environment, "streams": table(results)}, numbers)
