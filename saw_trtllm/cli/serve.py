@@ -150,6 +150,8 @@ def _serve(args: argparse.Namespace) -> None:
     if args.replicas < 1:
         raise ConfigError(f"--replicas is {args.replicas}: it must be at least 1")
     keys = [*args.api_key, *filter(None, [os.environ.get("SAW_API_KEY")])]
+    if any(key != key.strip() or not key for key in keys):
+        raise ConfigError("an API key is empty, or begins or ends with a space: give --api_key a key that can be sent")
     if options.host not in ("127.0.0.1", "localhost", "::1") and not keys:
         log.warning("anybody who reaches %s may use the model: give --api_key", options.host)
     with ExitStack() as stack:

@@ -78,9 +78,11 @@ class ChatTemplate:
         Raises
         ------
         CheckpointError
-            If it cannot be read.
+            If it cannot be read, or is no template.
         """
-        return cls(_read(path), special_tokens)
+        source = _read(path)
+        _compile(source)
+        return cls(source, special_tokens)
 
     def replaced(self, source: str) -> ChatTemplate:
         """Another template with the same special tokens."""

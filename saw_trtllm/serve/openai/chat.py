@@ -15,7 +15,7 @@ from saw_trtllm.serve.openai.metrics import Meter
 from saw_trtllm.serve.openai.model import ServedModel, finish_reason
 from saw_trtllm.serve.openai.parsers.calls import ForcedCall
 from saw_trtllm.serve.openai.parsers.delta import Delta, Parser, PlainParser
-from saw_trtllm.serve.openai.parsers.reasoning import BEGIN, ReasoningParser
+from saw_trtllm.serve.openai.parsers.reasoning import ReasoningParser
 from saw_trtllm.serve.openai.parsers.registry import reasons, tool_format
 from saw_trtllm.serve.openai.protocol import ChatRequest
 from saw_trtllm.serve.openai.sse import DONE, event
@@ -97,14 +97,16 @@ class ChatAnswer:
         self.model, self._request, self._meter = model, request, meter
         tools, forced = read_tools(model, request)
         prompt = model.chat_prompt(request, tools)
-        self._parser = _parser(model, tools, forced, prompt["prompt"])
+        continued = request.messages[-1].get("content") if request.continue_final_message else ""
+        thinks = reasoning_of(prompt["prompt"], str(continued), reasons(model.template_text))
+        self._parser = _parser(model, tools, forced, thinks == "begun")
         room = model.room(len(prompt["prompt_token_ids"]))
         limit = request.max_completion_tokens or request.max_tokens or room
         if request.top_logprobs and not request.logprobs:
             raise ApiError("invalid_value", "top_logprobs needs logprobs: true", "top_logprobs")
         guide = call_guide(tools or [], forced) if forced else response_guide(request.response_format)
         if guide:
-            guide = guide.with_reasoning(reasoning_of(prompt["prompt"], reasons(model.template_text)))
+            guide = guide.with_reasoning(thinks)
         params = model.sampling(
             request,
             max_tokens=limit,
@@ -245,13 +247,12 @@ def _tool_name(tool: dict[str, Any]) -> str:
 
 
 def _parser(
-    model: ServedModel, tools: list[dict[str, Any]] | None, forced: str | None, prompt: str
+    model: ServedModel, tools: list[dict[str, Any]] | None, forced: str | None, thinks: bool
 ) -> Callable[[], Parser]:
-    """What makes the parser of each choice."""
+    """What makes the parser of each choice, which ``thinks`` already or not."""
     template = model.template_text
     calls = ForcedCall if forced else tool_format(template) if tools else None
     rest = calls or PlainParser
     if not reasons(template):
         return rest
-    inside = prompt.rstrip().endswith(BEGIN)
-    return lambda: ReasoningParser(rest(), inside)
+    return lambda: ReasoningParser(rest(), thinks)

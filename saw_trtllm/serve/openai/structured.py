@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from saw_trtllm.runtime.guided_decoding import GuidedDecodingParams
 from saw_trtllm.serve.openai.errors import ApiError
+from saw_trtllm.serve.openai.parsers.reasoning import BEGIN, END
 from saw_trtllm.serve.openai.protocol import ResponseFormat
 
 
@@ -44,9 +45,17 @@ def call_guide(tools: list[dict[str, Any]], forced: str) -> GuidedDecodingParams
     return GuidedDecodingParams(json=calls[0] if len(calls) == 1 else {"anyOf": calls})
 
 
-def reasoning_of(prompt: str, template_reasons: bool) -> Literal["may come", "begun"] | None:
-    """Whether a model thinks after a prompt before it answers."""
+def reasoning_of(prompt: str, continued: str, template_reasons: bool) -> Literal["may come", "begun"] | None:
+    """Whether a model thinks after a prompt before it answers.
+
+    Parameters
+    ----------
+    prompt : str
+    continued : str
+        What of the answer the prompt ends with already.
+    template_reasons : bool
+    """
     end = prompt.rstrip()
-    if not template_reasons or end.endswith("</think>"):
+    if not template_reasons or end.endswith(END):
         return None
-    return "begun" if end.endswith("<think>") else "may come"
+    return "begun" if end.endswith(BEGIN) or continued.rfind(BEGIN) > continued.rfind(END) else "may come"

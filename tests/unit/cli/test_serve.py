@@ -69,8 +69,17 @@ def test_a_port_that_is_taken(engine, capsys):
     assert "cannot be listened on (Address already in use" in said
 
 
+@pytest.mark.parametrize("key", ["", " secret"])
+def test_a_key_that_is_none_protects_nothing(key, capsys):
+    """``--api_key $KEY`` where KEY is not set: everybody would have sent that key."""
+    assert "an API key is empty" in rejected(capsys, saw_serve.main, "--engine_dir", "x", "--api_key", key)
+
+
 def test_a_template_of_ones_own(engine, tmp_path, capsys):
     flags = ["--engine_dir", engine("saw_int4"), "--kv_cache_max_tokens", "256", "--chat_template"]
     assert "does not exist: give a file that holds a chat template" in rejected(
         capsys, saw_serve.main, *flags, tmp_path / "none"
     )
+    broken = tmp_path / "broken.jinja"
+    broken.write_text("{% for %}")
+    assert "the chat template cannot be read" in rejected(capsys, saw_serve.main, *flags, broken)

@@ -87,6 +87,15 @@ def test_a_call_that_is_asked_for_comes(ask):
         assert not message["content"]
 
 
+def test_an_answer_that_goes_on_within_its_reasoning_goes_on_there(ask):
+    held = {"type": "grammar", "grammar": 'start: " if it is warm."'}
+    more = {"add_generation_prompt": False, "continue_final_message": True, "response_format": held}
+    begun = [USER, {"role": "assistant", "content": "<think>\nI wonder"}]
+    message, _ = ask(QWEN3, None, messages=begun, max_tokens=6, extra_body=more)
+    assert message["reasoning_content"]
+    assert not message["content"]
+
+
 def test_reasoning_has_a_field_of_its_own(ask):
     message, reason = ask(QWEN3, "<think>\nHm.\n</think>\n\nIt is warm.")
     assert (message["reasoning_content"], message["content"], reason) == ("Hm.", "It is warm.", "stop")
