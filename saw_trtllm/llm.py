@@ -125,7 +125,7 @@ class LLM:
             end_ids = self.tokenizer.eos_ids if self.tokenizer else ()
         build = self.config.build_config
         chunk = _prefill_chunk(self.config, prefill_chunk)
-        interchangeable = not (self.config.kv_format.quantized and kv_cache_config.deterministic)
+        interchangeable = not kv_cache_config.deterministic
         disk = DiskCache.open(self.config, kv_cache_config, "any" if interchangeable else chunk)
         self.executor = open_executor(folder, self.config, kv_cache_config, parallel_config)
         check_not_replaced(folder, self.config.saw_int4.checksums)  # its files are read by name

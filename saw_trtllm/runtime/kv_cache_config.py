@@ -29,9 +29,10 @@ class KvCacheConfig:
     enable_partial_reuse : bool
         Whether a match may end within a block, whose rows are then copied.
     deterministic : bool
-        Whether a request's text must not depend on what is in the cache. In a 4-bit cache a token's rows depend a
-        little on whether its neighbours were computed beside it or read from the cache. Then prefixes are reused in
-        whole prefill chunks, generated text is not, and a preempted request replays its text token by token.
+        Whether a request's text must not depend on what is in the cache. A token's rows depend a little on what was
+        computed beside it: in a 4-bit cache on whether its neighbors were read from the cache, on a GPU on the number
+        of rows in the products. Then prefixes are reused in whole prefill chunks, generated text is not, and a
+        preempted request replays its text token by token.
     host_cache_size : int
         Bytes of host memory, pinned for a GPU, for blocks that leave the pool: they come back before the request that
         needs them runs.

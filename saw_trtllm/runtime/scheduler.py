@@ -8,10 +8,11 @@ computes never depends on the others, so neither does its result:
 - A prompt's chunks end at multiples of ``prefill_chunk``, counted from the prompt's start. A chunk that does not fit
   into the step's budget waits for the next step; it is not cut.
 - In a 4-bit cache a token that attends to a neighbour of its own chunk sees it unquantized, and one of an earlier chunk
-  in 4 bits, so a token's rows depend a little on which step computed it. Where that must not show, reused prefixes are
-  cut to whole chunks (``BlockManager``'s ``reuse_multiple``), generated tokens are found by nobody, and a preempted
-  sequence replays them one by one, as it decoded them. Where it may, or in a cache that is exact, rows are
-  interchangeable: all that was computed is found again, and a preempted sequence computes its tokens in prefills.
+  in 4 bits, and a GPU's products round by the number of their rows, so a token's rows depend a little on which step
+  computed it. Where that must not show, reused prefixes are cut to whole chunks (``BlockManager``'s
+  ``reuse_multiple``), generated tokens are found by nobody, and a preempted sequence replays them one by one, as it
+  decoded them. Where it may, rows are interchangeable: all that was computed is found again, and a preempted sequence
+  computes its tokens in prefills.
 
 A step may be scheduled while the one before it is in flight. Then some sequences' last tokens are not known yet: they
 are scheduled as if none of them ended the text. Nothing is preempted meanwhile, and what a sequence that is removed

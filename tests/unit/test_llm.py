@@ -60,6 +60,14 @@ def test_batch_and_reuse_do_not_change_a_token(open_llm, kv, count):
     assert llm.stats().reused_tokens_total > 100
 
 
+@pytest.mark.parametrize("kv", ["fp16", "saw_int4"])
+def test_what_is_deterministic_is_found_in_whole_chunks_of_every_cache(open_llm, kv):
+    """A GPU's products round by their number of rows, so that the rest of a prompt must have as many as before."""
+    llm = open_llm(kv, prefill_chunk=64, kv_cache_config=KvCacheConfig(deterministic=True))
+    llm.generate([5] * 150, SamplingParams(max_tokens=60, ignore_eos=True))
+    assert llm.generate([5] * 150, SamplingParams(max_tokens=2)).num_reused_tokens == 128
+
+
 def test_no_step_waits_for_a_prompts_keys(open_llm, monkeypatch):
     """They are worked out in the thread that sends the prompt, whatever its length and salt."""
     busy, extend = [], BlockManager._extend
