@@ -59,9 +59,6 @@ class SplitLaunch {
     // Whether its code was compiled for sm_90a.
     bool hopper() const { return hopper_; }
 
-    // Clusters of so many CTAs that run at once.
-    int at_once(int ctas) const { return clusters_[ctas]; }
-
     // CTAs that share a sum, of so many parts at most: as many as run at once.
     int splits(int tiles, int parts) const {
         int splits = std::min(kMostSplits, parts);
