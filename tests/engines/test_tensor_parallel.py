@@ -50,5 +50,8 @@ def test_a_step_is_the_references(name, way, run):
         pools = [found[f"{way}.{name}.pool{i}"] for i in range(len(config.regions))]
         allowed = tolerances(name, config, pools, rounding, own_4bit)
         for i, (region, rows) in enumerate(zip(config.regions, pools, strict=True)):
-            check = assert_codes if region.format.quantized else assert_rows
-            check(rows, expected[f"{name}.pool{i}"][:, :, :, heads], allowed[i][..., None], model.dtype)
+            both, tolerance = (rows, expected[f"{name}.pool{i}"][:, :, :, heads]), allowed[i][..., None]
+            if region.format.quantized:
+                assert_codes(*both, 4, tolerance, model.dtype)
+            else:
+                assert_rows(*both, tolerance, model.dtype)
