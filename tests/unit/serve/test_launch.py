@@ -532,6 +532,11 @@ def test_canary_fails_only_without_answers_and_without_tokens(canary):
             "terminate called after throwing an instance of\n  what():  unpack_from requires\n\nAt:",
             "unpack_from requires",
         ),
+        (
+            "terminate called after throwing an instance of 'boost::interprocess::lock_exception'\n"
+            "  what():  boost::interprocess::lock_exception",
+            "boost::interprocess::lock_exception; a machine that is busy with other work may be why: start it again",
+        ),
         ("Usage: tritonserver\ninvalid argument for --log-format\n\n", "invalid argument for --log-format"),
     ],
 )
