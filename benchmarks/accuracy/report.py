@@ -9,6 +9,7 @@ from benchmarks.accuracy.record import AccuracyResults
 from benchmarks.common.report import Report, Table, environment_table
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TITLES = {"example": "example", "outliers": "planted outliers", "key bias": "planted key bias"}
@@ -60,7 +61,8 @@ def _real_report(results: AccuracyResults, found: dict) -> Report:
     chosen = {name: caches[name] for name in _CHOSEN if name in caches}
     tables = {"environment": environment_table(results.environment), "caches": table}
     tables["positions"] = _real_position_table(chosen)
-    plots = {"bytes": partial(_bytes_plot, caches), "positions": partial(_real_position_plot, chosen)}
+    plots = {"bytes": partial(_bytes_plot, caches), "top1": partial(_top1_plot, caches)}
+    plots["positions"] = partial(_real_position_plot, chosen)
     if "layers" in found:
         plots["layers"] = partial(_real_layer_plot, {name: found["layers"][name] for name in chosen})
     return Report(tables, numbers, plots)
@@ -99,12 +101,25 @@ def _real_layer_plot(layers: dict[str, list[float]], figure: Figure) -> None:
 
 
 def _bytes_plot(caches: dict, figure: Figure) -> None:
-    figure.set_size_inches(6.4, 3.8)
     axes = figure.subplots()
     for name, q in caches.items():
         axes.errorbar(q["bytes_per_token"], q["kl_mean"], yerr=2 * q["kl_error"], fmt="o", label=name)
-    axes.set(xlabel="bytes of cache a token", ylabel="KL from fp16", yscale="log", xlim=(0, None))
+    axes.set(ylabel="KL from fp16", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
+    _over_bytes(figure, axes)
+
+
+def _top1_plot(caches: dict, figure: Figure) -> None:
+    axes = figure.subplots()
+    for name, q in caches.items():
+        axes.plot(q["bytes_per_token"], 100 * q["top1_agreement"], "o", label=name)
+    axes.set(ylabel="tokens with fp16's likeliest, %")
+    _over_bytes(figure, axes)
+
+
+def _over_bytes(figure: Figure, axes: Axes) -> None:
+    figure.set_size_inches(6.4, 3.8)
+    axes.set(xlabel="bytes of cache a token", xlim=(0, None))
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
