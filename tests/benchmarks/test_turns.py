@@ -38,7 +38,7 @@ def test_the_runtime_answers_from_these_rows(open_llm, history, cache):
     """The distributions that a conversation through the runtime ends with are those of its steps, and no other's."""
     llm = open_llm("int4", kv_cache_config=cache, prefill_chunk=CHUNK)
     conversation = []
-    for new in ("def push(self, item):\n    self.items.append(", "\n\n\ndef pop(self):\n", "\n\n\ndef peek(self):\n"):
+    for new in ("class Counter:\n", "\n\nclass Timer:\n    def start(", "\n\nclass Lock:\n    def acquire("):
         said = [*conversation[-1].prompt, *conversation[-1].answer] if conversation else []
         params = SamplingParams(max_tokens=24, ignore_eos=True, return_generation_logits=True)
         answer = llm.generate([*said, *llm.tokenizer.encode(new)], params)
@@ -55,7 +55,7 @@ def test_the_runtime_answers_from_these_rows(open_llm, history, cache):
     }
     nearest = far.pop(history)
     # Sums of another order move a code to its neighbor here and there.
-    assert nearest < min(far.values()) / 4, (nearest, far)
+    assert nearest < min(far.values()) / 3, (nearest, far)
 
 
 def test_means_and_what_histories_differ_by():

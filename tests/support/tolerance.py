@@ -16,7 +16,7 @@ EPS = float(np.finfo(np.float32).eps)
 #: scores, values, the output projection, both of the MLP's.
 _MODEL_TERMS = 3300
 #: The same of the example's 4 layers, with scores and values of up to 512 tokens.
-_EXAMPLE_TERMS = 4 * (160 + 128 + 512 + 512 + 160 + 432)
+_EXAMPLE_TERMS = 4 * (128 + 128 + 512 + 512 + 128 + 256)
 
 
 def sum_rounding(terms: int, largest: float) -> float:

@@ -319,7 +319,7 @@ def test_a_gains_error_is_that_of_paired_pieces(example, windows):
 
 def test_bits_are_chosen_for_a_budget(example, windows):
     """A layer whose keys are damaged in 4 bits and not in 8 is given 8, which cost less than 16; then the next."""
-    narrow, wide = Damaged(0.8, 0.05, 1.5, 0.05), Damaged(1e-6, 1e-6, 1e-6, 1e-6)
+    narrow, wide = Damaged(0.4, 0.05, 1.5, 0.05), Damaged(1e-6, 1e-6, 1e-6, 1e-6)
     wide.layer_bytes = lambda layer, heads, dim: 100
     found = suggest(example, windows, narrow, wide=wide, budget=150)
     assert num_measurements(4, wide=True, budget=150) == 1 + 8 + 1
