@@ -66,7 +66,7 @@ def test_the_model_is_held_to_it_and_its_neighbours_are_not(open_llm):
     class Answer(BaseModel):
         kind: str
 
-    llm = open_llm(kv_cache_config=KvCacheConfig(4096))
+    llm = open_llm(kv_cache_config=KvCacheConfig(4096, deterministic=True))
     guided = SamplingParams(max_tokens=40, guided_decoding=GuidedDecodingParams(regex="(yes|no), [a-z]{3}"), n=2)
     free = SamplingParams(max_tokens=12)
     alone = llm.generate("def f(", free).outputs[0].token_ids

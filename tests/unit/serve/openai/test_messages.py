@@ -44,7 +44,7 @@ def test_a_message_is_that_of_the_runtime_however_it_comes(client, llms):
         assert "".join(stream.text_stream) == whole.content[0].text
         final = stream.get_final_message()
     assert (final.stop_reason, final.usage.output_tokens) == (whole.stop_reason, whole.usage.output_tokens)
-    word = whole.content[0].text.split()[1]
+    word = whole.content[0].text.split()[-1]
     stopped = client.messages.create(**asked, stop_sequences=[word])
     assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", word)
     count = client.messages.count_tokens(model="example", system="be brief", messages=[USER])
