@@ -155,6 +155,16 @@ def test_bodies_that_are_none(url, http):
     assert error_of(response)[0] == 405
     assert response.headers["allow"] == "POST"
     assert http.get(url + "/v1/messages").json()["error"]["type"] == "invalid_request_error"
+    assert [http.head(url + path).status_code for path in ("/health", "/")] == [200, 200]
+
+
+def test_who_asks_stands_in_the_log(url, http, caplog):
+    caplog.set_level("INFO", "saw_trtllm")
+    http.post(url + TEXT, json={"prompt": "x", "max_tokens": 1, "user": "ann"}).raise_for_status()
+    body = {"messages": [USER], "max_tokens": 1, "metadata": {"user_id": "bob"}}
+    http.post(url + "/v1/messages", json=body).raise_for_status()
+    said = [r.getMessage() for r in caplog.records if r.levelname == "INFO" and r.name.startswith("saw_trtllm")]
+    assert said == ["a request of 'ann'", "a request of 'bob'"]
 
 
 @pytest.mark.parametrize("chunked", [False, True])
