@@ -21,6 +21,7 @@ from saw_trtllm.plan.tensorrt_options import NetworkOptions
 from tests.engines.models import FAMILIES, VOCAB, make_model
 from tests.support import ROOT
 from tests.support.frames import random_frames
+from tests.support.locks import one_process
 
 EXAMPLE = ROOT / "examples" / "tiny_llama"
 TOKENS_PER_BLOCK = 32
@@ -53,12 +54,7 @@ class Case:
 
     def plan(self, folder: Path, backend: str) -> BuildPlan:
         """The plan of its engine in ``folder / name / backend``."""
-        model = (
-            EXAMPLE
-            if self.family == "example"
-            else make_model(folder / self.name / "model", self.family, self.head_dim)
-        )
-        options = {**_LIMITS, "model_dir": model, "dtype": "float16", **dict(self.options)}
+        options = {**_LIMITS, "model_dir": self._model(folder), "dtype": "float16", **dict(self.options)}
         centred, framed = options.pop("centred", False), options.pop("framed", False)
         gemm_plugin = options.pop("gemm_plugin", "auto")
         plan = plan_build(BuildOptions(**options, output_dir=folder / self.name / backend, kv=self.kv, backend=backend))
@@ -68,11 +64,20 @@ class Case:
         network = NetworkOptions(optimization_level=0, input_timing_cache=cache, gemm_plugin=gemm_plugin)
         return dataclasses.replace(plan, network=network)
 
+    def _model(self, folder: Path) -> Path:
+        """The checkpoint, made unless it is there."""
+        if self.family == "example":
+            return EXAMPLE
+        made = folder / self.name / "model"
+        with one_process(made.with_suffix(".lock")):
+            return made if made.is_dir() else make_model(made, self.family, self.head_dim)
+
     def engine(self, folder: Path, backend: str = "tensorrt") -> Path:
         """The engine folder, built unless it is there."""
         made = folder / self.name / backend
-        if not (made / "config.json").is_file():
-            build(self.plan(folder, backend))
+        with one_process(made.with_suffix(".lock")):
+            if not (made / "config.json").is_file():
+                build(self.plan(folder, backend))
         return made
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from saw_trtllm.errors import SawError
 from tests.support import ROOT
+from tests.support.locks import one_process
 
 FOLDER = Path(__file__).parent
 
@@ -74,15 +75,21 @@ def reference(work: Path):
 
     def load(case) -> dict[str, np.ndarray]:
         path = work / case.name / "reference.npz"
-        if not path.is_file():
-            python = shlex.split(os.environ.get("SAW_REFERENCE_PYTHON", sys.executable))
-            # What this Python was told of its libraries is not the other's.
-            kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "LD_LIBRARY_PATH", "PYTHONPATH")}
-            command = [*python, "-m", "tests.engines.reference", str(work), case.name]
-            done = subprocess.run(
-                command, env=kept | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=280
-            )
-            assert done.returncode == 0, done.stderr
+        with one_process(path.with_name("results.lock")):
+            if not path.is_file():
+                python = shlex.split(os.environ.get("SAW_REFERENCE_PYTHON", sys.executable))
+                # What this Python was told of its libraries is not the other's.
+                kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "LD_LIBRARY_PATH", "PYTHONPATH")}
+                command = [*python, "-m", "tests.engines.reference", str(work), case.name]
+                done = subprocess.run(
+                    command,
+                    env=kept | {"PYTHONPATH": str(ROOT)},
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=280,
+                )
+                assert done.returncode == 0, done.stderr
         with np.load(path) as found:
             return dict(found)
 
