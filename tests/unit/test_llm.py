@@ -369,6 +369,21 @@ async def llm_aresult(llm, prompt, params):
     return await llm.generate_async(prompt, params).aresult()
 
 
+def test_a_step_has_been_handed_out_whole_when_it_wakes_anyone(open_llm):
+    """Whoever takes the first text's piece finds the second's of the same step: each has no message of its own."""
+    llm, seen = open_llm(), ([], [])
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    results = [llm.generate_async(STEM, params, streaming=True) for _ in seen]
+    pieces = [result._outputs.pieces for result in results]
+    for result, differences in zip(results, seen, strict=True):
+        result.subscribe(lambda differences=differences: differences.append(len(pieces[0]) - len(pieces[1])))
+    while llm.stats().num_running or llm.stats().num_waiting:
+        time.sleep(0.01)
+    # The second may have begun some steps later.
+    first, second = (max(set(differences), key=differences.count) for differences in seen)
+    assert first == second
+
+
 def test_cancelled_in_the_midst(open_llm):
     llm = open_llm()
 
