@@ -68,6 +68,11 @@ __device__ inline uint64_t swizzled_operand(uint32_t address, uint32_t group_str
            uint64_t((address & 0x3ffff) >> 4);
 }
 
+// The same operand some bytes further on: one addition, where to describe it anew takes four instructions.
+__device__ inline uint64_t later_operand(uint64_t operand, uint32_t bytes) {
+    return (operand & 0xffffffff00000000) | uint32_t(uint32_t(operand) + (bytes >> 4));
+}
+
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -13,7 +13,8 @@ constexpr int kGroupBarrier = 3;  // and 4: a consumer group by itself
 template <typename Config>
 __device__ void PrefillSm90Kernel<Config>::consume() {
     using HistoryType = typename Config::HistoryType;
-    int const warpgroup = threadIdx.x / 128 - 1;
+    // Said to be one number in a warp, so that the products' places are counted in uniform registers.
+    int const warpgroup = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);
     int const row = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
     float const score_scale = p.softmax_scale * kLog2e;
     if (warpgroup == 1) named_barrier_arrive(kTurnBarrier, 256);
@@ -112,12 +113,11 @@ __device__ void PrefillSm90Kernel<Config>::order_outputs() {
 template <typename Config>
 template <typename U>
 __device__ void PrefillSm90Kernel<Config>::score(float (&s)[Config::kScores], uint32_t queries, uint32_t keys) const {
+    uint64_t const a = swizzled_operand(queries, 1024, 16), b = swizzled_operand(keys, 1024, 16);
 #pragma unroll
-    for (int k = 0; k < Config::kHeadDim / 16; ++k) {
-        uint64_t const a = swizzled_operand(queries + k / 4 * Config::kQueryBoxBytes + k % 4 * 32, 1024, 16);
-        uint64_t const b = swizzled_operand(keys + k / 4 * Config::kTileBoxBytes + k % 4 * 32, 1024, 16);
-        Wgmma<U, Config::kTileTokens>::shared(s, a, b, k > 0);
-    }
+    for (int k = 0; k < Config::kHeadDim / 16; ++k)
+        Wgmma<U, Config::kTileTokens>::shared(s, later_operand(a, k / 4 * Config::kQueryBoxBytes + k % 4 * 32),
+                                              later_operand(b, k / 4 * Config::kTileBoxBytes + k % 4 * 32), k > 0);
 }
 
 // O += P V.
@@ -125,11 +125,10 @@ template <typename Config>
 template <typename U>
 __device__ void PrefillSm90Kernel<Config>::weigh(float (&o)[Config::kOutputs],
                                                  uint32_t const (&prob)[Config::kScores / 2], uint32_t values) const {
+    uint64_t const b = swizzled_operand(values, 1024, Config::kTileBoxBytes);
 #pragma unroll
-    for (int k = 0; k < Config::kTileTokens / 16; ++k) {
-        uint64_t const b = swizzled_operand(values + k * 16 * 128, 1024, Config::kTileBoxBytes);
-        Wgmma<U, Config::kHeadDim>::registers(o, prob + 4 * k, b, true);
-    }
+    for (int k = 0; k < Config::kTileTokens / 16; ++k)
+        Wgmma<U, Config::kHeadDim>::registers(o, prob + 4 * k, later_operand(b, k * 16 * 128), true);
 }
 
 // One kind of tiles, from the last down. If they are the tile's last, the next tile's queries take the place of its own

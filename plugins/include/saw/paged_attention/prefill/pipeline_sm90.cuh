@@ -40,15 +40,17 @@ struct PrefillSm90Config {
     static constexpr int kTileBytes = kBoxes * kTileBoxBytes;  // of K, or of V
     static constexpr int kKeyRowBytes = key_row_bytes(Cache, HeadDim), kValueRowBytes = row_bytes(Cache, HeadDim);
     static constexpr int kStagedBytes = kCodes ? kTileTokens * kKeyRowBytes : 0;
-    static constexpr int kStaged = 4;  // tiles of codes on their way
+    static constexpr int kStaged = 2;  // tiles of codes on their way, of keys and of values
     static constexpr int kSharedBytes = 232448 - 1024;
-    static constexpr int kSlots = (kSharedBytes - kBoxes * kQueryBoxBytes - kStaged * kStagedBytes) / kTileBytes < 6
-                                      ? (kSharedBytes - kBoxes * kQueryBoxBytes - kStaged * kStagedBytes) / kTileBytes
-                                      : 6;
+    static constexpr int kSlots =
+        (kSharedBytes - kBoxes * kQueryBoxBytes - 2 * kStaged * kStagedBytes) / kTileBytes < 6
+            ? (kSharedBytes - kBoxes * kQueryBoxBytes - 2 * kStaged * kStagedBytes) / kTileBytes
+            : 6;
     static constexpr int kScores = kTileTokens / 2;  // of a thread
     static constexpr int kOutputs = HeadDim / 2;
-    // Of a thread, of the 168 times 384 that the CTA begins with. A head_dim of 256 has more outputs to hold.
-    static constexpr int kProducerRegisters = HeadDim <= 128 ? 72 : kCodes ? 56 : 40;
+    // Of a thread, of the 168 times 384 that the CTA begins with. A head_dim of 256 has more outputs to hold. To make
+    // fp16 of codes without waiting for the stores of those before takes registers.
+    static constexpr int kProducerRegisters = HeadDim <= 128 ? kCodes ? 104 : 72 : kCodes ? 56 : 40;
     static constexpr int kConsumerRegisters = (168 * 3 - kProducerRegisters) / 2;
 
     // Of the channels of dequantized keys: codes of 8 bits come in order. And of values: to put the output into the
@@ -67,11 +69,11 @@ template <typename Config>
 struct PrefillSm90Shared {
     alignas(1024) uint8_t queries[Config::kBoxes * Config::kQueryBoxBytes];
     alignas(1024) uint8_t slots[Config::kSlots][Config::kTileBytes];
-    alignas(128) uint8_t staged[Config::kStaged][Config::kStagedBytes > 0 ? Config::kStagedBytes : 16];
+    alignas(128) uint8_t staged[2][Config::kStaged][Config::kStagedBytes > 0 ? Config::kStagedBytes : 16];
     uint64_t full[Config::kSlots];
     uint64_t empty[Config::kSlots];
-    uint64_t arrived[Config::kStaged];
-    uint64_t left[Config::kStaged];
+    uint64_t arrived[2][Config::kStaged];
+    uint64_t left[2][Config::kStaged];
 };
 
 // What the copy engine has to know of the 16-bit rows: boxes are 64 channels wide.
@@ -124,17 +126,24 @@ class PrefillSm90Kernel {
     __device__ PrefillTile find_tile(int index) const {
         return find_prefill_tile<Config::kTileTokens>(p, Config::kRows / group, index);
     }
+    __device__ void find(int index) {
+        tile = find_tile(index);
+        kv_head = index % p.pool.num_kv_heads;
+    }
 
     // Producers.
-    int staged = 0;  // tiles so far
+    int staged = 0;  // tiles of codes so far
     __device__ void produce();
     __device__ void produce_rows(KeyTiles tiles, bool chunk, int warp);
+    template <KV Which>
     __device__ void produce_dequantized(int warp);
     __device__ void copy_boxes(uint8_t* slot, int which, int start, bool chunk, uint64_t* full);
     __device__ void copy_rows(uint8_t* slot, int which, int start, int first, int valid, bool chunk, int warp);
-    __device__ int block_offset(int step) const;
-    __device__ void stage(int step, int offset);
-    template <int Bits, CodeOrder Order>
+    template <KV Which>
+    __device__ int block_offset(int index) const;
+    template <KV Which>
+    __device__ void stage(int index, int offset);
+    template <KV Which>
     __device__ void dequantize(uint8_t const* source, uint64_t* left, int first, int end);
     __device__ void wait_for_slot() const { mbarrier_wait(&shared.empty[ring.slot], ring.parity ^ 1); }
     // K (0) or V (1), and which tile, of a phase's step.
@@ -181,19 +190,21 @@ __device__ void PrefillSm90Kernel<Config>::run() {
             mbarrier_init(&shared.empty[i], 4 * Config::kConsumers);
         }
         for (int i = 0; i < Config::kStaged; ++i) {
-            mbarrier_init(&shared.arrived[i], 1);
-            mbarrier_init(&shared.left[i], 128);
+            for (KV which : {kKey, kValue}) {
+                mbarrier_init(&shared.arrived[which][i], 1);
+                mbarrier_init(&shared.left[which][i], 64);
+            }
         }
         fence_bulk_copy();
     }
     __syncthreads();
-    tile = find_tile(blockIdx.x);
-    kv_head = blockIdx.x % p.pool.num_kv_heads;
     if (threadIdx.x < 128) {
         give_registers<Config::kProducerRegisters>();
+        find(blockIdx.x);
         produce();
     } else {
         take_registers<Config::kConsumerRegisters>();
+        find(blockIdx.x);
         consume();
     }
 }

@@ -12,13 +12,16 @@ __device__ void PrefillSm90Kernel<Config>::produce() {
     for (int index = blockIdx.x; tile.sequence >= 0;) {
         produce_rows(tile.own, true, warp);
         if constexpr (Config::kCodes) {
-            produce_dequantized(warp);
+            if (warp < 2) {
+                produce_dequantized<kKey>(warp);
+            } else {
+                produce_dequantized<kValue>(warp - 2);
+            }
         } else {
             produce_rows(tile.past, false, warp);
         }
         index += gridDim.x;
-        tile = find_tile(index);
-        kv_head = index % p.pool.num_kv_heads;
+        find(index);
     }
 }
 
@@ -110,109 +113,115 @@ __device__ void PrefillSm90Kernel<Config>::copy_rows(uint8_t* slot, int which, i
     }
 }
 
-// Tiles of codes: bulk copies stage them as they are, and the four warps together make fp16 of one after the other.
+// Tiles of codes: two warps make fp16 of the keys and two of the values, each pair by itself. Bulk copies stage the
+// tiles as they are, two ahead.
 template <typename Config>
+template <KV Which>
 __device__ void PrefillSm90Kernel<Config>::produce_dequantized(int warp) {
-    int const steps = 2 * tile.past.count(), lowest = tile.lowest(p.window);
+    int const tiles = tile.past.count(), lowest = tile.lowest(p.window);
     if (warp == 0) {
-        for (int step = 0; step < min(Config::kStaged, steps); ++step) stage(step, block_offset(step));
+        for (int i = 0; i < min(Config::kStaged, tiles); ++i) stage<Which>(i, block_offset<Which>(i));
     }
-    for (int step = 0; step < steps; ++step) {
-        int which;
-        int const start = tile_of(tile.past, step, which) * Config::kTileTokens;
-        int const place = (staged + step) % Config::kStaged;
-        // The tile that takes the place of the one before; its block table entry is asked for in time.
-        int const next = step - 1 + Config::kStaged;
-        bool const stages = warp == step % 4 && step > 0 && next < steps;
+    RingStep const first = ring;
+    for (int i = 0; i < tiles; ++i) {
+        int const start = (tile.past.last - i) * Config::kTileTokens;
+        int const place = (staged + i) % Config::kStaged;
+        // The tile that takes this one's place; its block table entry is asked for in time.
+        int const next = i + Config::kStaged;
+        bool const stages = warp == i % 2 && next < tiles;
         int offset = 0;
-        if (stages) offset = block_offset(next);
-        mbarrier_wait(&shared.arrived[place], (staged + step) / Config::kStaged % 2);
-        if (which == kKey) {
-            dequantize<Config::kKeyBits, Config::kKeyOrder>(shared.staged[place], &shared.left[place], lowest - start,
-                                                            tile.history - start);
-        } else {
-            dequantize<4, Config::kValueOrder>(shared.staged[place], &shared.left[place], lowest - start,
-                                               tile.history - start);
-        }
+        if (stages) offset = block_offset<Which>(next);
+        // The tile's place, as tile_of() has them: K 0, K 1, V 0, K 2, V 1 and so on, V's last two side by side.
+        ring = first;
+        ring.template advance<Config>(Which == kKey ? max(2 * i - 1, 0) : min(2 * i + 2, 2 * tiles - 1));
+        mbarrier_wait(&shared.arrived[Which][place], (staged + i) / Config::kStaged % 2);
+        dequantize<Which>(shared.staged[Which][place], &shared.left[Which][place], lowest - start,
+                          tile.history - start);
         fence_bulk_copy();
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(&shared.full[ring.slot]);
-        ring.template advance<Config>();
-        if (stages) stage(next, offset);
+        if (lane < 2) mbarrier_arrive(&shared.full[ring.slot]);  // for the other pair, too
+        if (stages) stage<Which>(next, offset);
     }
-    staged += steps;
+    ring = first;
+    ring.template advance<Config>(2 * tiles);
+    staged += tiles;
 }
 
-// The lane's entry of the block table for a step's tile; any number where the tile has no such block.
+// The lane's entry of the block table for a tile, counted from the last; any number where it has no such block.
 template <typename Config>
-__device__ int PrefillSm90Kernel<Config>::block_offset(int step) const {
-    int which;
-    int const start = tile_of(tile.past, step, which) * Config::kTileTokens;
+template <KV Which>
+__device__ int PrefillSm90Kernel<Config>::block_offset(int index) const {
+    int const start = (tile.past.last - index) * Config::kTileTokens;
     int const block = p.pool.block_of(start) + lane;
     bool const exists = block <= p.pool.block_of(min(start + Config::kTileTokens, tile.history) - 1);
-    return exists ? p.pool.table(tile.sequence, KV(which))[block] : 0;
+    return exists ? p.pool.table(tile.sequence, Which)[block] : 0;
 }
 
 template <typename Config>
-__device__ void PrefillSm90Kernel<Config>::stage(int step, int offset) {
-    int which;
-    int const start = tile_of(tile.past, step, which) * Config::kTileTokens;
+template <KV Which>
+__device__ void PrefillSm90Kernel<Config>::stage(int index, int offset) {
+    constexpr int kRowBytes = Which == kKey ? Config::kKeyRowBytes : Config::kValueRowBytes;
+    int const start = (tile.past.last - index) * Config::kTileTokens;
     int const end = min(start + Config::kTileTokens, tile.history);
     int const blocks = p.pool.block_of(end - 1) - p.pool.block_of(start) + 1;
-    int const row_bytes = which == kKey ? Config::kKeyRowBytes : Config::kValueRowBytes;
-    int const bytes = min(p.pool.tokens_per_block, Config::kTileTokens) * row_bytes;
-    int const count = staged + step, place = count % Config::kStaged;
-    if (count >= Config::kStaged) mbarrier_wait(&shared.left[place], (count / Config::kStaged - 1) % 2);
-    if (lane == 0) mbarrier_arrive_expect(&shared.arrived[place], blocks * bytes);
+    int const bytes = min(p.pool.tokens_per_block, Config::kTileTokens) * kRowBytes;
+    int const count = staged + index, place = count % Config::kStaged;
+    uint64_t* const arrived = &shared.arrived[Which][place];
+    if (count >= Config::kStaged) mbarrier_wait(&shared.left[Which][place], (count / Config::kStaged - 1) % 2);
+    if (lane == 0) mbarrier_arrive_expect(arrived, blocks * bytes);
     __syncwarp();
     if (lane < blocks) {
         uint8_t const* const rows = p.pool.rows<Config::kKeyRowBytes, Config::kValueRowBytes>(offset, kv_head) +
-                                    p.pool.row_of(start) * row_bytes;
-        bulk_copy(shared.staged[place] + lane * bytes, rows, bytes, &shared.arrived[place]);
+                                    p.pool.row_of(start) * kRowBytes;
+        bulk_copy(shared.staged[Which][place] + lane * bytes, rows, bytes, arrived);
     }
 }
 
-// A thread makes a row, or half of one; what is none of [first, end), or lies before all windows, has a scale and a lo
-// of 0. Neighbours read rows that lie an odd number of words apart, and write to chunks that the swizzle spreads.
-// Channels need not be in order: the queries' and the output's are put into the same one.
+// A thread makes every 64th row; what is none of [first, end), or lies before all windows, has a scale and a lo of 0.
+// Neighbours read rows that lie an odd number of words apart, and write to chunks that the swizzle spreads. Channels
+// need not be in order: the queries' and the output's are put into the same one.
 template <typename Config>
-template <int Bits, CodeOrder Order>
+template <KV Which>
 __device__ void PrefillSm90Kernel<Config>::dequantize(uint8_t const* source, uint64_t* left, int first, int end) {
-    constexpr int kParts = 128 / Config::kTileTokens;
-    constexpr int kRowWords = Config::kHeadDim * Bits / 32;  // of codes
-    constexpr int kWords = kRowWords / kParts, kWordsOfEight = Bits / 4;
-    // A thread's registers hold a row of 4 bits, and of 8 bits as many words or fewer.
-    constexpr int kHeld = Bits == 4 ? kWords : kWords % 16 == 0 ? 16 : 8;
-    int const row = threadIdx.x % Config::kTileTokens, part = kParts == 1 ? 0 : threadIdx.x / Config::kTileTokens;
-    auto const* const words = reinterpret_cast<uint32_t const*>(source) + row * (kRowWords + 1);
-    uint32_t const tail = row >= first && row < end ? words[kRowWords] : 0;
+    constexpr int kBits = Which == kKey ? Config::kKeyBits : 4;
+    constexpr CodeOrder kOrder = Which == kKey ? Config::kKeyOrder : Config::kValueOrder;
+    // A step makes 32 numbers of a row. Its codes are loaded a step or two before: the compiler would not move a load
+    // across the stores.
+    constexpr int kStepsOfRow = Config::kHeadDim / 32, kRows = Config::kTileTokens / 64, kSteps = kRows * kStepsOfRow;
+    constexpr int kAhead = Config::kProducerRegisters < 72 ? 1 : 2;
+    constexpr int kRowWords = kStepsOfRow * kBits + 1;
+    int const thread = threadIdx.x % 64;
+    auto const* const words = reinterpret_cast<uint32_t const*>(source) + thread * kRowWords;
     uint8_t* target = nullptr;
+    uint32_t codes[kSteps][kBits], tails[kRows];
 #pragma unroll
-    for (int from = 0; from < kWords; from += kHeld) {
-        uint32_t codes[kHeld];
+    for (int loaded = 0; loaded < kSteps + kAhead; ++loaded) {
+        if (loaded < kSteps) {
+            int const part = loaded / kStepsOfRow, row = part * 64 + thread;
+            uint32_t const* const from = words + part * 64 * kRowWords;
+            if (loaded % kStepsOfRow == 0) tails[part] = row >= first && row < end ? from[kRowWords - 1] : 0;
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i) codes[i] = words[part * kWords + from + i];
-        // Each thread for itself, which costs nothing here: racecheck follows no other order.
-        if (from + kHeld == kWords) mbarrier_arrive(left);
-        if (from == 0) {
-            wait_for_slot();
-            target = shared.slots[ring.slot] + row * 128;
+            for (int i = 0; i < kBits; ++i) codes[loaded][i] = from[loaded % kStepsOfRow * kBits + i];
         }
-        constexpr int kAtOnce = 4;
-        std::conditional_t<Bits == 4, Dequantizer, Dequantizer8> const dequantizer(tail);
+        // Each thread for itself, which costs nothing here: racecheck follows no other order.
+        if (loaded == kSteps - 1) mbarrier_arrive(left);
+        int const step = loaded - kAhead;
+        if (step < 0) continue;
+        if (step == 0) {
+            wait_for_slot();
+            target = shared.slots[ring.slot] + thread * 128;
+        }
+        uint4 eights[4];
+        if constexpr (kBits == 4) {
+            Dequantizer(tails[step / kStepsOfRow]).template run<kOrder>(codes[step], eights);
+        } else {
+            Dequantizer8(tails[step / kStepsOfRow]).run(codes[step], eights);
+        }
 #pragma unroll
-        for (int i = 0; i < kHeld / kWordsOfEight; i += kAtOnce) {
-            uint4 eights[kAtOnce];
-            if constexpr (Bits == 4) {
-                dequantizer.template run<Order>(codes + i, eights);
-            } else {
-                dequantizer.run(codes + i * kWordsOfEight, eights);
-            }
-#pragma unroll
-            for (int j = 0; j < kAtOnce; ++j) {
-                int const c = (part * kWords + from) / kWordsOfEight + i + j;
-                *reinterpret_cast<uint4*>(target + (c / 8) * Config::kTileBoxBytes + ((c ^ row) % 8) * 16) = eights[j];
-            }
+        for (int i = 0; i < 4; ++i) {
+            int const chunk = step % kStepsOfRow * 4 + i;
+            uint8_t* const row = target + step / kStepsOfRow * 64 * 128 + chunk / 8 * Config::kTileBoxBytes;
+            *reinterpret_cast<uint4*>(row + (chunk ^ thread) % 8 * 16) = eights[i];
         }
     }
 }

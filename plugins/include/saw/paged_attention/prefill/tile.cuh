@@ -132,10 +132,12 @@ struct QueryRows {
         float shift[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            float top = s[2 * h];
+            // Two chains, of which neither waits for the other.
+            float tops[2] = {s[2 * h], s[2 * h + 1]};
 #pragma unroll
-            for (int i = 0; i < N; ++i)
-                if (i / 2 % 2 == h) top = fmaxf(top, s[i]);
+            for (int i = 4; i < N; ++i)
+                if (i / 2 % 2 == h) tops[i % 2] = fmaxf(tops[i % 2], s[i]);
+            float top = fmaxf(tops[0], tops[1]);
             top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
             top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
             float const before = max[h];
