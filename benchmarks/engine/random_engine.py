@@ -21,7 +21,6 @@ import ml_dtypes
 import numpy as np
 import tokenizers
 
-from saw_trtllm.backends.tensorrt import device
 from saw_trtllm.backends.tensorrt.build import built_for, write_engine, write_weights
 from saw_trtllm.backends.tensorrt.constants import SCALES, packed_tensors, weight_inputs
 from saw_trtllm.backends.tensorrt.versions import TensorRT
@@ -140,15 +139,15 @@ def build_random(folder: Path, config: EngineConfig, options: NetworkOptions) ->
 def _write_ranks(
     folder: Path, shared: Path, tensorrt: TensorRT, config: EngineConfig, options: NetworkOptions
 ) -> dict[str, str]:
-    """Write all ranks' engines, at once, and link their weights, all of the same shapes, to the shared ones."""
+    """Write all ranks' engines, and link their weights, all of the same shapes, to the shared ones."""
     weights = RandomWeights(config.pretrained_config, config.saw_int4.quantized)
 
     def write(rank: int) -> dict[str, str]:
         return write_engine(folder, tensorrt, config, weights.load, options, rank=rank, with_weights=False)
 
-    with device.threads(config.tp_size) as pool, ThreadPoolExecutor(1) as beside:
+    with ThreadPoolExecutor(1) as beside:
         written = beside.submit(_share_weights, shared, config, weights) if weight_inputs(config) else None
-        checksums = {name: x for names in pool.map(write, range(config.tp_size)) for name, x in names.items()}
+        checksums = {name: x for rank in range(config.tp_size) for name, x in write(rank).items()}
         for rank in range(config.tp_size if written else 0):
             checksums[weights_file(rank)] = written.result()
             os.link(shared, folder / weights_file(rank))

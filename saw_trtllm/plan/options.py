@@ -107,10 +107,7 @@ class BuildOptions(BaseModel):
         None, ge=0, le=5, description="0 to 5: how long TensorRT looks for fast kernels; by default its own (tensorrt)"
     )
     workers: int | None = Field(
-        None,
-        ge=1,
-        description="threads that read the weights and fold into them, and ranks that are built at once where the "
-        "memory has room for their weights; by default one a core (tensorrt)",
+        None, ge=1, description="threads that read the weights and fold into them; by default one a core (tensorrt)"
     )
     gemm_plugin: GemmPlugin = Field(
         "auto",

@@ -23,8 +23,7 @@ class NetworkOptions:
     optimization_level : int or None
         TensorRT's, from 0 to 5: how long it looks for fast kernels. None is its default.
     workers : int or None
-        Threads that read the weights and fold into them, and the most ranks that are built at once; None is one for
-        each core.
+        Threads that read the weights and fold into them; None is one for each core.
     gemm_plugin : str
         ``auto``, ``disable``, or the model's dtype. With it, nearly all layers are plugins, of which TensorRT compiles
         nothing. ``auto`` takes it if there is cuBLASLt.

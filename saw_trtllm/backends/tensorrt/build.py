@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
@@ -11,9 +10,7 @@ from threading import Event
 from typing import Any
 
 import numpy as np
-import psutil
 
-from saw_trtllm.backends.tensorrt import device
 from saw_trtllm.backends.tensorrt.constants import Load, LoadArray, PackedWeights, packed_tensors, weight_inputs
 from saw_trtllm.backends.tensorrt.decoder import define_decoder
 from saw_trtllm.backends.tensorrt.device import compute_capability
@@ -52,7 +49,7 @@ def build_engine(
     progress : callable, optional
         Called with the name of each tensor that has been read, once a rank.
     phases : Phases, optional
-        Told of the phases of TensorRT's build of rank 0, where it has them: from 10 on.
+        Told of the phases of TensorRT's build, where it has them: from 10 on.
     tensorrt : TensorRT, optional
         By default the one that is installed.
 
@@ -73,42 +70,22 @@ def build_engine(
     checksums = dict[str, str]()
     # First: it wants all cores, and TensorRT's start holds Python's lock.
     source = plan.weights.source() if plan.network.strip_plan else None
-    at_once = _ranks_at_once(plan, config)
-    readers = -(-_workers(plan) // at_once)
     with replacing_engine(plan.output_dir, plan.checkpoint.folder, checksums) as part:
-
-        def write(rank: int) -> dict[str, str]:
-            told = phases if rank == 0 else None  # all ranks' have the same names
-            with plan.weights.of_rank(rank).reading_ahead(readers, progress) as load:
+        # One after the other: TensorRT's Python holds its lock where a build in another thread wants to log.
+        for rank in range(config.tp_size):
+            with plan.weights.of_rank(rank).reading_ahead(plan.network.workers, progress) as load:
                 if plan.network.strip_plan:
-                    engine = _serialize_stripped(tensorrt, config, load, plan, told, rank)
-                    return {engine_file(rank): _write(part / engine_file(rank), [engine])}
-                return write_engine(part, tensorrt, config, PackedWeights(load), plan.network, told, rank)
-
-        with device.threads(at_once) as pool:
-            for written in pool.map(write, range(config.tp_size)):
-                checksums |= written
+                    engine = _serialize_stripped(tensorrt, config, load, plan, phases, rank)
+                    checksums[engine_file(rank)] = _write(part / engine_file(rank), [engine])
+                else:
+                    packed = PackedWeights(load)
+                    checksums |= write_engine(part, tensorrt, config, packed, plan.network, phases, rank)
         nbytes = sum((part / name).stat().st_size for name in checksums)
         section = config.saw_int4.model_copy(update={"weights": source})
         config.model_copy(update={"saw_int4": section}).save(part)
         if plan.network.strip_plan and plan.calibration is not None:
             plan.calibration.save(part / CALIBRATION_FILE)
         return nbytes
-
-
-def _ranks_at_once(plan: BuildPlan, config: EngineConfig) -> int:
-    """Ranks that are built side by side: as many as there are workers, and as the host's memory has room for.
-
-    TensorRT chooses its own GEMMs by their times, which another build on the GPU would disturb.
-    """
-    if config.build_config.plugin_config.gemm_plugin is None:
-        return 1
-    room = psutil.virtual_memory().available // max(1, plan.weights.of_rank(0).nbytes)
-    return max(1, min(config.tp_size, _workers(plan), room))
-
-
-def _workers(plan: BuildPlan) -> int:
-    return plan.network.workers or len(os.sched_getaffinity(0))
 
 
 def write_engine(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 from saw_trtllm.plugins.kernels import KernelsLibrary
 
 
@@ -35,10 +33,3 @@ def free_memory() -> int:
     from saw_trtllm.backends.tensorrt.cuda import memory_info
 
     return memory_info()[0]
-
-
-def threads(count: int) -> ThreadPoolExecutor:
-    """Threads that have it in use too: a new one would take the first GPU."""
-    from saw_trtllm.backends.tensorrt.cuda import call, runtime
-
-    return ThreadPoolExecutor(count, initializer=call, initargs=(runtime.cudaSetDevice, call(runtime.cudaGetDevice)))

@@ -1,6 +1,5 @@
 """A machine with a GPU, TensorRT and the plugin library, as far as a build asks for them."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from saw_trtllm.backends.tensorrt import backend, device
@@ -17,5 +16,4 @@ def pretend_gpu(monkeypatch) -> None:
     values = {"compute_capability": "9.0", "gpu_name": NAME, "free_memory": FREE, "check_kernels": None}
     for name, value in values.items():
         monkeypatch.setattr(device, name, lambda value=value: value)
-    monkeypatch.setattr(device, "threads", ThreadPoolExecutor)
     monkeypatch.setattr("saw_trtllm.backends.tensorrt.build.compute_capability", device.compute_capability)

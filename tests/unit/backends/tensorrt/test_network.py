@@ -5,8 +5,7 @@ import os
 import re
 import sys
 from dataclasses import replace
-from threading import Barrier, Event
-from types import SimpleNamespace
+from threading import Event
 
 import numpy as np
 import pytest
@@ -593,36 +592,6 @@ def test_each_rank_has_an_engine_of_its_part(plan, tensorrt, machine):
     whole = made.weights.load("transformer.vocab_embedding.weight")
     assert np.array_equal(np.concatenate(firsts)[:203], whole)
     assert not firsts[1][-1].any()
-
-
-@pytest.mark.parametrize(
-    ("plugin", "workers", "room", "at_once"),
-    [
-        *[("float16", None, 9, 4), ("float16", 2, 9, 2), ("float16", None, 2.5, 2), ("float16", 8, 0, 1)],
-        ("disable", 8, 9, 1),
-    ],
-)
-def test_ranks_are_built_at_once(plugin, workers, room, at_once, plan, tensorrt, machine, monkeypatch):
-    """As many as there are workers, and memory for; where TensorRT chooses GEMMs by their times, one by one."""
-    made = plan(backend="tensorrt", tp_size=4, workers=workers, gemm_plugin=plugin)
-    made.output_dir.mkdir()
-    nbytes = made.weights.of_rank(0).nbytes
-    monkeypatch.setattr(build.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(room * nbytes)))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
-    together, running, most, whole = Barrier(at_once), [], [], build.serialize_engine
-
-    def serialize(*arguments):
-        running.append(arguments)
-        together.wait(20)
-        most.append(len(running))
-        together.wait(20)
-        running.pop()
-        return whole(*arguments)
-
-    monkeypatch.setattr(build, "serialize_engine", serialize)
-    build_engine(made, None, None, tensorrt)
-    assert most == [at_once] * 4
-    assert sorted(name for name in files(made) if name.endswith(".engine")) == [f"rank{i}.engine" for i in range(4)]
 
 
 def test_the_engine_has_the_checkpoints_dtype_without_a_flag(monkeypatch, tmp_path):

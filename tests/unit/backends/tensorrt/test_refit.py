@@ -137,7 +137,7 @@ def test_each_rank_leaves_out_its_part_of_quantized_weights(qformat, monkeypatch
     pretend_gpu(monkeypatch)
     monkeypatch.setattr("saw_trtllm.backends.tensorrt.build.load_cublas_lt", lambda: True)
     folder = make_hf_model(tmp_path, "llama", num_hidden_layers=1, intermediate_size=256)[0]
-    options = {"dtype": "float16", "qformat": qformat, "tp_size": 2, "strip_plan": True, "workers": 1, **LIMITS}
+    options = {"dtype": "float16", "qformat": qformat, "tp_size": 2, "strip_plan": True, **LIMITS}
     plan = plan_build(BuildOptions(model_dir=folder, output_dir=tmp_path / "engine", backend="tensorrt", **options))
     plan.output_dir.mkdir()
     build_engine(plan)
