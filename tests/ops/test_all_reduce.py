@@ -24,13 +24,13 @@ def group():
         streams = [torch.cuda.Stream() for _ in range(size)]
         torch.cuda.synchronize()
 
-        def enqueue(rank, x, y, **norm):
+        def enqueue(rank, x, total=None, **norm):
             dtype = getattr(module.DType, str(x.dtype).removeprefix("torch."))
             arguments = {"ranks": ranks[rank], "x": x.data_ptr(), "dtype": dtype, "device": x.device.index}
             arguments["stream"] = torch.cuda.current_stream().cuda_stream
             if norm:
                 return module.all_reduce_norm(**arguments, **norm)
-            return module.all_reduce(**arguments, y=y.data_ptr(), count=x.numel())
+            return module.all_reduce(**arguments, y=total.data_ptr(), count=x.numel())
 
         return streams, enqueue
 
@@ -86,7 +86,7 @@ def test_a_norm_after_a_sum(rows, width, dtype, group):
         with torch.cuda.stream(stream):
             for _ in range(2):
                 outputs = {"y": y[rank].data_ptr(), "sum": added[rank].data_ptr()}
-                assert enqueue(rank, x[rank], None, **norm, **outputs, epsilon=0.125) == 0
+                assert enqueue(rank, x[rank], **norm, **outputs, epsilon=0.125) == 0
                 if rows * width <= 1 << 19:
                     assert enqueue(rank, x[rank], total[rank]) == 0
     torch.cuda.synchronize()
