@@ -139,7 +139,8 @@ __device__ void PrefillSm90Kernel<Config>::produce_dequantized(int warp) {
                           tile.history - start);
         fence_bulk_copy();
         __syncwarp();
-        if (lane < 2) mbarrier_arrive(&shared.full[ring.slot]);  // for the other pair, too
+        // Two lanes for their warp and one of the other pair. racecheck does not follow that order.
+        if (lane < 2) mbarrier_arrive(&shared.full[ring.slot]);
         if (stages) stage<Which>(next, offset);
     }
     ring = first;
