@@ -66,11 +66,9 @@ cudaError_t launch_strips(QuantizedGemmParams const& p, int strips, cudaStream_t
     return cudaLaunchKernelEx(&config, kernel, p);
 }
 
-// Strips of a CTA: a CTA for each multiprocessor, as often as it takes. With 5 to 8 rows and few strips, two of one
-// each hide better what they wait for.
+// Strips of a CTA: a CTA for each multiprocessor, as often as it takes.
 inline int strips_of_cta(QuantizedGemmParams const& p, int multiprocessors) {
     int const all = count_strips(p.weight);
-    if (p.num_rows > 4 && p.num_rows <= 8 && all <= 2 * multiprocessors) return 1;
     int const waves = (all - 1) / (multiprocessors * kMostStrips) + 1;
     return (all - 1) / (multiprocessors * waves) + 1;
 }

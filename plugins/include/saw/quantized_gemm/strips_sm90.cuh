@@ -32,8 +32,8 @@ struct StripShared {
     static constexpr int kRow = 2 * kChunk + 16;  // of activations: rows begin four banks apart
     static constexpr int kActivations = Tile::Rows * kRow, kChunkBytes = Tile::Strips * kStageBytes + kActivations;
     static constexpr int kFit = 216 * 1024 / (kStripWarps * kChunkBytes);
-    // Chunks on their way: about 8 stages, as far as there is room. With one strip an SM has two CTAs.
-    static constexpr int kWanted = Tile::Strips > 4 ? 1 : Tile::Strips > 2 ? 2 : Tile::Strips > 1 ? 4 : 3;
+    // Chunks on their way: 6 to 8 stages, as far as there is room.
+    static constexpr int kWanted = Tile::Strips > 4 ? 1 : Tile::Strips > 2 ? 2 : 5 - Tile::Tiles;
     static constexpr int kAhead = kWanted < kFit ? kWanted : kFit, kStages = Tile::Strips * kAhead;
     static constexpr int kRing = kStages * kStageBytes, kCopies = kAhead * kChunkBytes;
     static constexpr int kSums = Tile::Strips * Tile::Tiles * 32 * 16;
