@@ -61,6 +61,8 @@ struct PrefillSm90Config {
         kCodes && (kKeyOrder == CodeOrder::kInterleaved || !std::is_same_v<T, HistoryType>);
     static constexpr bool kOrdersOutputs = kCodes && kValueOrder == CodeOrder::kInterleaved;
 
+    // Also what makes a barrier's parity stand for one phase: a pair of producer warps has at least every third place,
+    // so when it waits for one, it has seen that the place's use before the last is over.
     static_assert(kSlots >= 3, "K of the next tile, V of this one, and one on its way");
     static_assert(kStagedBytes % 128 == 0);
 };
