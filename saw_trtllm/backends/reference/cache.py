@@ -115,7 +115,8 @@ class PagedPool:
             # index_select takes a tenth of the time of an advanced index.
             rows = part[:, layer].index_select(0, blocks.flatten())
             rows = rows.view(*blocks.shape, 2 // len(parts), -1, *rows.shape[2:])
-            rows = rows.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)
+            # One block's rows would be a view in the pool's order, and products take matrices by their layout.
+            rows = rows.permute(2, 0, 3, 1, 4, 5).flatten(3, 4).contiguous()
             found += decode_rows(rows, self.format, wide=self._wide(part), used=in_use).unbind()
         keys, values = found
         return keys, values

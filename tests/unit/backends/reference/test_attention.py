@@ -357,6 +357,16 @@ def test_the_key_offsets_alone_name_the_blocks():
 # -- bit for bit
 
 
+@pytest.mark.parametrize("num_blocks", [1, 2])
+@pytest.mark.parametrize("kv", ["fp16", "saw_int4", "saw_k8v4"])
+def test_what_is_read_of_one_block_lies_as_what_is_read_of_several(kv, num_blocks):
+    """Products take a matrix by its layout, and each layout has been probed by itself."""
+    pool = PagedPool(KVFormat(kv, 64), NUM_BLOCKS, NUM_LAYERS, 2, 64)
+    unused = torch.zeros(3, 64 * num_blocks, dtype=torch.int32)
+    read = pool.read(LAYER, torch.arange(3 * num_blocks).view(3, -1), unused)
+    assert [x.is_contiguous() for x in read] == [True, True]
+
+
 @pytest.mark.parametrize(("head_dim", "heads"), [(128, (4, 2)), (64, (8, 2)), (128, (4, 1)), (96, (1, 1))])
 @pytest.mark.parametrize("kv", ["fp16", "saw_int4"])
 def test_a_decode_is_the_same_in_any_batch(kv, head_dim, heads):
