@@ -170,14 +170,15 @@ def _read_message(number: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RequestError(f'{what} is {shown(message)}: give {{"role": "user", "content": "..."}}')
     message = _copy({name: value for name, value in message.items() if value is not None})
-    content = message.get("content")
+    content = message.setdefault("content", message.get("refusal"))  # what an answer has in its content's place
     if isinstance(content, list):
         message["content"] = "\n".join(_text(what, part) for part in content)
     elif not isinstance(content, str | None):
         raise RequestError(f"{what} has the content {shown(content)}: give text")
     if content is None and not message.get("tool_calls"):
         raise RequestError(f"{what} has no content: give text")
-    message.setdefault("content", "")
+    if content is None:
+        message["content"] = ""
     if (reasoning := message.get("reasoning_content", message.get("reasoning"))) is not None:
         message["reasoning_content"] = reasoning
     calls = message.get("tool_calls") or ()

@@ -92,6 +92,11 @@ def test_contents_may_be_parts_and_arguments_text():
     assert "{'a': 1}" in text
 
 
+def test_an_answer_that_was_refused_has_its_refusal_as_content():
+    answer = {"role": "assistant", "content": None, "refusal": "I cannot say."}
+    assert ChatTemplate("{{ messages[1].content }}").render([USER, answer]) == "I cannot say."
+
+
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
