@@ -92,7 +92,7 @@ def _guard(api_keys: Sequence[str]) -> Any:
     async def check(request: Request) -> None:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         given = token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-        sent = given.strip().encode("latin-1")  # the bytes as they came
+        sent = given.encode("latin-1").strip()  # the bytes as they came, of which 0xa0 may be part of a letter
         # All are compared, in the time that one takes: how long it takes tells nothing of a key.
         if sum([hmac.compare_digest(sent, key) for key in keys]) == 0:
             raise ApiError("invalid_api_key", "the API key is missing or wrong: send one as Authorization: Bearer KEY")
@@ -204,7 +204,8 @@ def _add_tokens(app: FastAPI, models: Models, guard: list[Any]) -> None:
 
 
 def _add_state(app: FastAPI, models: Models, metrics: Metrics) -> None:
-    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health")
     async def health() -> Response:
         return Response(status_code=200 if all(model.llm.alive for model in models) else 503)
 
@@ -216,7 +217,8 @@ def _add_state(app: FastAPI, models: Models, metrics: Metrics) -> None:
     async def read_metrics() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.api_route("/", methods=["GET", "HEAD"])
+    @app.head("/", include_in_schema=False)
+    @app.get("/")
     async def page() -> Response:
         return FileResponse(Path(__file__).with_name("page.html"), media_type="text/html")
 

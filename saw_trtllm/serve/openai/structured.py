@@ -12,7 +12,7 @@ from saw_trtllm.serve.openai.protocol import ResponseFormat
 
 def response_guide(response_format: ResponseFormat | None) -> GuidedDecodingParams | None:
     """The guide of a ``response_format``."""
-    if response_format is None or response_format.type == "text":
+    if response_format is None:
         return None
     kind = response_format.type
     if others := [
@@ -20,6 +20,8 @@ def response_guide(response_format: ResponseFormat | None) -> GuidedDecodingPara
     ]:
         what = f"a response_format of type {kind} has no {others[0]}: leave it out, or give that type"
         raise ApiError("invalid_value", what, "response_format")
+    if kind == "text":
+        return None
     if kind == "json_object":
         return GuidedDecodingParams(json_object=True)
     value = getattr(response_format, kind)

@@ -94,6 +94,14 @@ def error_of(response):
             "response_format",
             "has no regex",
         ),
+        (
+            CHAT,
+            {"messages": [USER], "response_format": {"type": "text", "grammar": "a"}},
+            400,
+            "invalid_value",
+            "response_format",
+            "has no grammar",
+        ),
         (CHAT, {"messages": [USER], "tools": [TOOL]}, 400, "unsupported_parameter", "tools", "knows no tools"),
         (CHAT, {"messages": [USER], "tools": [{}]}, 400, "invalid_value", "tools", "a tool must be"),
         (CHAT, {"messages": [USER], "tool_choice": "required"}, 400, "invalid_value", "tool_choice", "needs tools"),
@@ -156,6 +164,9 @@ def test_bodies_that_are_none(url, http):
     assert response.headers["allow"] == "POST"
     assert http.get(url + "/v1/messages").json()["error"]["type"] == "invalid_request_error"
     assert [http.head(url + path).status_code for path in ("/health", "/")] == [200, 200]
+    paths = http.get(url + "/openapi.json").json()["paths"].values()
+    names = [operation["operationId"] for path in paths for operation in path.values()]
+    assert len(set(names)) == len(names)
 
 
 def test_who_asks_stands_in_the_log(url, http, caplog):
@@ -176,13 +187,13 @@ def test_a_body_that_is_too_large_is_not_read(url, http, chunked):
 
 
 def test_a_key_is_asked_for(engine):
-    with serving_engines({"example": engine("saw_int4")}, ["secret", "other", "schl\u00fcssel"]) as (url, _):
+    with serving_engines({"example": engine("saw_int4")}, ["secret", "other", "voil\u00e0"]) as (url, _):
         for key in ("wrong", "secre"):
             with pytest.raises(openai.AuthenticationError) as e:
                 openai.OpenAI(base_url=f"{url}/v1", api_key=key).models.list()
             assert e.value.code == "invalid_api_key"
         assert openai.OpenAI(base_url=f"{url}/v1", api_key="other").models.list().data[0].id == "example"
-        for key in (b"secret", "schl\u00fcssel".encode()):
+        for key in (b"secret", "voil\u00e0".encode()):
             assert httpx.get(f"{url}/v1/models", headers={"x-api-key": key}, timeout=60).status_code == 200
         assert [httpx.get(f"{url}/{path}", timeout=60).status_code for path in ("health", "metrics", "tokenize")] == [
             200,
