@@ -21,10 +21,11 @@ def test_a_template_may_have_roles_and_fields_of_its_own():
     template = "{{ messages[0].mood }} {{ message.mood }} {{ messages[0].role == 'critic' }}"
     given = [{"role": "critic", "content": "x", "mood": "mild"}]
     assert read_conversation(given, template) == given
-    knows = "{{ 'developer' }}"
-    assert read_conversation(INSTRUCTED, knows) == INSTRUCTED
+    for knows in ("message['role'] == 'developer'", 'message.role in ["system", "developer"]'):
+        assert read_conversation(INSTRUCTED, f"{{% if {knows} %}}") == INSTRUCTED
     for message, param in (
         ({"role": "critic", "content": "x"}, "messages.0.role"),
+        ({"role": "name", "content": "x"}, "messages.0.role"),  # a field of the template's
         ({"role": "user", "content": "x", "mood": "mild"}, "messages.0.mood"),
     ):
         with pytest.raises(ApiError) as e:
@@ -35,5 +36,5 @@ def test_a_template_may_have_roles_and_fields_of_its_own():
 def test_an_answer_may_be_sent_back_as_it_came():
     """All that the client's own object of an answer has, what is null of it among it."""
     answer = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None}
-    answer |= {"function_call": None, "tool_calls": None, "reasoning_content": "y"}
+    answer |= {"function_call": None, "tool_calls": None, "reasoning_content": "y", "cache_control": {}}
     assert read_conversation([answer], QWEN25) == [answer]
