@@ -150,7 +150,8 @@ def test_a_client_is_told_with_the_code_that_says_so(folder, monkeypatch):
     monkeypatch.setattr(llm_module, "open_executor", lambda *arguments: LosingExecutor(*arguments[:3]))
     with serving_engines({"example": folder}) as (url, [model]):
         model.llm.executor.loses_in = (5,)
-        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 20, "ignore_eos": True})
+        asked = {"prompt": "x", "max_tokens": 20, "ignore_eos": True}
+        answer = httpx.post(f"{url}/v1/completions", json=asked, timeout=60)
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["code"]) == (503, "server_error", "rank_lost")
     assert error["message"].startswith("rank 1 was lost while it computed this request: send it again")
