@@ -60,7 +60,7 @@ def _real_report(results: AccuracyResults, found: dict) -> Report:
     numbers |= {f"top-1 {name}": f"{100 * q['top1_agreement']:.1f} %" for name, q in caches.items()}
     chosen = {name: caches[name] for name in _CHOSEN if name in caches}
     tables = {"environment": environment_table(results.environment), "caches": table}
-    tables["positions"] = _real_position_table(chosen)
+    tables["positions"] = _position_table(chosen)
     plots = {"bytes": partial(_bytes_plot, caches), "top1": partial(_top1_plot, caches)}
     plots["positions"] = partial(_real_position_plot, chosen)
     if "layers" in found:
@@ -78,7 +78,7 @@ def _apart(difference: dict | None) -> str:
     return "" if difference is None else f"{difference['mean']:+.4f} ± {difference['error']:.4f}"
 
 
-def _real_position_table(caches: dict) -> Table:
+def _position_table(caches: dict) -> Table:
     positions = list(next(iter(caches.values()))["kl_by_position"])
     rows = [[str(p), *(f"{q['kl_by_position'][p]:.4f}" for q in caches.values())] for p in positions]
     return [["tokens of context, up to", *caches], *rows]
@@ -137,7 +137,7 @@ def _values(results: AccuracyResults, models: list[str]) -> tuple[dict[str, Tabl
         "orders with levers": _order_lever_table(data, models),
         "factors": _factor_table(data),
         "layers": _layer_table(example["suggestion"]),
-        "positions": _position_table(example["levers"]),
+        "positions": _position_table({row: example["levers"][row] for row in ("int4", "recipe", "γ", "all levers")}),
         "peers": _peer_table(data, models),
     }
     numbers = {
@@ -287,13 +287,6 @@ def _layer_table(suggestion: dict) -> Table:
             [layers, f"{kept['kl_mean']:.4f}", f"{100 * kept['gain']:.0f} %", f"{kept['bytes_per_token']:,.0f}"]
         )
     return [["layers kept", "KL mean", "KL gone", "bytes/token"], *rows]
-
-
-def _position_table(levers: dict) -> Table:
-    shown = ("int4", "recipe", "γ", "all levers")
-    positions = list(levers["recipe"]["kl_by_position"])
-    rows = [[p, *(f"{levers[row]['kl_by_position'][p]:.4f}" for row in shown)] for p in positions]
-    return [["tokens of context, up to", *shown], *rows]
 
 
 def _key_plot(data: dict, models: list[str], figure: Figure) -> None:

@@ -125,6 +125,21 @@ TARGETS = (
 )
 
 
+def parse_kvs(text: str) -> list[str]:
+    """Formats of the cache, separated by commas.
+
+    Raises
+    ------
+    ConfigError
+        If one is none.
+    """
+    kvs = text.split(",")
+    for kv in kvs:
+        if kv not in KVS:
+            raise ConfigError(f"--kv names {kv!r}: choose among {', '.join(KVS)}")
+    return kvs
+
+
 def parse_numbers(text: str, known: Sequence[int], flag: str) -> tuple[int, ...]:
     """Numbers separated by commas, from 1 to the largest of those that the engines are built for.
 

@@ -90,10 +90,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace, command: str) -> None:
-    kvs = args.kv.split(",")
-    for kv in kvs:
-        if kv not in cases.KVS:
-            raise ConfigError(f"--kv names {kv!r}: choose among {', '.join(cases.KVS)}")
+    kvs = cases.parse_kvs(args.kv)
     vllm = chosen_caches(args.vllm)
     numbers = {}
     for name, all_of, few in (

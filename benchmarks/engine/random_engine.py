@@ -66,7 +66,7 @@ class RandomWeights:
         self._block = np.random.default_rng(0).standard_normal(_BLOCK, np.float32)
         self._starts = {name: i * _STRIDE for i, name in enumerate(self._shapes)}
         self._numbers: dict[int, np.ndarray] = {}
-        self._lock = Lock()  # threads make the engines of ranks
+        self._lock = Lock()  # a thread writes the shared weights while TensorRT builds
 
     def load(self, name: str) -> np.ndarray:
         """A tensor in the model's dtype, or an array of a quantized weight; it is not to be written to."""

@@ -44,10 +44,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace, command: str) -> None:
-    kvs, sizes = args.kv.split(","), parse_counts(args.tp_size, "--tp_size")
-    for kv in kvs:
-        if kv not in cases.KVS:
-            raise ConfigError(f"--kv names {kv!r}: choose among {', '.join(cases.KVS)}")
+    kvs, sizes = cases.parse_kvs(args.kv), parse_counts(args.tp_size, "--tp_size")
     if sizes != sorted(set(sizes)):
         raise ConfigError(f"--tp_size is {args.tp_size!r}: give each number of GPUs once, the fewest first")
     batches = cases.parse_numbers(args.batch, cases.BATCHES, "--batch")

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.__main__ import load_report, main
 from benchmarks.accuracy import programs, tasks
+from benchmarks.accuracy.report import _position_table
+from benchmarks.common.report import align
 from tests.support.example import EXAMPLE
 
 
@@ -87,3 +89,9 @@ def test_a_text_may_be_too_short_to_hide_a_fact_in(tmp_path, capsys):
     argv = ["--text", tmp_path / "text", "--words", 3, "--output_dir", tmp_path]
     assert tasks.main([str(a) for a in argv]) == 2
     assert "the text has 2 words and --words is 3: give a longer text" in capsys.readouterr().err
+
+
+def test_positions_are_words_in_a_table_before_they_have_been_in_a_file():
+    """JSON makes texts of the keys that a run has as numbers."""
+    table = _position_table({"int4": {"kl_by_position": {64: 0.125}}})
+    assert align({"positions": table}).splitlines()[-1].split() == ["64", "0.1250"]

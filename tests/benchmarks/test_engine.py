@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,8 +33,7 @@ from saw_trtllm.plan.plan import split_over_ranks
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.runtime.tokenizer import Tokenizer
-from tests.support.fakes import cuda as fake_cuda
-from tests.support.fakes import engine as fake_engine
+from tests.support.fakes import benchmark as fake_benchmark
 from tests.support.fakes.gpu import pretend_gpu
 from tests.support.rejection import rejected
 
@@ -370,19 +369,9 @@ def test_a_start_that_fails_says_why(engine, tmp_path):
 def machine(engine, tmp_path, monkeypatch):
     """A folder with the example's engine, and the stand-ins that run it."""
     folder = shutil.copytree(engine("int4"), tmp_path / "int4")
-    config = fake_engine.as_tensorrt(folder)
-    cuda = fake_cuda.install(monkeypatch, 128 << 20)
-    monkeypatch.setitem(sys.modules, "tensorrt", fake_engine.Module(cuda, config))
-    sampler = ModuleType("saw_trtllm.backends.tensorrt.sampler")
-    sampler.GpuSampler = lambda *sizes: fake_engine.Sampler(cuda, *sizes)
-    monkeypatch.setitem(sys.modules, "saw_trtllm.backends.tensorrt.sampler", sampler)
-    for name in ("on_gpu", "ranks"):
-        monkeypatch.delitem(sys.modules, f"benchmarks.engine.{name}", raising=False)
-    monkeypatch.setattr("benchmarks.engine.clock._DELAY_BYTES", 1 << 10)
-    monkeypatch.setattr("benchmarks.engine.run.device.gpu_name", lambda: "NVIDIA Test")
+    cuda = fake_benchmark.install(monkeypatch, folder).cuda
     for name, value in {"LOOP_BATCH": 4, "LOOP_PROMPT": 16, "LOOP_TEXT": 24}.items():
         monkeypatch.setattr(cases, name, value)
-    monkeypatch.setattr(cases, "PROFILED", {2: (16,)})
     return cuda, Plan.of(tmp_path, ["int4"], cases.llama_config(4), batches=(1, 2), contexts=(16, 256))
 
 

@@ -1,8 +1,5 @@
 """Steps by the GPUs of an engine, without a GPU: the run over a fake executor, record, targets, tables, plot."""
 
-import sys
-from types import ModuleType
-
 import pytest
 
 from benchmarks import __main__ as command
@@ -17,8 +14,7 @@ from benchmarks.scaling.report import report
 from benchmarks.scaling.run import judge, run_scaling
 from saw_trtllm.errors import KernelError
 from tests.support.example import build_example
-from tests.support.fakes import cuda as fake_cuda
-from tests.support.fakes import engine as fake_engine
+from tests.support.fakes import benchmark as fake_benchmark
 from tests.support.rejection import rejected
 
 STEPS = ((1, 1024), (64, 8192))
@@ -86,17 +82,7 @@ def test_tables_and_plot(results, tmp_path):
 def plan(tmp_path, monkeypatch):
     """Of one rank: the example's engine, and the stand-ins that run it."""
     folder = build_example(tmp_path / "tp1" / "saw_int4", kv="saw_int4", max_batch_size=4)
-    config = fake_engine.as_tensorrt(folder)
-    cuda = fake_cuda.install(monkeypatch, 128 << 20)
-    monkeypatch.setitem(sys.modules, "tensorrt", fake_engine.Module(cuda, config))
-    sampler = ModuleType("saw_trtllm.backends.tensorrt.sampler")
-    sampler.GpuSampler = lambda *sizes: fake_engine.Sampler(cuda, *sizes)
-    monkeypatch.setitem(sys.modules, "saw_trtllm.backends.tensorrt.sampler", sampler)
-    for name in ("on_gpu", "ranks"):
-        monkeypatch.delitem(sys.modules, f"benchmarks.engine.{name}", raising=False)
-    monkeypatch.setattr("benchmarks.engine.clock._DELAY_BYTES", 1 << 10)
-    monkeypatch.setattr("benchmarks.engine.run.device.gpu_name", lambda: "NVIDIA Test")
-    monkeypatch.setattr(cases, "PROFILED", {2: (16,)})
+    fake_benchmark.install(monkeypatch, folder)
     return Plan.of(tmp_path / "tp1", ["saw_int4"], cases.llama_config(4), batches=(1, 2), contexts=(16,))
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
+import types
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +29,10 @@ from saw_trtllm.engine.tensors import LOGITS
 from saw_trtllm.plugins.library import VERSION
 from saw_trtllm.runtime.sampling import SamplingState, sample, top_logprobs
 from saw_trtllm.runtime.sampling_params import MAX_TOP_LOGPROBS
+from tests.support.fakes import cuda as fake_cuda
 from tests.support.fakes import tensorrt as fake
 from tests.support.fakes import tensorrt_86 as fake_tensorrt_86
-from tests.support.fakes.cuda import Cuda
+from tests.support.fakes.cuda import TOTAL, Cuda
 from tests.support.frames import unpack_frame
 
 ACTIVATIONS = 1 << 20
@@ -52,6 +56,17 @@ class Module(fake_tensorrt_86.Module):
         self.refusing: set[int] = set()  # profiles whose steps fail
         self.IProfiler = type("IProfiler", (), {"__init__": lambda self: None})
         self.Runtime = lambda logger: _Runtime(self, logger)
+
+
+def install(monkeypatch: Any, folder: Path, total: int = TOTAL, module: type[Module] = Module) -> Module:
+    """Put CUDA's, TensorRT's and the sampler's stand-ins in their places until the test ends, for a folder's engine."""
+    cuda = fake_cuda.install(monkeypatch, total)
+    tensorrt = module(cuda, EngineConfig.load(folder))
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
+    sampler = types.ModuleType("saw_trtllm.backends.tensorrt.sampler")
+    sampler.GpuSampler = lambda *sizes: Sampler(cuda, *sizes)
+    monkeypatch.setitem(sys.modules, "saw_trtllm.backends.tensorrt.sampler", sampler)
+    return tensorrt
 
 
 def as_tensorrt(folder) -> EngineConfig:

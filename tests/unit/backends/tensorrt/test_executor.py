@@ -53,13 +53,8 @@ def machine(monkeypatch):
     """A machine with a GPU and TensorRT, for an engine's config."""
 
     def make(folder, total=fake_cuda.TOTAL):
-        cuda = fake_cuda.install(monkeypatch, total)
-        module = fake_engine.Module(cuda, EngineConfig.load(folder))
-        monkeypatch.setitem(sys.modules, "tensorrt", module)
-        sampler = types.ModuleType("saw_trtllm.backends.tensorrt.sampler")
-        sampler.GpuSampler = lambda *sizes: fake_engine.Sampler(cuda, *sizes)
-        monkeypatch.setitem(sys.modules, "saw_trtllm.backends.tensorrt.sampler", sampler)
-        return cuda, module
+        module = fake_engine.install(monkeypatch, folder, total)
+        return module.cuda, module
 
     return make
 

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -25,7 +24,6 @@ from saw_trtllm.errors import CheckpointError, EngineError
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.serve import engine_cache
 from tests.support.example import EXAMPLE, build_example
-from tests.support.fakes import cuda as fake_cuda
 from tests.support.fakes import engine as fake_engine
 from tests.support.fakes import stripped
 from tests.support.fakes import tensorrt as fake_tensorrt
@@ -44,13 +42,7 @@ def machine(monkeypatch):
     pretend_gpu(monkeypatch)
 
     def make(folder):
-        cuda = fake_cuda.install(monkeypatch, fake_cuda.TOTAL)
-        module = stripped.Module(cuda, EngineConfig.load(folder))
-        monkeypatch.setitem(sys.modules, "tensorrt", module)
-        sampler = types.ModuleType("saw_trtllm.backends.tensorrt.sampler")
-        sampler.GpuSampler = lambda *sizes: fake_engine.Sampler(cuda, *sizes)
-        monkeypatch.setitem(sys.modules, "saw_trtllm.backends.tensorrt.sampler", sampler)
-        return module
+        return fake_engine.install(monkeypatch, folder, module=stripped.Module)
 
     return make
 
