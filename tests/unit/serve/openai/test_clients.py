@@ -175,7 +175,7 @@ def test_an_answer_follows_its_schema(client):
         "additionalProperties": False,
     }
     response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
-    asked = {"model": "example", "messages": [USER], "max_tokens": 200, "response_format": response_format}
+    asked = {"model": "example", "messages": [USER], "max_tokens": 300, "response_format": response_format}
     answer = client.chat.completions.create(**asked, seed=1)
     assert answer.choices[0].finish_reason == "stop"
     value = json.loads(answer.choices[0].message.content)
