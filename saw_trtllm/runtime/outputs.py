@@ -10,14 +10,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Protocol, cast
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
 from saw_trtllm.errors import EngineError
-
-FinishReason = Literal["stop", "length", "cancelled"]
+from saw_trtllm.runtime.parts import FinishReason, Part
 
 
 @dataclass(frozen=True)
@@ -152,6 +151,18 @@ def whole_step() -> Iterator[None]:
             wake()
 
 
+class QueuedPiece(Protocol):
+    """A piece on its way, made when it is read: with all that came before it, or without."""
+
+    def output(self) -> RequestOutput:
+        """The request's state at this piece."""
+        ...
+
+    def part(self) -> Part:
+        """What is new, at a cost that does not grow with the text."""
+        ...
+
+
 class OutputQueue:
     """A request's pieces, on their way from the engine to the :class:`GenerationResult` that gives them out.
 
@@ -159,12 +170,12 @@ class OutputQueue:
     """
 
     def __init__(self) -> None:
-        self.pieces: deque[Callable[[], RequestOutput] | Exception] = deque()
+        self.pieces: deque[QueuedPiece | Exception] = deque()
         self.changed = threading.Condition()
         self.wakers: list[Callable[[], None]] = []
 
-    def put(self, piece: Callable[[], RequestOutput] | Exception) -> None:
-        """Called by the engine, from its thread; the output is made when it is read."""
+    def put(self, piece: QueuedPiece | Exception) -> None:
+        """Called by the engine, from its thread."""
         with self.changed:
             self.pieces.append(piece)
             self.changed.notify_all()
@@ -251,16 +262,20 @@ class GenerationResult:
             if self._outputs.pieces:
                 wake()
 
-    def drain(self) -> list[RequestOutput | Exception]:
-        """All pieces that have come since, without waiting; an error that ended the request is the last."""
-        pieces: list[RequestOutput | Exception] = []
+    def take_parts(self) -> list[Part | Exception]:
+        """What is new in all pieces that have come, without waiting; an error that ended the request is the last."""
+        parts: list[Part | Exception] = []
         with self._outputs.changed:
             while self._outputs.pieces and not self._done:
-                try:
-                    pieces.append(cast(RequestOutput, self._pop()))
-                except Exception as e:
-                    return [*pieces, e]
-        return pieces
+                piece = self._outputs.pieces.popleft()
+                if isinstance(piece, Exception):
+                    self._fail()
+                    parts.append(piece)
+                else:
+                    part = piece.part()
+                    self._count(part.finished)
+                    parts.append(part if self._n == 1 else part._replace(finished=self._done))
+        return parts
 
     def result(self, timeout: float | None = None) -> RequestOutput:
         """Wait for the last piece.
@@ -336,18 +351,26 @@ class GenerationResult:
         if self._done:
             return None
         piece = self._outputs.pieces.popleft()
-        self._last = piece if isinstance(piece, Exception) else piece()
+        self._last = piece if isinstance(piece, Exception) else piece.output()
         if isinstance(self._last, Exception):
-            self._done = True
-            if self._n > 1:  # the others have nobody to wait for them
-                self._abort()
+            self._fail()
             raise self._last
-        self._num_finished += self._last.finished
-        self._done = self._num_finished == self._n
+        self._count(self._last.finished)
         if self._n > 1:
             self._completions[self._last.outputs[0].index] = self._last.outputs[0]
             self._last = replace(self._last, finished=self._done)
         return self._last
+
+    def _count(self, finished: bool) -> None:
+        """Note whether a text of the request has ended."""
+        self._num_finished += finished
+        self._done = self._num_finished == self._n
+
+    def _fail(self) -> None:
+        """Note that an error has ended the request."""
+        self._done = True
+        if self._n > 1:  # the others have nobody to wait for them
+            self._abort()
 
     def _final(self) -> RequestOutput:
         if isinstance(self._last, Exception):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from saw_trtllm.runtime.detokenizer import Detokenizer, Piece
 from saw_trtllm.runtime.guided_decoding import Guide
-from saw_trtllm.runtime.outputs import CompletionOutput, FinishReason, OutputQueue, RequestOutput
+from saw_trtllm.runtime.outputs import CompletionOutput, OutputQueue, RequestOutput
+from saw_trtllm.runtime.parts import FinishReason, Part
 from saw_trtllm.runtime.sampling import token_logprobs
 from saw_trtllm.runtime.sequence import Sequence as ScheduledSequence
 from saw_trtllm.runtime.stop_matcher import StopMatcher
@@ -149,7 +150,7 @@ class Request:
         self._texts.append(piece.text)
         shown = len(self.sequence.generated) - hidden if reason else self._shown + len(piece.token_ids)
         new, self._shown = slice(self._shown, shown), shown
-        self.outputs.put(partial(self._output, piece, new, len(self._texts), reason, stop))
+        self.outputs.put(_Handed(self, piece, new, len(self._texts), reason, stop))
 
     def _output(
         self, piece: Piece, new: slice, texts: int, reason: FinishReason | None, stop: str | int | None
@@ -166,15 +167,13 @@ class Request:
             finish_reason=reason,
             stop_reason=stop,
             index=self._index,
+            generation_logits=self._logits(new),
         )
         if params.logprobs:
             logprobs = self._logprobs[: new.stop]
             output = replace(output, logprobs=logprobs, cumulative_logprob=sum(logprobs))
         if params.top_logprobs:
             output = replace(output, top_logprobs=self._top_logprobs[: new.stop])
-        if logits := self._generation_logits:
-            output = replace(output, generation_logits=np.concatenate(logits[new] or [logits[0][:0]]))
-        context = np.concatenate(self._context_logits) if reason and self._context_logits else None
         prompt_logprobs = [None, *self._prompt_logprobs] if reason and params.prompt_logprobs else None
         return RequestOutput(
             sequence.request_id,
@@ -182,7 +181,52 @@ class Request:
             self._prompt_token_ids,
             [output],
             reason is not None,
-            context,
+            self._context(reason),
             self.num_reused_tokens,
             prompt_logprobs,
         )
+
+    def _part(self, piece: Piece, new: slice, texts: int, reason: FinishReason | None, _: str | int | None) -> Part:
+        """What is new in a piece, made when somebody reads it."""
+        logprobs = self.sequence.params.logprobs
+        return Part(
+            self._index,
+            piece.text if self._streaming else "".join(self._texts[:texts]),
+            self.sequence.generated[new],
+            piece.leading,
+            reason,
+            reason is not None,
+            self.num_reused_tokens,
+            self._logprobs[new] if logprobs else None,
+            sum(self._logprobs[: new.stop]) if logprobs else None,
+            self._context(reason),
+            self._logits(new),
+        )
+
+    def _logits(self, new: slice) -> np.ndarray | None:
+        """The logits of a piece's tokens, if they are collected."""
+        logits = self._generation_logits
+        return np.concatenate(logits[new] or [logits[0][:0]]) if logits else None
+
+    def _context(self, reason: FinishReason | None) -> np.ndarray | None:
+        """The logits of the prompt, with the last piece and if they are collected."""
+        return np.concatenate(self._context_logits) if reason and self._context_logits else None
+
+
+class _Handed(NamedTuple):
+    """A piece that was put into a result, and the state of its request then."""
+
+    request: Request
+    piece: Piece
+    new: slice
+    texts: int
+    reason: FinishReason | None
+    stop: str | int | None
+
+    def output(self) -> RequestOutput:
+        """As :class:`saw_trtllm.runtime.outputs.QueuedPiece` has it."""
+        return self.request._output(*self[1:])
+
+    def part(self) -> Part:
+        """As :class:`saw_trtllm.runtime.outputs.QueuedPiece` has it."""
+        return self.request._part(*self[1:])

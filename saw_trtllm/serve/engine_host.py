@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol
 from saw_trtllm.errors import ShutdownError
 from saw_trtllm.llm import LLM
 from saw_trtllm.runtime.outputs import GenerationResult
+from saw_trtllm.runtime.parts import Part
 from saw_trtllm.runtime.sampling_params import SamplingParams
-from saw_trtllm.serve.parts import Part
 
 logger = logging.getLogger(__name__)
 
@@ -148,13 +148,10 @@ class EngineHost:
         ticket = self._tickets.get((client, key))
         if ticket is None:
             return parts
-        for output in ticket.result.drain():
-            if isinstance(output, Exception):
-                parts.append(output)
-            elif self._closing and output.outputs[0].finish_reason == "cancelled":
-                parts.append(ShutdownError("the server is shutting down: send the request again later"))
-            else:
-                parts.append(Part.of(output))
+        for part in ticket.result.take_parts():
+            if isinstance(part, Part) and part.reason == "cancelled" and self._closing:
+                part = ShutdownError("the server is shutting down: send the request again later")
+            parts.append(part)
         last = parts[-1] if parts else None
         if isinstance(last, Exception) or (last is not None and last.finished):
             del self._tickets[client, key]

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from saw_trtllm.runtime.parts import Part
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve import names
 from saw_trtllm.serve.engine_link import RemoteEngine, engine_address
 from saw_trtllm.serve.generating import GeneratingModel
 from saw_trtllm.serve.parameters import Parameters
-from saw_trtllm.serve.parts import Part
 from saw_trtllm.serve.preprocessing import PreprocessingModel
 from saw_trtllm.serve.request import Generation, parse
 from saw_trtllm.serve.response import results, text

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from saw_trtllm.errors import RequestError, SawError, ShutdownError
+from saw_trtllm.runtime.parts import Part, join
 from saw_trtllm.serve.engine_host import Asked, Batch, Engine
 from saw_trtllm.serve.parameters import Parameters
-from saw_trtllm.serve.parts import Part, join
 from saw_trtllm.serve.request import Generation
 from saw_trtllm.serve.response import stack
 from saw_trtllm.serve.triton import Tensors, error_response, to_triton

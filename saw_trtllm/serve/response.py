@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from saw_trtllm.runtime.parts import Part
 from saw_trtllm.runtime.tokenizer import Tokenizer
-from saw_trtllm.serve.parts import Part
 from saw_trtllm.serve.request import Generation
 
 

@@ -10,13 +10,13 @@ from saw_trtllm.errors import EngineError
 from saw_trtllm.llm import LLM
 from saw_trtllm.parallel.config import ParallelConfig
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
+from saw_trtllm.runtime.parts import Part
 from saw_trtllm.serve import names
 from saw_trtllm.serve.engine_host import EngineHost, LocalEngine
 from saw_trtllm.serve.engine_link import LinkServer, engine_address
 from saw_trtllm.serve.generating import GeneratingModel, every
 from saw_trtllm.serve.metrics import MetricsReporter
 from saw_trtllm.serve.parameters import Parameters
-from saw_trtllm.serve.parts import Part
 from saw_trtllm.serve.request import Generation, parse
 from saw_trtllm.serve.response import tokens_and_text
 from saw_trtllm.serve.triton import read_tensors

@@ -1,13 +1,31 @@
-"""Who is woken by a step's pieces, and how often."""
+"""A request's pieces: their two forms, who is woken by them, and how often."""
 
 import asyncio
 import threading
 
+import numpy as np
+import pytest
+
+from saw_trtllm import SamplingParams
+from saw_trtllm.errors import EngineError
+from saw_trtllm.runtime.detokenizer import Detokenizer
 from saw_trtllm.runtime.outputs import CompletionOutput, GenerationResult, OutputQueue, RequestOutput, whole_step
+from saw_trtllm.runtime.parts import Part
+from saw_trtllm.runtime.request import Request
+from saw_trtllm.runtime.sequence import Sequence
 
 
-def piece():
-    return RequestOutput(0, None, [1], [CompletionOutput("a", [2], "a", [2], "", "length")], finished=True)
+class Last:
+    """A text's only piece."""
+
+    def output(self):
+        return RequestOutput(0, None, [1], [CompletionOutput("a", [2], "a", [2], "", "length")], finished=True)
+
+    def part(self):
+        return Part(0, "a", [2], "", "length", finished=True)
+
+
+piece = Last()
 
 
 def test_a_step_wakes_when_all_of_it_has_been_handed_out():
@@ -53,3 +71,52 @@ def test_a_loop_is_called_once_for_all_that_comes_before_its_turn():
         return (await GenerationResult(9, queue, lambda: None).aresult()).finished
 
     assert asyncio.run(again())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("end", ["length", "cancelled"])
+def test_parts_are_what_is_new_in_the_outputs(streaming, end):
+    """Servers take parts, whose cost does not grow with the text, and must answer what LLM does."""
+    params = SamplingParams(max_tokens=4, logprobs=True, return_generation_logits=True, return_context_logits=True)
+
+    def result():
+        outputs = OutputQueue()
+        request = Request(Sequence(0, [5, 6], params), None, set(), Detokenizer(None), streaming, outputs)
+        request.num_reused_tokens = 1
+        logits = np.arange(10, dtype=np.float32).reshape(5, 2)
+        request.keep_logits(logits[:1], 0, samples=False)
+        for i in range(4 if end == "length" else 3):
+            request.keep_logits(logits[i + 1 : i + 2], i + 1, samples=True)
+            request.push(7 + i, -0.5 * i)
+        if end == "cancelled":
+            request.cancel()
+        return GenerationResult(0, outputs, abort=lambda: None)
+
+    outputs, parts = list(result()), result().take_parts()
+    assert len(parts) == len(outputs) == (1 if not streaming else 4)
+    for output, part in zip(outputs, parts, strict=True):
+        piece = output.outputs[0]
+        new = slice(len(piece.token_ids) - len(piece.token_ids_diff), None)
+        shown = (piece.index, piece.text_diff, piece.token_ids_diff, piece.leading_space, piece.finish_reason)
+        counts = (output.finished, output.num_reused_tokens, piece.logprobs[new], piece.cumulative_logprob)
+        assert part[:9] == shown + counts
+        np.testing.assert_array_equal(part.generation_logits, piece.generation_logits)
+        assert (part.context_logits is None) == (output.context_logits is None) == (not part.finished)
+    np.testing.assert_array_equal(parts[-1].context_logits, outputs[-1].context_logits)
+
+
+def test_the_last_part_of_several_texts_ends_them_and_an_error_ends_all():
+    queue, aborted = OutputQueue(), []
+    result = GenerationResult(0, queue, lambda: aborted.append(True), n=2)
+    queue.put(piece)
+    queue.put(piece)
+    assert [part.finished for part in result.take_parts()] == [False, True]
+    queue = OutputQueue()
+    result = GenerationResult(0, queue, lambda: aborted.append(True), n=2)
+    error = EngineError("it has failed")
+    for each in (piece, error, piece):
+        queue.put(each)
+    assert not aborted
+    first, last = result.take_parts()
+    assert (first.finished, last, aborted) == (False, error, [True])
+    assert result.take_parts() == []

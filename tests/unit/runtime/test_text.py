@@ -22,7 +22,6 @@ from saw_trtllm.runtime.sequence import Sequence
 from saw_trtllm.runtime.token_decoder import REPLACEMENT
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve.parameters import Parameters
-from saw_trtllm.serve.parts import Part
 from saw_trtllm.serve.postprocessing import PostprocessingModel
 from saw_trtllm.serve.request import parse
 from saw_trtllm.serve.response import tokens_and_text
@@ -96,8 +95,8 @@ def triton(name, model, ids, params, **options):
     tensors = {"input_ids": i32([1]), "input_lengths": i32([1]), "request_output_len": i32([4])}
     [generation] = parse(tensors | {k: np.array([[v]], type(v)) for k, v in options.items()})
     texts = []
-    for output in push_all(name, ids, params, streaming=generation.streaming):
-        out = tokens_and_text(generation, Part.of(output), TOKENIZERS[name])
+    for part in push_all(name, ids, params, streaming=generation.streaming).take_parts():
+        out = tokens_and_text(generation, part, TOKENIZERS[name])
         inputs = {"TOKENS_BATCH": out["output_ids"], "SEQUENCE_LENGTH": out["sequence_length"], "TEXT": out["text"]}
         texts.append(model.detokenize(inputs)[0].decode())
     return texts

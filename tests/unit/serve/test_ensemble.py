@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
+from saw_trtllm.runtime.parts import Part
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from saw_trtllm.serve import engine_link, ensemble, generating, tensorrt_llm
 from saw_trtllm.serve.engine_host import Asked
 from saw_trtllm.serve.ensemble import EnsembleModel
 from saw_trtllm.serve.parameters import Parameters
-from saw_trtllm.serve.parts import Part
 from saw_trtllm.serve.tensorrt_llm import TensorrtLlmModel
 from tests.support.example import EXAMPLE
 from tests.support.fakes.triton import Request, i32, pb_utils, strings

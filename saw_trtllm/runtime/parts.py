@@ -1,13 +1,13 @@
-"""A text's pieces as they go from the engine to the models that answer with them."""
+"""A text's pieces as they go from the engine to a server's models, without what came before them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from saw_trtllm.runtime.outputs import FinishReason, RequestOutput
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class Part(NamedTuple):
@@ -46,25 +46,6 @@ class Part(NamedTuple):
     cumulative_logprob: float | None = None
     context_logits: np.ndarray | None = None
     generation_logits: np.ndarray | None = None
-
-    @classmethod
-    def of(cls, output: RequestOutput) -> Part:
-        """What is new in an output of the runtime."""
-        piece = output.outputs[0]
-        logprobs = piece.logprobs
-        return cls(
-            piece.index,
-            piece.text_diff,
-            piece.token_ids_diff,
-            piece.leading_space,
-            piece.finish_reason,
-            output.finished,
-            output.num_reused_tokens,
-            None if logprobs is None else logprobs[len(logprobs) - len(piece.token_ids_diff) :],
-            piece.cumulative_logprob,
-            output.context_logits,
-            piece.generation_logits,
-        )
 
 
 def join(parts: Iterable[Part]) -> list[Part]:
