@@ -8,9 +8,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
@@ -58,6 +58,38 @@ class CompletionOutput:
     top_logprobs: list[list[tuple[int, float]]] | None = None
     generation_logits: np.ndarray | None = None
     index: int = 0
+
+    @classmethod
+    def streamed(
+        cls, texts: list[str], num_texts: int, tokens: list[int], num_tokens: int, **fields: Any
+    ) -> CompletionOutput:
+        """A piece of a stream: ``text`` and ``token_ids`` are put together when somebody asks for them.
+
+        Few do at each piece, and it would be most of what a piece of a long text costs.
+
+        Parameters
+        ----------
+        texts, tokens : list
+            The pieces' texts and the tokens, of which the first ``num_texts`` and ``num_tokens`` count; the lists grow.
+        **fields
+            The other fields.
+        """
+        piece = cls.__new__(cls)
+        piece.__dict__.update(fields, _so_far=(texts, num_texts, tokens, num_tokens))
+        return piece
+
+    if not TYPE_CHECKING:  # else every name would be an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            so_far = self.__dict__.get("_so_far")
+            if so_far is None or name not in ("text", "token_ids"):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            texts, num_texts, tokens, num_tokens = so_far
+            value = self.__dict__[name] = "".join(texts[:num_texts]) if name == "text" else tokens[:num_tokens]
+            return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -156,24 +155,25 @@ class Request:
         self, piece: Piece, new: slice, texts: int, reason: FinishReason | None, stop: str | int | None
     ) -> RequestOutput:
         """The output as of a piece, made when somebody reads it: it holds all text and tokens so far."""
-        sequence, params = self.sequence, self.sequence.params
-        tokens, text, whole = sequence.generated[: new.stop], "".join(self._texts[:texts]), not self._streaming
-        output = CompletionOutput(
-            text=text,
-            token_ids=tokens,
-            text_diff=text if whole else piece.text,
-            token_ids_diff=list(tokens) if whole else tokens[new],
-            leading_space=piece.leading,
-            finish_reason=reason,
-            stop_reason=stop,
-            index=self._index,
-            generation_logits=self._logits(new),
-        )
+        sequence, params, tokens = self.sequence, self.sequence.params, self.sequence.generated
+        fields: dict[str, Any] = {
+            "leading_space": piece.leading,
+            "finish_reason": reason,
+            "stop_reason": stop,
+            "index": self._index,
+            "generation_logits": self._logits(new),
+        }
         if params.logprobs:
             logprobs = self._logprobs[: new.stop]
-            output = replace(output, logprobs=logprobs, cumulative_logprob=sum(logprobs))
+            fields |= {"logprobs": logprobs, "cumulative_logprob": sum(logprobs)}
         if params.top_logprobs:
-            output = replace(output, top_logprobs=self._top_logprobs[: new.stop])
+            fields["top_logprobs"] = self._top_logprobs[: new.stop]
+        if self._streaming:
+            fields |= {"text_diff": piece.text, "token_ids_diff": tokens[new]}
+            output = CompletionOutput.streamed(self._texts, texts, tokens, new.stop, **fields)
+        else:
+            text = "".join(self._texts[:texts])
+            output = CompletionOutput(text, tokens[: new.stop], text, tokens[new], **fields)
         prompt_logprobs = [None, *self._prompt_logprobs] if reason and params.prompt_logprobs else None
         return RequestOutput(
             sequence.request_id,

@@ -180,7 +180,8 @@ class ChatAnswer:
     def _chunks(self, completion: CompletionOutput) -> list[dict[str, Any]]:
         """A piece of a text as chunks: first the role, last the reason of the end."""
         message = self.messages[completion.index]
-        begun, message.num_tokens = message.num_tokens, len(completion.token_ids)
+        begun = message.num_tokens
+        message.num_tokens += len(completion.token_ids_diff)
         deltas = [] if begun else [{"role": "assistant", "content": ""}]
         deltas += [message.add(delta) for delta in message.take(completion)]
         logprobs = self._logprobs(completion, begun)

@@ -137,7 +137,8 @@ class CompletionAnswer:
             if wants and output.context_logits is not None:
                 places = prompt_places(output.prompt_token_ids, output.context_logits, request.logprobs or 0) + places
         logprobs = completion_logprobs(self._model, places, sent.num_characters) if wants else None
-        sent.begun, sent.num_tokens = True, len(completion.token_ids)
+        sent.begun = True
+        sent.num_tokens += len(completion.token_ids_diff)
         sent.num_characters += len(text)
         return {
             "index": prompt * self._shown + completion.index,

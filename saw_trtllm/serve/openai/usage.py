@@ -27,10 +27,12 @@ class Usage:
         return bool(self._prompts)
 
     def take(self, output: RequestOutput, prompt: int = 0) -> None:
-        """Note a piece of a prompt's texts."""
+        """Note a piece of a prompt's texts, each once."""
         self._prompts[prompt] = (len(output.prompt_token_ids), output.num_reused_tokens)
         for completion in output.outputs:
-            self._texts[prompt, completion.index] = len(completion.token_ids) if self._counts_texts else 0
+            text = prompt, completion.index
+            new = len(completion.token_ids_diff) if self._counts_texts else 0
+            self._texts[text] = self._texts.get(text, 0) + new
 
     def body(self) -> dict[str, Any]:
         """In OpenAI's words. The token that ends a text is not counted, as it is not shown."""

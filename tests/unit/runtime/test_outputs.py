@@ -1,6 +1,8 @@
 """A request's pieces: their two forms, who is woken by them, and how often."""
 
 import asyncio
+import dataclasses
+import pickle
 import threading
 
 import numpy as np
@@ -120,3 +122,21 @@ def test_the_last_part_of_several_texts_ends_them_and_an_error_ends_all():
     first, last = result.take_parts()
     assert (first.finished, last, aborted) == (False, error, [True])
     assert result.take_parts() == []
+
+
+def test_a_streamed_piece_is_as_it_was_and_like_any_other():
+    """It is put together when it is asked, after which its request may have gone on."""
+    texts, tokens = ["a", "b"], [1, 2]
+    new = {"text_diff": "b", "token_ids_diff": [2], "leading_space": ""}
+    whole = CompletionOutput("ab", [1, 2], **new)
+    made = [CompletionOutput.streamed(texts, 2, tokens, 2, **new) for _ in range(4)]
+    texts.append("c")
+    tokens.append(3)
+    assert (made[0].text, made[0].token_ids) == ("ab", [1, 2])
+    assert made[0].token_ids is made[0].token_ids is not tokens
+    assert made[1] == whole
+    assert repr(made[1]) == repr(whole)
+    assert pickle.loads(pickle.dumps(made[2])) == whole
+    assert dataclasses.replace(made[3], index=1) == dataclasses.replace(whole, index=1)
+    with pytest.raises(AttributeError, match="no attribute 'txt'"):
+        made[0].txt  # noqa: B018
