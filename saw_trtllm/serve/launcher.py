@@ -11,12 +11,14 @@ from collections.abc import Callable
 
 from saw_trtllm.errors import EngineError
 from saw_trtllm.serve import session
-from saw_trtllm.serve.server import Server
+from saw_trtllm.serve.server import BusyStartError, Server
 
 logger = logging.getLogger(__name__)
 
 #: Seconds after which a run counts as a good one, and earlier failures are forgotten.
 _GOOD_RUN = 600.0
+#: Starts in a row that Triton may give up because the machine is busy, beside the failures of a server.
+_BUSY_STARTS = 3
 
 
 class Signals:
@@ -50,7 +52,8 @@ def launch(start: Callable[[], Server], restart: int) -> int:
     start : callable
         Starts a server.
     restart : int
-        How often in a row to start it again after it has failed.
+        How often in a row to start it again after it has failed. A start that Triton gives up because the machine is
+        busy is tried again beside that, a few times.
 
     Returns
     -------
@@ -64,24 +67,33 @@ def launch(start: Callable[[], Server], restart: int) -> int:
     """
     signals = Signals()
     session.become_subreaper()
-    failures = 0
+    failures = busy_starts = 0
     while True:
         began = time.monotonic()
         server = start()
         try:
             if server.wait_ready(signals.stopped):
+                busy_starts = 0
                 with contextlib.suppress(BrokenPipeError):  # whoever waited for the first such line may have gone
                     endpoints = ", ".join(f"{name} {where}" for name, where in server.endpoints.items())
                     print(f"ready: {endpoints}", flush=True)
             failure = server.watch(signals.stopped)
+        except BusyStartError as e:
+            busy_starts += 1
+            failure = str(e)
+            if busy_starts > _BUSY_STARTS and not failures:
+                raise EngineError(f"{failure}, {busy_starts} times: start it when the machine is less busy") from e
         except EngineError as e:
             if not failures:
                 raise
-            failure = str(e)
+            busy_starts, failure = 0, str(e)
         finally:
             server.stop(signals.hurried)
         if failure is None or signals.stopped():
             return 0
+        if 0 < busy_starts <= _BUSY_STARTS:
+            logger.warning("%s: the machine is busy; trying again, %d of %d", failure, busy_starts, _BUSY_STARTS)
+            continue
         failures = 1 if time.monotonic() - began > _GOOD_RUN else failures + 1
         if failures > restart:
             print(f"error: {failure}", file=sys.stderr)

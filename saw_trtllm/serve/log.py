@@ -31,9 +31,9 @@ _CAUSES = (
     r"^invalid argument .*$",
     r"^error: (.*)$",
 )
-#: How Triton's Python backend ends when one of its processes waits too long for another: seen where models load beside
-#: so much other work that each step of a start takes seconds.
-_LOCK = "boost::interprocess::lock_exception"
+#: The cause when Triton's Python backend has ended the server because one of its processes waited too long for another:
+#: seen where models load beside so much other work that each step of a start takes seconds.
+BUSY = "boost::interprocess::lock_exception"
 
 
 class ServerLog:
@@ -89,7 +89,5 @@ class ServerLog:
         for pattern in _CAUSES:
             for line in lines:
                 if match := re.search(pattern, line.strip()):
-                    cause = match[match.lastindex or 0].replace('\\"', '"')
-                    busy = "; a machine that is busy with other work may be why: start it again"
-                    return cause + busy if cause == _LOCK else cause
+                    return match[match.lastindex or 0].replace('\\"', '"')
         return None

@@ -20,7 +20,7 @@ from saw_trtllm.errors import EngineError
 from saw_trtllm.serve import session
 from saw_trtllm.serve.canary import Canary
 from saw_trtllm.serve.installation import EXIT_TIMEOUT, STUB, Installation
-from saw_trtllm.serve.log import ServerLog
+from saw_trtllm.serve.log import BUSY, ServerLog
 from saw_trtllm.serve.ports import Ports
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,10 @@ _LOUD = ("info", "verbose", "debug")
 
 #: Seconds between two looks at a server.
 _TICK = 0.1
+
+
+class BusyStartError(EngineError):
+    """Triton has given up a start because the machine is too busy: the server and its models are not at fault."""
 
 
 def _never() -> bool:
@@ -109,6 +113,8 @@ class Server:
 
         Raises
         ------
+        BusyStartError
+            If Triton gives up because the machine is too busy.
         EngineError
             If the server ends instead, fails at the request, or takes too long.
         """
@@ -117,7 +123,7 @@ class Server:
         deadline = time.monotonic() + timeout
         while not stopped():
             if (failure := self.failure()) is not None:
-                raise EngineError(self._start_failure(failure))
+                raise self._start_failure(failure)
             if time.monotonic() > deadline:
                 raise EngineError(f"tritonserver was not ready within {timeout:.0f} s: its log is {self._log.path}")
             if self._canary.answered:
@@ -217,13 +223,14 @@ class Server:
                     stubs[Path(command[1]).parts[-3]] = process
         return stubs
 
-    def _start_failure(self, failure: str) -> str:
+    def _start_failure(self, failure: str) -> EngineError:
         code, cause = self.poll(), self._log.cause()
         if code is not None:
             failure = f"ended before it was ready: {cause or _exit_name(code)}"
         elif cause is not None:
             failure = f"{failure}: {cause}"
-        return f"tritonserver {failure} (its log: {self._log.path})"
+        kind = BusyStartError if cause == BUSY else EngineError
+        return kind(f"tritonserver {failure} (its log: {self._log.path})")
 
 
 def _exit_name(code: int) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import accumulate
 
@@ -126,13 +127,19 @@ class HostPool:
 
     def _pin(self, num_blocks: int, device: int) -> None:
         starts = range(0, num_blocks, self._per_piece)
-        counts = [min(self._per_piece, num_blocks - start) for start in starts]
-        threads = ThreadPoolExecutor(min(_MOST_THREADS, max(1, (os.cpu_count() or 1) // 2)), "saw-pages")
+        counts = deque(min(self._per_piece, num_blocks - start) for start in starts)
+        num_threads = min(_MOST_THREADS, max(1, (os.cpu_count() or 1) // 2))
+        # An executor makes all that it was given before its interpreter exits: it is given no more than it works at.
+        under_way: deque[tuple[int, Future[RegisteredBuffer]]] = deque()
+        threads = ThreadPoolExecutor(num_threads, "saw-pages")
         try:
             call(runtime.cudaSetDevice, device)
-            for count, piece in zip(counts, threads.map(self._make, counts), strict=True):
-                if piece is None:
-                    break
+            while (counts or under_way) and not self._closing:
+                while counts and len(under_way) < 2 * num_threads:
+                    count = counts.popleft()
+                    under_way.append((count, threads.submit(RegisteredBuffer, count * self._block_bytes)))
+                count, made = under_way.popleft()
+                piece = made.result()
                 piece.pin()
                 self._pieces.append(piece)
                 self.num_ready += count
@@ -142,8 +149,7 @@ class HostPool:
                 self.num_ready * self._block_bytes,
                 e,
             )
+        except RuntimeError as e:  # of the executor, when the interpreter exits
+            log.info("of host_cache_size %d bytes are pinned: %s", self.num_ready * self._block_bytes, e)
         finally:
             threads.shutdown(cancel_futures=True)
-
-    def _make(self, count: int) -> RegisteredBuffer | None:
-        return None if self._closing else RegisteredBuffer(count * self._block_bytes)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from saw_trtllm.runtime.keywords import shown
 from saw_trtllm.serve.openai.errors import ApiError
 from saw_trtllm.serve.openai.protocol import ChatRequest, Flag, Number, Strict, Whole
 
@@ -113,38 +114,71 @@ def _tool_choice(choice: ToolChoice | None) -> str | dict[str, Any] | None:
     return {"auto": "auto", "any": "required", "none": "none"}[choice.type]
 
 
+#: What blocks hold, by type, beside it and ``cache_control``. Other servers' signatures and encrypted thoughts say
+#: nothing to this one's models, citations are marks on the text, and of a result that is an error the content says so.
+_BLOCKS = {
+    "text": {"text", "citations"},
+    "thinking": {"thinking", "signature"},
+    "redacted_thinking": {"data"},
+    "tool_use": {"id", "name", "input", "caller"},
+    "tool_result": {"tool_use_id", "content", "is_error"},
+}
+#: What an answer that is sent back holds beside its role and content.
+_ANSWER = {"id", "type", "model", "stop_reason", "stop_sequence", "stop_details", "usage", "container"}
+
+
 def _messages(message: dict[str, Any]) -> list[dict[str, Any]]:
     """A message, and one for each result of a tool in it: those are messages of their own in OpenAI's words."""
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):
-        raise ApiError("invalid_value", f"a message has the role {role!r}: it must be user or assistant", "messages")
+        raise _error(f"a message has the role {shown(role)}: it must be user or assistant")
+    _check("a message", message, {"role", "content", *_ANSWER})
     if not isinstance(content, list):
         return [{"role": role, "content": content}]
     made: dict[str, Any] = {"role": role, "content": ""}
     results, texts = [], []
     for block in content:
         kind = block.get("type") if isinstance(block, dict) else None
+        if not isinstance(kind, str) or kind not in _BLOCKS:
+            raise _error(f"a message has a block {shown(kind)}: this model takes text alone")
+        _check(f"a block {kind}", block, {"type", "cache_control", *_BLOCKS[kind]})
         if kind == "text":
-            texts.append(block.get("text"))
+            texts.append(block)
         elif kind == "thinking":
-            made["reasoning_content"] = block.get("thinking")
+            made["reasoning_content"] = made.get("reasoning_content", "") + _string(block, "thinking")
         elif kind == "tool_use":
-            function = {"name": block.get("name"), "arguments": json.dumps(block.get("input") or {})}
-            call = {"id": block.get("id"), "type": "function", "function": function}
+            function = {"name": _string(block, "name"), "arguments": json.dumps(block.get("input") or {})}
+            call = {"id": _string(block, "id"), "type": "function", "function": function}
             made.setdefault("tool_calls", []).append(call)
         elif kind == "tool_result":
-            answer = _text(block.get("content") or "")
-            results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": answer})
-        else:
-            raise ApiError("invalid_value", f"a message has a block {kind!r}: this model takes text alone", "messages")
-    made["content"] = _text([{"type": "text", "text": text} for text in texts])
+            answer = {"tool_call_id": _string(block, "tool_use_id"), "content": _text(block.get("content") or "")}
+            results.append({"role": "tool", **answer})
+    made["content"] = _text(texts)
     keeps = made["content"] or made.get("tool_calls") or not results
     return [*results, *([made] if keeps else [])]
 
 
-def _text(content: str | list[dict[str, Any]]) -> str:
+def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
+    if not isinstance(content, list):
+        raise _error(f"a content is {shown(content)}: give text or a list of blocks")
     if not all(isinstance(block, dict) and isinstance(block.get("text"), str) for block in content):
-        raise ApiError("invalid_value", "a block holds no text: this model takes text alone", "messages")
+        raise _error("a block holds no text: this model takes text alone")
     return "\n".join(block["text"] for block in content)
+
+
+def _string(block: dict[str, Any], field: str) -> str:
+    if not isinstance(value := block.get(field), str):
+        raise _error(f"a block {block['type']} has the {field} {shown(value)}: give text")
+    return value
+
+
+def _check(what: str, fields: dict[str, Any], known: set[str]) -> None:
+    for field, value in fields.items():
+        if value is not None and field not in known:
+            raise _error(f"{what} has a field {shown(field)}: leave it out")
+
+
+def _error(message: str) -> ApiError:
+    return ApiError("invalid_value", message, "messages")

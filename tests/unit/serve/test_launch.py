@@ -25,10 +25,10 @@ from saw_trtllm.serve import installation, launcher, metrics, names, repository,
 from saw_trtllm.serve import log as log_module
 from saw_trtllm.serve.canary import Canary
 from saw_trtllm.serve.installation import Installation, check_flags, find_server
-from saw_trtllm.serve.log import ServerLog
+from saw_trtllm.serve.log import BUSY, ServerLog
 from saw_trtllm.serve.parameters import Parameters
 from saw_trtllm.serve.ports import Ports
-from saw_trtllm.serve.server import Server
+from saw_trtllm.serve.server import BusyStartError, Server
 from tests.support import ROOT
 from tests.support.fakes.triton import model_config
 
@@ -296,6 +296,13 @@ def test_server_that_ends_before_it_is_ready(tmp_path, capfd):
     assert "model_lifecycle" in log.read_text()
 
 
+def test_a_start_that_triton_gives_up_is_told_from_a_failure(tmp_path):
+    lines = "terminate called after throwing an instance of 'x'\\n  what():  boost::interprocess::lock_exception\\n"
+    script = executable(tmp_path / "tritonserver", f'import os, sys\nsys.stderr.write("{lines}")\nos.abort()')
+    with Server(Installation(script), tmp_path, free_ports()) as server, pytest.raises(BusyStartError, match=BUSY):
+        server.wait_ready()
+
+
 def test_waiting_for_a_server_can_be_given_up(tmp_path):
     script = executable(tmp_path / "tritonserver", "import time\ntime.sleep(600)")
     with Server(Installation(script), tmp_path, free_ports()) as server:
@@ -451,6 +458,17 @@ def test_restarts_come_to_an_end(launch, capsys):
         launch([EngineError("no engine")], restart=2)
 
 
+def test_a_start_that_triton_gives_up_is_no_failure_of_the_server(launch, capsys):
+    """A server that was lost comes back also where its new start meets the load that may have cost it."""
+    busy = BusyStartError("lock")
+    assert launch([busy, "tritonserver crashed", busy, busy, "tritonserver crashed", None], restart=2) == (0, 6)
+    assert capsys.readouterr().out == "ready: HTTP here\n" * 3
+    assert launch([busy, None], restart=0) == (0, 2)
+    with pytest.raises(EngineError, match="lock, 4 times: start it when the machine is less busy"):
+        launch([busy] * 4, restart=9)
+    assert launch(["tritonserver crashed", *[busy] * 5], restart=2) == (1, 6)
+
+
 class FakeTriton(BaseHTTPRequestHandler):
     """Answers the canary's request with an error if the class has one, and shows its tokens in the metrics."""
 
@@ -535,7 +553,7 @@ def test_canary_fails_only_without_answers_and_without_tokens(canary):
         (
             "terminate called after throwing an instance of 'boost::interprocess::lock_exception'\n"
             "  what():  boost::interprocess::lock_exception",
-            "boost::interprocess::lock_exception; a machine that is busy with other work may be why: start it again",
+            BUSY,
         ),
         ("Usage: tritonserver\ninvalid argument for --log-format\n\n", "invalid argument for --log-format"),
     ],

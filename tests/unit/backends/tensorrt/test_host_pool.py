@@ -1,4 +1,8 @@
-"""Copies between the GPU's pool and the host's: what they wait for."""
+"""Copies between the GPU's pool and the host's: what they wait for, and what its end waits for."""
+
+import subprocess
+import sys
+import threading
 
 import pytest
 
@@ -59,3 +63,57 @@ def test_memory_that_cannot_be_pinned_is_not_used(machine, caplog):
     host.close()
     pool.close()
     assert machine.everything() == []
+
+
+def test_its_end_waits_for_the_piece_that_is_being_pinned_alone(machine, monkeypatch):
+    from saw_trtllm.backends.tensorrt import host_pool
+    from saw_trtllm.backends.tensorrt.cuda import DeviceBuffer
+
+    begun, go_on, pinned = threading.Event(), threading.Event(), []
+
+    class Piece(host_pool.RegisteredBuffer):
+        def pin(self):
+            begun.set()
+            go_on.wait()
+            pinned.append(self)
+            super().pin()
+
+    monkeypatch.setattr(host_pool, "PIECE", 64)
+    monkeypatch.setattr(host_pool, "RegisteredBuffer", Piece)
+    pool = DeviceBuffer(64)
+    host = host_pool.HostPool([pool], [64], 200)
+    begun.wait()
+    closing = threading.Thread(target=host.close)
+    closing.start()
+    while not host._closing:
+        pass
+    go_on.set()
+    closing.join()
+    assert len(pinned) == 1
+    pool.close()
+    assert machine.everything() == []
+
+
+def test_an_exit_does_not_wait_for_all_pages():
+    """An executor's threads make what it holds before any handler of the exit runs."""
+    code = """
+import atexit, pytest, time
+from tests.support.fakes import cuda as fake
+fake.install(pytest.MonkeyPatch())
+from saw_trtllm.backends.tensorrt import host_pool
+from saw_trtllm.backends.tensorrt.cuda import DeviceBuffer
+made = []
+class Piece(host_pool.RegisteredBuffer):
+    def __init__(self, nbytes):
+        super().__init__(nbytes)
+        made.append(self)
+        time.sleep(0.01)
+host_pool.PIECE, host_pool.RegisteredBuffer = 64, Piece
+host = host_pool.HostPool([DeviceBuffer(64)], [64], 2000)
+while not host.num_ready:
+    time.sleep(0.001)
+atexit.register(lambda: (host.close(), print(len(made))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200
+    assert done.stderr == ""

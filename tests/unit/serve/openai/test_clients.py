@@ -3,8 +3,10 @@
 import asyncio
 import json
 import math
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -198,5 +200,39 @@ def test_langchain(url, llms):
     langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
     expected = llms["example"].chat([USER], SamplingParams(max_tokens=12)).outputs[0].text
     model = langchain.ChatOpenAI(base_url=f"{url}/v1", api_key="none", model="example", temperature=0, max_tokens=12)
-    assert model.invoke(USER["content"]).content == expected
+    answer = model.invoke(USER["content"])
+    assert answer.content == expected
     assert "".join(piece.content for piece in model.stream(USER["content"])) == expected
+    again = model.invoke([("user", USER["content"]), answer, ("user", "and then")])
+    assert again.usage_metadata["input_tokens"] == told(llms, expected)
+
+
+def told(llms, text):
+    """Tokens of a prompt in which an answer is sent back."""
+    messages = [USER, {"role": "assistant", "content": text}, {"role": "user", "content": "and then"}]
+    return len(llms["example"].chat_prompt(messages)["prompt_token_ids"])
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # of the client's own class of parsed answers
+def test_an_answer_is_sent_back_by_openais_client(client, llms):
+    class Answer(pydantic.BaseModel):
+        kind: Literal["class", "function"]
+
+    asked = {**GREEDY, "max_tokens": 60}
+    for answer in (
+        client.chat.completions.create(**asked, messages=[USER]).choices[0].message,
+        client.chat.completions.parse(**asked, messages=[USER], response_format=Answer).choices[0].message,
+    ):
+        follow_up = [USER, answer, {"role": "user", "content": "and then"}]
+        again = client.chat.completions.create(**asked, messages=follow_up)
+        assert again.usage.prompt_tokens == told(llms, answer.content)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_litellm(url, llms):
+    litellm = pytest.importorskip("litellm", reason="litellm is not installed")
+    asked = {"model": "openai/example", "api_base": f"{url}/v1", "api_key": "none", "max_tokens": 12, "temperature": 0}
+    answer = litellm.completion(messages=[USER], **asked).choices[0].message
+    answer.provider_specific_fields, answer.thinking_blocks = {"citations": None}, [{"type": "thinking"}]
+    again = litellm.completion(messages=[USER, answer, {"role": "user", "content": "and then"}], **asked)
+    assert again.usage.prompt_tokens == told(llms, answer.content)

@@ -76,8 +76,9 @@ def test_blocks_become_messages():
                 "role": "assistant",
                 "content": [
                     {"type": "thinking", "thinking": "hm", "signature": ""},
-                    {"type": "text", "text": "c"},
-                    {"type": "tool_use", "id": "1", "name": "weather", "input": {"days": 1}},
+                    {"type": "redacted_thinking", "data": "encrypted elsewhere"},
+                    {"type": "text", "text": "c", "citations": None},
+                    {"type": "tool_use", "id": "1", "name": "weather", "input": {"days": 1}, "caller": {}},
                 ],
             },
             {
@@ -120,6 +121,18 @@ def test_blocks_become_messages():
             "has a block 'image'",
         ),
         ({"messages": [USER], "max_tokens": 5000}, 400, "invalid_request_error", "max_seq_len 2048"),
+        *(
+            ({"messages": [{"role": "user", "content": [block]}], "max_tokens": 5}, 400, "invalid_request_error", said)
+            for block, said in (
+                ({"type": "text", "text": "a", "mood": 1}, "a block text has a field 'mood'"),
+                ({"type": ["text"]}, "has a block ['text']"),
+                ({"type": "tool_result", "tool_use_id": "1", "content": 5}, "a content is 5: give text"),
+                ({"type": "tool_result", "content": "x"}, "a block tool_result has the tool_use_id None"),
+                ({"type": "tool_use", "id": "1", "name": 5}, "a block tool_use has the name 5"),
+                ({"type": "thinking", "thinking": {}}, "a block thinking has the thinking {}"),
+            )
+        ),
+        ({"messages": [{**USER, "mood": 1}], "max_tokens": 5}, 400, "invalid_request_error", "a field 'mood'"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -128,3 +141,12 @@ def test_errors_have_the_shape_of_this_api(url, body, status, kind, said, stream
     answer = response.json()
     assert (response.status_code, answer["type"], answer["error"]["type"]) == (status, "error", kind)
     assert said in answer["error"]["message"]
+
+
+def test_an_answer_may_be_sent_back_whole(client, llms):
+    asked = {"model": "example", "max_tokens": 4}
+    answer = client.messages.create(messages=[USER], **asked)
+    again = client.messages.create(messages=[USER, answer, USER], **asked)
+    [block] = answer.content
+    told = llms["example"].chat_prompt([USER, {"role": "assistant", "content": block.text}, USER])
+    assert again.usage.input_tokens + again.usage.cache_read_input_tokens == len(told["prompt_token_ids"])
