@@ -76,22 +76,6 @@ def missing_lines(results: Results) -> list[str]:
     ]
 
 
-def summary_table(results: Results) -> Table:
-    """``saw_int4`` by case: its time, its share of what bounds it, and that of 16-bit rows."""
-    rows = [["case", "saw_int4 µs", "of what bounds it", "16-bit rows"]]
-    for case in results.cases:
-        mine, wide = case.find("saw_int4"), case.find("bf16")
-        if mine is not None:
-            rows.append([f"{case.suite} {case.name}", f"{mine.median_us:.1f}", _rate(mine), _or_dash(wide, _rate)])
-    return rows
-
-
-def _rate(m: Measurement) -> str:
-    if m.share is not None:
-        return f"{100 * m.share:.1f} %"
-    return f"{m.tflops:.0f} TFLOP/s" if m.tflops else "-"
-
-
 def _numbers(results: Results) -> dict[str, str]:
     bandwidth = results.bandwidth
     numbers = {"read GB/s": f"{bandwidth.read_gbps:.0f}", "copy GB/s": f"{bandwidth.copy_gbps:.0f}"}
@@ -119,6 +103,5 @@ def report(results: Results) -> Report:
     tables |= {suite: suite_table(results, suite) for suite in SUITES if results.suite(suite)}
     targets = [((case.suite, case.name), t) for case in results.cases for t in case.targets]
     tables["targets"] = target_table(targets, ("suite", "case"))
-    tables["summary"] = summary_table(results)
     missing = missing_lines(results)
     return Report(tables, _numbers(results), plots(results), ["not measured", *missing] if missing else [])
