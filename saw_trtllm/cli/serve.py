@@ -32,6 +32,7 @@ from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.plan import BuildPlan
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.serve.engine_cache import cached_engine, default_folder, uncached_engine
+from saw_trtllm.serve.garbage import set_start_aside
 
 try:
     from saw_trtllm.serve.openai.app import make_app
@@ -170,6 +171,7 @@ def _serve(args: argparse.Namespace) -> None:
         socket, url = listen(options)
         server = make_server(app, options, _UVICORN_LEVELS.get(args.log_level, args.log_level))
         served = ", ".join(spec.name for spec in specs)
+        set_start_aside()
         print(f"ready: {url} serves {served}; OpenAI's API is at {url}/v1, a page to look at at {url}/", flush=True)
         server.run([socket])
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from saw_trtllm.errors import RequestError, SawError
 from saw_trtllm.serve import names
+from saw_trtllm.serve.garbage import set_start_aside
 from saw_trtllm.serve.names import Model
 from saw_trtllm.serve.parameters import Parameters
 
@@ -189,9 +190,11 @@ def load_model(pb_utils: Any, model: Callable[[Any, Parameters], Any], args: Map
     """
     _use_triton_log(pb_utils)
     try:
-        return model(pb_utils, Parameters.read(args["model_config"]))
+        loaded = model(pb_utils, Parameters.read(args["model_config"]))
     except SawError as e:
         raise pb_utils.TritonModelException(str(e)) from None
+    set_start_aside()
+    return loaded
 
 
 def _use_triton_log(pb_utils: Any) -> None:

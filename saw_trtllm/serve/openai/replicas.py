@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError, RankError
 from saw_trtllm.parallel.config import ParallelConfig
 from saw_trtllm.parallel.ray_ranks import connect
+from saw_trtllm.serve.garbage import set_start_aside
 from saw_trtllm.serve.openai.app import Outermost, body_limit, error_response, make_app
 from saw_trtllm.serve.openai.connection import BodyLimit, ClientGoneError, while_connected
 from saw_trtllm.serve.openai.model import ModelSpec
@@ -68,6 +69,7 @@ class Replica:
     def __init__(self, specs: Sequence[ModelSpec], api_keys: Sequence[str], cors_origins: Sequence[str]) -> None:
         self._models = [spec.open() for spec in specs]
         self._app = make_app(self._models, api_keys, cors_origins)
+        set_start_aside()
 
     async def answer(self, call: Call) -> AsyncIterator[Message]:
         """What the application sends for a request."""

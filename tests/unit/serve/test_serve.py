@@ -1,5 +1,6 @@
 """The Triton models' logic, without Triton."""
 
+import gc
 import itertools
 import logging
 import os
@@ -718,11 +719,27 @@ def test_finalize_ends_what_runs(engine_dir, tokenizer):
     assert not [t for t in threading.enumerate() if t.name == "saw-serve" and not t.is_alive()]
 
 
-def test_loading_a_missing_engine_is_one_sentence(tmp_path, monkeypatch):
-    # A model takes over the package's log, for Triton's; the tests after this one want it back.
+@pytest.fixture
+def own_log(monkeypatch):
+    """A model takes over the package's log, for Triton's; other tests want it back."""
     log = logging.getLogger("saw_trtllm")
     for name, value in {"handlers": [], "propagate": True, "level": log.level}.items():
         monkeypatch.setattr(log, name, value)
+
+
+@pytest.mark.usefixtures("own_log")
+def test_a_full_collection_does_not_look_at_what_a_server_began_with():
+    """It holds up steps and answers, in proportion to what it looks at."""
+    try:
+        load_model(pb_utils, PostprocessingModel, {"model_config": model_config(tokenizer_dir=str(EXAMPLE))})
+        looked_at = len(gc.get_objects())
+        assert looked_at < gc.get_freeze_count() / 10
+    finally:
+        gc.unfreeze()
+
+
+@pytest.mark.usefixtures("own_log")
+def test_loading_a_missing_engine_is_one_sentence(tmp_path):
     with pytest.raises(pb_utils.TritonModelException, match="is not a folder: give the --output_dir of saw-build"):
         load_model(pb_utils, TensorrtLlmModel, {"model_config": model_config(gpt_model_path=str(tmp_path / "no"))})
     with pytest.raises(pb_utils.TritonModelException, match="gpt_model_path"):
