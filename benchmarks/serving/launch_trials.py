@@ -15,7 +15,6 @@ import random
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,11 +22,12 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
+from benchmarks.common.ports import free_ports
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.serve.installation import STUB
 from saw_trtllm.serve.session import alive
@@ -52,7 +52,7 @@ class Launch:
     """
 
     def __init__(self, engine_dir: Path, folder: Path, restart: int = 0) -> None:
-        ports = _free_ports()
+        ports = free_ports(3)
         self.url, self.grpc = f"http://127.0.0.1:{ports[0]}", f"127.0.0.1:{ports[1]}"
         self._seen: set[psutil.Process] = set()
         self._mark = secrets.token_hex(8)
@@ -153,14 +153,6 @@ class Launch:
         self.process.stdout.close()
         for file in self.regions():
             file.unlink(missing_ok=True)
-
-
-def _free_ports() -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
 
 
 def in_a_stream(number: int) -> Callable[[Path, Path], float]:

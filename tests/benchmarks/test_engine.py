@@ -161,10 +161,8 @@ def test_a_build_in_a_child_that_fails(small, tmp_path):
 
 
 def test_a_child_is_told_all_and_ended_in_time(small, tmp_path, monkeypatch):
-    script, python = tmp_path / "child.py", sys.executable
-    script.write_text("import sys, time; open(sys.argv[1], 'w').write(sys.argv[4]); time.sleep(60)")
     monkeypatch.setattr(random_engine.sys, "executable", str(tmp_path / "python"))
-    (tmp_path / "python").write_text(f'#!/bin/sh\nexec "{python}" "{script}" "{tmp_path / "job"}" "$@"\n')
+    (tmp_path / "python").write_text(f'#!/bin/sh\nprintf %s "$3" > "{tmp_path / "job"}"\nexec sleep 60\n')
     (tmp_path / "python").chmod(0o755)
     config = random_engine.engine_config("int4", small, cases.build_limits())
     options = NetworkOptions(input_timing_cache=tmp_path / "model.cache", optimization_level=1)
@@ -198,7 +196,7 @@ def test_engines_share_a_timing_cache(tmp_path):
 
 def test_what_is_missing_is_built_at_once(small, tmp_path, monkeypatch):
     write_config(tmp_path, "int4", small)
-    together = threading.Barrier(2, timeout=30)
+    together = threading.Barrier(2, timeout=60)
     monkeypatch.setattr("benchmarks.engine.plan.build_in_child", lambda *_: together.wait())
     plan = Plan.of(tmp_path, KVS, small, build_workers=2)
     assert sorted(run.build_missing(plan)) == ["fp16", "saw_int4"]

@@ -39,7 +39,7 @@ def serving_engines(folders, api_keys=(), tokens=4096, **options):
         yield url, models
 
 
-def wait_until_idle(llm, seconds=20):
+def wait_until_idle(llm, seconds=60):
     """Wait until nothing runs and no block is held."""
     deadline = time.monotonic() + seconds
     while (stats := llm.stats()).num_running or stats.num_waiting or stats.used_blocks:

@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.serving.launch_trials import Launch
+from benchmarks.common.ports import free_ports
+from benchmarks.serving import launch_trials
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import SawError
@@ -32,7 +33,6 @@ from saw_trtllm.serve import metrics, names
 from saw_trtllm.serve.installation import STUB, find_server
 from tests.support import ROOT, reference_texts
 from tests.support.example import build_example
-from tests.support.ports import free_ports
 from tests.support.tolerance import example_rounding
 
 grpc_client = pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
@@ -192,7 +192,7 @@ def post(server, path, body):
 
 def read_metrics(server):
     """Series by name and, where it has one, type label."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics}/metrics") as response:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics}/metrics", timeout=60) as response:
         text = response.read().decode()
     series = {}
     for name, labels, value in re.findall(r"^((?:saw|nv_trt_llm)_\w+)\{(.*)\} (\S+)$", text, re.M):
@@ -213,12 +213,14 @@ def active(server):
 
 
 def when_idle(server, before=None):
-    """The metrics once nothing runs, and once they show a request since ``before``: they lag behind a little."""
+    """The metrics once nothing runs and no block is held, and once they show a request since ``before``: they lag
+    behind a little."""
     accepted = before["saw_requests_total"] + 1 if before else 0
 
     def idle():
         seen = read_metrics(server)
-        return seen["saw_requests_total"] >= accepted and seen[metrics.REQUESTS, "active"] == 0
+        busy = seen[metrics.REQUESTS, "active"] + seen[metrics.BLOCKS, "used"]
+        return seen["saw_requests_total"] >= accepted and busy == 0
 
     earlier, latest = None, {}
     while latest != earlier:  # they are not updated all in one moment
@@ -262,10 +264,12 @@ def test_ready_line_names_the_endpoints(server):
 @pytest.mark.parametrize("prompt", [PROMPT, f"<|end_of_text|>{UNICODE}"])
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.25, "top_k": 40, "seed": 7}], ids=["greedy", "sampled"])
 def test_grpc_text_is_that_of_the_runtime(server, llm, prompt, options):
-    expected = llm.generate(prompt, SamplingParams(max_tokens=24, **options)).outputs[0]
-    streamed = generate(server, prompt, 24, stream=True, **options)
+    # Long enough that the first piece is on its way before the last token: pieces that wait go out as one.
+    expected = llm.generate(prompt, SamplingParams(max_tokens=200, **options)).outputs[0]
+    streamed = generate(server, prompt, 200, stream=True, **options)
     assert "".join(streamed) == expected.text
     assert len(streamed) > 1
+    expected = llm.generate(prompt, SamplingParams(max_tokens=24, **options)).outputs[0]
     assert generate(server, prompt, 24, **options) == [expected.text]
     assert generate(server, prompt, 24, exclude_input_in_output=False, **options) == [prompt + expected.text]
 
@@ -306,10 +310,14 @@ def test_stop_words(server, llm):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_word_may_be_or_hold_a_special_token(server, llm, stream):
     prompt, end = '        self.assertTrue(x)\n\n\nif __name__ == "__main__":\n    ', "<|end_of_text|>"
-    options = {"temperature": 1.0, "top_k": 5, "seed": 1, "end_id": -1}
-    ids = llm.generate(prompt, SamplingParams(max_tokens=32, **options)).outputs[0].token_ids
-    text = llm.tokenizer.decode(ids[: ids.index(llm.tokenizer.token_id(end))])
-    assert len(text) > 1
+    end_id, options = llm.tokenizer.token_id(end), {"temperature": 1.0, "top_k": 5, "end_id": -1}
+    for seed in range(100):  # to the first draw that says it after some text, which a CPU's rounding may decide
+        options["seed"] = seed
+        ids = llm.generate(prompt, SamplingParams(max_tokens=32, **options)).outputs[0].token_ids
+        if end_id in ids and len(text := llm.tokenizer.decode(ids[: ids.index(end_id)])) > 1:
+            break
+    else:
+        pytest.fail("no draw says it")
     for stop, expected in ((end, text), (text[-1] + end, text[:-1])):
         assert "".join(generate(server, prompt, 32, stream=stream, stop_words=["never", stop], **options)) == expected
 
@@ -457,7 +465,6 @@ def test_a_client_that_goes_away(server, llm, go):
     go(server)
     after = when_idle(server, before)
     assert after["saw_generated_tokens_total"] - before["saw_generated_tokens_total"] < 900
-    assert after[metrics.BLOCKS, "used"] == 0
     assert_well(server, llm)
 
 
@@ -546,15 +553,22 @@ def test_configuration_is_what_the_server_reports(server):
 
 def test_metrics(server, llm):
     before = when_idle(server)
-    prompt_tokens = len(llm.tokenizer.encode(PROMPT))
+    expected = {
+        "saw_requests_total": 1,
+        "saw_prompt_tokens_total": len(llm.tokenizer.encode(PROMPT)),
+        "saw_generated_tokens_total": 16,
+        "saw_time_to_first_token_seconds_count": 1,
+    }
+
+    def grown():
+        return {name: after[name] - before[name] for name in expected}
+
     generate(server, PROMPT, 16, end_id=-1)
     after = when_idle(server, before)
-    grown = {name: after[name] - before[name] for name in after if isinstance(name, str) and name.startswith("saw_")}
-    assert grown["saw_requests_total"] == 1
-    assert grown["saw_prompt_tokens_total"] == prompt_tokens
-    assert grown["saw_generated_tokens_total"] == 16
-    assert grown["saw_time_to_first_token_seconds_count"] == 1
-    assert grown["saw_time_to_first_token_seconds_sum"] > 0
+    while any(grown()[name] < count for name, count in expected.items()):  # which ends with the test's time
+        after = when_idle(server, before)
+    assert grown() == expected
+    assert after["saw_time_to_first_token_seconds_sum"] > before["saw_time_to_first_token_seconds_sum"]
     blocks = {kind: after[metrics.BLOCKS, kind] for kind in ("max", "used", "free", "tokens_per")}
     assert blocks["used"] + blocks["free"] == blocks["max"] == llm.stats().max_blocks
     assert blocks["tokens_per"] == 32
@@ -579,7 +593,10 @@ def test_perf_analyzer(server, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     requests = json.loads((tmp_path / "out.json").read_text())["experiments"][0]["requests"]
     assert len(requests) == 24
-    assert all(1 < len(r["response_timestamps"]) <= 8 for r in requests)
+    # Pieces that wait go out as one, so that on a busy machine a short text may have one alone.
+    counts = [len(r["response_timestamps"]) for r in requests]
+    assert 1 <= min(counts) <= max(counts) <= 8
+    assert max(counts) > 1
 
 
 def test_damaged_engine_ends_the_launch_in_one_sentence(server, engine_dir, tmp_path):
@@ -601,9 +618,10 @@ def test_damaged_engine_ends_the_launch_in_one_sentence(server, engine_dir, tmp_
 
 
 @pytest.fixture
-def launch(engine_dir, tmp_path):
+def launch(engine_dir, tmp_path, monkeypatch):
     """``saw-triton --launch`` with one restart, as benchmarks/serving/launch_trials.py watches it."""
-    with Launch(engine_dir, tmp_path, restart=1) as launch:
+    monkeypatch.setattr(launch_trials, "LIMIT", 60.0)  # a machine that does much else
+    with launch_trials.Launch(engine_dir, tmp_path, restart=1) as launch:
         yield launch
 
 

@@ -373,13 +373,13 @@ def test_a_step_has_been_handed_out_whole_when_it_wakes_anyone(open_llm):
     """Whoever takes the first text's piece finds the second's of the same step: each has no message of its own."""
     llm, seen = open_llm(), ([], [])
     params = SamplingParams(max_tokens=60, ignore_eos=True)
-    results = [llm.generate_async(STEM, params, streaming=True) for _ in seen]
-    pieces = [result._outputs.pieces for result in results]
-    for result, differences in zip(results, seen, strict=True):
-        result.subscribe(lambda differences=differences: differences.append(len(pieces[0]) - len(pieces[1])))
+    with llm._core._changed:  # no step begins before both wait for it
+        results = [llm.generate_async(STEM, params, streaming=True) for _ in seen]
+        pieces = [result._outputs.pieces for result in results]
+        for result, differences in zip(results, seen, strict=True):
+            result.subscribe(lambda differences=differences: differences.append(len(pieces[0]) - len(pieces[1])))
     while llm.stats().num_running or llm.stats().num_waiting:
         time.sleep(0.01)
-    # The second may have begun some steps later.
     first, second = (max(set(differences), key=differences.count) for differences in seen)
     assert first == second
 
@@ -504,7 +504,7 @@ def nothing_runs(llm):
 
 
 def assert_nothing_runs(llm):
-    for _ in range(400):
+    for _ in range(1200):
         if nothing_runs(llm):
             return
         time.sleep(0.05)
@@ -561,10 +561,11 @@ def test_a_reader_that_is_cancelled_leaves_the_others_theirs(open_llm):
     params = SamplingParams(max_tokens=200, ignore_eos=True)
 
     async def read():
-        handle = llm.generate_async(STEM, params)
-        others = asyncio.ensure_future(handle.aresult())
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(handle.aresult(), 0.05)
+        with llm._core._changed:  # nothing begins before the reader has given up
+            handle = llm.generate_async(STEM, params)
+            others = asyncio.ensure_future(handle.aresult())
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(handle.aresult(), 0.05)
         return await others
 
     assert asyncio.run(read()).outputs[0].finish_reason == "length"
@@ -785,7 +786,7 @@ def test_an_llm_that_nobody_holds_is_shut_down(engine, holds_result):
     else:
         del llm  # the engine's own thread is the last that lets go of it
     del handle
-    for _ in range(50):
+    for _ in range(600):
         gc.collect()
         if not thread.is_alive():
             break

@@ -112,7 +112,6 @@ def test_a_conversation_finds_what_it_has_said(open_llm):
     assert report.reused_tokens == 2 * (77 + 93) + 32
     assert report.hit_rates == {"pool": report.reused_tokens / report.input_tokens, "host": 0, "disk": 0}
     assert report.goodput_requests_per_s == report.requests_per_s
-    assert run_load(llm, conversations[:1], 1, limits=Limits(between_tokens_ms=1e-9)).goodput_requests_per_s == 0
 
 
 @pytest.mark.parametrize(
@@ -186,7 +185,7 @@ def test_a_trace_of_each_form_is_held(name, engine, tmp_path, capsys):
 
 
 class Slow:
-    """An LLM whose every text takes five seconds of a clock of its own."""
+    """An LLM whose every token takes five seconds of a clock of its own."""
 
     now = 0.0
 
@@ -197,9 +196,10 @@ class Slow:
         return Stats()
 
     async def generate_async(self, prompt, params, streaming):
-        self.now += 5
-        text = SimpleNamespace(token_ids_diff=[1], token_ids=[1])
-        yield SimpleNamespace(outputs=[text], prompt_token_ids=prompt, num_reused_tokens=0)
+        for count in range(1, params.max_tokens + 1):
+            self.now += 5
+            text = SimpleNamespace(token_ids_diff=[1], token_ids=[1] * count)
+            yield SimpleNamespace(outputs=[text], prompt_token_ids=prompt, num_reused_tokens=0)
 
 
 @pytest.mark.parametrize(("delay", "seconds"), [(0.0, [5, 5, 5]), (1e-9, [5, 10, 15])])
@@ -210,6 +210,22 @@ def test_the_wait_for_a_place_counts_from_when_a_request_came(delay, seconds, mo
     conversations = [[Turn([1], 1, delay)] for _ in seconds]
     report = run_load(slow, conversations, 1)
     assert report.time_to_first_token_ms.mean == pytest.approx(1e3 * sum(seconds) / 3)
+
+
+@pytest.mark.parametrize(
+    ("limits", "good"),
+    [
+        (Limits(), 2),
+        (Limits(first_token_ms=4999), 0),
+        (Limits(between_tokens_ms=4999), 1),  # a text of one token has none
+        (Limits(first_token_ms=5000, between_tokens_ms=5000), 2),
+    ],
+)
+def test_what_is_within_the_limits_is_goodput(limits, good, monkeypatch):
+    slow = Slow()
+    monkeypatch.setattr(load.time, "perf_counter", slow.clock)
+    report = run_load(slow, [[Turn([1], 3)], [Turn([1], 1)]], 1, limits=limits)
+    assert report.goodput_requests_per_s == good / report.duration_s
 
 
 def test_what_came_from_each_tier_is_a_share_of_the_prompts():

@@ -33,7 +33,9 @@ def test_one_command_from_a_checkpoint_to_answers_and_back(tmp_path):
         url = ready.split()[1]
         assert ready.startswith(f"ready: {url} serves tiny;")
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret")
-        stream = client.completions.create(model="tiny", prompt="def f(", max_tokens=200, stream=True)
+        # Greedy and without an end: no draw makes the first piece the last.
+        greedy = {"temperature": 0, "extra_body": {"ignore_eos": True}}
+        stream = client.completions.create(model="tiny", prompt="def f(", max_tokens=200, stream=True, **greedy)
         assert next(iter(stream)).choices[0].text
         assert httpx.get(f"{url}/health", timeout=60).status_code == 200
         server.send_signal(signal.SIGTERM)

@@ -3,7 +3,6 @@
 import contextlib
 import socket
 import threading
-import time
 
 import pytest
 
@@ -31,9 +30,11 @@ def come(leader):
 
 
 def test_a_stranger_who_says_nothing_does_not_hold_up_the_start(leader, monkeypatch):
-    monkeypatch.setattr(door, "PATIENCE", 0.1)
     with socket.socket(socket.AF_UNIX) as stranger:
         stranger.connect(leader.address.endpoint)
+        with monkeypatch.context() as patched:
+            patched.setattr(door, "PATIENCE", 0.1)  # of the stranger, who is the first to be let in
+            assert not leader.accept(5.0)
         rank = come(leader)
     steps = leader.begin(5.0)
     assert len(steps) == 1
@@ -42,22 +43,22 @@ def test_a_stranger_who_says_nothing_does_not_hold_up_the_start(leader, monkeypa
 
 
 def test_a_stranger_who_says_a_byte_now_and_then_does_not_hold_up_the_start(leader, monkeypatch):
-    """Each would be in time, and all of what a rank says of itself take seconds."""
+    """Each would be in time, and all 41 that a rank says of itself take seconds."""
     monkeypatch.setattr(door, "PATIENCE", 0.2)
-    said = []
+    said, turned_away = [], threading.Event()
 
     def drip(stranger):
         with contextlib.suppress(OSError):
-            while len(said) < 41:
+            while not turned_away.wait(0.15):
                 stranger.sendall(b"x")
                 said.append(True)
-                time.sleep(0.05)
 
     with socket.socket(socket.AF_UNIX) as stranger:
         stranger.connect(leader.address.endpoint)
         thread = threading.Thread(target=drip, args=(stranger,))
         thread.start()
         assert not leader.accept(5.0)
+        turned_away.set()
         thread.join()
     assert len(said) < 41
 

@@ -1,7 +1,6 @@
 """What the runtime does when its executor loses a rank, and with it all that it held."""
 
 import random
-import threading
 
 import httpx
 import numpy as np
@@ -12,7 +11,7 @@ from saw_trtllm import llm as llm_module
 from saw_trtllm.errors import ConfigError, RankError
 from tests.support.example import build_example
 from tests.support.executor.remembering import RememberingExecutor, expected_text
-from tests.support.openai_server import serving_engines
+from tests.support.openai_server import serving_engines, wait_until_idle
 
 
 class LosingExecutor(RememberingExecutor):
@@ -95,11 +94,7 @@ def requests(count, max_tokens=40):
 
 def settled(llm):
     """Wait for the last step, which nobody waits for, and check every block."""
-    for _ in range(1000):
-        if not llm.stats().used_blocks:
-            break
-        threading.Event().wait(0.005)
-    assert llm.stats().used_blocks == 0
+    wait_until_idle(llm)
     llm._scheduler.blocks.check()
 
 
@@ -109,7 +104,7 @@ def test_with_retries_every_text_is_as_without_losses(open_llm, deterministic, c
     cache = {"max_tokens": 1024, "host_cache_size": 20, "deterministic": deterministic}
     llm = open_llm(kv_cache_config=cache, retry=10_000)
     prompts, params, expected = requests(30)
-    llm.executor.chance = chance
+    llm.executor.chance, llm.executor.loses_in = chance, (50,)  # one at least, whatever comes by chance
     assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == expected
     assert llm.executor.num_losses > 0
     assert llm.stats().restarts_total == llm.executor.num_losses
@@ -121,7 +116,7 @@ def test_with_retries_every_text_is_as_without_losses(open_llm, deterministic, c
 def test_without_retries_only_what_had_begun_fails_and_in_one_sentence(open_llm):
     llm = open_llm(kv_cache_config={"max_tokens": 1024, "host_cache_size": 20})
     prompts, params, expected = requests(30)
-    llm.executor.chance = 0.01
+    llm.executor.loses_in = (40, 120)
     answered = 0
     handles = [llm.generate_async(p, s) for p, s in zip(prompts, params, strict=True)]
     said = []
@@ -133,7 +128,6 @@ def test_without_retries_only_what_had_begun_fails_and_in_one_sentence(open_llm)
     assert set(said) == {"rank 1 was lost while it computed this request: send it again, or start with retry=1"}
     assert answered > 0
     assert answered + len(said) == 30
-    llm.executor.chance = 0.0
     settled(llm)
 
 

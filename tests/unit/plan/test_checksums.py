@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from benchmarks.common.ports import free_ports
 from saw_trtllm import LLM
 from saw_trtllm.cli import run as saw_run
 from saw_trtllm.cli import triton as saw_triton
@@ -15,7 +16,6 @@ from saw_trtllm.errors import EngineError
 from saw_trtllm.plan import checksums
 from saw_trtllm.plan.checksums import file_checksum, record_checksums, verify_engine
 from tests.support.example import EXAMPLE
-from tests.support.ports import free_ports
 from tests.support.rejection import rejected
 
 

@@ -33,7 +33,7 @@ def open_async(open_llm, monkeypatch):
 
 
 def wait_until(condition):
-    for _ in range(600):
+    for _ in range(1200):
         if condition():
             return
         time.sleep(0.05)
@@ -133,7 +133,9 @@ def test_what_depends_on_the_last_token_is_drawn_late_and_holds_nobody_up(open_l
     assert re.fullmatch("[a-f]{2,40}", expected[3].text)
     assert expected[4].text in ("yes", "no", "perhaps")
     llm, executor = open_async()
-    assert [o.outputs[0] for o in llm.generate(prompts, DEPENDENT)] == expected
+    with llm._core._changed:  # all begin in one step
+        handles = [llm.generate_async(prompt, params) for prompt, params in zip(prompts, DEPENDENT, strict=True)]
+    assert [h.result(60).outputs[0] for h in handles] == expected
     assert executor.num_ahead >= 29  # each step but the first, as without them
     assert 13 <= executor.num_late <= 15
     assert_nothing_held(llm)
@@ -212,6 +214,7 @@ def test_aborted_while_a_step_is_under_way(open_async):
     for handle in handles:
         next(iter(handle))
     executor.gate.clear()
+    wait_until(lambda: len(executor._under_way) == 2)  # the second of them cannot end
     for handle in handles:
         handle.abort()
     used = llm.stats().used_blocks
@@ -232,7 +235,7 @@ def test_a_failing_step_ends_its_requests_alone(open_async, caplog, where):
     assert 1000 not in expected[0].outputs[0].token_ids + expected[1].outputs[0].token_ids
     executor.fail_in, executor.fail_on = where, 1000
     with caplog.at_level(logging.CRITICAL):
-        running = llm.generate_async([5, 6, 7], params, streaming=True)
+        running = llm.generate_async([5, 6, 7], ENDLESS, streaming=True)
         next(iter(running))
         broken = llm.generate_async([5, 1000], params)
         with pytest.raises(EngineError, match=said):

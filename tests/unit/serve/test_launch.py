@@ -19,8 +19,10 @@ import psutil
 import pytest
 
 import saw_trtllm
+from benchmarks.common.ports import free_ports
 from saw_trtllm.cli import triton as cli
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError
+from saw_trtllm.serve import canary as canary_module
 from saw_trtllm.serve import installation, launcher, metrics, names, repository, session
 from saw_trtllm.serve import log as log_module
 from saw_trtllm.serve.canary import Canary
@@ -217,17 +219,11 @@ def test_ports_in_use_out_of_range_and_equal():
         s.listen()
         port = s.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--http_port {port} cannot be used on 127.0.0.1"):
-            Ports(http=port, grpc=free_port(), metrics=free_port()).check()
+            Ports(http=port, **dict(zip(("grpc", "metrics"), free_ports(2), strict=True))).check()
     with pytest.raises(ConfigError, match="grpc_port is 70000: it must be from 1 to 65535"):
         Ports(grpc=70000).check()
     with pytest.raises(ConfigError, match="must differ"):
         Ports(grpc=8000, http=8000).check()
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def executable(path, text=""):
@@ -277,8 +273,8 @@ def test_environment_puts_its_folders_in_front(monkeypatch):
     assert env["PATH"].split(":")[0] == "/python/bin"
 
 
-def free_ports():
-    return Ports(grpc=free_port(), http=free_port(), metrics=free_port())
+def ports():
+    return Ports("127.0.0.1", *free_ports(3))
 
 
 def test_server_that_ends_before_it_is_ready(tmp_path, capfd):
@@ -287,7 +283,7 @@ def test_server_that_ends_before_it_is_ready(tmp_path, capfd):
         'no engine here: build one\\\\n\\\\nAt:\\\\n  model.py(1)\\"'
     )
     script = executable(tmp_path / "tritonserver", f'import sys\nsys.stderr.write("{failure}\\n")\nsys.exit(1)')
-    with Server(Installation(script), tmp_path, free_ports()) as server, pytest.raises(EngineError) as e:
+    with Server(Installation(script), tmp_path, ports()) as server, pytest.raises(EngineError) as e:
         server.wait_ready()
     assert str(e.value).startswith("tritonserver ended before it was ready: no engine here: build one (its log: ")
     assert capfd.readouterr().err == ""  # the sentence is enough
@@ -305,7 +301,7 @@ def test_a_start_that_triton_gives_up_is_told_from_a_failure(tmp_path):
 
 def test_waiting_for_a_server_can_be_given_up(tmp_path):
     script = executable(tmp_path / "tritonserver", "import time\ntime.sleep(600)")
-    with Server(Installation(script), tmp_path, free_ports()) as server:
+    with Server(Installation(script), tmp_path, ports()) as server:
         assert server.wait_ready(lambda: True) is False
         assert server.poll() is None
     assert server.poll() is not None
@@ -351,7 +347,7 @@ def wait_for(condition):
 
 def test_nothing_is_left_of_a_server_that_does_not_end(tmp_path):
     script = executable(tmp_path / "tritonserver", STUBBORN)
-    server = Server(Installation(script), tmp_path, free_ports())
+    server = Server(Installation(script), tmp_path, ports())
     wait_for(lambda: all(traces(script)))
     assert len(traces(script)[0]) == 2
     server.stop()
@@ -365,8 +361,7 @@ def test_nothing_is_left_of_a_launcher_that_is_killed(tmp_path):
         "s.EXIT_TIMEOUT = 0.5; ports = s.Ports('127.0.0.1', *map(int, sys.argv[3:]));"
         "server = s.Server(s.Installation(Path(sys.argv[1])), Path(sys.argv[2]), ports); time.sleep(600)"
     )
-    ports = map(str, (free_port(), free_port(), free_port()))
-    launcher = subprocess.Popen([sys.executable, "-c", code, script, tmp_path, *ports])
+    launcher = subprocess.Popen([sys.executable, "-c", code, script, tmp_path, *map(str, free_ports(3))])
     wait_for(lambda: all(traces(script)))
     launcher.kill()
     launcher.wait()
@@ -398,7 +393,7 @@ def test_a_server_whose_main_thread_alone_has_ended_is_still_there():
         wait_for(lambda: psutil.Process(server.pid).status() == psutil.STATUS_ZOMBIE)
         assert [process.pid for process in session.members(server.pid)] == [server.pid]
         session.end(server.pid, "none", grace=0)
-        assert server.wait(timeout=10) == -signal.SIGKILL
+        assert server.wait(timeout=60) == -signal.SIGKILL
 
 
 class FakeServer:
@@ -492,9 +487,10 @@ class FakeTriton(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def canary():
-    """Start a canary against a fake of its own."""
-    started = []
+def canary(monkeypatch):
+    """Start a canary against a fake of its own, which a busy machine may take long to answer."""
+    opened, started = canary_module._open, []
+    monkeypatch.setattr(canary_module, "_open", lambda asked, timeout: opened(asked, timeout=60))
 
     def start(timeout):
         fake = type("Fake", (FakeTriton,), {})

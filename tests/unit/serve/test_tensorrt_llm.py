@@ -11,6 +11,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from benchmarks.common.ports import free_ports
 from saw_trtllm.backends.tensorrt_llm import for_executor
 from saw_trtllm.cli import triton as cli
 from saw_trtllm.engine.config import EngineConfig
@@ -19,7 +20,6 @@ from saw_trtllm.serve import tensorrtllm_repository as repository
 from saw_trtllm.serve.installation import find_server
 from saw_trtllm.serve.ports import Ports
 from saw_trtllm.serve.server import Server
-from tests.support.ports import free_ports
 
 SOURCE = os.environ.get("SAW_TENSORRT_LLM_SOURCE")
 REAL_TEMPLATE = Path(SOURCE or "") / "triton_backend" / "all_models" / "inflight_batcher_llm"

@@ -17,6 +17,7 @@ from tests.support.example import EXAMPLE
 
 USER = {"role": "user", "content": "write a class"}
 STEM = "import os\nimport sys\n\n\nclass Node:\n    def"
+ENDING = '        self.assertTrue(x)\n\n\nif __name__ == "__main__":\n    '
 GREEDY = {"temperature": 0, "model": "example"}
 
 
@@ -68,7 +69,8 @@ def cache_rounding(logprobs):
 def test_usage_finish_reason_and_logprobs_are_those_of_transformers(client):
     model = AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=torch.float32)
     tokenizer = Tokenizer.load(EXAMPLE)
-    for prompt, count in ((STEM, 10), ("def main():\n    pass\n", 14)):
+    # Texts whose every choice is ahead of the next one by some times what the cache rounds; the second one ends.
+    for prompt, count in ((STEM, 10), (ENDING, 14)):
         ids = tokenizer.encode(prompt)
         given = torch.tensor([ids])
         options = {"attention_mask": torch.ones_like(given), "max_new_tokens": count, "do_sample": False}

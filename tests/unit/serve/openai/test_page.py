@@ -1,7 +1,9 @@
 """The page in a real browser, where there is one: Debian's chromium, headless."""
 
+import itertools
 import re
 import shutil
+import threading
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
@@ -11,6 +13,7 @@ from tests.support.openai_server import serving_engines
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH")
 
+expect.set_options(timeout=60_000)  # a machine that does much else
 NARROW, WIDE = {"width": 360, "height": 640}, {"width": 1200, "height": 700}
 
 
@@ -24,8 +27,10 @@ def browser():
 
 @pytest.fixture(scope="module")
 def one(chat_engine):
-    with serving_engines({"example": chat_engine}) as (url, _):
-        yield url
+    """A model whose answers are greedy: none is drawn that ends before it has been looked at."""
+    with serving_engines({"example": chat_engine}) as (url, [model]):
+        model.defaults = {"temperature": 0.0}
+        yield url, model.llm
 
 
 @pytest.fixture
@@ -50,8 +55,9 @@ def open_page(browser):
 
 
 @pytest.mark.parametrize(("size", "scheme"), [(WIDE, "light"), (NARROW, "dark")])
-def test_a_person_talks_by_the_keyboard_alone(one, open_page, size, scheme):
-    page = open_page(one, size, scheme)
+def test_a_person_talks_by_the_keyboard_alone(one, open_page, size, scheme, monkeypatch):
+    url, llm = one
+    page = open_page(url, size, scheme)
     expect(page.locator("#models")).to_contain_text("(3.76x)")
     expect(page.locator("#input")).to_be_focused()
     page.keyboard.type("write a class")
@@ -61,6 +67,14 @@ def test_a_person_talks_by_the_keyboard_alone(one, open_page, size, scheme):
     page.keyboard.press("Escape")  # stops it
     expect(page.locator("#send")).to_be_enabled()
     expect(page.locator(".numbers")).to_have_text(re.compile(r"tokens/s, first after \d+ ms"))
+    executor, steps, stopped = llm._core._executor, itertools.count(), threading.Event()
+    execute = executor.execute
+
+    def held(*args):  # some tokens come, and no more until the person has stopped it
+        assert next(steps) < 20 or stopped.wait(120)
+        return execute(*args)
+
+    monkeypatch.setattr(executor, "execute", held)
     page.keyboard.type("and another")
     page.keyboard.press("Enter")
     expect(page.locator(".text").nth(1)).not_to_be_empty()
@@ -68,6 +82,7 @@ def test_a_person_talks_by_the_keyboard_alone(one, open_page, size, scheme):
     expect(page.locator("#stop")).to_be_focused()
     page.keyboard.press("Enter")
     expect(page.locator("#send")).to_be_enabled()
+    stopped.set()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 22, 20)"
     assert dark == (scheme == "dark")
@@ -78,7 +93,7 @@ def test_two_engines_answer_side_by_side_and_what_differs_is_marked(engine, open
         page = open_page(url)
         page.fill("#input", "class Node:\n    def __init__(self, name, children=()):\n")
         page.click("#send")
-        expect(page.locator("#send")).to_be_enabled(timeout=60000)
+        expect(page.locator("#send")).to_be_enabled()
         texts = page.locator(".text").all_text_contents()
         marks = [text.locator("mark").all_text_contents() for text in page.locator(".text").all()]
     assert len(texts) == 2
