@@ -295,7 +295,7 @@ def test_server_that_ends_before_it_is_ready(tmp_path, capfd):
 def test_a_start_that_triton_gives_up_is_told_from_a_failure(tmp_path):
     lines = "terminate called after throwing an instance of 'x'\\n  what():  boost::interprocess::lock_exception\\n"
     script = executable(tmp_path / "tritonserver", f'import os, sys\nsys.stderr.write("{lines}")\nos.abort()')
-    with Server(Installation(script), tmp_path, free_ports()) as server, pytest.raises(BusyStartError, match=BUSY):
+    with Server(Installation(script), tmp_path, ports()) as server, pytest.raises(BusyStartError, match=BUSY):
         server.wait_ready()
 
 
