@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
 import types
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -141,6 +143,7 @@ def run(command: Callable[[], int | None]) -> int:
 
     A reader that has closed our output, as ``| head`` does, has seen enough: that is well too.
     """
+    _open_streams()
     try:
         code = command() or 0
         sys.stdout.flush()
@@ -149,11 +152,45 @@ def run(command: Callable[[], int | None]) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # The interpreter flushes once more at its end, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         return 0
+    except OSError as e:
+        if e.errno not in _FULL:
+            raise
+        _give_up_stdout()
+        print(f"error: the output cannot be written ({e.strerror}): make room, or write it elsewhere", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
+
+
+#: How the medium of an output fails.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def _open_streams() -> None:
+    """See to it that there are standard streams, and that no character ends the command.
+
+    What is opened in the place of one that was closed would get what C libraries print.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(0, closefd=False)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "w", closefd=False))
+    # Of a terminal that is not UTF-8, say; tests have streams of their own.
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, TextIOWrapper) and sys.stdin.errors == "strict":
+        sys.stdin.reconfigure(errors="surrogateescape")
+
+
+def _give_up_stdout() -> None:
+    """Let nobody write to it any more: the interpreter flushes once more at its end, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _kind(annotation: Any) -> tuple[type, list[str] | None]:

@@ -145,9 +145,10 @@ def _chat(llm: LLM, params: SamplingParams, system_prompt: str | None, prompts: 
             print()
 
 
-def _read_prompts(path: Path) -> list[str]:
+def _read_prompts(path: Path | str) -> list[str]:
     try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+        path = "stdin" if str(path) == "-" else path
         prompts = [line.rstrip("\r") for line in data.decode("utf-8").removesuffix("\n").split("\n")] if data else []
     except OSError as e:
         raise RequestError(f"{path} cannot be read ({e.strerror}): give a file of prompts, one a line") from e
@@ -196,7 +197,7 @@ def _as_json(output: RequestOutput, seconds: float) -> str:
             "finish_reason": completion.finish_reason,
             "batch_seconds": round(seconds, 3),
         },
-        ensure_ascii=False,
+        ensure_ascii=sys.stdout.encoding.lower() != "utf-8",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -148,6 +149,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _serve(args: argparse.Namespace) -> None:
     options = parse_fields(args, ServerOptions)
+    if not 0 <= args.cache_size < math.inf:
+        raise ConfigError(f"--cache_size is {args.cache_size}: give the GiB that engines may take, or --no_cache")
     if args.replicas < 1:
         raise ConfigError(f"--replicas is {args.replicas}: it must be at least 1")
     keys = [*args.api_key, *filter(None, [os.environ.get("SAW_API_KEY")])]
@@ -172,7 +175,7 @@ def _serve(args: argparse.Namespace) -> None:
         server = make_server(app, options, _UVICORN_LEVELS.get(args.log_level, args.log_level))
         served = ", ".join(spec.name for spec in specs)
         set_start_aside()
-        print(f"ready: {url} serves {served}; OpenAI's API is at {url}/v1, a page to look at at {url}/", flush=True)
+        _say(f"ready: {url} serves {served}; OpenAI's API is at {url}/v1, a page to look at at {url}/")
         server.run([socket])
 
 
@@ -214,11 +217,20 @@ def _engines(args: argparse.Namespace) -> list[AbstractContextManager[Path]]:
     folders = [*args.engine_dir, *([_local(args.model)] if args.model else [])]
     if not folders:
         raise ConfigError("there is nothing to serve: give a model, or --engine_dir")
+    if not any(map(_is_model, folders)):
+        for name in _BUILD:
+            if getattr(args, name) != BuildOptions.model_fields[name].default:
+                what = f"--{name} says how an engine is built, and {folders[0]} is one already"
+                raise ConfigError(f"{what}: leave it out, or give the model")
     return [_engine(args, folder) for folder in folders]
 
 
+def _is_model(folder: Path) -> bool:
+    return is_file(folder / CONFIG_FILE) and "build_config" not in read_json(folder / CONFIG_FILE)
+
+
 def _engine(args: argparse.Namespace, folder: Path) -> AbstractContextManager[Path]:
-    if not is_file(folder / CONFIG_FILE) or "build_config" in read_json(folder / CONFIG_FILE):
+    if not _is_model(folder):
         return contextlib.nullcontext(folder)
     options = BuildOptions(model_dir=folder, **{name: getattr(args, name) for name in _BUILD})
     if args.no_cache:
@@ -231,13 +243,17 @@ def _announce(plan: BuildPlan, found: bool) -> None:
     config = plan.config
     fits = f"about {tokens_that_fit(plan):,} tokens will fit, {tokens_that_fit(plan, 'fp16'):,} in 16 bits"
     how = "the engine is in the cache" if found else "the engine is being built"
-    print(
-        f"{plan.checkpoint.folder}: {config.saw_int4.backend}, KV cache {config.saw_int4.kv}; {fits}; {how}", flush=True
-    )
+    _say(f"{plan.checkpoint.folder}: {config.saw_int4.backend}, KV cache {config.saw_int4.kv}; {fits}; {how}")
     for warning in plan.warnings:
         log.warning("%s", warning)
     if config.saw_int4.kv == "saw_int4" and not config.saw_int4.k_frame:
         log.warning(_HINT)
+
+
+def _say(line: str) -> None:
+    """Print a line for whoever still reads: they may have waited for an earlier one alone, and the server goes on."""
+    with contextlib.suppress(BrokenPipeError):
+        print(line, flush=True)
 
 
 def _local(model: str) -> Path:

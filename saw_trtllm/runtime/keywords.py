@@ -63,6 +63,11 @@ def is_number(value: Any, whole: bool = False) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
+def is_text(value: str) -> bool:
+    """Whether it has whole characters alone: a lone surrogate is half of one, and no text has it."""
+    return not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 def shown(value: Any) -> str:
     """A value for a message, shortened. Python itself does not print whole numbers of thousands of digits."""
     if isinstance(value, int) and value.bit_length() > 128:

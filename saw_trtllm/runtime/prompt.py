@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from saw_trtllm.errors import ContextLengthError, RequestError
-from saw_trtllm.runtime.keywords import shown
+from saw_trtllm.runtime.keywords import is_text, shown
 from saw_trtllm.runtime.tokenizer import Tokenizer
 
 #: Text, token ids, or a dict of TensorRT-LLM's and vLLM's form.
@@ -67,8 +67,8 @@ def read_prompt(prompt: Prompt) -> PromptParts:
         return PromptParts(None, _token_ids(prompt))
     given = {name: value for name, value in prompt.items() if value is not None}
     salt = given.pop("cache_salt", "")
-    if not (isinstance(salt, str) and len(salt) <= MAX_SALT):
-        raise RequestError(f"cache_salt is {shown(salt)}: give text of at most {MAX_SALT} characters")
+    if not (isinstance(salt, str) and len(salt) <= MAX_SALT and is_text(salt)):
+        raise RequestError(f"cache_salt is {shown(salt)}: give text of at most {MAX_SALT} whole characters")
     unknown = given.keys() - {"prompt", "prompt_token_ids"}
     if unknown or not given:
         what = f"has {shown(next(iter(unknown)))}" if unknown else "is empty"

@@ -12,7 +12,7 @@ import numpy as np
 
 from saw_trtllm.errors import RequestError
 from saw_trtllm.runtime.guided_decoding import GuidedDecodingParams
-from saw_trtllm.runtime.keywords import check_keywords, is_number, shown
+from saw_trtllm.runtime.keywords import check_keywords, is_number, is_text, shown
 
 #: Likeliest tokens of a place that a request may ask for.
 MAX_TOP_LOGPROBS = 100
@@ -280,8 +280,7 @@ def _check_size(name: str, sizes: list[int], unit: str) -> None:
 
 
 def _is_string(value: Any) -> bool:
-    # A lone surrogate is half a character, and no text has one.
-    return isinstance(value, str) and value != "" and not any("\ud800" <= c <= "\udfff" for c in value)
+    return isinstance(value, str) and value != "" and is_text(value)
 
 
 def _is_token(value: Any) -> bool:

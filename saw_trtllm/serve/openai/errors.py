@@ -117,7 +117,9 @@ def error_body(error: Exception, prompt: str | None = None) -> dict[str, Any]:
         param = f"messages.{number[1]}"
     elif param is None and message.startswith("the prompt"):
         param = prompt
-    return {"error": {"message": message, "type": answer.type, "param": param, "code": answer.code}}
+    body = {"message": message, "type": answer.type, "param": param, "code": answer.code}
+    # A field's name may hold half a character, which JSON has and UTF-8 has not.
+    return {"error": {name: text and text.encode(errors="backslashreplace").decode() for name, text in body.items()}}
 
 
 _NO_FIELDS = ("body", "str", "list")

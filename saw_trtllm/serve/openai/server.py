@@ -59,8 +59,9 @@ def make_server(app: ASGIApp, options: ServerOptions, log_level: str = "warning"
         If the key and the certificate cannot be used.
     """
     settings: dict[str, Any] = options.model_dump()
-    if options.ssl_keyfile and not options.ssl_certfile:
-        raise ConfigError("--ssl_keyfile is given and --ssl_certfile is not: TLS needs both")
+    for name in ("ssl_keyfile", "ssl_ca_certs"):
+        if settings[name] and not options.ssl_certfile:
+            raise ConfigError(f"--{name} is given and --ssl_certfile is not: TLS needs a certificate and its key")
     config = uvicorn.Config(app, log_level=log_level, access_log=log_level == "debug", server_header=False, **settings)
     try:
         config.load()

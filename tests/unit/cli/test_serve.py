@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -57,11 +58,30 @@ def test_one_command_from_a_checkpoint_to_answers_and_back(tmp_path):
         (["no/model"], "is no folder, and "),
         (["--engine_dir", "a/x", "--engine_dir", "b/x"], "two engines are called x: give each a --served_model_name"),
         (["--engine_dir", "x", "--served_model_name", "a", "--served_model_name", "b"], "2 names came for 1 engines"),
+        (["x", "--cache_size", "nan"], "--cache_size is nan: give the GiB"),
+        (["x", "--cache_size", "inf"], "--cache_size is inf: give the GiB"),
+        (["x", "--cache_size", "-1"], "--cache_size is -1.0: give the GiB"),
+        (["--engine_dir", "x", "--kv", "fp16"], "--kv says how an engine is built, and x is one already: leave it out"),
     ],
 )
 def test_what_cannot_be_served(argv, said, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert said in rejected(capsys, saw_serve.main, *argv)
+
+
+def test_whoever_read_its_first_line_may_have_gone(engine, capsys, monkeypatch):
+    """As ``| head -1`` does: the server goes on."""
+    ran = []
+    server = SimpleNamespace(run=ran.append)
+    monkeypatch.setattr(saw_serve, "make_server", lambda *_: server)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        argv = ["--engine_dir", str(engine("saw_int4")), "--kv_cache_max_tokens", "256", "--port", "0"]
+        assert saw_serve.main(argv) == 0
+    [[socket]] = ran
+    socket.close()
 
 
 def test_a_port_that_is_taken(engine, capsys):

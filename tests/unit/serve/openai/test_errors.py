@@ -55,6 +55,9 @@ def error_of(response):
         (CHAT, {"messages": [USER], "n": True}, 400, "invalid_value", "n", "valid integer"),
         (CHAT, {"messages": [USER], "ignore_eos": "yes"}, 400, "invalid_value", "ignore_eos", "valid boolean"),
         (CHAT, {"messages": [{**USER, "role": "admin"}]}, 400, "invalid_value", "messages.0.role", "the role 'admin'"),
+        (CHAT, {"messages": [{**USER, "\ud800": 1}]}, 400, "unknown_parameter", r"messages.0.\ud800", "has a field"),
+        (CHAT, {"messages": [USER], "cache_salt": "\ud800"}, 400, "invalid_value", "cache_salt", "whole characters"),
+        (TEXT, {"prompt": "a", "cache_salt": "\ud800"}, 400, "invalid_value", "cache_salt", "whole characters"),
         (CHAT, {"messages": [{**USER, "audio": {"id": "a"}}]}, 400, "unknown_parameter", "messages.0.audio", "'audio'"),
         (CHAT, {"messages": [USER], "temperature": 3}, 400, "invalid_value", "temperature", "less than or equal to 2"),
         (CHAT, {"messages": [USER], "n": 0}, 400, "invalid_value", "n", "greater than or equal to 1"),
@@ -134,7 +137,9 @@ def error_of(response):
     ],
 )
 def test_what_is_wrong_with_a_request_is_a_400_and_no_stream(url, http, path, body, status, code, param, said, stream):
-    response = http.post(url + path, json={**body, "stream": stream})
+    # With escapes for all but ASCII, as half a character needs one.
+    content = json.dumps({**body, "stream": stream})
+    response = http.post(url + path, content=content, headers={"content-type": "application/json"})
     found, error = error_of(response)
     assert (found, error["code"], error["param"]) == (status, code, param)
     assert said in error["message"]

@@ -49,13 +49,14 @@ def test_texts_over_tls(certificate, llms):
             httpx.get(f"{url.replace('https', 'http')}/health", timeout=60)
 
 
-@pytest.mark.parametrize("wrong", ["missing", "another key", "no key"])
+@pytest.mark.parametrize("wrong", ["missing", "another key", "no key", "no certificate"])
 def test_a_certificate_that_cannot_be_used(wrong, certificate, engine, tmp_path, capsys):
     key, cert = certificate
     flags = {
         "missing": ["--ssl_keyfile", key, "--ssl_certfile", tmp_path / "none"],
         "another key": ["--ssl_keyfile", cert, "--ssl_certfile", cert],
         "no key": ["--ssl_keyfile", key],
+        "no certificate": ["--ssl_ca_certs", cert],
     }[wrong]
     argv = ["--engine_dir", engine("fp16"), "--kv_cache_max_tokens", "256", "--port", "0", *flags]
     assert "--ssl_certfile" in rejected(capsys, saw_serve.main, *argv)
