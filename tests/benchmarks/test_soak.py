@@ -19,7 +19,8 @@ from tests.support.example import EXAMPLE
 
 
 def test_requests_among_failures_lose_nothing():
-    counts = soak_requests(6000, seed=1)
+    # A seed of tight pools: sequences are preempted hundreds of times, however the clients' threads take turns.
+    counts = soak_requests(6000, seed=13)
     assert losses(counts) == 0, counts
     for kind in ("answered", "failed", "cancelled", "dropped", "injected failures", "preemptions"):
         assert counts[kind] > 20, counts
