@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.common.vllm import engine_arguments, import_vllm
+from benchmarks.goodput.measure import measure, point
 from benchmarks.goodput.record import Load, Point
-from benchmarks.goodput.run import measure, point
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.runtime.sampling_params import SamplingParams
 from saw_trtllm.runtime.stats import Stats

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from benchmarks.__main__ import load_report, main
 from benchmarks.common.vllm import hugging_face_config
 from benchmarks.engine import moving
-from benchmarks.goodput import run
+from benchmarks.goodput.measure import measure
 from benchmarks.goodput.record import Load
 from benchmarks.goodput.vllm import VllmServer
 from saw_trtllm.engine.config import EngineConfig
@@ -78,7 +78,7 @@ def test_a_load_is_held_with_vllm_too(engine):
     load = Load(
         conversations=3, turns=2, first_len=20, turn_len=5, answer_len=4, max_ttft_ms=1e9, max_tpot_ms=1e9
     )  # fmt: skip
-    report = asyncio.run(run.measure(VllmServer(Engine(), SimpleNamespace), load, 100))
+    report = asyncio.run(measure(VllmServer(Engine(), SimpleNamespace), load, 100))
     assert (report.num_requests, report.output_tokens) == (6, 24)
     assert report.input_tokens == 3 * (20 + 29)
     assert report.reused_tokens == 6 * 16
