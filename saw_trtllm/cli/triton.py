@@ -59,11 +59,20 @@ def make_parser() -> argparse.ArgumentParser:
         description="Write a Triton model repository for an engine of saw-build, and start tritonserver with --launch.",
         formatter_class=_Defaults,
     )
-    unset: dict[str, Any] = {
-        "type": Path,
-        "metavar": "DIR",
-        "default": argparse.SUPPRESS,
-    }  # None has no place in the help
+    _add_folders_and_ports(parser)
+    _add_cache(parser)
+    _add_requests(parser)
+    _add_watch(parser)
+    add_no_verify(parser)
+    add_parallel(parser)
+    add_log_level(parser)
+    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags for tritonserver itself")
+    return parser
+
+
+def _add_folders_and_ports(parser: argparse.ArgumentParser) -> None:
+    # None has no place in the help.
+    unset: dict[str, Any] = {"type": Path, "metavar": "DIR", "default": argparse.SUPPRESS}
     parser.add_argument("--engine_dir", required=True, help="engine folder that saw-build wrote", **unset)
     parser.add_argument(
         "--backend",
@@ -92,6 +101,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--grpc_port", type=int, metavar="N", default=Ports.grpc, help="port for gRPC")
     parser.add_argument("--http_port", type=int, metavar="N", default=Ports.http, help="port for HTTP")
     parser.add_argument("--metrics_port", type=int, metavar="N", default=Ports.metrics, help="port for metrics")
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv_cache_max_tokens",
         type=int,
@@ -115,6 +127,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--kv_cache_reuse", choices=_SWITCH, default="enable", help="share blocks of equal prefixes")
     add_fields(parser, TierOptions)
+
+
+def _add_requests(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exclude_input_in_output", choices=_SWITCH, default="disable", help="for requests that do not say"
     )
@@ -131,6 +146,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--triton_max_batch_size", type=int, metavar="N", default=64, help="prompts that one request may hold"
     )
+
+
+def _add_watch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restart",
         type=int,
@@ -146,11 +164,6 @@ def make_parser() -> argparse.ArgumentParser:
         default=120.0,
         help="with --launch: without an answer or a token for so long, the server counts as stuck; 0 is never",
     )
-    add_no_verify(parser)
-    add_parallel(parser)
-    add_log_level(parser)
-    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags for tritonserver itself")
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
