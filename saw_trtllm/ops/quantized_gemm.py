@@ -83,7 +83,7 @@ def pack_weight(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A quantized weight ``(values - zeros) · scales`` as the kernels take it.
 
-    The layout is that of plugins/include/saw/quantized_gemm/weights.cuh. An INT4 scale keeps 18 bits behind the first,
+    The layout is that of plugins/include/saw/quantized_gemm/weights.cuh. An INT4 scale keeps 18 bits after the first,
     more than float16 and bfloat16 have; the last five are its zero point.
 
     Parameters

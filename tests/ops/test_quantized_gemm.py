@@ -164,7 +164,7 @@ def test_the_plugin_multiplies_many_rows_in_8_bits(shape, dtype, make_plugin):
             pytest.skip("cuBLASLt has no product with scales of rows on this GPU")
         wide, exact = rounded(x).double(), weight.exact.double()
         want, size = wide @ exact.T, wide.abs() @ exact.abs().T
-        # Of a step's 32 products tensor cores keep 13 bits behind the largest's first.
+        # Of a step's 32 products tensor cores keep 13 bits after the largest's first.
         assert ((y.double() - want).abs() <= 2**-11 * size + ROUNDING[dtype] * want.abs()).all()
 
 

@@ -445,7 +445,7 @@ def test_an_engine_of_another_library_is_rejected(name, built, interface, make, 
     last = 3 if name == WRITE else 1  # two of WRITE's fields may be lacking: the test below
     if interface == "V2":
         record = 8, 48  # bytes of the header and of a field
-        place = record[0] + 32  # the first field's value, behind its name, type and length
+        place = record[0] + 32  # the first field's value, after its name, type and length
         other = data[:place] + struct.pack("<i", 2) + data[place + 4 :]
         unknown = data.replace(b"head_dim", b"head_siz")
         lacking = without_last_fields(data, interface, last)

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.triton
 
 GIVEN = os.environ.get("SAW_TEST_ENGINE")
 #: Logits of TensorRT's engine that lie so near may come in either order: its sums, in 16 bits, follow the batch. In a
-#: cache of 4 bits a rounding can move a code, which all tokens behind it see.
+#: cache of 4 bits a rounding can move a code, which all tokens after it see.
 NEAR_TIE, NEAR_TIE_4_BITS = 0.15, 2.0
 PROMPT = "def read_config(path):"
 UNICODE = "naïve café, 日本語 and 🎉👩‍🚀 emoji"

@@ -266,7 +266,7 @@ class Executor:
         }
 
     def _block_offsets(self, requests: Sequence[Request]) -> dict[str, np.ndarray]:
-        """Tables as the executor's buffers hold them: behind a sequence's own blocks, what was there before."""
+        """Tables as the executor's buffers hold them: after a sequence's own blocks, what was there before."""
         shape = len(self.managers), len(requests), 2, self.max_blocks
         host, gpu = (x[: np.prod(shape)].reshape(shape) for x in self._offsets.values())
         widest = 0

@@ -262,10 +262,6 @@ class Builder:
         return IHostMemory(json.dumps(described).encode())
 
 
-class IPluginV3QuickRuntime:
-    pass
-
-
 class _Unused:
     """Named by the front-end, used by nothing here."""
 

@@ -54,10 +54,6 @@ class IPluginV2DynamicExt(IPluginV2):
     pass
 
 
-class IPluginV2Ext(IPluginV2):
-    pass
-
-
 class IPluginV3(IPluginV2):
     pass
 

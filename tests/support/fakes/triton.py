@@ -75,7 +75,7 @@ class Logger:
 
 
 class Sender:
-    """A response sender that holds on to what was sent, and rejects what Triton would refuse."""
+    """A response sender that holds on to what was sent, and rejects what Triton rejects."""
 
     def __init__(self):
         self.responses = []
@@ -87,7 +87,7 @@ class Sender:
 
     def send(self, response=None, flags=0):
         if self._final.is_set():
-            raise RuntimeError("sent behind the final flag")
+            raise RuntimeError("sent after the final flag")
         self.taken.wait()
         with self._arrived:
             if response is not None:

@@ -146,7 +146,7 @@ def test_weights_in_8_bits(model):
     name = "model.norm.weight"
     begin = header[name]["data_offsets"][0]
     header[name] |= {"dtype": "F8_E4M3", "data_offsets": [begin, begin + 96]}
-    # What stood behind it moves up, and so do the data.
+    # What stood after it moves up, and so do the data.
     for other in header.values():
         if "data_offsets" in other and other["data_offsets"][0] > begin:
             other["data_offsets"] = [x - 288 for x in other["data_offsets"]]

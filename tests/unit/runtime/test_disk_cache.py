@@ -291,7 +291,7 @@ def test_two_runtimes_share_a_folder(engine, tmp_path):
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     with LLM(engine("fp16"), kv_cache_config=tiers) as one, LLM(engine("fp16"), kv_cache_config=tiers) as two:
         first = one.generate(PROMPTS[0], params)
-        for _ in range(1200):  # written behind
+        for _ in range(1200):  # written in the background
             if one.stats().disk_written_blocks_total >= 4:
                 break
             time.sleep(0.05)

@@ -102,7 +102,7 @@ __device__ inline void hold(uint32_t (&registers)[N]) {
 template <typename T, int N>
 struct Wgmma;
 
-// Operands of D: their names in the text from the first on, and the registers behind them.
+// Operands of D: their names in the text from the first on, and the registers after them.
 #define SAW_D4 "%0, %1, %2, %3"
 #define SAW_D8 SAW_D4 ", %4, %5, %6, %7"
 #define SAW_D16 SAW_D8 ", %8, %9, %10, %11, %12, %13, %14, %15"

@@ -93,7 +93,7 @@ struct StripKernel {
         copy_async_8(to + Shared::kScales + lane * 8, scales);
     }
 
-    // A chunk that the inputs end in has zeros behind them in the weight, but x has none.
+    // A chunk that the inputs end in has zeros after them in the weight, but x has none.
     __device__ void copy_activations(int i, int ring) const {
         int const input = (warp + i * kStripWarps) * kChunk + lane % 16 * 8;
         uint32_t const to = shared_address(activations(ring)) + lane % 16 * 16;

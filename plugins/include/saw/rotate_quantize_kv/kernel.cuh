@@ -211,7 +211,7 @@ __device__ auto RotateQuantizeKvKernel<Config>::place(Item const& item) const ->
     return {__ldg(table + p.pool.block_of(slot)), slot};
 }
 
-// Begin to copy an item's rows. Behind the last head there are zeros.
+// Begin to copy an item's rows. After the last head there are zeros.
 template <typename Config>
 __device__ void RotateQuantizeKvKernel<Config>::fetch(Item const& item, Stage& stage) const {
     int const left = rows_left(item) * Config::kChunks - warp_lane;

@@ -184,7 +184,7 @@ def test_tiles_of_a_few_rows_are_tiles_of_many():
 
 
 def test_the_probe_tells_places_of_an_elementwise_loop_apart(monkeypatch):
-    """A tail of 5 elements, as scalar code behind a vector loop leaves it, is found out."""
+    """A tail of 5 elements, as scalar code after a vector loop leaves it, is found out."""
     true_exp = torch.exp
 
     def exp_with_a_tail(x):

@@ -498,7 +498,7 @@ def test_too_little_memory_says_how_much_and_which_flag(folders, machine):
 def rejected(folders, machine, tmp_path):
     """The sentence with which an engine is rejected that ``change`` has been at."""
 
-    def refuse(change=lambda folder: None, errors=EngineError, prepare=lambda cuda, module: None, **section):
+    def reject(change=lambda folder: None, errors=EngineError, prepare=lambda cuda, module: None, **section):
         folder = tmp_path / "engine"
         shutil.copytree(folders()[1], folder, dirs_exist_ok=True)
         config = EngineConfig.load(folder)
@@ -514,7 +514,7 @@ def rejected(folders, machine, tmp_path):
         assert "\n" not in message
         return message.replace(str(folder), "FOLDER")
 
-    return refuse
+    return reject
 
 
 AGAIN = "build it anew with saw-build on this machine"

@@ -6,7 +6,7 @@
 // the diagonal down, then the history's, newest first.
 //
 // Rows of codes are brought as they are into the slot that they are to fill; there all threads take their codes out,
-// and then put fp16 numbers in their place. Behind bf16 activations Q is rounded to fp16 once for them, between the
+// and then put fp16 numbers in their place. With bf16 activations Q is rounded to fp16 once for them, between the
 // chunk and the history.
 #pragma once
 
