@@ -76,9 +76,9 @@ def run_real(
     start = time.monotonic()
     checkpoint = Checkpoint.open(model_dir)
     tokenizer, longest = load_tokenizer(checkpoint), checkpoint.config.max_positions
-    windows = make_windows(tokenizer.encode(read_text(text)), longest, max_seq_len, max_tokens)
+    windows = make_windows(tokenizer.encode(read_text(text)), longest, max_seq_len, max_tokens, tokenizer.bos_id)
     calibration_ids = tokenizer.encode(read_text(calibration_text, "--calibration_text"))
-    calibration_windows = make_windows(calibration_ids, longest, max_seq_len, calibration_tokens)
+    calibration_windows = make_windows(calibration_ids, longest, max_seq_len, calibration_tokens, tokenizer.bos_id)
     model = open_model(checkpoint, max_seq_len, choose_device(device))
     own, statistics = (Statistics(checkpoint, model) for _ in range(2))
     if own_text:

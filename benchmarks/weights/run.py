@@ -57,8 +57,9 @@ def run_weights(
         If transformers cannot open a model.
     """
     checkpoint = Checkpoint.open(model_dir)
-    ids = load_tokenizer(checkpoint).encode(read_text(text))
-    windows = make_windows(ids, checkpoint.config.max_positions, max_seq_len, max_tokens)
+    tokenizer = load_tokenizer(checkpoint)
+    ids, longest = tokenizer.encode(read_text(text)), checkpoint.config.max_positions
+    windows = make_windows(ids, longest, max_seq_len, max_tokens, tokenizer.bos_id)
     original = _predict(_transformers(model_dir), windows)
     models = [measure_model(folder, windows, original) for folder in quantized]
     return WeightsResults(

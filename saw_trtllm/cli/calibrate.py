@@ -175,7 +175,7 @@ def _open(options: CalibrateOptions) -> tuple[Checkpoint, torch.Tensor]:
         )
     # A short text is cut into shorter sequences: a few are needed, to calibrate and to measure.
     length = min(longest, 2048, len(ids) // 4) if options.max_seq_len is None else options.max_seq_len
-    return checkpoint, make_windows(ids, longest, length)
+    return checkpoint, make_windows(ids, longest, length, bos_id=tokenizer.bos_id)
 
 
 def _generated(checkpoint: Checkpoint, tokenizer: Tokenizer, options: CalibrateOptions) -> torch.Tensor:

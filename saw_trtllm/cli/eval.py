@@ -142,7 +142,8 @@ def _run_text(options: EvalOptions, checkpoint: Checkpoint, as_json: bool) -> No
     suggest_for = _suggest_for(options, variants)
     tokenizer = load_tokenizer(checkpoint, options.tokenizer_dir)
     ids = tokenizer.encode(read_text(cast(Path, options.text)))
-    windows = make_windows(ids, checkpoint.config.max_positions, options.max_seq_len, options.max_tokens)
+    longest, lengths = checkpoint.config.max_positions, (options.max_seq_len, options.max_tokens)
+    windows = make_windows(ids, longest, *lengths, tokenizer.bos_id)
     original = _original(options, checkpoint)
     session = Session(checkpoint, windows, options.device, options.greedy_tokens, options.qformat, original)
     quantizers = {v.name: v.quantizer(session.model.exact, calibrations.get(v.calibration)) for v in variants}

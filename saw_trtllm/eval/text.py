@@ -104,9 +104,15 @@ def generated_windows(
 
 
 def make_windows(
-    ids: list[int], max_position_embeddings: int, max_seq_len: int | None = None, max_tokens: int | None = None
+    ids: list[int],
+    max_position_embeddings: int,
+    max_seq_len: int | None = None,
+    max_tokens: int | None = None,
+    bos_id: int | None = None,
 ) -> torch.Tensor:
     """Cut a text into windows; what is left at its end is not used.
+
+    A model whose tokenizer puts a BOS token before a text has seen none without it, so each window begins with it then.
 
     Parameters
     ----------
@@ -118,7 +124,9 @@ def make_windows(
         Tokens of a window. By default as many as model and text allow: a short window does not show what a long context
         reads.
     max_tokens : int, optional
-        Tokens of the text to use at most.
+        Of all windows together, at most.
+    bos_id : int, optional
+        The tokenizer's BOS token.
 
     Returns
     -------
@@ -143,5 +151,7 @@ def make_windows(
         raise ConfigError(
             f"the text gives {len(ids)} tokens and a window is {length}: give a longer text or a smaller --max_seq_len"
         )
-    used = len(ids) // length * length
-    return torch.tensor(ids[:used], dtype=torch.int64).view(-1, length)
+    first = [i for i in ids[:1] if i == bos_id]
+    size = length - len(first)
+    starts = (len(first) + n * size for n in range(len(ids) // length))
+    return torch.tensor([first + ids[start : start + size] for start in starts], dtype=torch.int64)

@@ -363,6 +363,11 @@ def test_windows_are_as_long_as_model_and_text_allow():
     assert make_windows(list(range(1000)), 400, max_seq_len=128, max_tokens=500).tolist()[2][-1] == 383
 
 
+def test_each_window_begins_as_the_tokenizer_begins_a_text():
+    assert make_windows([7, 1, 2, 3, 4, 5], 3, bos_id=7).tolist() == [[7, 1, 2], [7, 3, 4]]
+    assert make_windows([1, 2, 3, 4, 5, 6], 3, bos_id=7).tolist() == [[1, 2, 3], [4, 5, 6]]  # its template adds none
+
+
 def test_the_grid_has_each_cache_once(example):
     found = grid(example.config, ["fp16", "int4", "saw_int4"], [16, 128], [True, False], [(1.0, 1.0), (0.9, 0.95)])
     names = [v.name for v in found]
