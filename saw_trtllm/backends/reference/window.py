@@ -90,6 +90,11 @@ class History:
         read = self._read[layer] = _quantized(self.quantizer, layer, *exact)
         return *exact, *read
 
+    def repeat(self, count: int) -> None:
+        """Make the one sequence that is held the beginning of ``count``."""
+        for held in (self._exact, self._read):
+            held[:] = [pair and (pair[0].expand(count, -1, -1, -1), pair[1].expand(count, -1, -1, -1)) for pair in held]
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """``x / rms(x) · weight`` over the last axis, with PyTorch's own sum: what is beside a row may show in its bits."""

@@ -36,7 +36,7 @@ from saw_trtllm.engine.step import DECODE, StepPacker, StepSequence
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
 from saw_trtllm.eval.analysis import analyse
 from saw_trtllm.eval.baselines import PerChannelKeys
-from saw_trtllm.eval.harness import CacheScorer, run_tasks
+from saw_trtllm.eval.harness import CacheScorer, compared, run_tasks
 from saw_trtllm.eval.metrics import continuations, evaluate, greedy_agreement
 from saw_trtllm.eval.session import Session
 from saw_trtllm.eval.suggest import Bits, Kept, Suggestion, num_measurements, suggest
@@ -409,6 +409,41 @@ def test_a_score_is_the_sum_of_log_probabilities(scorer):
     likeliest = int(log_probs(scorer, ids[:10])[-1].argmax())
     assert scorer.score(ids[:10], [likeliest])[1]
     assert scorer.score(ids[:10], []) == (0.0, True)
+
+
+def test_continuations_of_one_context_have_the_scores_of_each(scorer):
+    """Within an exact cache: rounding to 4 bits may tip by how many rows a product has."""
+    exact = CacheScorer(
+        scorer._model, scorer.tokenizer, scorer._checkpoint, scorer._variant, scorer._model.exact, scorer.max_length
+    )
+    ids = held_out_ids(60)
+    continuations = [ids[20:23], ids[30:42], ids[40:41]]
+    for context in (ids[:20], ids[:1], ids * 2):  # one that is read once, one of a token, one that does not fit
+        together = exact.score_each(context, continuations)
+        for (score, greedy), continuation in zip(together, continuations, strict=True):
+            alone, likeliest = exact.score(context, continuation)
+            assert score == pytest.approx(alone, abs=example_rounding(np.float64(alone)) * len(continuation) ** 0.5)
+            assert greedy == likeliest
+    assert exact.score_each(ids[:20], [[], ids[20:23]])[0] == (0.0, True)
+
+
+def test_tasks_are_compared_document_by_document():
+    def sample(right, scores, target):
+        scored = [(x, False) for x in scores]
+        return {"filter": "none", "metrics": ["acc"], "acc": right, "filtered_resps": scored, "target": target}
+
+    first = [sample(1.0, [-1.0, -2.0], 0), sample(1.0, [-5.0, -3.0], 1)]
+    other = [sample(0.0, [-2.0, -1.5], 0), sample(1.0, [-5.0, -3.5], 1)]
+    found = compared(other, first, "fp16", {"acc,none": 0.5})
+    assert found == {
+        "acc less fp16's,none": -0.5,
+        "acc less fp16's_stderr,none": pytest.approx(0.5),
+        "nats lost,none": 0.75,
+        "nats lost_stderr,none": pytest.approx(0.25),
+    }
+    generated = [d | {"filtered_resps": ["a text"]} for d in other]
+    assert "nats lost,none" not in compared(generated, generated, "fp16", {"acc,none": 0.5})
+    assert compared(generated, generated, "fp16", {"acc,none": 0.9}) == {}  # no mean: a product of its own
 
 
 def test_a_long_context_loses_its_beginning(scorer):
