@@ -28,7 +28,7 @@ from saw_trtllm.engine.step import DECODE, PREFILL, PoolLayout, StepPacker, Step
 from saw_trtllm.errors import ConfigError
 from saw_trtllm.eval.levers import measured_calibration, num_steps
 from saw_trtllm.eval.outliers import PlantedCheckpoint, plant_key_bias, scale_key_pairs
-from saw_trtllm.eval.text import generated_windows, read_chats
+from saw_trtllm.eval.text import generated_windows, make_windows, read_chats
 from saw_trtllm.format import KVFormat, rotate
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.runtime.tokenizer import Tokenizer
@@ -399,7 +399,7 @@ def test_from_a_text_to_an_engine(tmp_path, capsys):
     assert rows["text"] == "4 sequences of 300 tokens, 300 of them to test"
     assert "from 900 tokens" in rows["calibration"]
     assert " by centers and frames; change -" in out
-    windows = torch.tensor(calibration_ids(1200)).view(4, 300)
+    windows = make_windows(calibration_ids(1200), 2048, 300, bos_id=0)
     same = calibrate(Checkpoint.open(EXAMPLE), windows[:3])
     np.testing.assert_array_equal(Calibration.load(file).k_center, same.k_center)
 
@@ -427,10 +427,10 @@ def test_texts_and_conversations_share_the_tokens(folders, tmp_path, capsys):
     options = {"text": argparse.__file__, "chat": str(many), "output": tmp_path / "c", "max_tokens": 1200}
     _, windows = saw_calibrate._open(saw_calibrate.CalibrateOptions(model_dir=folder, **options))
     assert windows.shape == (4, 300)
-    assert windows.flatten()[:600].tolist() == calibration_ids(600)
     tokenizer = Tokenizer.load(folder)
     rendered = [i for text in read_chats(many, folder) for i in tokenizer.encode(text, add_special_tokens=False)]
-    assert windows[2].tolist() == rendered[:300]
+    assert windows[:, 0].tolist() == [tokenizer.bos_id] * 4
+    assert windows[:, 1:].flatten().tolist() == [*calibration_ids(600), *rendered[:600]][1:1197]
 
 
 @pytest.mark.parametrize(
