@@ -176,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
 def serve(args: argparse.Namespace) -> int:
     """Write the repository, then start the server or say how to."""
     ports = Ports(args.host, args.grpc_port, args.http_port, args.metrics_port)
+    ports.check_numbers()
     check_flags(args.flags)
     for name in ("restart", "canary_timeout"):
         if not getattr(args, name) >= 0:
@@ -183,8 +184,8 @@ def serve(args: argparse.Namespace) -> int:
     if args.launch:
         ports.check()  # before anything is written
     repository = getattr(args, "model_repo", args.engine_dir / "triton_model_repo").absolute()
-    if args.triton_max_batch_size < 1:
-        raise ConfigError(f"triton_max_batch_size is {args.triton_max_batch_size}: it must be at least 1")
+    if not 1 <= args.triton_max_batch_size < 2**31:  # Triton's own type
+        raise ConfigError(f"triton_max_batch_size is {args.triton_max_batch_size}: it must be from 1 to {2**31 - 1}")
     if args.backend == "saw":
         write_repository(repository, model_configs(_parameters(args), args.triton_max_batch_size))
         installation = _installation(args, repository)

@@ -26,15 +26,15 @@ class Ports:
             return ipaddress.ip_address(self.host).is_loopback
         return self.host == "localhost"
 
-    def check(self) -> None:
-        """Reject ports that cannot be had.
+    def check_numbers(self) -> None:
+        """Reject ports that no machine has.
 
         Raises
         ------
         ConfigError
-            If one is out of range, named twice or in use.
+            If one is out of range or named twice.
         """
-        ports = {"grpc_port": self.grpc, "http_port": self.http, "metrics_port": self.metrics}
+        ports = self._by_name()
         if len(set(ports.values())) < len(ports):
             raise ConfigError(
                 f"grpc_port, http_port and metrics_port are {', '.join(map(str, ports.values()))}: they must differ"
@@ -42,6 +42,17 @@ class Ports:
         for name, port in ports.items():
             if not 0 < port < 2**16:
                 raise ConfigError(f"{name} is {port}: it must be from 1 to 65535")
+
+    def check(self) -> None:
+        """Reject ports that cannot be had here.
+
+        Raises
+        ------
+        ConfigError
+            If one is out of range, named twice or in use.
+        """
+        self.check_numbers()
+        for name, port in self._by_name().items():
             try:
                 with socket.socket() as s:
                     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -50,3 +61,6 @@ class Ports:
                 raise ConfigError(
                     f"--{name} {port} cannot be used on {self.host} ({e.strerror}): choose another"
                 ) from e
+
+    def _by_name(self) -> dict[str, int]:
+        return {"grpc_port": self.grpc, "http_port": self.http, "metrics_port": self.metrics}

@@ -655,6 +655,8 @@ def cli_errors(tmp_path, engine_dir):
         "not writable": ([*engine[:2], "--model_repo", str(tmp_path / "file" / "r")], "give another --model_repo"),
         "bad tokens": ([*engine, "--kv_cache_max_tokens", "0"], "max_tokens_in_paged_kv_cache"),
         "bad batch": ([*engine, "--triton_max_batch_size", "0"], "triton_max_batch_size is 0"),
+        "huge batch": ([*engine, "--triton_max_batch_size", str(2**31)], "it must be from 1 to 2147483647"),
+        "no port": ([*engine, "--http_port", "0"], "http_port is 0: it must be from 1 to 65535"),
         "bad server": ([*engine, "--tritonserver", str(tmp_path / "none")], "is not an executable file"),
         "equal ports": ([*engine, "--launch", "--grpc_port", "8000"], "must differ"),
     }
@@ -669,6 +671,8 @@ def cli_errors(tmp_path, engine_dir):
         "not writable",
         "bad tokens",
         "bad batch",
+        "huge batch",
+        "no port",
         "bad server",
         "equal ports",
     ],
