@@ -170,15 +170,6 @@ class SocketCollectives:
         return RankError(f"rank {peer} of {self.size} is not there any more: see its log, and start all ranks anew")
 
 
-def local_group(size: int) -> list[Collectives]:
-    """A group within this process, for a thread each."""
-    if size == 1:
-        return [ALONE]
-    pairs = [socket.socketpair() for _ in range(size - 1)]
-    others: list[Collectives] = [SocketCollectives(i + 1, size, [theirs]) for i, (_, theirs) in enumerate(pairs)]
-    return [SocketCollectives(0, size, [ours for ours, _ in pairs]), *others]
-
-
 class Rendezvous:
     """Where rank 0 waits for the others.
 

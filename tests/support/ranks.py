@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +13,20 @@ import numpy as np
 from saw_trtllm.backends.registry import open_executor
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import StepInputs
-from saw_trtllm.runtime.collectives import Collectives, local_group
+from saw_trtllm.runtime.collectives import ALONE, Collectives, SocketCollectives
 from saw_trtllm.runtime.executor import FinishedStep, StepOutput
 from saw_trtllm.runtime.host_cache import CopiesMade
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.runtime.sampling import SamplingState
+
+
+def local_group(size: int) -> list[Collectives]:
+    """A group within this process, for a thread each."""
+    if size == 1:
+        return [ALONE]
+    pairs = [socket.socketpair() for _ in range(size - 1)]
+    others: list[Collectives] = [SocketCollectives(i + 1, size, [theirs]) for i, (_, theirs) in enumerate(pairs)]
+    return [SocketCollectives(0, size, [ours for ours, _ in pairs]), *others]
 
 
 def on_ranks(group: Sequence[Collectives], work: Callable[[Collectives], Any]) -> list[Any]:

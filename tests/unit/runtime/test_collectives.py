@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from saw_trtllm.errors import RankError
-from saw_trtllm.runtime.collectives import ALONE, Rendezvous, SocketCollectives, join, local_group
-from tests.support.ranks import on_ranks
+from saw_trtllm.runtime.collectives import ALONE, Rendezvous, SocketCollectives, join
+from tests.support.ranks import local_group, on_ranks
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

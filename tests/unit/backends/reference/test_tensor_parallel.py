@@ -17,12 +17,11 @@ from saw_trtllm.engine.config import EngineConfig, engine_file
 from saw_trtllm.engine.step import DECODE, PREFILL, StepPacker, StepSequence
 from saw_trtllm.errors import ConfigError, EngineError
 from saw_trtllm.plan.options import BuildOptions
-from saw_trtllm.runtime.collectives import local_group
 from saw_trtllm.runtime.sampling import SamplingState
 from tests.support.example import build_example
 from tests.support.frames import random_frames
 from tests.support.models import make_hf_model
-from tests.support.ranks import RankThreads, on_ranks
+from tests.support.ranks import RankThreads, local_group, on_ranks
 from tests.support.tolerance import model_rounding
 
 #: 2 KV heads, so that 4 ranks have each of them twice, and 8 four times; 203 tokens, which none of them divides.

@@ -35,7 +35,7 @@ from saw_trtllm.model.quantization import WeightFormat
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.plan import split_over_ranks
 from saw_trtllm.plan.tensorrt_options import NetworkOptions
-from saw_trtllm.runtime.collectives import ALONE, local_group
+from saw_trtllm.runtime.collectives import ALONE
 from tests.support.fakes import tensorrt as fake_tensorrt
 from tests.support.fakes import tensorrt_86 as fake_tensorrt_86
 from tests.support.fakes import tensorrt_execute as fake_tensorrt_execute
@@ -43,7 +43,7 @@ from tests.support.fakes.gpu import pretend_gpu
 from tests.support.models import make_hf_model
 from tests.support.quantized import CASES as QUANTIZED
 from tests.support.quantized import write_quantized
-from tests.support.ranks import on_ranks
+from tests.support.ranks import local_group, on_ranks
 from tests.support.tolerance import model_rounding
 
 IDS = np.random.default_rng(3).integers(3, 203, (3, 90)).tolist()

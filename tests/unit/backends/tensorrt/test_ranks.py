@@ -8,8 +8,7 @@ import pytest
 from saw_trtllm.backends.tensorrt import ranks
 from saw_trtllm.backends.tensorrt.cuda import runtime
 from saw_trtllm.errors import BackendUnavailableError, EngineError
-from saw_trtllm.runtime.collectives import local_group
-from tests.support.ranks import on_ranks
+from tests.support.ranks import local_group, on_ranks
 
 
 @pytest.fixture
