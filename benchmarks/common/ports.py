@@ -13,12 +13,13 @@ _taken: list[socket.socket] = []
 def free_ports(count: int) -> list[int]:
     """As many different ones, which nobody gets before they are listened on.
 
-    The kernel gives none of them away by itself, since they lie outside of the range from which it takes those of
-    connections and of listeners on port 0; and processes that call this tell each other which are theirs.
+    The kernel gives none of them away by itself while there are others outside of the range from which it takes those
+    of connections and of listeners on port 0; and processes that call this tell each other which are theirs.
     """
     first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    ports = [port for port in range(10_000, 1 << 16) if not first <= port <= last]
+    ports = list(range(10_000, 1 << 16))
     random.SystemRandom().shuffle(ports)  # whatever seed the callers have in common
+    ports.sort(key=lambda port: not first <= port <= last)  # the last are taken first
     found: list[int] = []
     while len(found) < count:
         if _take(port := ports.pop()):
