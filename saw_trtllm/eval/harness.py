@@ -110,7 +110,7 @@ class CacheScorer:
         history = History(self._quantizer, self._model.config.num_hidden_layers)
         self._hidden([context[:-1]], history)
         history.repeat(len(continuations))
-        # What is behind the end of a shorter one is seen by none of its tokens.
+        # What is after the end of a shorter one is seen by none of its tokens.
         rows = [[context[-1], *c[:-1], *[0] * (longest - len(c))] for c in continuations]
         hidden = self._hidden(rows, history)
         return [self._judge(x[: len(c)], torch.tensor(c)) for x, c in zip(hidden, continuations, strict=True)]

@@ -16,19 +16,19 @@ _ROLES = ("system", "user", "assistant", "tool")
 #: What a message may hold, a call of a tool in it, and the call's function.
 _MESSAGE = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "refusal"}
 _CALL, _FUNCTION = {"id", "type", "function"}, {"name", "arguments"}
-#: What clients send back of an answer beside these, and why no further answer depends on it. It is left out, since some
+#: What clients send back of an answer beside these, on which no further answer depends. It is left out, since some
 #: templates write all that a call holds.
 _WITHOUT_MEANING = {
-    "annotations": "OpenAI's marks on the content, which stands there as it is",
-    "parsed": "OpenAI's client: the content once more, as an object",
-    "parsed_arguments": "OpenAI's client: the arguments once more, as an object",
-    "index": "the place of a call in a stream, and so in the list",
-    "cache_control": "Anthropic's; whatever it marks is found again anyway, as all prefixes are",
-    "provider_specific_fields": "LiteLLM: what another server said beside its answer",
-    "thinking_blocks": "LiteLLM: reasoning_content once more, with another server's signature",
-    "reasoning_items": "LiteLLM: the same, encrypted for another server",
-    "reasoning_details": "OpenRouter, Cline: the same in pieces",
-    "extra_content": "Vercel's AI SDK: a call's signature, for another server",
+    "annotations",  # OpenAI's marks on the content, which stands there as it is
+    "parsed",  # OpenAI's client: the content once more, as an object
+    "parsed_arguments",  # OpenAI's client: the arguments once more, as an object
+    "index",  # the place of a call in a stream, and so in the list
+    "cache_control",  # Anthropic's; whatever it marks is found again anyway, as all prefixes are
+    "provider_specific_fields",  # LiteLLM: what another server said beside its answer
+    "thinking_blocks",  # LiteLLM: reasoning_content once more, with another server's signature
+    "reasoning_items",  # LiteLLM: the same, encrypted for another server
+    "reasoning_details",  # OpenRouter, Cline: the same in pieces
+    "extra_content",  # Vercel's AI SDK: a call's signature, for another server
 }
 #: What a template compares a role with: a name, or a list of them.
 _COMPARED = re.compile(r"""role['"]?[\])]?\s*(?:==|!=|(?:not\s+)?in)\s*('[^']*'|"[^"]*"|\[[^]]*]|\([^)]*\))""")
