@@ -25,11 +25,12 @@ from saw_trtllm.runtime.block_manager import BlockManager
 from saw_trtllm.runtime.chat_template import ChatTemplate, Messages
 from saw_trtllm.runtime.disk_cache import DiskCache
 from saw_trtllm.runtime.engine_core import EngineCore
+from saw_trtllm.runtime.generation_result import GenerationResult
 from saw_trtllm.runtime.host_cache import HostCache
 from saw_trtllm.runtime.input_processor import InputProcessor
 from saw_trtllm.runtime.keywords import check_keywords, is_number, shown
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
-from saw_trtllm.runtime.outputs import GenerationResult, RequestOutput
+from saw_trtllm.runtime.outputs import RequestOutput
 from saw_trtllm.runtime.prompt import Prompt, encode_prompt, split_prompts
 from saw_trtllm.runtime.request import Request
 from saw_trtllm.runtime.sampling_params import SamplingParams

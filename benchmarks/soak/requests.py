@@ -19,7 +19,8 @@ from saw_trtllm.runtime.block_manager import BlockManager
 from saw_trtllm.runtime.detokenizer import Detokenizer
 from saw_trtllm.runtime.engine_core import EngineCore
 from saw_trtllm.runtime.executor import FinishedStep, StepOutput
-from saw_trtllm.runtime.outputs import GenerationResult, OutputQueue
+from saw_trtllm.runtime.generation_result import GenerationResult
+from saw_trtllm.runtime.output_queue import OutputQueue
 from saw_trtllm.runtime.request import Request
 from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.scheduler import Scheduler

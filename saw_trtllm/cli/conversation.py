@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from saw_trtllm.errors import RequestError
 from saw_trtllm.llm import LLM
-from saw_trtllm.runtime.outputs import GenerationResult
+from saw_trtllm.runtime.generation_result import GenerationResult
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
 

@@ -15,8 +15,9 @@ from saw_trtllm.errors import ConfigError, RequestError
 from saw_trtllm.llm import LLM
 from saw_trtllm.model.config import MAX_POSITIONS
 from saw_trtllm.progress import progress
+from saw_trtllm.runtime.generation_result import GenerationResult
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
-from saw_trtllm.runtime.outputs import GenerationResult, RequestOutput
+from saw_trtllm.runtime.outputs import RequestOutput
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
 

@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from saw_trtllm.engine.step import PREFILL, StepPacker
 from saw_trtllm.errors import EngineError, QueueFullError, RankError, SawError, ShutdownError
 from saw_trtllm.runtime.executor import Executor, PendingStep, StepOutput
+from saw_trtllm.runtime.generation_result import require_process
 from saw_trtllm.runtime.guided_decoding import MaskThreads
-from saw_trtllm.runtime.outputs import require_process, whole_step
+from saw_trtllm.runtime.output_queue import whole_step
 from saw_trtllm.runtime.request import Request
 from saw_trtllm.runtime.sampling import SamplingState
 from saw_trtllm.runtime.scheduler import Scheduler

@@ -12,7 +12,7 @@ from saw_trtllm.errors import ContextLengthError, RequestError
 from saw_trtllm.runtime.detokenizer import Detokenizer
 from saw_trtllm.runtime.guided_decoding import Guide, Guides
 from saw_trtllm.runtime.keywords import shown
-from saw_trtllm.runtime.outputs import OutputQueue
+from saw_trtllm.runtime.output_queue import OutputQueue
 from saw_trtllm.runtime.prompt import Prompt, check_input_len, encode_prompt, read_prompt
 from saw_trtllm.runtime.request import Request
 from saw_trtllm.runtime.sampling_params import SamplingParams

@@ -10,7 +10,8 @@ import numpy as np
 
 from saw_trtllm.runtime.detokenizer import Detokenizer, Piece
 from saw_trtllm.runtime.guided_decoding import Guide
-from saw_trtllm.runtime.outputs import CompletionOutput, OutputQueue, RequestOutput
+from saw_trtllm.runtime.output_queue import OutputQueue
+from saw_trtllm.runtime.outputs import CompletionOutput, RequestOutput
 from saw_trtllm.runtime.parts import FinishReason, Part
 from saw_trtllm.runtime.sampling import token_logprobs
 from saw_trtllm.runtime.sequence import Sequence as ScheduledSequence
@@ -186,7 +187,7 @@ class Request:
             prompt_logprobs,
         )
 
-    def _part(self, piece: Piece, new: slice, texts: int, reason: FinishReason | None, _: str | int | None) -> Part:
+    def _part(self, piece: Piece, new: slice, texts: int, reason: FinishReason | None) -> Part:
         """What is new in a piece, made when somebody reads it."""
         logprobs = self.sequence.params.logprobs
         return Part(
@@ -224,9 +225,9 @@ class _Handed(NamedTuple):
     stop: str | int | None
 
     def output(self) -> RequestOutput:
-        """As :class:`saw_trtllm.runtime.outputs.QueuedPiece` has it."""
+        """As :class:`saw_trtllm.runtime.output_queue.QueuedPiece` has it."""
         return self.request._output(*self[1:])
 
     def part(self) -> Part:
-        """As :class:`saw_trtllm.runtime.outputs.QueuedPiece` has it."""
-        return self.request._part(*self[1:])
+        """As :class:`saw_trtllm.runtime.output_queue.QueuedPiece` has it."""
+        return self.request._part(self.piece, self.new, self.texts, self.reason)

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 from saw_trtllm.errors import ShutdownError
 from saw_trtllm.llm import LLM
-from saw_trtllm.runtime.outputs import GenerationResult
+from saw_trtllm.runtime.generation_result import GenerationResult
 from saw_trtllm.runtime.parts import Part
 from saw_trtllm.runtime.sampling_params import SamplingParams
 

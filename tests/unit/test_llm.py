@@ -15,7 +15,8 @@ from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.errors import ConfigError, EngineError, QueueFullError, RequestError, ShutdownError
 from saw_trtllm.runtime.block_manager import BlockManager
 from saw_trtllm.runtime.detokenizer import Detokenizer
-from saw_trtllm.runtime.outputs import GenerationResult, OutputQueue
+from saw_trtllm.runtime.generation_result import GenerationResult
+from saw_trtllm.runtime.output_queue import OutputQueue
 from saw_trtllm.runtime.request import Request
 from saw_trtllm.runtime.sequence import Sequence
 from saw_trtllm.runtime.tokenizer import Tokenizer

@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from saw_trtllm.runtime.outputs import CompletionOutput, GenerationResult, RequestOutput
+from saw_trtllm.runtime.generation_result import GenerationResult
+from saw_trtllm.runtime.outputs import CompletionOutput, RequestOutput
 from saw_trtllm.serve.openai.errors import ApiError, error_body
 from saw_trtllm.serve.openai.logprobs import chat_logprobs
 from saw_trtllm.serve.openai.metrics import Meter

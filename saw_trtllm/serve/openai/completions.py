@@ -9,7 +9,8 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from saw_trtllm.runtime.outputs import CompletionOutput, GenerationResult, RequestOutput
+from saw_trtllm.runtime.generation_result import GenerationResult
+from saw_trtllm.runtime.outputs import CompletionOutput, RequestOutput
 from saw_trtllm.serve.openai.errors import ApiError, error_body
 from saw_trtllm.serve.openai.logprobs import Place, completion_logprobs, prompt_places, text_places
 from saw_trtllm.serve.openai.metrics import Meter

@@ -17,8 +17,9 @@ from saw_trtllm.errors import ConfigError, ShutdownError
 from saw_trtllm.llm import LLM
 from saw_trtllm.paths import is_file, read_json
 from saw_trtllm.runtime.chat_template import ChatTemplate
+from saw_trtllm.runtime.generation_result import GenerationResult
 from saw_trtllm.runtime.keywords import shown
-from saw_trtllm.runtime.outputs import CompletionOutput, GenerationResult
+from saw_trtllm.runtime.outputs import CompletionOutput
 from saw_trtllm.runtime.prompt import Prompt, encode_prompt
 from saw_trtllm.runtime.sampling_params import SamplingParams
 from saw_trtllm.runtime.tokenizer import Tokenizer

@@ -1,6 +1,7 @@
 """A request's pieces: their two forms, who is woken by them, and how often."""
 
 import asyncio
+import copy
 import dataclasses
 import pickle
 import threading
@@ -11,7 +12,9 @@ import pytest
 from saw_trtllm import SamplingParams
 from saw_trtllm.errors import EngineError
 from saw_trtllm.runtime.detokenizer import Detokenizer
-from saw_trtllm.runtime.outputs import CompletionOutput, GenerationResult, OutputQueue, RequestOutput, whole_step
+from saw_trtllm.runtime.generation_result import GenerationResult
+from saw_trtllm.runtime.output_queue import OutputQueue, whole_step
+from saw_trtllm.runtime.outputs import CompletionOutput, RequestOutput
 from saw_trtllm.runtime.parts import Part
 from saw_trtllm.runtime.request import Request
 from saw_trtllm.runtime.sequence import Sequence
@@ -129,7 +132,7 @@ def test_a_streamed_piece_is_as_it_was_and_like_any_other():
     texts, tokens = ["a", "b"], [1, 2]
     new = {"text_diff": "b", "token_ids_diff": [2], "leading_space": ""}
     whole = CompletionOutput("ab", [1, 2], **new)
-    made = [CompletionOutput.streamed(texts, 2, tokens, 2, **new) for _ in range(4)]
+    made = [CompletionOutput.streamed(texts, 2, tokens, 2, **new) for _ in range(6)]
     texts.append("c")
     tokens.append(3)
     assert (made[0].text, made[0].token_ids) == ("ab", [1, 2])
@@ -138,5 +141,8 @@ def test_a_streamed_piece_is_as_it_was_and_like_any_other():
     assert repr(made[1]) == repr(whole)
     assert pickle.loads(pickle.dumps(made[2])) == whole
     assert dataclasses.replace(made[3], index=1) == dataclasses.replace(whole, index=1)
+    assert {"text", "token_ids"} <= set(dir(made[4]))
+    assert copy.deepcopy(made[4]) == whole
+    assert dataclasses.asdict(made[5]) == dataclasses.asdict(whole)
     with pytest.raises(AttributeError, match="no attribute 'txt'"):
         made[0].txt  # noqa: B018

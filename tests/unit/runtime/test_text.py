@@ -15,7 +15,8 @@ from saw_trtllm import SamplingParams
 from saw_trtllm.cli import run as saw_run
 from saw_trtllm.errors import CheckpointError, RequestError
 from saw_trtllm.runtime.detokenizer import Detokenizer
-from saw_trtllm.runtime.outputs import GenerationResult, OutputQueue
+from saw_trtllm.runtime.generation_result import GenerationResult
+from saw_trtllm.runtime.output_queue import OutputQueue
 from saw_trtllm.runtime.request import Request
 from saw_trtllm.runtime.sampling_params import MAX_STOP_SIZE, MAX_STOPS
 from saw_trtllm.runtime.sequence import Sequence
