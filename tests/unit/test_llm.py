@@ -613,7 +613,8 @@ def test_who_waits_for_room_is_told_of_the_end(open_llm):
 
     def generate():
         try:
-            llm.generate([[5] * 100] * 4, SamplingParams(max_tokens=1900, ignore_eos=True))
+            # More than run at once: however late the end comes, some wait for room.
+            llm.generate([[5] * 100] * 100, SamplingParams(max_tokens=1900, ignore_eos=True))
         except ShutdownError as e:
             errors.append(e)
 
