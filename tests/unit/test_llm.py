@@ -857,7 +857,7 @@ def test_stats_count(open_llm):
         ({"prompt": [5, 6]}, {}, "the prompt is .5, 6.: give text, or token ids as prompt_token_ids"),
         ({"prompt_token_ids": "abc"}, {}, "the prompt is 'abc'"),
         ({"prompt": "x", "multi_modal_data": {}}, {}, "has 'multi_modal_data'"),
-        ({"prompt": "x", "cache_salt": 7}, {}, "cache_salt is 7: give text of at most 256 characters"),
+        ({"prompt": "x", "cache_salt": 7}, {}, "cache_salt is 7: give text of at most 256 whole characters"),
         ([5], {"min_tokens": 1, "stop_token_ids": range(1024)}, "every token ends the text"),
     ],
 )
