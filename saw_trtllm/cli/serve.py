@@ -34,6 +34,7 @@ from saw_trtllm.plan.plan import BuildPlan
 from saw_trtllm.runtime.kv_cache_config import KvCacheConfig
 from saw_trtllm.serve.engine_cache import cached_engine, default_folder, uncached_engine
 from saw_trtllm.serve.garbage import set_start_aside
+from saw_trtllm.serve.ready import say
 
 try:
     from saw_trtllm.serve.openai.app import make_app
@@ -175,7 +176,7 @@ def _serve(args: argparse.Namespace) -> None:
         server = make_server(app, options, _UVICORN_LEVELS.get(args.log_level, args.log_level))
         served = ", ".join(spec.name for spec in specs)
         set_start_aside()
-        _say(f"ready: {url} serves {served}; OpenAI's API is at {url}/v1, a page to look at at {url}/")
+        say(f"ready: {url} serves {served}; OpenAI's API is at {url}/v1, a page to look at at {url}/")
         server.run([socket])
 
 
@@ -243,17 +244,11 @@ def _announce(plan: BuildPlan, found: bool) -> None:
     config = plan.config
     fits = f"about {tokens_that_fit(plan):,} tokens will fit, {tokens_that_fit(plan, 'fp16'):,} in 16 bits"
     how = "the engine is in the cache" if found else "the engine is being built"
-    _say(f"{plan.checkpoint.folder}: {config.saw_int4.backend}, KV cache {config.saw_int4.kv}; {fits}; {how}")
+    say(f"{plan.checkpoint.folder}: {config.saw_int4.backend}, KV cache {config.saw_int4.kv}; {fits}; {how}")
     for warning in plan.warnings:
         log.warning("%s", warning)
     if config.saw_int4.kv == "saw_int4" and not config.saw_int4.k_frame:
         log.warning(_HINT)
-
-
-def _say(line: str) -> None:
-    """Print a line for whoever still reads: they may have waited for an earlier one alone, and the server goes on."""
-    with contextlib.suppress(BrokenPipeError):
-        print(line, flush=True)
 
 
 def _local(model: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import signal
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Callable
 
 from saw_trtllm.errors import EngineError
 from saw_trtllm.serve import session
+from saw_trtllm.serve.ready import say
 from saw_trtllm.serve.server import BusyStartError, Server
 
 logger = logging.getLogger(__name__)
@@ -74,9 +74,8 @@ def launch(start: Callable[[], Server], restart: int) -> int:
         try:
             if server.wait_ready(signals.stopped):
                 busy_starts = 0
-                with contextlib.suppress(BrokenPipeError):  # whoever waited for the first such line may have gone
-                    endpoints = ", ".join(f"{name} {where}" for name, where in server.endpoints.items())
-                    print(f"ready: {endpoints}", flush=True)
+                endpoints = ", ".join(f"{name} {where}" for name, where in server.endpoints.items())
+                say(f"ready: {endpoints}")
             failure = server.watch(signals.stopped)
         except BusyStartError as e:
             busy_starts += 1
