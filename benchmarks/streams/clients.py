@@ -125,6 +125,8 @@ def ask_triton(grpc: str, texts: Texts, clients: int, stream: bool, folder: Path
 
 
 def cpu_seconds(processes: dict[str, psutil.Process]) -> dict[str, float]:
-    """CPU time of each process so far."""
-    times = {name: process.cpu_times() for name, process in processes.items()}
-    return {name: t.user + t.system for name, t in times.items()}
+    """CPU time of each process so far, by its own clock (clock_getcpuclockid), which counts nanoseconds.
+
+    What `cpu_times` says is in ticks of 10 ms.
+    """
+    return {name: time.clock_gettime(~process.pid << 3 | 2) for name, process in processes.items()}
