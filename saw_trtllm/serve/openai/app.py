@@ -61,10 +61,9 @@ def make_app(models: Sequence[ServedModel], api_keys: Sequence[str] = (), cors_o
     _add_tokens(app, served, guard)
     _add_state(app, served, metrics)
     longest = max(model.llm.max_seq_len for model in models)
-    app.add_middleware(BodyLimit, limit=body_limit(longest))
     if cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
-    return Outermost(app, metrics)
+    return Outermost(BodyLimit(app, body_limit(longest)), metrics)
 
 
 def body_limit(max_seq_len: int) -> int:
@@ -73,7 +72,7 @@ def body_limit(max_seq_len: int) -> int:
 
 
 class Outermost:
-    """Answers what is raised around the routes: by the middleware, and by nobody's handler."""
+    """Answers what is raised around an application, where no handler of its own is."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics | None = None) -> None:
         self._app, self._metrics = app, metrics

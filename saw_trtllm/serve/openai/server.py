@@ -8,6 +8,7 @@ from typing import Any
 import uvicorn
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from saw_trtllm.errors import ConfigError
 
@@ -28,6 +29,39 @@ class ServerOptions(BaseModel):
     timeout_graceful_shutdown: int = Field(
         10, ge=0, description="seconds that requests have to end when the server is told to stop"
     )
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's, of which each request learns that its connection has ended.
+
+    uvicorn tells the last one that came, and that not before what follows on a closed transport. One that others were
+    pipelined behind, or whose body was longer than it said, would go on, and write to what uvloop has closed.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._cycles: list[RequestResponseCycle] = []
+
+    def on_headers_complete(self) -> None:
+        """Begin a request, or have it wait for those before it."""
+        super().on_headers_complete()
+        self._cycles = [cycle for cycle in (*self._cycles, self.cycle) if cycle and not cycle.response_complete]
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, and close the connection."""
+        super().send_400_response(msg)
+        self._end_cycles()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let nobody write any more."""
+        super().connection_lost(exc)
+        self._end_cycles()
+
+    def _end_cycles(self) -> None:
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
 
 def listen(options: ServerOptions) -> tuple[socket.socket, str]:
@@ -62,7 +96,8 @@ def make_server(app: ASGIApp, options: ServerOptions, log_level: str = "warning"
     for name in ("ssl_keyfile", "ssl_ca_certs"):
         if settings[name] and not options.ssl_certfile:
             raise ConfigError(f"--{name} is given and --ssl_certfile is not: TLS needs a certificate and its key")
-    config = uvicorn.Config(app, log_level=log_level, access_log=log_level == "debug", server_header=False, **settings)
+    settings |= {"http": Protocol, "log_level": log_level, "access_log": log_level == "debug", "server_header": False}
+    config = uvicorn.Config(app, **settings)
     try:
         config.load()
     except OSError as e:  # ssl.SSLError is one

@@ -1,10 +1,12 @@
 """TLS, and clients that read slowly or not at all."""
 
 import json
+import logging
 import shutil
 import socket
 import ssl
 import subprocess
+import time
 
 import httpx
 import pytest
@@ -17,6 +19,29 @@ from tests.support.openai_server import serving, wait_until_idle
 from tests.support.rejection import rejected
 
 LONG = {"model": "exact", "prompt": "def main():", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture
+def errors(caplog):
+    """What the server logs that is more than a warning."""
+    loggers = [logging.getLogger(name) for name in ("uvicorn.error", "saw_trtllm")]
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
+    yield lambda: [record.getMessage() for record in caplog.records if record.levelno > logging.WARNING]
+    for logger in loggers:
+        logger.removeHandler(caplog.handler)
+
+
+def connected(url):
+    """A connection to the server."""
+    url = httpx.URL(url)
+    return socket.create_connection((url.host, url.port), timeout=60)
+
+
+def posted(body, length=None):
+    """A request for a text as it is sent; its body may be said to have another length."""
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body) if length is None else length}\r\n\r\n{body}".encode()
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +116,33 @@ def test_who_does_not_read_holds_up_nobody_and_loses_nothing(url, llms):
     pieces = [json.loads(line[6:]) for line in received.split(b"\n") if line.startswith(b"data: {")]
     assert whole.endswith("".join(piece["choices"][0]["text"] for piece in pieces))
     assert pieces[-1]["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("length", "status"), [(1 << 40, 413), (10**19, 413), ("-1", 400), ("many", 400), ("", 400), (10**20, 400)]
+)
+def test_a_length_that_cannot_be_is_no_error_of_the_server(url, errors, length, status):
+    with connected(url) as connection:
+        connection.sendall(posted("{}", length))
+        assert connection.recv(1 << 16).startswith(f"HTTP/1.1 {status} ".encode())
+    assert httpx.get(f"{url}/health", timeout=60).status_code == 200  # what was logged has been by then
+    assert errors() == []
+
+
+@pytest.mark.parametrize("rest", [b"no HTTP\r\n\r\n", None])
+def test_a_connection_that_ends_under_several_requests_ends_them(url, llms, errors, rest):
+    """By what is no HTTP, as the rest of a body that was longer than it said; or because the client leaves."""
+    llm = llms["exact"]
+    before = llm.stats().generated_tokens_total
+    with connected(url) as connection:
+        connection.sendall(posted(json.dumps({**LONG, "max_tokens": 2000, "stream": True})) * 2)
+        while not llm.stats().used_blocks:
+            time.sleep(0.005)
+        if rest is not None:
+            connection.sendall(rest)
+            while connection.recv(1 << 16):
+                pass
+    wait_until_idle(llm)
+    assert httpx.get(f"{url}/health", timeout=60).status_code == 200
+    assert errors() == []
+    assert llm.stats().generated_tokens_total - before < 2000
