@@ -84,8 +84,11 @@ def cached_engine(
             f"the engine cache {folder} cannot be written ({e.strerror}): give another --cache_dir, or --no_cache"
         ) from e
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever builds the same engine is waited for
+        fcntl.flock(lock, fcntl.LOCK_SH)  # whoever builds the same engine is waited for, and who uses it is not
         found = is_file(target / CONFIG_FILE)
+        if not found:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = is_file(target / CONFIG_FILE)  # another may have come before
         announce(plan, found)
         if not found:
             build(plan_build(options.model_copy(update={"output_dir": target})))

@@ -1,10 +1,12 @@
 """Engines that saw-serve builds: kept by all that they depend on, and no longer than there is room."""
 
+import fcntl
 import json
 import os
 import shutil
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,6 +45,16 @@ def serve(tmp_path):
         return folder, found[0]
 
     return serve
+
+
+def test_an_engine_that_one_uses_can_be_used_by_another(small, tmp_path, monkeypatch):
+    def flock(file, how):  # fails where the other one would have to be waited for
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+
+    monkeypatch.setattr(engine_cache, "fcntl", SimpleNamespace(**{**vars(fcntl), "flock": flock}))
+    options = BuildOptions(model_dir=small, backend="reference", max_batch_size=4, max_seq_len=64)
+    with cached_engine(options, tmp_path, ROOM) as first, cached_engine(options, tmp_path, ROOM) as second:
+        assert first == second
 
 
 def test_an_engine_is_built_once_and_anew_when_anything_changes(serve, model, monkeypatch):
