@@ -143,7 +143,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see ``saw-serve --help``."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    # What was typed, be it the default: argparse fills that in only where nothing is.
+    typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(_BUILD, ...)))
+    args.build_flags = [name for name in _BUILD if getattr(typed, name) is not ...]
     set_log_level(args.log_level)
     return run(lambda: _serve(args))
 
@@ -218,11 +222,9 @@ def _engines(args: argparse.Namespace) -> list[AbstractContextManager[Path]]:
     folders = [*args.engine_dir, *([_local(args.model)] if args.model else [])]
     if not folders:
         raise ConfigError("there is nothing to serve: give a model, or --engine_dir")
-    if not any(map(_is_model, folders)):
-        for name in _BUILD:
-            if getattr(args, name) != BuildOptions.model_fields[name].default:
-                what = f"--{name} says how an engine is built, and {folders[0]} is one already"
-                raise ConfigError(f"{what}: leave it out, or give the model")
+    if args.build_flags and not any(map(_is_model, folders)):
+        what = f"--{args.build_flags[0]} says how an engine is built, and {folders[0]} is one already"
+        raise ConfigError(f"{what}: leave it out, or give the model")
     return [_engine(args, folder) for folder in folders]
 
 

@@ -63,6 +63,8 @@ def test_one_command_from_a_checkpoint_to_answers_and_back(tmp_path):
         (["x", "--cache_size", "inf"], "--cache_size is inf: give the GiB"),
         (["x", "--cache_size", "-1"], "--cache_size is -1.0: give the GiB"),
         (["--engine_dir", "x", "--kv", "fp16"], "--kv says how an engine is built, and x is one already: leave it out"),
+        (["--engine_dir", "x", "--kv", "saw_int4"], "--kv says how an engine is built, and x is one already"),
+        (["--engine_dir", "x", "--gemm_plugin", "auto"], "--gemm_plugin says how an engine is built, and x is one"),
     ],
 )
 def test_what_cannot_be_served(argv, said, capsys, monkeypatch):
