@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
@@ -115,14 +115,13 @@ class GenerationResult:
         if len(pieces) == 1:
             return output
         parts = [piece.outputs[0] for piece in pieces]
-        joined = replace(
-            parts[-1],
-            text_diff="".join(part.text_diff for part in parts),
-            token_ids_diff=[token for part in parts for token in part.token_ids_diff],
-        )
-        if joined.generation_logits is not None:
-            joined = replace(joined, generation_logits=np.concatenate([part.generation_logits for part in parts]))
-        return replace(pieces[-1], outputs=[joined])
+        new: dict[str, Any] = {"text_diff": "".join(part.text_diff for part in parts)}
+        for name in ("token_ids_diff", "logprobs_diff", "top_logprobs_diff"):
+            if getattr(parts[-1], name) is not None:
+                new[name] = [value for part in parts for value in getattr(part, name)]
+        if parts[-1].generation_logits is not None:
+            new["generation_logits"] = np.concatenate([part.generation_logits for part in parts])
+        return replace(pieces[-1], outputs=[replace(parts[-1], **new)])
 
     def subscribe(self, wake: Callable[[], None]) -> None:
         """Have ``wake`` called whenever a piece has come, from the engine's thread, which it must not hold up."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,15 @@ import numpy as np
 
 from saw_trtllm.runtime.parts import FinishReason
 
+#: What a piece of a stream has of all tokens so far.
+_OF_TOKENS = ("token_ids", "logprobs", "top_logprobs")
+
 
 class _Streamed:
-    """Holds what a piece of a stream puts ``text`` and ``token_ids`` together from."""
+    """Holds what a piece of a stream puts ``text``, ``token_ids`` and their log-probabilities together from."""
 
     __slots__ = ("__weakref__", "_so_far")
-    _so_far: tuple[list[str], int, list[int], int]
+    _so_far: tuple[list[str], int, Mapping[str, list[Any]], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,8 @@ class CompletionOutput(_Streamed):
         With ``top_logprobs``: of each of ``token_ids``, the likeliest tokens in its place and their log-probabilities.
     generation_logits : numpy.ndarray or None
         fp32 ``[len(token_ids_diff), vocab_size]``: those of this piece.
+    logprobs_diff, top_logprobs_diff : list or None
+        Of ``token_ids_diff``, as ``logprobs`` and ``top_logprobs`` are of ``token_ids``.
     """
 
     text: str
@@ -56,35 +62,40 @@ class CompletionOutput(_Streamed):
     top_logprobs: list[list[tuple[int, float]]] | None = None
     generation_logits: np.ndarray | None = None
     index: int = 0
+    logprobs_diff: list[float] | None = None
+    top_logprobs_diff: list[list[tuple[int, float]]] | None = None
 
     @classmethod
     def streamed(
-        cls, texts: list[str], num_texts: int, tokens: list[int], num_tokens: int, **others: Any
+        cls, texts: list[str], num_texts: int, of_tokens: Mapping[str, list[Any]], num_tokens: int, **others: Any
     ) -> CompletionOutput:
-        """A piece of a stream: ``text`` and ``token_ids`` are put together when somebody asks for them.
+        """A piece of a stream: what it has of all tokens so far is put together when somebody asks for it.
 
         Few do at each piece, and it would be most of what a piece of a long text costs.
 
         Parameters
         ----------
-        texts, tokens : list
-            The pieces' texts and the tokens, of which the first ``num_texts`` and ``num_tokens`` count; the lists grow.
+        texts : list of str
+            The pieces' texts, of which the first ``num_texts`` count; the list grows.
+        of_tokens : dict
+            ``token_ids``, and ``logprobs`` and ``top_logprobs`` where they were asked for: lists, of each of which the
+            first ``num_tokens`` count, and which grow.
         **others
             The other fields.
         """
         piece = cls("", [], **others)
-        object.__delattr__(piece, "text")
-        object.__delattr__(piece, "token_ids")
-        object.__setattr__(piece, "_so_far", (texts, num_texts, tokens, num_tokens))
+        for name in ("text", *of_tokens):
+            object.__delattr__(piece, name)
+        object.__setattr__(piece, "_so_far", (texts, num_texts, of_tokens, num_tokens))
         return piece
 
     if not TYPE_CHECKING:  # else every name would be an attribute
 
         def __getattr__(self, name: str) -> Any:
-            if name not in ("text", "token_ids"):
+            if name not in ("text", *_OF_TOKENS):
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            texts, num_texts, tokens, num_tokens = self._so_far
-            value = "".join(texts[:num_texts]) if name == "text" else tokens[:num_tokens]
+            texts, num_texts, of_tokens, num_tokens = self._so_far
+            value = "".join(texts[:num_texts]) if name == "text" else of_tokens[name][:num_tokens]
             object.__setattr__(self, name, value)
             return value
 

@@ -73,6 +73,7 @@ class Request:
         self._streaming = streaming
         self._texts: list[str] = []
         self._logprobs: list[float] = []
+        self._sums = [0.0]  # of the first of them, one more each
         self._top_logprobs: list[list[tuple[int, float]]] = []
         self._context_logits: list[np.ndarray] = []
         self._generation_logits: list[np.ndarray] = []
@@ -110,6 +111,7 @@ class Request:
         sequence, params = self.sequence, self.sequence.params
         sequence.generated.append(token)
         self._logprobs.append(logprob)
+        self._sums.append(self._sums[-1] + logprob)
         if params.top_logprobs:
             self._top_logprobs.append(list(top_logprobs))
         count = len(sequence.generated)
@@ -164,17 +166,20 @@ class Request:
             "index": self._index,
             "generation_logits": self._logits(new),
         }
+        of_tokens: dict[str, list[Any]] = {"token_ids": tokens}
         if params.logprobs:
-            logprobs = self._logprobs[: new.stop]
-            fields |= {"logprobs": logprobs, "cumulative_logprob": sum(logprobs)}
+            of_tokens["logprobs"] = self._logprobs
+            fields["cumulative_logprob"] = self._sums[new.stop]
         if params.top_logprobs:
-            fields["top_logprobs"] = self._top_logprobs[: new.stop]
+            of_tokens["top_logprobs"] = self._top_logprobs
+        fields |= {f"{name}_diff": values[new] for name, values in of_tokens.items()}
         if self._streaming:
-            fields |= {"text_diff": piece.text, "token_ids_diff": tokens[new]}
-            output = CompletionOutput.streamed(self._texts, texts, tokens, new.stop, **fields)
+            fields["text_diff"] = piece.text
+            output = CompletionOutput.streamed(self._texts, texts, of_tokens, new.stop, **fields)
         else:
             text = "".join(self._texts[:texts])
-            output = CompletionOutput(text, tokens[: new.stop], text, tokens[new], **fields)
+            fields |= {name: values[: new.stop] for name, values in of_tokens.items()}
+            output = CompletionOutput(text=text, text_diff=text, **fields)
         prompt_logprobs = [None, *self._prompt_logprobs] if reason and params.prompt_logprobs else None
         return RequestOutput(
             sequence.request_id,
@@ -199,7 +204,7 @@ class Request:
             reason is not None,
             self.num_reused_tokens,
             self._logprobs[new] if logprobs else None,
-            sum(self._logprobs[: new.stop]) if logprobs else None,
+            self._sums[new.stop] if logprobs else None,
             self._context(reason),
             self._logits(new),
         )

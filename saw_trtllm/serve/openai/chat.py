@@ -174,7 +174,7 @@ class ChatAnswer:
         return {
             "index": completion.index,
             "message": message.whole(),
-            "logprobs": self._logprobs(completion, 0),
+            "logprobs": self._logprobs(completion),
             "finish_reason": self.reason(message, completion),
         }
 
@@ -185,7 +185,7 @@ class ChatAnswer:
         message.num_tokens += len(completion.token_ids_diff)
         deltas = [] if begun else [{"role": "assistant", "content": ""}]
         deltas += [message.add(delta) for delta in message.take(completion)]
-        logprobs = self._logprobs(completion, begun)
+        logprobs = self._logprobs(completion)
         if logprobs and not deltas:
             deltas = [{"content": ""}]
         chunks = [_chunk(completion.index, delta) for delta in deltas]
@@ -195,8 +195,8 @@ class ChatAnswer:
             chunks.append(_chunk(completion.index, {}, self.reason(message, completion)))
         return chunks
 
-    def _logprobs(self, completion: CompletionOutput, begin: int) -> dict[str, Any] | None:
-        return chat_logprobs(self.model, completion, begin) if self._request.logprobs else None
+    def _logprobs(self, completion: CompletionOutput) -> dict[str, Any] | None:
+        return chat_logprobs(self.model, completion) if self._request.logprobs else None
 
     def reason(self, message: Message, completion: CompletionOutput) -> str | None:
         """Why a text ended."""

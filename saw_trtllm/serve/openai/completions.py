@@ -27,7 +27,6 @@ _MAX_PROMPTS = 1024
 class _Sent:
     """What has been sent of one text."""
 
-    num_tokens: int = 0
     num_characters: int = 0
     begun: bool = False
 
@@ -132,14 +131,13 @@ class CompletionAnswer:
         places: list[Place] = []
         wants = request.logprobs is not None
         if wants and not is_empty:
-            places = text_places(completion, sent.num_tokens)
+            places += text_places(completion)
         if request.echo and not sent.begun:
             text = self._prompt_text(output) + text
             if wants and output.context_logits is not None:
                 places = prompt_places(output.prompt_token_ids, output.context_logits, request.logprobs or 0) + places
         logprobs = completion_logprobs(self._model, places, sent.num_characters) if wants else None
         sent.begun = True
-        sent.num_tokens += len(completion.token_ids_diff)
         sent.num_characters += len(text)
         return {
             "index": prompt * self._shown + completion.index,

@@ -11,13 +11,12 @@ from saw_trtllm.runtime.sampling import top_logprobs
 from saw_trtllm.serve.openai.model import ServedModel
 
 
-def chat_logprobs(model: ServedModel, completion: CompletionOutput, begin: int) -> dict[str, Any]:
-    """Of a text's tokens from ``begin`` on, for a chat completion."""
-    end, tops, logprobs = len(completion.token_ids), completion.top_logprobs, completion.logprobs or []
+def chat_logprobs(model: ServedModel, completion: CompletionOutput) -> dict[str, Any]:
+    """Of a piece's tokens, for a chat completion."""
     content = []
-    for i in range(begin, end):
-        entry = _entry(model, completion.token_ids[i], logprobs[i])
-        entry["top_logprobs"] = [_entry(model, token, value) for token, value in (tops[i] if tops else ())]
+    for token, logprob, top in text_places(completion):
+        entry = _entry(model, token, logprob)
+        entry["top_logprobs"] = [_entry(model, other, value) for other, value in top]
         content.append(entry)
     return {"content": content, "refusal": None}
 
@@ -31,12 +30,10 @@ def _entry(model: ServedModel, token: int, logprob: float) -> dict[str, Any]:
 Place = tuple[int, float | None, list[tuple[int, float]] | None]
 
 
-def text_places(completion: CompletionOutput, begin: int) -> list[Place]:
-    """Of a text's tokens from ``begin`` on."""
-    tops, logprobs = completion.top_logprobs, completion.logprobs or []
-    return [
-        (completion.token_ids[i], logprobs[i], tops[i] if tops else []) for i in range(begin, len(completion.token_ids))
-    ]
+def text_places(completion: CompletionOutput) -> list[tuple[int, float, list[tuple[int, float]]]]:
+    """Of a piece's tokens."""
+    tokens, logprobs = completion.token_ids_diff, completion.logprobs_diff or []
+    return list(zip(tokens, logprobs, completion.top_logprobs_diff or [[] for _ in tokens], strict=True))
 
 
 def prompt_places(tokens: list[int], logits: np.ndarray, count: int) -> list[Place]:

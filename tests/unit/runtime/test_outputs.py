@@ -82,7 +82,9 @@ def test_a_loop_is_called_once_for_all_that_comes_before_its_turn():
 @pytest.mark.parametrize("end", ["length", "cancelled"])
 def test_parts_are_what_is_new_in_the_outputs(streaming, end):
     """Servers take parts, whose cost does not grow with the text, and must answer what LLM does."""
-    params = SamplingParams(max_tokens=4, logprobs=True, return_generation_logits=True, return_context_logits=True)
+    params = SamplingParams(
+        max_tokens=4, logprobs=True, top_logprobs=1, return_generation_logits=True, return_context_logits=True
+    )
 
     def result():
         outputs = OutputQueue()
@@ -92,7 +94,7 @@ def test_parts_are_what_is_new_in_the_outputs(streaming, end):
         request.keep_logits(logits[:1], 0, samples=False)
         for i in range(4 if end == "length" else 3):
             request.keep_logits(logits[i + 1 : i + 2], i + 1, samples=True)
-            request.push(7 + i, -0.5 * i)
+            request.push(7 + i, -0.5 * i, [(i, -0.25)])
         if end == "cancelled":
             request.cancel()
         return GenerationResult(0, outputs, abort=lambda: None)
@@ -101,13 +103,51 @@ def test_parts_are_what_is_new_in_the_outputs(streaming, end):
     assert len(parts) == len(outputs) == (1 if not streaming else 4)
     for output, part in zip(outputs, parts, strict=True):
         piece = output.outputs[0]
+        assert piece.cumulative_logprob == sum(piece.logprobs)
         new = slice(len(piece.token_ids) - len(piece.token_ids_diff), None)
+        assert (piece.logprobs[new], piece.top_logprobs[new]) == (piece.logprobs_diff, piece.top_logprobs_diff)
         shown = (piece.index, piece.text_diff, piece.token_ids_diff, piece.leading_space, piece.finish_reason)
-        counts = (output.finished, output.num_reused_tokens, piece.logprobs[new], piece.cumulative_logprob)
+        counts = (output.finished, output.num_reused_tokens, piece.logprobs_diff, piece.cumulative_logprob)
         assert part[:9] == shown + counts
         np.testing.assert_array_equal(part.generation_logits, piece.generation_logits)
         assert (part.context_logits is None) == (output.context_logits is None) == (not part.finished)
     np.testing.assert_array_equal(parts[-1].context_logits, outputs[-1].context_logits)
+
+
+class Counted(float):
+    """A log-probability that counts how often one is added."""
+
+    uses = 0
+
+    def __add__(self, other):
+        Counted.uses += 1
+        return Counted(float(self) + float(other))
+
+    __radd__ = __add__
+
+
+@pytest.mark.parametrize("read", [GenerationResult.take_parts, list])
+def test_the_sum_of_a_piece_costs_no_more_late_in_a_text(read, monkeypatch):
+    monkeypatch.setattr(Counted, "uses", 0)
+    params, outputs = SamplingParams(max_tokens=100, logprobs=True), OutputQueue()
+    request = Request(Sequence(0, [5], params), None, set(), Detokenizer(None), True, outputs)
+    for i in range(100):
+        request.push(i, Counted(-0.125))
+    last = read(GenerationResult(0, outputs, abort=lambda: None))[-1]
+    assert getattr(last, "outputs", [last])[0].cumulative_logprob == -12.5
+    assert Counted.uses == 100
+
+
+def test_pieces_that_are_joined_have_all_that_is_new():
+    params, outputs = SamplingParams(max_tokens=4, logprobs=True, top_logprobs=1), OutputQueue()
+    request = Request(Sequence(0, [5], params), None, set(), Detokenizer(None), True, outputs)
+    for i in range(4):
+        request.push(7 + i, -0.5 * i, [(i, -0.25)])
+    result = GenerationResult(0, outputs, abort=lambda: None)
+    next(iter(result))
+    joined = result.join(next(iter(result))).outputs[0]
+    assert (joined.token_ids_diff, joined.logprobs_diff) == ([8, 9, 10], [-0.5, -1.0, -1.5])
+    assert joined.top_logprobs_diff == joined.top_logprobs[1:] == [[(i, -0.25)] for i in (1, 2, 3)]
 
 
 def test_the_last_part_of_several_texts_ends_them_and_an_error_ends_all():
@@ -129,13 +169,15 @@ def test_the_last_part_of_several_texts_ends_them_and_an_error_ends_all():
 
 def test_a_streamed_piece_is_as_it_was_and_like_any_other():
     """It is put together when it is asked, after which its request may have gone on."""
-    texts, tokens = ["a", "b"], [1, 2]
-    new = {"text_diff": "b", "token_ids_diff": [2], "leading_space": ""}
-    whole = CompletionOutput("ab", [1, 2], **new)
-    made = [CompletionOutput.streamed(texts, 2, tokens, 2, **new) for _ in range(6)]
+    texts, tokens, logprobs = ["a", "b"], [1, 2], [-0.5, -0.25]
+    new = {"text_diff": "b", "token_ids_diff": [2], "leading_space": "", "logprobs_diff": [-0.25]}
+    whole = CompletionOutput("ab", [1, 2], logprobs=[-0.5, -0.25], **new)
+    of_tokens = {"token_ids": tokens, "logprobs": logprobs}
+    made = [CompletionOutput.streamed(texts, 2, of_tokens, 2, **new) for _ in range(6)]
     texts.append("c")
     tokens.append(3)
-    assert (made[0].text, made[0].token_ids) == ("ab", [1, 2])
+    logprobs.append(-1.0)
+    assert (made[0].text, made[0].token_ids, made[0].logprobs) == ("ab", [1, 2], [-0.5, -0.25])
     assert made[0].token_ids is made[0].token_ids is not tokens
     assert made[1] == whole
     assert repr(made[1]) == repr(whole)
