@@ -6,15 +6,20 @@ ever, for something that exists.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import stat
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from saw_trtllm.errors import ConfigError
+
+#: Bytes that are copied at a time.
+_COPIED = 1 << 20
 
 _LFS_POINTER = b"version https://git-lfs."
 
@@ -46,10 +51,35 @@ def is_file(path: Path, error: type[Exception] = ConfigError) -> bool:
 
 def reject_lfs_pointer(path: Path, error: type[Exception]) -> None:
     """Raise ``error`` if the file is what Git leaves in a file's place where Git LFS is not installed."""
-    with path.open("rb") as file:
-        start = file.read(len(_LFS_POINTER))
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError:  # whoever asks has found that out, and says so
+        return
     if start == _LFS_POINTER:
         raise error(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its folder, or download it")
+
+
+@contextlib.contextmanager
+def reading(path: Path | str, error: type[Exception] = ConfigError) -> Iterator[None]:
+    """Raise ``error`` where a file fails while it is read: who writes another meanwhile would say that of its own."""
+    try:
+        yield
+    except OSError as e:
+        raise error(f"{path} cannot be read ({e.strerror or e}): put a whole copy in its place") from e
+
+
+def copy_file(source: Path, target: Path, error: type[Exception] = ConfigError) -> None:
+    """Copy a file's bytes; raise ``error`` if it cannot be read, and OSError if the copy cannot be written."""
+    with reading(source, error):
+        file = source.open("rb")
+    with file, target.open("wb") as copy:
+        while True:
+            with reading(source, error):
+                piece = file.read(_COPIED)
+            if not piece:
+                return
+            copy.write(piece)
 
 
 def _status(path: Path, error: type[Exception]) -> os.stat_result | None:

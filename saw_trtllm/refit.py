@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.checkpoint.calibration import Calibration
 from saw_trtllm.engine.config import CALIBRATION_FILE, EngineConfig, engine_file
-from saw_trtllm.errors import ConfigError
+from saw_trtllm.errors import ConfigError, EngineError
+from saw_trtllm.paths import copy_file
 from saw_trtllm.plan.folder import check_replaceable, replacing_engine
 from saw_trtllm.plan.weights import EngineWeights, check_same_model
 
@@ -102,7 +102,7 @@ def refit(
             if weights.calibration is not None:
                 weights.calibration.save(part / CALIBRATION_FILE)
             for rank in range(config.tp_size):
-                shutil.copyfile(engine_dir / engine_file(rank), part / engine_file(rank))
+                copy_file(engine_dir / engine_file(rank), part / engine_file(rank), EngineError)
     except OSError as e:
         raise ConfigError(
             f"{output_dir} cannot be written ({e.strerror or e}): choose another --output_dir or make room"

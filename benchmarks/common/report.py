@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.common.record import Environment
 from saw_trtllm.errors import BackendUnavailableError, ConfigError
+from saw_trtllm.paths import is_file, reading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -136,7 +137,10 @@ def write(folder: Path, reports: Mapping[str, Report]) -> Iterator[Path]:
         written.
     """
     documents = [*sorted(folder.glob("*.md")), folder.parent / "README.md"]
-    texts = {path: path.read_text(encoding="utf-8") for path in documents if path.is_file()}
+    texts = {}
+    for path in filter(is_file, documents):
+        with reading(path):
+            texts[path] = path.read_text(encoding="utf-8")
     records = {path: {place["record"] for place in _PLACE.finditer(text)} for path, text in texts.items()}
     filled = {path: fill(texts[path], reports) for path, there in records.items() if there & set(reports)}
     for record, report in reports.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,7 +22,7 @@ from saw_trtllm.errors import CheckpointError, ConfigError
 from saw_trtllm.files import replacing_folder
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.quantization import TensorSpec
-from saw_trtllm.paths import is_file, read_json
+from saw_trtllm.paths import copy_file, is_file, read_json
 
 #: What stands beside the weights and is copied with them, as far as it is there.
 TOKENIZER_FILES = (
@@ -96,7 +95,7 @@ def copy_tokenizer_files(source: Path, output_dir: Path) -> list[str]:
     """Copy the tokenizer's files that ``source`` has, and return their names."""
     names = tokenizer_files(source)
     for name in names:
-        shutil.copyfile(source / name, output_dir / name)
+        copy_file(source / name, output_dir / name, CheckpointError)
     return names
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from saw_trtllm.errors import RequestError
 from saw_trtllm.llm import LLM
+from saw_trtllm.paths import reading
 from saw_trtllm.runtime.generation_result import GenerationResult
 from saw_trtllm.runtime.sampling_params import SamplingParams
 
@@ -77,7 +78,8 @@ class Conversation:
 def typed_lines() -> Iterator[str]:
     """What a person types, or a pipe holds, line by line up to its end; Ctrl-C at the prompt ends it too."""
     if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        with reading("stdin", RequestError):
+            yield from (line.rstrip("\n") for line in sys.stdin)
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  lines can be edited and found again

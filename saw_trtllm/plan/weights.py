@@ -24,10 +24,11 @@ from saw_trtllm.checkpoint.layout import (
     shard_weight,
 )
 from saw_trtllm.engine.config import CALIBRATION_FILE, EngineConfig, WeightsSource
-from saw_trtllm.errors import EngineError, SawError
+from saw_trtllm.errors import CheckpointError, EngineError, SawError
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.fold import fold_v_frame, fold_v_rotation, layer_of
 from saw_trtllm.model.quantization import QuantizedWeight, TensorSpec, Weight, WeightFormat, quantize
+from saw_trtllm.paths import reading
 from saw_trtllm.plan.checksums import file_checksum, weights_folder
 
 #: What of a model's config is no part of an engine's network.
@@ -198,7 +199,10 @@ class EngineWeights:
 
     def source(self) -> WeightsSource:
         """What an engine without weights records of them."""
-        checksums = {path.name: file_checksum(path) for path in self.checkpoint.files}
+        checksums = {}
+        for path in self.checkpoint.files:
+            with reading(path, CheckpointError):
+                checksums[path.name] = file_checksum(path)
         return WeightsSource(checkpoint_dir=os.path.abspath(self.checkpoint.folder), checksums=checksums)
 
 

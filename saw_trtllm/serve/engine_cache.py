@@ -22,8 +22,8 @@ from typing import Any
 
 from saw_trtllm.build import build, plan_build
 from saw_trtllm.engine.config import CONFIG_FILE
-from saw_trtllm.errors import ConfigError
-from saw_trtllm.paths import is_file
+from saw_trtllm.errors import CheckpointError, ConfigError
+from saw_trtllm.paths import is_file, reading
 from saw_trtllm.plan.checksums import file_checksum
 from saw_trtllm.plan.options import BuildOptions
 from saw_trtllm.plan.plan import BuildPlan
@@ -133,11 +133,17 @@ def _libraries() -> dict[str, str]:
 
 def fingerprint(folder: Path) -> dict[str, Any]:
     """What tells a checkpoint from any other, and from itself after a change."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    with reading(folder, CheckpointError):
+        files = sorted(path for path in folder.iterdir() if path.is_file())
     return {path.name: _file_fingerprint(path) for path in files}
 
 
 def _file_fingerprint(path: Path) -> Any:
+    with reading(path, CheckpointError):
+        return _size_and_ends(path)
+
+
+def _size_and_ends(path: Path) -> Any:
     status = path.stat()
     if status.st_size <= _SMALL:
         return file_checksum(path)

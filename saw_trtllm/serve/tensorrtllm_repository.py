@@ -11,7 +11,7 @@ from typing import Any
 from saw_trtllm.backends.tensorrt_llm.release import LAST_RELEASE
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.errors import BackendUnavailableError, ConfigError, EngineError
-from saw_trtllm.paths import is_file
+from saw_trtllm.paths import copy_file, is_file, reading
 from saw_trtllm.serve.names import TENSORRT_LLM, VERSION
 from saw_trtllm.serve.parameters import Parameters
 
@@ -141,7 +141,7 @@ def fill_repository(template: Path, folder: Path, values: Mapping[str, str]) -> 
     configs = {name: _fill(template / name / _CONFIG, values) for name in MODELS}
     try:
         for name, text in configs.items():
-            shutil.copytree(template / name, folder / name, dirs_exist_ok=True)
+            shutil.copytree(template / name, folder / name, dirs_exist_ok=True, copy_function=_copy)
             (folder / name / VERSION).mkdir(exist_ok=True)  # Triton wants the folder of an ensemble too
             (folder / name / _CONFIG).write_text(text, encoding="utf-8")
         if values["triton_backend"] == "python":
@@ -154,9 +154,16 @@ def fill_repository(template: Path, folder: Path, values: Mapping[str, str]) -> 
         ) from e
 
 
+def _copy(source: str, target: str) -> None:
+    copy_file(Path(source), Path(target))
+    shutil.copymode(source, target)
+
+
 def _fill(path: Path, values: Mapping[str, str]) -> str:
     text_format, pb = _protobuf()
-    filled = _PLACEHOLDER.sub(lambda m: values.get(m[1], m[0]), path.read_text(encoding="utf-8"))
+    with reading(path):
+        text = path.read_text(encoding="utf-8")
+    filled = _PLACEHOLDER.sub(lambda m: values.get(m[1], m[0]), text)
     try:
         config = text_format.Parse(filled, pb.ModelConfig())
     except text_format.ParseError as e:

@@ -22,6 +22,7 @@ from saw_trtllm.engine.config import CALIBRATION_FILE, EngineConfig, engine_file
 from saw_trtllm.errors import BackendUnavailableError, EngineError
 from saw_trtllm.files import replacing_file, writing_large
 from saw_trtllm.model.quantization import TensorSpec
+from saw_trtllm.paths import reading
 from saw_trtllm.plan.checksums import file_checksum
 from saw_trtllm.plan.folder import replacing_engine
 from saw_trtllm.plan.plan import BuildPlan
@@ -293,7 +294,11 @@ def _use_timing_cache(builder_config: Any, options: NetworkOptions) -> None:
     path = options.input_timing_cache
     if path is None and options.output_timing_cache is None:
         return
-    cache = builder_config.create_timing_cache(b"" if path is None else path.read_bytes())
+    times = b""
+    if path is not None:
+        with reading(path):
+            times = path.read_bytes()
+    cache = builder_config.create_timing_cache(times)
     if cache is None or not builder_config.set_timing_cache(cache, False):
         log.warning("%s is of another TensorRT or GPU, or damaged: the build starts a new one", path)
         builder_config.set_timing_cache(builder_config.create_timing_cache(b""), False)
