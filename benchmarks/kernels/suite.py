@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.common.environment import describe, version_of
+from benchmarks.common.record import Environment
 from benchmarks.kernels import layers, paged_attention, rotate_quantize_kv
 from benchmarks.kernels.cases import FLASHINFER_PEERS, OURS, Case, select_cases
 from benchmarks.kernels.peers import FlashInfer, Official
@@ -62,16 +63,7 @@ def run_kernels(
     kernels()
     flashinfer = FlashInfer() if set(FLASHINFER_PEERS) & set(peers) else None
     official = Official(official_dir) if "official" in peers and official_dir else None
-    environment = describe(
-        command,
-        commit,
-        gpu=torch.cuda.get_device_name(),
-        cuda=torch.version.cuda,
-        torch=torch.__version__,
-        triton=version_of("triton"),
-        flashinfer=version_of("flashinfer-python") if flashinfer else None,
-        official=official.digest if official else None,
-    )
+    environment = _environment(command, commit, flashinfer, official)
     with tqdm(total=len(cases), desc="compiling", unit="case", disable=None) as bar:
         if flashinfer:
             flashinfer.compile(cases)
@@ -98,6 +90,22 @@ def run_kernels(
             torch.cuda.empty_cache()
             bar.update()
     return Results(environment=environment, flush=FLUSH, bandwidth=bandwidth, cases=results, aborted=aborted)
+
+
+def _environment(
+    command: str, commit: str | None, flashinfer: FlashInfer | None, official: Official | None
+) -> Environment:
+    """Where kernels are measured, and beside which versions of the peers."""
+    return describe(
+        command,
+        commit,
+        gpu=torch.cuda.get_device_name(),
+        cuda=torch.version.cuda,
+        torch=torch.__version__,
+        triton=version_of("triton"),
+        flashinfer=version_of("flashinfer-python") if flashinfer else None,
+        official=official.digest if official else None,
+    )
 
 
 def _contenders(

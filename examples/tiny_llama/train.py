@@ -385,10 +385,32 @@ def held_out_loss(logits_of, tokens, length, batch=16):
     return total / windows.numel()
 
 
+def open_log(path):
+    """Return what prints a line, and writes it to a file."""
+    file = path.open("w")
+
+    def log(line):
+        print(line, flush=True)
+        print(line, file=file, flush=True)
+
+    return log
+
+
+def write_rounded(model, folder):
+    """Write the weights in fp16, and round the model's own to them."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(hf_tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.half())
+
+
 def train(args):
     """Train the model and write its weights."""
     import torch
-    from safetensors.torch import save_file
     from torch.nn import functional
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -401,12 +423,7 @@ def train(args):
     tokens, held = (torch.from_numpy(data[s].astype(np.int64)).to(device) for s in ("train", "held_out"))
     info = json.loads((args.data_dir / "info.json").read_text())
     bits_per_byte = info["held_out"]["tokens"] / info["held_out"]["bytes"] / math.log(2)
-    log_file = args.log.open("w")
-
-    def log(line):
-        print(line, flush=True)
-        print(line, file=log_file, flush=True)
-
+    log = open_log(args.log)
     gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     log(f"{gpu}, torch {torch.__version__}, {sum(p.numel() for p in model.parameters())} parameters")
     log(f"train {len(tokens)} tokens, held out {len(held)} tokens, batch {args.batch_tokens} tokens, lr {args.lr}")
@@ -476,12 +493,7 @@ def train(args):
     minutes = (time.perf_counter() - start) / 60
     log(f"{step} steps, {seen / 1e6:.1f} M tokens = {seen / len(tokens):.1f} epochs, {minutes:.2f} minutes")
 
-    args.model_dir.mkdir(parents=True, exist_ok=True)
-    tensors = hf_tensors(model)
-    save_file(tensors, args.model_dir / "model.safetensors", metadata={"format": "pt"})
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(p.half())
+    write_rounded(model, args.model_dir)
     log("final weights, rounded to fp16, computed in fp32:")
     for name, part in (("held out", held), ("as many training tokens", tokens[: len(held)])):
         loss = held_out_loss(lambda x: model(x)[0], part, args.length)

@@ -98,15 +98,7 @@ def read(
                 quantized[name] = found
                 used |= {tensor.name for weight in found for tensor in weight.tensors}
                 continue
-        for rank, stored in enumerate(ranks):
-            if name not in stored:
-                raise CheckpointError(
-                    f"{folder / rank_file(rank)} lacks the tensor {name!r} that a {config.architecture} of "
-                    f"{config.num_hidden_layers} layers needs: convert the checkpoint again"
-                )
-            stored[name].check(shape)
-        parts[name] = [stored[name] for stored in ranks]
-        check_dtypes(parts[name])
+        parts[name] = _parts(name, shape, ranks, folder, config)
     algorithm = _section(raw, "quantization", folder / "config.json").get("quant_algo")
     if algorithm and not quantized:
         raise CheckpointError(
@@ -119,6 +111,22 @@ def read(
         reject_quantized(stored.values(), used)
         reject_unknown(stored.values(), used, _HARMLESS, f"{config.architecture} of {config.num_hidden_layers} layers")
     return config, parts, quantized
+
+
+def _parts(
+    name: str, shape: tuple[int, ...], ranks: list[dict[str, StoredTensor]], folder: Path, config: ModelConfig
+) -> list[StoredTensor]:
+    """Each rank's part of a weight that is not quantized, of one shape and dtype."""
+    for rank, stored in enumerate(ranks):
+        if name not in stored:
+            raise CheckpointError(
+                f"{folder / rank_file(rank)} lacks the tensor {name!r} that a {config.architecture} of "
+                f"{config.num_hidden_layers} layers needs: convert the checkpoint again"
+            )
+        stored[name].check(shape)
+    parts = [stored[name] for stored in ranks]
+    check_dtypes(parts)
+    return parts
 
 
 def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:

@@ -211,22 +211,7 @@ def run_tasks(
     ConfigError
         If there is no such task.
     """
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError as e:
-        raise BackendUnavailableError(
-            f"--tasks needs lm-evaluation-harness, which cannot be imported ({e}): pip install lm-eval, best in an "
-            "environment without the extra triton, which wants an older NumPy"
-        ) from e
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    known = set(manager.all_tasks)
-    for task in tasks:
-        if task not in known:
-            raise ConfigError(
-                f"{task!r} is not a task of lm-evaluation-harness: lm-eval ls tasks names them, and --include_path "
-                "adds a folder of one's own"
-            )
+    lm_eval, manager = _harness(tasks, include_path)
     results: dict[str, dict[str, dict[str, Any]]] = {}
     samples: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for name, scorer in scorers.items():
@@ -248,6 +233,27 @@ def run_tasks(
         for task, documents in samples[name].items():
             found[task] |= compared(documents, samples[exact][task], exact, found[task])
     return results
+
+
+def _harness(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, Any]:
+    """``lm_eval``, and its ``TaskManager``, which knows the tasks; raises as :func:`run_tasks`."""
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as e:
+        raise BackendUnavailableError(
+            f"--tasks needs lm-evaluation-harness, which cannot be imported ({e}): pip install lm-eval, best in an "
+            "environment without the extra triton, which wants an older NumPy"
+        ) from e
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    known = set(manager.all_tasks)
+    for task in tasks:
+        if task not in known:
+            raise ConfigError(
+                f"{task!r} is not a task of lm-evaluation-harness: lm-eval ls tasks names them, and --include_path "
+                "adds a folder of one's own"
+            )
+    return lm_eval, manager
 
 
 def compared(

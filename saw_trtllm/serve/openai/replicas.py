@@ -196,14 +196,7 @@ def replicas(
     from ray import serve
 
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
-    deployment: Any = serve.deployment(
-        Replica,
-        num_replicas=count,
-        max_ongoing_requests=_MAX_ONGOING,
-        ray_actor_options={"num_cpus": 0, "num_gpus": own_gpus},
-        health_check_period_s=2,
-        **_router(route_by),
-    )
+    deployment = _deployment(count, own_gpus, route_by)
     name = f"saw-{secrets.token_hex(4)}"
     with ExitStack() as stack:
         # A cluster that others share may have applications of theirs.
@@ -215,6 +208,20 @@ def replicas(
             raise EngineError(f"the replicas do not start ({_last_line(e)}): see their logs") from e
         longest = max(config.build_config.max_seq_len for config in configs)
         yield Outermost(BodyLimit(Front(handle, retry, route_by), body_limit(longest)))
+
+
+def _deployment(count: int, num_gpus: int, route_by: RouteBy) -> Any:
+    """The replicas as Serve is told of them, each with so many GPUs of its own process's."""
+    from ray import serve
+
+    return serve.deployment(
+        Replica,
+        num_replicas=count,
+        max_ongoing_requests=_MAX_ONGOING,
+        ray_actor_options={"num_cpus": 0, "num_gpus": num_gpus},
+        health_check_period_s=2,
+        **_router(route_by),
+    )
 
 
 def _router(route_by: RouteBy) -> dict[str, Any]:
