@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common import report
+from saw_trtllm.backends.tensorrt.build import _use_timing_cache
 from saw_trtllm.checkpoint import Checkpoint
 from saw_trtllm.cli import convert as saw_convert
 from saw_trtllm.cli import run as saw_run
@@ -15,6 +17,7 @@ from saw_trtllm.cli import serve as saw_serve
 from saw_trtllm.errors import CheckpointError, ConfigError
 from saw_trtllm.paths import copy_file, read_json
 from saw_trtllm.plan import checksums
+from saw_trtllm.plan.tensorrt_options import NetworkOptions
 from saw_trtllm.plan.weights import EngineWeights
 from tests.support.example import EXAMPLE
 from tests.support.rejection import rejected
@@ -72,6 +75,16 @@ def test_what_is_typed_cannot_be_read(engine, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", stdin)
         said = rejected(capsys, saw_run.main, "--engine_dir", engine("saw_int4"), "--chat")
     assert "stdin cannot be read (Input/output error)" in said
+
+
+def test_a_timing_cache_and_a_document_that_cannot_be_read(broken, tmp_path):
+    with pytest.raises(ConfigError, match="/proc/self/mem cannot be read"):
+        _use_timing_cache(None, NetworkOptions(input_timing_cache=Path(BROKEN)))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").touch()
+    broken("README.md")
+    with pytest.raises(ConfigError, match=r"README\.md cannot be read"):
+        list(report.write(tmp_path / "docs", {}))
 
 
 def test_a_copy_says_which_of_the_two_fails(tmp_path):
