@@ -242,11 +242,13 @@ class EngineCore:
         return self._scheduler.has_work or bool(self._under_way)
 
     def _take_in(self) -> None:
+        # Before the requests: one that comes from now on, and is to end at once, has that wait for the next time.
+        aborted = [self._aborted.popleft() for _ in range(len(self._aborted))]
         with self._changed:  # so that each request is counted as waiting, and once
             while self._arrived:
                 self._add(self._arrived.popleft())
-        while self._aborted:
-            self._cancel(self._aborted.popleft())
+        for request_id in aborted:
+            self._cancel(request_id)
 
     def _add(self, request: Request) -> None:
         self._stats.requests_total += 1

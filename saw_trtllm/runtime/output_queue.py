@@ -13,7 +13,7 @@ from saw_trtllm.runtime.parts import Part
 
 
 class _Held(threading.local):
-    wakers: list[Callable[[], None]] | None = None
+    pieces: list[tuple[OutputQueue, QueuedPiece | Exception]] | None = None
 
 
 _held = _Held()
@@ -21,19 +21,22 @@ _held = _Held()
 
 @contextlib.contextmanager
 def whole_step() -> Iterator[None]:
-    """Wake those who wait for pieces that this thread puts in the context when it ends.
+    """Hold what this thread puts in the context until it ends: then all pieces are there before anyone is woken.
 
     Whoever is woken by a step's first piece wants the interpreter, and has it as soon as some library lets go of it for
-    a moment: then each piece is taken by itself, with a message of its own.
+    a moment: then each piece is taken by itself, with a message of its own. And whoever has a text's last piece finds
+    that it runs no more and holds no block.
     """
-    wakers: list[Callable[[], None]] = []
-    _held.wakers = wakers
+    pieces: list[tuple[OutputQueue, QueuedPiece | Exception]] = []
+    _held.pieces = pieces
     try:
         yield
     finally:
-        _held.wakers = None
-        for wake in wakers:
-            wake()
+        _held.pieces = None
+        for queue, piece in pieces:
+            queue.pieces.append(piece)
+        for queue, _ in pieces:
+            queue.wake()
 
 
 class QueuedPiece(Protocol):
@@ -61,11 +64,15 @@ class OutputQueue:
 
     def put(self, piece: QueuedPiece | Exception) -> None:
         """Called by the engine, from its thread."""
+        if _held.pieces is not None:
+            _held.pieces.append((self, piece))
+            return
+        self.pieces.append(piece)
+        self.wake()
+
+    def wake(self) -> None:
+        """Tell those who wait of what has come."""
         with self.changed:
-            self.pieces.append(piece)
             self.changed.notify_all()
-            if _held.wakers is not None:
-                _held.wakers += self.wakers
-                return
             for wake in self.wakers:
                 wake()

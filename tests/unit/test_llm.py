@@ -21,6 +21,7 @@ from saw_trtllm.runtime.request import Request
 from saw_trtllm.runtime.sequence import Sequence
 from saw_trtllm.runtime.tokenizer import Tokenizer
 from tests.support.example import EXAMPLE, build_example
+from tests.support.turns import generate_at_once, held_steps
 
 STEM = "import os\nimport sys\n\n\nclass Node:\n    def __init__(self, name, children=()):\n        self.name = name\n"
 ENDLESS = SamplingParams(max_tokens=1500, ignore_eos=True)
@@ -93,7 +94,7 @@ def test_preemption_does_not_change_a_token(open_llm, kv):
         llm = open_llm(
             kv, prefill_chunk=32, kv_cache_config=KvCacheConfig(256, enable_block_reuse=reuse, deterministic=True)
         )
-        assert token_ids(llm.generate(prompts, params)) == alone
+        assert token_ids(generate_at_once(llm, prompts, params)) == alone
         assert llm.stats().preemptions_total > 0
 
 
@@ -129,8 +130,9 @@ def test_the_order_of_queueing_does_not_change_a_token(open_llm):
     alone = token_ids(open_llm("fp16", prefill_chunk=32).generate(prompts, params))
     llm = open_llm("fp16", prefill_chunk=32, kv_cache_config=KvCacheConfig(224))
     made = [llm._inputs.requests(p, s, streaming=False) for p, s in zip(prompts, params, strict=True)]
-    results = [llm._submit(request) for request in reversed(made)]
-    assert token_ids(r.result(60) for r in results) == alone[::-1]
+    with llm._core._changed:  # no step begins before all are queued
+        results = [llm._submit(request) for request in reversed(made)]
+    assert token_ids(r.result() for r in results) == alone[::-1]
     assert llm.stats().preemptions_total > 0
 
     texts = {}
@@ -310,7 +312,7 @@ def test_logits_survive_preemption_chunks_and_company(open_llm, kv, chunk):
     llm = open_llm(
         kv, prefill_chunk=chunk, kv_cache_config=KvCacheConfig(256, enable_block_reuse=False, deterministic=True)
     )
-    crowded = llm.generate([q for p in prompts for q in (p, p)], [params, plain] * len(prompts))[::2]
+    crowded = generate_at_once(llm, [q for p in prompts for q in (p, p)], [params, plain] * len(prompts))[::2]
     assert llm.stats().preemptions_total > 0
     for a, b in zip(alone, crowded, strict=True):
         np.testing.assert_array_equal(a.context_logits, b.context_logits)
@@ -389,14 +391,17 @@ def test_cancelled_in_the_midst(open_llm):
     llm = open_llm()
 
     async def read(streaming):
-        handle = llm.generate_async(STEM, ENDLESS, streaming=streaming)
         pieces = []
-        if not streaming:
-            handle.abort()
-        async for output in handle:
-            pieces.append(output)
-            if len(pieces) == 5:
+        with held_steps(llm, first=20) as held:
+            handle = llm.generate_async(STEM, ENDLESS, streaming=streaming)
+            if not streaming:
                 handle.abort()
+                held.go_on.set()
+            async for output in handle:
+                pieces.append(output)
+                if len(pieces) == 5:
+                    handle.abort()
+                    held.go_on.set()
         assert pieces[-1].finished
         assert pieces[-1].outputs[0].finish_reason == "cancelled"
         assert len(pieces[-1].outputs[0].token_ids) < ENDLESS.max_tokens
@@ -409,13 +414,30 @@ def test_cancelled_in_the_midst(open_llm):
     assert (stats.num_running, stats.num_waiting, stats.used_blocks) == (0, 0, 0)
 
 
+def test_cancelled_while_another_is_being_cancelled(open_llm):
+    llm, later = open_llm(), []
+
+    def begin_another():  # in the engine's thread: it is woken for each piece, the cancelled one too
+        if not later and held.aborted.is_set():
+            later.append(llm.generate_async(STEM, ENDLESS))
+            later[0].abort()
+
+    with held_steps(llm) as held:
+        first = llm.generate_async(STEM, ENDLESS)
+        first.subscribe(begin_another)
+        first.abort()
+    assert first.result(60).outputs[0].finish_reason == "cancelled"
+    assert later[0].result(60).outputs[0].finish_reason == "cancelled"
+
+
 def test_abort_before_the_start_and_behind_the_end(open_llm):
     llm = open_llm()
-    first = llm.generate_async(STEM, SamplingParams(max_tokens=3))
-    handles = [llm.generate_async(STEM, ENDLESS) for _ in range(8)]
-    for handle in handles:
-        handle.abort()
-        handle.abort()
+    with held_steps(llm):
+        first = llm.generate_async(STEM, SamplingParams(max_tokens=3))
+        handles = [llm.generate_async(STEM, ENDLESS) for _ in range(8)]
+        for handle in handles:
+            handle.abort()
+            handle.abort()
     assert {h.result(60).outputs[0].finish_reason for h in handles} == {"cancelled"}
     done = first.result(60)
     first.abort()
@@ -472,10 +494,12 @@ def test_a_loop_that_is_gone_does_not_stop_the_engine(open_llm):
 
 
 def test_a_result_may_be_waited_for_with_a_limit(open_llm):
-    handle = open_llm().generate_async(STEM, ENDLESS)
-    with pytest.raises(TimeoutError, match=r"0\.05 s"):
-        handle.result(timeout=0.05)
-    handle.abort()
+    llm = open_llm()
+    with held_steps(llm):
+        handle = llm.generate_async(STEM, ENDLESS)
+        with pytest.raises(TimeoutError, match=r"0\.05 s"):
+            handle.result(timeout=0.05)
+        handle.abort()
     assert handle.result(60).outputs[0].finish_reason == "cancelled"
 
 
@@ -515,10 +539,11 @@ def assert_nothing_runs(llm):
 def test_a_dropped_handle_ends_its_request(open_llm):
     llm = open_llm()
     for streaming in (False, True):
-        handles = [llm.generate_async(STEM, ENDLESS, streaming) for _ in range(3)]
-        first = next(iter(handles[0])) if streaming else None
-        assert not nothing_runs(llm)
-        del handles
+        with held_steps(llm, first=20):
+            handles = [llm.generate_async(STEM, ENDLESS, streaming) for _ in range(3)]
+            first = next(iter(handles[0])) if streaming else None
+            assert not nothing_runs(llm)
+            del handles
         assert_nothing_runs(llm)
     assert not first.finished
     assert llm.stats().generated_tokens_total < ENDLESS.max_tokens
@@ -544,15 +569,16 @@ def test_a_cancelled_reader_ends_its_request(open_llm, streaming):
     async def read():
         handles = [llm.generate_async(STEM, ENDLESS, streaming) for _ in range(2)]
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(handles[0].aresult(), 0.3)
+            await asyncio.wait_for(handles[0].aresult(), 0.05)
         task = asyncio.ensure_future(handles[1].aresult())
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0)  # until it waits
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         return handles
 
-    handles = asyncio.run(read())
+    with held_steps(llm, first=20):
+        handles = asyncio.run(read())
     assert_nothing_runs(llm)
     assert {h.result(60).outputs[0].finish_reason for h in handles} == {"cancelled"}
 
@@ -574,28 +600,20 @@ def test_a_reader_that_is_cancelled_leaves_the_others_theirs(open_llm):
 
 def test_more_than_may_wait_are_rejected(open_llm):
     llm = open_llm(max_queue_size=3)
-    execute, gate, begun = llm._core._executor.execute, threading.Event(), threading.Event()
-
-    def gated(*args):
-        begun.set()
-        assert gate.wait(60)
-        return execute(*args)
-
-    llm._core._executor.execute = gated
     params = SamplingParams(max_tokens=5, ignore_eos=True)
-    running = llm.generate_async(STEM, params)
-    assert begun.wait(60)  # now it waits no more, and nobody else begins
-    waiting = [llm.generate_async(STEM, params) for _ in range(3)]
-    with pytest.raises(QueueFullError, match="3 requests wait already, and max_queue_size is 3"):
-        llm.generate_async(STEM, params)
-    assert llm.stats().num_waiting == 3
-    whole = []
-    patient = threading.Thread(target=lambda: whole.extend(llm.generate([STEM] * 9, params)))
-    patient.start()
-    time.sleep(0.1)
-    assert llm.stats().num_waiting == 3
-    gate.set()
-    patient.join(60)
+    with held_steps(llm) as held:
+        running = llm.generate_async(STEM, params)
+        assert held.begun.wait(60)  # now it waits no more, and nobody else begins
+        waiting = [llm.generate_async(STEM, params) for _ in range(3)]
+        with pytest.raises(QueueFullError, match="3 requests wait already, and max_queue_size is 3"):
+            llm.generate_async(STEM, params)
+        assert llm.stats().num_waiting == 3
+        whole = []
+        patient = threading.Thread(target=lambda: whole.extend(llm.generate([STEM] * 9, params)))
+        patient.start()
+        time.sleep(0.1)
+        assert llm.stats().num_waiting == 3
+    patient.join()
     results = [h.result(60) for h in (running, *waiting)] + whole
     assert len(results) == 13
     assert len({r.outputs[0].text for r in results}) == 1
@@ -1018,7 +1036,7 @@ def test_n_texts_stream_side_by_side(open_llm):
 
 def test_n_texts_are_queued_all_or_none(open_llm):
     llm = open_llm(max_queue_size=1, kv_cache_config=KvCacheConfig(2048))
-    with pytest.raises(QueueFullError):
+    with llm._core._changed, pytest.raises(QueueFullError):  # none of them begins before the last is queued
         llm.generate_async("def", SamplingParams(max_tokens=500, n=64, ignore_eos=True))
     while (stats := llm.stats()).num_running + stats.num_waiting:
         time.sleep(0.01)

@@ -13,6 +13,7 @@ from saw_trtllm import GuidedDecodingParams, KvCacheConfig, SamplingParams
 from saw_trtllm import llm as llm_module
 from saw_trtllm.errors import EngineError
 from tests.support.executor.asynchronous import AsyncExecutor
+from tests.support.turns import generate_at_once
 
 STEM = "import os\nimport sys\n\n\nclass Node:\n    def __init__(self, name, children=()):\n        self.name = name\n"
 ENDLESS = SamplingParams(max_tokens=1500, ignore_eos=True)
@@ -72,7 +73,7 @@ def test_tokens_are_those_of_a_synchronous_one(open_llm, open_async, kv):
     assert_nothing_held(llm)
 
     llm, executor = open_async(kv, prefill_chunk=32, kv_cache_config=KvCacheConfig(256, deterministic=True))
-    assert [o.outputs[0] for o in llm.generate(prompts, params)] == expected
+    assert [o.outputs[0] for o in generate_at_once(llm, prompts, params)] == expected
     assert llm.stats().preemptions_total > 0
     assert executor.num_ahead > 10
     assert_nothing_held(llm)

@@ -20,6 +20,7 @@ from saw_trtllm.serve.parameters import Parameters
 from saw_trtllm.serve.tensorrt_llm import TensorrtLlmModel
 from tests.support.example import EXAMPLE
 from tests.support.fakes.triton import Request, i32, pb_utils, strings
+from tests.support.turns import held_steps
 
 PROMPT = "def read_config(path):"
 LONG = {"max_tokens": 900, "end_id": -1}
@@ -115,9 +116,11 @@ def test_a_bad_prompt_is_one_sentence_and_spoils_its_request_only(open_models, l
 def test_a_client_that_goes_away_ends_its_text(open_models, stream):
     holder, model = open_models
     gone, other = Request(asked(PROMPT, stream=stream, **LONG)), Request(asked(PROMPT, stream=True, max_tokens=40))
-    model.execute([gone, other])
-    other.sender.wait_responses(1)
-    gone.sender.cancelled = True
+    with held_steps(holder._llm, first=20) as held:
+        model.execute([gone, other])
+        other.sender.wait_responses(1)
+        gone.sender.cancelled = True
+        assert held.aborted.wait(60)
     assert error_of(gone.sender.wait_final()) == ("CANCELLED", "the request was cancelled")
     assert all(r.error is None for r in other.sender.wait_final())
     assert holder._llm.stats().used_blocks == 0
@@ -147,15 +150,16 @@ def test_a_client_that_goes_away_while_its_request_begins_ends_its_text(open_mod
 def test_a_request_is_stopped_by_its_id(open_models):
     holder, model = open_models
     request = Request(asked(PROMPT, stream=True, **LONG), request_id="mine")
-    model.execute([request])
-    request.sender.wait_responses(1)
     stop = {
         "input_ids": i32([1]),
         "input_lengths": i32([1]),
         "request_output_len": i32([1]),
         "stop": np.array([[True]]),
     }
-    answers(holder, Request(stop, request_id="mine"))
+    with held_steps(holder._llm, first=20):
+        model.execute([request])
+        request.sender.wait_responses(1)
+        answers(holder, Request(stop, request_id="mine"))
     responses = request.sender.wait_final()
     assert responses[-1].error is None
     assert len(Tokenizer.load(EXAMPLE).encode(text_of(responses))) < 900
@@ -165,12 +169,13 @@ def test_an_engine_that_ends_is_one_sentence(open_models):
     """Its process may go while texts grow, and not come again."""
     holder, model = open_models
     running = Request(asked(PROMPT, stream=True, **LONG))
-    model.execute([running])
-    running.sender.wait_responses(1)
-    holder._link.close()
-    with socket.socket(fileno=os.dup(model._engine._connection.fileno())) as end:
-        end.shutdown(socket.SHUT_RDWR)
-    code, sentence = error_of(running.sender.wait_final())
+    with held_steps(holder._llm, first=20):
+        model.execute([running])
+        running.sender.wait_responses(1)
+        holder._link.close()
+        with socket.socket(fileno=os.dup(model._engine._connection.fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)
+        code, sentence = error_of(running.sender.wait_final())
     assert (code, sentence) == ("UNAVAILABLE", "the model tensorrt_llm has gone: send the request again later")
     [late] = answers(model, Request(asked(PROMPT)))
     assert error_of(late)[0] == "UNAVAILABLE"
@@ -197,12 +202,14 @@ def test_a_sentence_that_triton_does_not_take_keeps_no_other_request_from_beginn
 
 
 def test_a_client_that_triton_does_not_know_of_hides_no_other(open_models):
-    _, model = open_models
+    holder, model = open_models
     odd, gone = Request(asked(PROMPT, stream=True, **LONG)), Request(asked(PROMPT, stream=True, **LONG))
     odd.sender.is_cancelled = lambda: 1 / 0
-    model.execute([odd, gone])
-    odd.sender.wait_responses(1)
-    gone.sender.cancelled = True
+    with held_steps(holder._llm, first=20) as held:
+        model.execute([odd, gone])
+        odd.sender.wait_responses(1)
+        gone.sender.cancelled = True
+        assert held.aborted.wait(60)
     assert error_of(gone.sender.wait_final())[0] == "CANCELLED"
 
 

@@ -692,6 +692,8 @@ def test_cli_names_a_port_in_use_before_it_writes(engine_dir, tmp_path, capsys):
         s.listen()
         port = str(s.getsockname()[1])
         argv = ["--engine_dir", str(engine_dir), "--model_repo", str(tmp_path / "r"), "--launch", "--http_port", port]
+        for name, other in zip(("grpc", "metrics"), free_ports(2), strict=True):
+            argv += [f"--{name}_port", str(other)]
         assert cli.main(argv) == 2
     assert f"--http_port {port} cannot be used" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()

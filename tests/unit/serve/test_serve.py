@@ -23,6 +23,7 @@ from saw_trtllm.serve.triton import load_model
 from tests.support.example import EXAMPLE
 from tests.support.fakes.triton import Request, SeriesRecorder, i32, model_config, pb_utils, strings
 from tests.support.tolerance import EPS
+from tests.support.turns import held_steps
 
 PROMPT = "def read_config(path):"
 UNICODE = "naïve café, 日本語 and 🎉👩‍🚀 emoji"
@@ -631,9 +632,11 @@ def test_cancellation(model, tokenizer, cancel, code):
     ids = tokenizer.encode(PROMPT)
     request = Request(llm_inputs(ids, **LONG), request_id="mine")
     other = Request(llm_inputs(ids, 40, streaming=True, end_id=-1), request_id="another")
-    model.execute([request, other])
-    request.sender.wait_responses(3)
-    cancel(model, request)
+    with held_steps(model._llm, first=20) as held:
+        model.execute([request, other])
+        request.sender.wait_responses(1)
+        cancel(model, request)
+        assert held.aborted.wait(60)
     responses = request.sender.wait_final()
     assert [code_of(r) for r in responses[:-1]] == [None] * (len(responses) - 1)
     assert code_of(responses[-1]) == code
@@ -662,26 +665,17 @@ def test_failure_of_the_runtime_is_answered(engine_dir, tokenizer, monkeypatch):
     model.finalize()
 
 
-def test_more_requests_than_may_wait_are_unavailable(engine_dir, tokenizer, monkeypatch):
+def test_more_requests_than_may_wait_are_unavailable(engine_dir, tokenizer):
     """Those of one request too; those that wait are answered."""
     model = TensorrtLlmModel(pb_utils, Parameters(gpt_model_path=engine_dir, max_queue_size=2))
-    executor, gate, begun = model._llm._core._executor, threading.Event(), threading.Event()
-    execute, ids = executor.execute, tokenizer.encode(PROMPT)
-
-    def gated(*args):
-        begun.set()
-        assert gate.wait(60)
-        return execute(*args)
-
-    monkeypatch.setattr(executor, "execute", gated)
-    requests = [Request(llm_inputs(ids, 4)) for _ in range(4)]
-    model.execute(requests[:1])
-    assert begun.wait(60)
-    model.execute(requests[1:])
-    full = requests[3].sender.wait_final()[-1]
+    requests = [Request(llm_inputs(tokenizer.encode(PROMPT), 4)) for _ in range(4)]
+    with held_steps(model._llm) as held:
+        model.execute(requests[:1])
+        assert held.begun.wait(60)
+        model.execute(requests[1:])
+        full = requests[3].sender.wait_final()[-1]
     assert code_of(full) == "UNAVAILABLE"
     assert "2 requests wait already, and max_queue_size is 2" in full.error.message
-    gate.set()
     for request in requests[:3]:
         assert request.sender.wait_final()[0].error is None
     model.finalize()

@@ -31,7 +31,8 @@ def test_the_unit_is_one_to_systemd(tmp_path):
     copy = tmp_path / "saw-serve.service"
     copy.write_text(unit.replace("/opt/saw/bin/saw-serve", shutil.which("true")))
     found = subprocess.run(["systemd-analyze", "verify", copy], capture_output=True, text=True)
-    assert (found.returncode, found.stdout + found.stderr) == (0, "")
+    # It looks at the machine's own units too, and has something to say of some of them.
+    assert [line for line in (found.stdout + found.stderr).splitlines() if copy.name in line] == []
 
 
 @pytest.mark.parametrize("file", ["kubernetes.yaml", "kuberay.yaml"])

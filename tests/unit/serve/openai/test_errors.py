@@ -2,7 +2,6 @@
 
 import json
 import socket
-import time
 
 import httpx
 import openai
@@ -11,6 +10,7 @@ import pytest
 from saw_trtllm.errors import EngineError, SawError
 from saw_trtllm.serve.openai.errors import BY_CLASS, BY_CODE, answer_to, error_body
 from tests.support.openai_server import serving_engines, wait_until_idle
+from tests.support.turns import held_steps
 
 USER = {"role": "user", "content": "write a class"}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -223,14 +223,16 @@ def test_a_client_that_leaves_frees_its_blocks(url, llms, stream):
     before = llm.stats().generated_tokens_total
     body = json.dumps({"model": "exact", "prompt": "def", "max_tokens": 2000, "ignore_eos": True, "stream": stream})
     host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        head = ["POST /v1/completions HTTP/1.1", "host: x", "content-type: application/json"]
-        head += [f"content-length: {len(body)}", "", body]
-        connection.sendall("\r\n".join(head).encode())
-        while not llm.stats().used_blocks:
-            time.sleep(0.005)
-        if stream:
-            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    head = ["POST /v1/completions HTTP/1.1", "host: x", "content-type: application/json"]
+    head += [f"content-length: {len(body)}", "", body]
+    with held_steps(llm, first=20) as held:
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall("\r\n".join(head).encode())
+            assert held.begun.wait(60)
+            assert llm.stats().used_blocks
+            if stream:
+                assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        assert held.aborted.wait(60)
     wait_until_idle(llm)
     assert llm.stats().generated_tokens_total - before < 2000
 

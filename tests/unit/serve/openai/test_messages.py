@@ -16,6 +16,7 @@ from tests.support.example import EXAMPLE
 from tests.support.openai_server import serving
 
 USER = {"role": "user", "content": "write a class"}
+GREEDY = {"extra_body": {"temperature": 0}}
 SCHEMA = {
     "type": "object",
     "properties": {"days": {"enum": [1, 2]}},
@@ -33,7 +34,7 @@ def client(url):
 
 def test_a_message_is_that_of_the_runtime_however_it_comes(client, llms):
     asked = {"model": "example", "max_tokens": 12, "system": "be brief", "messages": [USER]}
-    asked["extra_body"] = {"temperature": 0}
+    asked |= GREEDY
     expected = llms["example"].chat([{"role": "system", "content": "be brief"}, USER], SamplingParams(max_tokens=12))
     whole = client.messages.create(**asked)
     assert [b.text for b in whole.content] == [expected.outputs[0].text]
@@ -55,6 +56,7 @@ def test_tools_come_as_blocks(open_llm):
     llm = open_llm(kv_cache_config=KvCacheConfig(2048))
     llm.tokenizer.chat_template = ChatTemplate(QWEN25)
     asked = {"model": "example", "max_tokens": 300, "messages": [USER], "tools": [TOOL], "tool_choice": {"type": "any"}}
+    asked |= GREEDY
     with serving(make_app([ServedModel("example", llm, EXAMPLE)])) as url:
         client = anthropic.Anthropic(base_url=url, api_key="none")
         message = client.messages.create(**asked)
@@ -144,7 +146,7 @@ def test_errors_have_the_shape_of_this_api(url, body, status, kind, said, stream
 
 
 def test_an_answer_may_be_sent_back_whole(client, llms):
-    asked = {"model": "example", "max_tokens": 4}
+    asked = {"model": "example", "max_tokens": 4, **GREEDY}
     answer = client.messages.create(messages=[USER], **asked)
     again = client.messages.create(messages=[USER, answer, USER], **asked)
     [block] = answer.content

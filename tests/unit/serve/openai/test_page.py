@@ -1,14 +1,13 @@
 """The page in a real browser, where there is one: Debian's chromium, headless."""
 
-import itertools
 import re
 import shutil
-import threading
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from tests.support.openai_server import serving_engines
+from tests.support.turns import held_steps
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH")
@@ -25,6 +24,12 @@ def browser():
         browser.close()
 
 
+def new_page(browser, **options):
+    page = browser.new_page(**options)
+    page.set_default_timeout(60_000)
+    return page
+
+
 @pytest.fixture(scope="module")
 def one(chat_engine):
     """A model whose answers are greedy: none is drawn that ends before it has been looked at."""
@@ -39,7 +44,7 @@ def open_page(browser):
     pages = []
 
     def open_(url, size=WIDE, scheme="light"):
-        page = browser.new_page(viewport=size, color_scheme=scheme)
+        page = new_page(browser, viewport=size, color_scheme=scheme)
         problems = []
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
@@ -55,7 +60,7 @@ def open_page(browser):
 
 
 @pytest.mark.parametrize(("size", "scheme"), [(WIDE, "light"), (NARROW, "dark")])
-def test_a_person_talks_by_the_keyboard_alone(one, open_page, size, scheme, monkeypatch):
+def test_a_person_talks_by_the_keyboard_alone(one, open_page, size, scheme):
     url, llm = one
     page = open_page(url, size, scheme)
     expect(page.locator("#models")).to_contain_text("(3.76x)")
@@ -67,22 +72,14 @@ def test_a_person_talks_by_the_keyboard_alone(one, open_page, size, scheme, monk
     page.keyboard.press("Escape")  # stops it
     expect(page.locator("#send")).to_be_enabled()
     expect(page.locator(".numbers")).to_have_text(re.compile(r"tokens/s, first after \d+ ms"))
-    executor, steps, stopped = llm._core._executor, itertools.count(), threading.Event()
-    execute = executor.execute
-
-    def held(*args):  # some tokens come, and no more until the person has stopped it
-        assert next(steps) < 20 or stopped.wait(120)
-        return execute(*args)
-
-    monkeypatch.setattr(executor, "execute", held)
-    page.keyboard.type("and another")
-    page.keyboard.press("Enter")
-    expect(page.locator(".text").nth(1)).not_to_be_empty()
-    page.keyboard.press("Tab")
-    expect(page.locator("#stop")).to_be_focused()
-    page.keyboard.press("Enter")
-    expect(page.locator("#send")).to_be_enabled()
-    stopped.set()
+    with held_steps(llm, first=20):  # some tokens come, and no more until the person has stopped it
+        page.keyboard.type("and another")
+        page.keyboard.press("Enter")
+        expect(page.locator(".text").nth(1)).not_to_be_empty()
+        page.keyboard.press("Tab")
+        expect(page.locator("#stop")).to_be_focused()
+        page.keyboard.press("Enter")
+        expect(page.locator("#send")).to_be_enabled()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 22, 20)"
     assert dark == (scheme == "dark")
@@ -104,7 +101,7 @@ def test_two_engines_answer_side_by_side_and_what_differs_is_marked(engine, open
 
 def test_a_key_and_errors_are_asked_for_and_shown(engine, browser):
     with serving_engines({"example": engine("saw_int4")}, ["secret"]) as (url, _):
-        page = browser.new_page()
+        page = new_page(browser)
         page.on("dialog", lambda dialog: dialog.accept("secret"))
         page.goto(url)
         expect(page.locator("#models")).to_contain_text("example")
