@@ -16,8 +16,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -149,6 +149,10 @@ class DiskCache:
     def read(self, key: bytes, block: np.ndarray) -> Future[Content | None]:
         """Begin to read a block's bytes into ``block``, uint8 ``[block_bytes]``. It gives None if it cannot."""
         return self._readers.submit(self._read, key, block)
+
+    def wait(self, reads: Sequence[Future[Content | None]]) -> None:
+        """Wait until one of some reads has ended."""
+        wait(reads, return_when=FIRST_COMPLETED)
 
     def write(self, content: Content, block: np.ndarray) -> Future[None]:
         """Queue a block, whose bytes must stay until that is done or cancelled."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Container, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import NamedTuple, Protocol
@@ -304,8 +304,8 @@ class HostCache:
         self.begin()
         if self._under_way:
             self._under_way[0].pending.wait()
-        elif self._reads:
-            wait([read for _, read in self._reads.values()], return_when=FIRST_COMPLETED)
+        elif self._disk is not None and self._reads:
+            self._disk.wait([read for _, read in self._reads.values()])
         else:
             return False
         self.poll()

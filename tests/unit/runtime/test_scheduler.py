@@ -3,8 +3,8 @@
 import random
 import subprocess
 import sys
-import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections import deque
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -26,6 +26,7 @@ from saw_trtllm.runtime.sequence import Sequence
 from tests.support import ROOT
 
 VOCAB = 5  # few, so that prompts share beginnings
+QUANTIZED, FROM_THE_POOL = range(2)
 
 
 class FakeModel:
@@ -34,7 +35,7 @@ class FakeModel:
     For each table, whose window bounds what it sees, a layer takes the rows of the one below for its tokens.
 
     In a cache that is not exact, a row in the pool is another number than the same row within its own chunk, as a
-    4-bit cache would have it.
+    4-bit cache would have it. Only numbers are hashed, which gives the same in every process.
     """
 
     def __init__(self, exact, tokens_per_block, windows=(None,)):
@@ -42,7 +43,7 @@ class FakeModel:
         self.pool = {}
 
     def stored(self, row):
-        return row if self.exact else hash(("quantized", row))
+        return row if self.exact else hash((QUANTIZED, row))
 
     def copy(self, copies):
         for source, target, rows in copies:
@@ -58,7 +59,7 @@ class FakeModel:
             for position, token in enumerate(tokens, start):
                 row = hash((token, position, tuple(seen[low[position] :])))
                 if inputs.kind == DECODE and not self.exact:
-                    row = hash(("reads itself from the pool", row))
+                    row = hash((FROM_THE_POOL, row))
                 seen.append(row)
                 self.pool[slots[position]] = self.stored(row)
             tokens = seen[start:]
@@ -112,19 +113,17 @@ class FakeCopies:
 
 
 class FakeDisk:
-    """Files in memory, some of which cannot be read, by a thread that takes its time."""
-
-    THREAD = ThreadPoolExecutor(1)
+    """Files in memory, some of which cannot be read. What is begun is done some time later, in turn."""
 
     def __init__(self, rng):
-        self.rng, self.files, self.bad = rng, {}, set()
+        self.rng, self.files, self.bad, self.jobs = rng, {}, set(), deque()
 
     def holds(self, key):
+        self.go_on(self.rng.randrange(2))
         return key in self.files and key not in self.bad
 
     def read(self, key, block):
         def read():
-            time.sleep(1e-4)
             if miss:
                 self.bad.add(key)
                 return None
@@ -132,14 +131,34 @@ class FakeDisk:
             return content
 
         miss = self.rng.random() < 0.02
-        return self.THREAD.submit(read)
+        return self.submit(read)
 
     def write(self, content, block):
         def write():
-            time.sleep(1e-4)
             self.files[content.key] = content, block.copy()
 
-        return self.THREAD.submit(write)
+        return self.submit(write)
+
+    def wait(self, reads):
+        while not any(read.done() for read in reads):
+            self.go_on(1)
+
+    def submit(self, job):
+        future = Future()
+        self.jobs.append((future, job))
+        self.go_on(self.rng.randrange(3))
+        return future
+
+    def go_on(self, num_jobs):
+        """The oldest are done; the one after them runs, so that it is too late to cancel it."""
+        while self.jobs:
+            future, job = self.jobs[0]
+            if future.running() or future.set_running_or_notify_cancel():
+                if num_jobs == 0:
+                    return
+                num_jobs -= 1
+                future.set_result(job())
+            self.jobs.popleft()
 
 
 class Runtime:
@@ -437,8 +456,14 @@ def test_a_block_that_is_being_read_from_the_disk_takes_no_second_place_on_the_h
 
 def test_what_the_host_gives_up_comes_back_from_the_disk():
     runtime = Runtime(num_blocks=12, exact=True, host_slots=14, disk=True)
-    write = runtime.host._disk.write
-    runtime.host._disk.write = lambda *block: wait([write(*block)]) and Future()  # none is given up
+    disk, write = runtime.host._disk, runtime.host._disk.write
+
+    def write_at_once(*block):
+        write(*block)
+        disk.go_on(len(disk.jobs))
+        return Future()
+
+    disk.write = write_at_once  # none is given up
     prompts = [[i, i, 1, 2, 3] * 4 for i in range(20)]
     possible = reused = 0
     for turn in range(3):
