@@ -34,6 +34,9 @@ else:
         globals()[name] = value = getattr(import_module(f"saw_trtllm.{_MODULES[name]}"), name)
         return value
 
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_MODULES})
+
 
 __all__ = [
     "LLM",

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceABC
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from saw_trtllm.engine.config import EngineConfig
 from saw_trtllm.engine.step import StepPacker
-from saw_trtllm.errors import ConfigError, EngineError, RequestError, SawError
+from saw_trtllm.errors import ConfigError, EngineError, RequestError
 from saw_trtllm.model.end_ids import read_end_ids
 from saw_trtllm.parallel.config import ParallelConfig
 from saw_trtllm.parallel.executor import GroupExecutor
@@ -47,6 +47,8 @@ _ADVICE = {
     "max_num_seqs": "build the engine with saw-build --max_batch_size",
 }
 
+
+_Params = SamplingParams | SequenceABC[SamplingParams] | None
 
 #: Requests that may wait. A prompt that waits holds about 40 bytes for each of its tokens.
 MAX_QUEUE_SIZE = 4096
@@ -165,10 +167,20 @@ class LLM:
         """Tokens of the longest sequence, prompt and text."""
         return self.config.build_config.max_seq_len
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # text is a list of texts too
+        self, inputs: str | Mapping[str, Any] | SequenceABC[int], sampling_params: _Params = ..., use_tqdm: bool = ...
+    ) -> RequestOutput: ...
+
+    @overload
+    def generate(
+        self, inputs: SequenceABC[Prompt], sampling_params: _Params = ..., use_tqdm: bool = ...
+    ) -> list[RequestOutput]: ...
+
     def generate(
         self,
         inputs: Prompt | SequenceABC[Prompt],
-        sampling_params: SamplingParams | SequenceABC[SamplingParams] | None = None,
+        sampling_params: _Params = None,
         use_tqdm: bool = False,
     ) -> RequestOutput | list[RequestOutput]:
         """Generate text for a prompt or a list of prompts, and wait for it.
@@ -200,18 +212,35 @@ class LLM:
                 f"{len(params)} sampling parameters came with {len(prompts)} prompts: give one, or one each"
             )
         requests = [self._inputs.requests(p, s, streaming=False) for p, s in zip(prompts, params, strict=True)]
-        results = [self._submit(texts, wait=True) for texts in requests]
+        results: list[GenerationResult] = []
         outputs = []
-        with progress(len(results), "generate", "prompts", show=use_tqdm) as bar:
+        try:
+            for texts in requests:
+                results.append(self._submit(texts, wait=True))
+            with progress(len(results), "generate", "prompts", show=use_tqdm) as bar:
+                for result in results:
+                    outputs.append(result.result())
+                    bar.update()
+        except BaseException:  # Ctrl-C; a notebook keeps its traceback, and in it the results
             for result in results:
-                outputs.append(result.result())
-                bar.update()
+                result.abort()
+            raise
         return outputs[0] if single else outputs
+
+    @overload
+    def chat(
+        self, messages: Messages, sampling_params: _Params = ..., use_tqdm: bool = ..., **template: Any
+    ) -> RequestOutput: ...
+
+    @overload
+    def chat(
+        self, messages: SequenceABC[Messages], sampling_params: _Params = ..., use_tqdm: bool = ..., **template: Any
+    ) -> list[RequestOutput]: ...
 
     def chat(
         self,
         messages: Messages | SequenceABC[Messages],
-        sampling_params: SamplingParams | SequenceABC[SamplingParams] | None = None,
+        sampling_params: _Params = None,
         use_tqdm: bool = False,
         **template: Any,
     ) -> RequestOutput | list[RequestOutput]:
@@ -236,7 +265,8 @@ class LLM:
         RequestError
             If the model has no chat template or the template rejects the messages; and as for :meth:`generate`.
         """
-        several = isinstance(messages, SequenceABC) and bool(messages) and isinstance(messages[0], SequenceABC)
+        lists = isinstance(messages, SequenceABC) and not isinstance(messages, str | bytes)
+        several = lists and bool(messages) and isinstance(messages[0], SequenceABC)
         conversations: Any = messages if several else [messages]
         prompts = [self.chat_prompt(m, **template) for m in conversations]
         return self.generate(prompts if several else prompts[0], sampling_params, use_tqdm)
@@ -272,6 +302,8 @@ class LLM:
         """
         if self.tokenizer is None:
             raise RequestError("this engine has no tokenizer, which has the template: give LLM(..., tokenizer=FOLDER)")
+        if not isinstance(chat_template, str | None):
+            raise RequestError(f"chat_template is {shown(chat_template)}: give the text of a template in jinja2")
         template = self.chat_template
         if chat_template is not None:
             template = template.replaced(chat_template) if template else ChatTemplate(chat_template)
@@ -279,6 +311,8 @@ class LLM:
             raise RequestError(
                 "this model's tokenizer has no chat template: give a prompt instead of messages, or a chat_template"
             )
+        if tools is not None:
+            template.check_tools(tools)
         text = template.render(
             messages,
             tools=tools,
@@ -347,8 +381,8 @@ class LLM:
             for request in requests:
                 self._scheduler.prepare(request.sequence)
                 self._core.submit(request, wait)
-        except SawError:
-            result.abort()  # those that were taken before the queue was full
+        except BaseException:
+            result.abort()  # those that were taken before the queue was full, or before Ctrl-C
             raise
         return result
 
@@ -356,6 +390,11 @@ class LLM:
 def _load_tokenizer(folder: Path, tokenizer: Path | str | Tokenizer | None) -> Tokenizer | None:
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
+    if not isinstance(tokenizer, str | os.PathLike | None):
+        raise ConfigError(
+            f"tokenizer is {shown(tokenizer)}: give the folder of a tokenizer.json (one of transformers' writes it by "
+            "save_pretrained), or the file"
+        )
     if tokenizer is not None:
         return Tokenizer.load(tokenizer)
     return Tokenizer.load(folder) if is_file(folder / "tokenizer.json", EngineError) else None
@@ -364,9 +403,9 @@ def _load_tokenizer(folder: Path, tokenizer: Path | str | Tokenizer | None) -> T
 def _prefill_chunk(config: EngineConfig, asked: int | None) -> int:
     build = config.build_config
     most, chunk = build.most_prefill_chunk, build.prefill_chunk if asked is None else asked
-    if chunk < 1 or chunk > most or chunk % build.tokens_per_block:
+    if not is_number(chunk, whole=True) or chunk < 1 or chunk > most or chunk % build.tokens_per_block:
         raise EngineError(
-            f"prefill_chunk is {chunk}: it must be a multiple of tokens_per_block {build.tokens_per_block} up to "
-            f"{most} (max_num_tokens less max_batch_size)"
+            f"prefill_chunk is {shown(chunk)}: it must be a multiple of tokens_per_block {build.tokens_per_block} "
+            f"up to {most} (max_num_tokens less max_batch_size)"
         )
     return chunk

@@ -17,7 +17,7 @@ from saw_trtllm.errors import ConfigError, EngineError, first_error
 from saw_trtllm.format import FORMAT_VERSION, KVFormat
 from saw_trtllm.model.config import ModelConfig
 from saw_trtllm.model.quantization import WeightFormat
-from saw_trtllm.paths import is_folder, read_json
+from saw_trtllm.paths import is_file, is_folder, read_json
 
 CONFIG_FILE = "config.json"
 #: The calibration of an engine whose weights are elsewhere.
@@ -154,6 +154,8 @@ class EngineConfig(BaseModel):
         folder = Path(folder)
         if not is_folder(folder, EngineError):
             raise EngineError(f"{folder} is not a folder: give the --output_dir of saw-build")
+        if not is_file(folder / CONFIG_FILE, EngineError):
+            raise EngineError(f"{folder.absolute()} holds no {CONFIG_FILE}: give the --output_dir of saw-build")
         raw = as_built(read_json(folder / CONFIG_FILE, EngineError))
         section = raw.get("saw_int4")
         for key, what, flag in _NOT_ENGINES:

@@ -239,6 +239,8 @@ def _build_config(options: BuildOptions, model: ModelConfig, backend: BackendLim
     max_seq_len = options.max_seq_len
     if max_seq_len is None:
         max_seq_len = min(longest, max(model.max_position_embeddings, (options.max_input_len or 0) + 1))
+    if max_seq_len < 2:
+        raise ConfigError(f"max_seq_len {max_seq_len} has no room for a prompt and a text: give at least 2")
     max_input_len = max_seq_len - 1 if options.max_input_len is None else options.max_input_len
     if max_seq_len > longest:
         scaled = "" if longest == model.max_position_embeddings else f", which RoPE scaling stretches to {longest}"

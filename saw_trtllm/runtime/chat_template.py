@@ -93,6 +93,13 @@ class ChatTemplate:
         """What stands in the templates."""
         return "".join(self._sources.values())
 
+    def check_tools(self, tools: Any) -> None:
+        """Raise RequestError unless they are functions, and a template shows them: it would leave them out silently."""
+        if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+            raise RequestError(f'tools is {shown(tools)}: give a list of {{"type": "function", "function": {{...}}}}')
+        if tools and "tools" not in self.text:
+            raise RequestError("the chat template knows no tools: leave them out, or give another chat_template")
+
     def render(
         self,
         messages: Messages,
@@ -124,6 +131,8 @@ class ChatTemplate:
         CheckpointError
             If the template itself is wrong.
         """
+        if not isinstance(variables, Mapping | None):
+            raise RequestError(f"chat_template_kwargs is {shown(variables)}: give a dict")
         if add_generation_prompt and continue_final_message:
             raise RequestError(
                 "add_generation_prompt and continue_final_message exclude each other: the prompt ends in a new message "

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -68,7 +68,7 @@ class GenerationResult:
     """The handle of a running request.
 
     Iterate over it, with ``for`` or ``async for``, for its :class:`RequestOutput` pieces: each when streaming, else one
-    at the end. Iterating again goes on where the last iteration stopped.
+    at the end. Iterating again goes on where the last iteration stopped. ``await`` gives what :meth:`aresult` does.
 
     A request that nobody waits for ends: when its handle is dropped, and when the last task that waits for a piece is
     cancelled, be it by ``asyncio.wait_for``.
@@ -164,6 +164,9 @@ class GenerationResult:
         async for _ in self:
             pass
         return self._final()
+
+    def __await__(self) -> Generator[Any, None, RequestOutput]:
+        return self.aresult().__await__()
 
     def __iter__(self) -> Iterator[RequestOutput]:
         while (piece := self._next(None)) is not None:

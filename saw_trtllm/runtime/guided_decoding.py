@@ -75,6 +75,9 @@ class GuidedDecodingParams:
             if not isinstance(value, str | None) or len(value or "") > _MAX_SIZE:
                 raise RequestError(f"{name} is {shown(value)}: it must be text of at most {_MAX_SIZE} characters")
 
+        if not isinstance(self.json_object, bool):
+            raise RequestError(f"json_object is {shown(self.json_object)}: it must be True or False")
+
     def _is_schema(self, name: str) -> bool:
         return name == "json" and self.json is False  # a schema too, if one that nothing meets
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -36,9 +35,14 @@ def split_prompts(inputs: Prompt | Iterable[Prompt]) -> tuple[list[Prompt], bool
         prompts = list(inputs)
     except TypeError:
         raise RequestError(f"inputs is {shown(inputs)}: give {_FORMS}, or a list of these") from None
-    if prompts and isinstance(prompts[0], numbers.Integral):
+    if prompts and _is_whole_number(prompts[0]):
         return [cast("list[int]", prompts)], True
     return cast("list[Prompt]", prompts), False
+
+
+def _is_whole_number(value: object) -> bool:
+    """Whether it is one, be it Python's, NumPy's or PyTorch's: an item of their arrays of one dimension."""
+    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0
 
 
 class PromptParts(NamedTuple):

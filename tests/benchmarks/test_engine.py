@@ -359,7 +359,7 @@ def test_a_start_is_timed_in_a_process_of_its_own(engine):
 
 def test_a_start_that_fails_says_why(engine, tmp_path):
     (tmp_path / "rank0.engine").touch()
-    with pytest.raises(EngineError, match=r"did not start: .*EngineError: .*config.json does not exist"):
+    with pytest.raises(EngineError, match=r"did not start: .*EngineError: .*holds no config.json"):
         loop.time_start(tmp_path)
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 import sys
 
 import pytest
@@ -34,6 +35,27 @@ def test_a_conversation_is_its_prompt_with_one_bos(llm):
         [USER], SamplingParams(max_tokens=2), chat_template="{{ bos_token }}{{ x }}", chat_template_kwargs={"x": 1}
     )
     assert other.prompt == "<|begin_of_text|>1"
+
+
+@pytest.mark.parametrize("messages", ["hello", b"hello", USER, None, []])
+def test_what_is_no_conversation_is_shown_whole(llm, messages):
+    with pytest.raises(RequestError, match=re.escape(f"messages is {messages!r}: give a list")):
+        llm.chat(messages)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "look"}}]}, "the chat template knows no tools: leave"),
+        ({"tools": "look"}, "tools is 'look': give a list"),
+        ({"tools": ["look"]}, r"tools is \['look'\]: give a list"),
+        ({"chat_template": 5}, "chat_template is 5: give the text"),
+        ({"chat_template_kwargs": "x"}, "chat_template_kwargs is 'x': give a dict"),
+    ],
+)
+def test_what_a_template_cannot_take_is_rejected_not_ignored(llm, options, said):
+    with pytest.raises(RequestError, match=said):
+        llm.chat([USER], **options)
 
 
 def test_a_model_without_a_template_says_so(open_llm):

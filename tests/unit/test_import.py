@@ -30,6 +30,11 @@ def test_the_package_needs_neither_torch_nor_tensorrt():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_what_the_package_offers_can_be_seen_before_it_is_used():
+    done = run("import saw_trtllm; print(set(saw_trtllm.__all__) - set(dir(saw_trtllm)))")
+    assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
 def test_an_engine_of_the_reference_says_what_it_lacks(engine):
     code = (
         "import sys; from saw_trtllm.cli.run import main; sys.exit(main(['--engine_dir', sys.argv[1], *sys.argv[2:]]))"

@@ -9,12 +9,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from saw_trtllm import LLM, KvCacheConfig, SamplingParams
 from saw_trtllm.checkpoint import Checkpoint, save_checkpoint
 from saw_trtllm.errors import ConfigError, EngineError, QueueFullError, RequestError, ShutdownError
 from saw_trtllm.runtime.block_manager import BlockManager
 from saw_trtllm.runtime.detokenizer import Detokenizer
+from saw_trtllm.runtime.engine_core import EngineCore
 from saw_trtllm.runtime.generation_result import GenerationResult
 from saw_trtllm.runtime.output_queue import OutputQueue
 from saw_trtllm.runtime.request import Request
@@ -561,6 +563,25 @@ def test_an_exception_in_the_midst_of_reading_ends_the_request(open_llm):
     assert_nothing_runs(llm)
 
 
+@pytest.mark.parametrize(("owner", "name"), [(EngineCore, "submit"), (GenerationResult, "result")])
+def test_ctrl_c_ends_all_requests_of_generate(open_llm, monkeypatch, owner, name):
+    """Though a notebook keeps the traceback, and with it all that its frames hold."""
+    llm, original, calls = open_llm(), getattr(owner, name), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4 or name == "result":
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        llm.generate([STEM] * 2, replace(ENDLESS, n=2))
+    assert_nothing_runs(llm)
+    assert kept.tb is not None
+    assert llm.stats().generated_tokens_total < ENDLESS.max_tokens
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_cancelled_reader_ends_its_request(open_llm, streaming):
     """By ``wait_for`` as by ``cancel``; the handle is held all the while."""
@@ -896,6 +917,13 @@ def test_prompts_of_other_apis_are_taken(open_llm):
     assert [o.prompt for o in outputs] == [STEM, None, "told", None]
     assert all(o.outputs == expected.outputs for o in outputs)
     assert llm.generate((i for i in ids), params).outputs == expected.outputs
+    assert llm.generate(torch.tensor(ids), params).outputs == expected.outputs
+    assert llm.generate(torch.tensor([ids]), params)[0].outputs == expected.outputs
+
+    async def awaited():
+        return await llm.generate_async(STEM, params)
+
+    assert asyncio.run(awaited()).outputs == expected.outputs
     assert llm.generate_async({"prompt": STEM}, params).result(60).outputs == expected.outputs
 
 
@@ -911,6 +939,7 @@ def test_arguments_of_other_apis_are_rejected_in_one_sentence(open_llm, engine, 
         ({"kv_cache_config": {"max_tokens": 0}}, "max_tokens is 0"),
         ({"kv_cache_config": {"max_token": 64}}, "KvCacheConfig has no max_token: write max_tokens"),
         ({"kv_cache_config": 0.5}, "kv_cache_config is 0.5: give a KvCacheConfig, or its fields as a dict"),
+        ({"tokenizer": open_llm().tokenizer._tokenizer}, "tokenizer is .*: give the folder of a tokenizer.json"),
         ({"tensor_parallel_size": 2}, "LLM has no tensor_parallel_size"),
         ({"max_model_len": 2}, "LLM has no max_model_len: build the engine with saw-build --max_seq_len"),
     ):
@@ -995,6 +1024,8 @@ def test_bad_cache_sizes_are_rejected(fields):
         ({"kv_cache_config": KvCacheConfig(max_tokens=10**15)}, "does not fit into this machine's memory"),
         ({"prefill_chunk": 33}, "multiple of tokens_per_block 32"),
         ({"prefill_chunk": 0}, "prefill_chunk is 0"),
+        ({"prefill_chunk": "512"}, "prefill_chunk is '512'"),
+        ({"prefill_chunk": 512.0}, "prefill_chunk is 512.0"),
         ({"prefill_chunk": 8192}, "prefill_chunk is 8192"),
     ],
 )

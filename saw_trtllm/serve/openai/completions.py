@@ -47,7 +47,7 @@ class CompletionAnswer:
     """
 
     def __init__(self, model: ServedModel, request: CompletionRequest, meter: Meter) -> None:
-        _check(request)
+        _check(request, model)
         self._model, self._request, self._meter = model, request, meter
         self._shown = request.n or 1
         drawn = max(self._shown, request.best_of or 1)
@@ -153,7 +153,7 @@ class CompletionAnswer:
         return tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False) if tokenizer else ""
 
 
-def _check(request: CompletionRequest) -> None:
+def _check(request: CompletionRequest, model: ServedModel) -> None:
     """Reject what does not go together."""
     n = request.n or 1
     if request.best_of is not None and request.best_of < n:
@@ -164,6 +164,12 @@ def _check(request: CompletionRequest) -> None:
         raise ApiError("invalid_value", "max_tokens is 0, which needs echo: ask for at least 1", "max_tokens")
     if request.stream and request.echo and request.logprobs is not None:
         raise ApiError("invalid_value", "the prompt's logprobs come with the whole text: leave out stream", "echo")
+    if request.echo and request.logprobs is not None and not model.llm.config.build_config.gather_context_logits:
+        raise ApiError(
+            "unsupported_parameter",
+            "echo with logprobs needs an engine built with --gather_context_logits: leave out one of them",
+            "echo",
+        )
 
 
 def _prompts(request: CompletionRequest) -> list[str | list[int]]:

@@ -293,6 +293,8 @@ def test_a_head_dim_that_no_cache_holds(tmp_path, capsys):
         ("--range_factor nan", "range_factor"),
         ("--model qwen3", "holds a llama model: give --model llama"),
         ("--max_seq_len 257", "max_position_embeddings 256"),
+        ("--max_seq_len 1", "max_seq_len 1 has no room for a prompt and a text: give at least 2"),
+        ("--max_seq_len -1", "max_seq_len -1 has no room for a prompt and a text: give at least 2"),
         ("--max_seq_len 0", "max_"),
         ("--max_seq_len -5", "max_"),
         ("--max_input_len 0", "max_input_len"),
@@ -645,7 +647,7 @@ def other_weights(path):
 
 
 BAD_ENGINES = {
-    "no config": (lambda e: (e / "config.json").unlink(), "config.json does not exist"),
+    "no config": (lambda e: (e / "config.json").unlink(), "holds no config.json: give the --output_dir"),
     "broken config": (lambda e: (e / "config.json").write_text("{]"), "JSON"),
     "a list": (lambda e: (e / "config.json").write_text("[]"), "not a JSON object"),
     "not an engine": (lambda e: edit(e / "config.json", saw_int4=None), "no engine of saw-build"),

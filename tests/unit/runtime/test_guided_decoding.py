@@ -101,6 +101,7 @@ def test_it_begins_after_the_reasoning(guides):
         ({}, "guided_decoding has nothing: give one of json"),
         ({"regex": "a", "json_object": True}, "has json_object and regex"),
         ({"regex": 7}, "regex is 7"),
+        ({"json_object": "yes"}, "json_object is 'yes': it must be True or False"),
         ({"regex": "(a|"}, "unclosed group"),
         ({"json": "{"}, "guided_decoding c"),
         ({"json": {"type": "nothing"}}, "Invalid type"),

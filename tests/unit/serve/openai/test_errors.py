@@ -9,6 +9,7 @@ import pytest
 
 from saw_trtllm.errors import EngineError, SawError
 from saw_trtllm.serve.openai.errors import BY_CLASS, BY_CODE, answer_to, error_body
+from tests.support.example import build_example
 from tests.support.openai_server import serving_engines, wait_until_idle
 from tests.support.turns import held_steps
 
@@ -153,6 +154,13 @@ def test_null_is_as_if_a_field_were_left_out(url, http):
     assert answers[0] == answers[1]
     status, error = error_of(http.post(url + CHAT, json={**body, "stream_options": {"include_usage": True}}))
     assert (status, error["param"]) == (400, "stream_options")
+
+
+def test_an_echo_with_logprobs_names_what_the_client_asked_for(tmp_path, http):
+    with serving_engines({"example": build_example(tmp_path / "engine")}) as (url, _):
+        status, error = error_of(http.post(url + TEXT, json={"prompt": "x", "echo": True, "logprobs": 1}))
+    assert (status, error["code"], error["param"]) == (400, "unsupported_parameter", "echo")
+    assert error["message"].startswith("echo with logprobs needs an engine built with --gather_context_logits")
 
 
 def test_bodies_that_are_none(url, http):
