@@ -84,11 +84,14 @@ def add_fields(
         if kind is bool:
             parser.add_argument(f"--{name}", action="store_true", help=field.description)
             continue
-        default = field.default
-        shown = "" if default is None else " (default: %(default)s)"
+        required = field.is_required()
+        default = None if required else field.default
+        shown = "" if default in (None, "") else " (default: %(default)s)"
         metavar = None if choices else name.rsplit("_", 1)[-1].upper() if kind is Path else "N" if kind is int else None
         text = str(field.description).replace("%", "%%") + shown
-        parser.add_argument(f"--{name}", type=kind, choices=choices, default=default, metavar=metavar, help=text)
+        parser.add_argument(
+            f"--{name}", type=kind, choices=choices, default=default, required=required, metavar=metavar, help=text
+        )
 
 
 class TierOptions(BaseModel):

@@ -266,3 +266,14 @@ def test_flags_that_do_not_fit_end_in_one_sentence(flags, what, engine, capsys):
     assert captured.out == ""
     assert what in captured.err
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["throughput", "latency"])
+def test_an_engine_must_be_given_and_help_does_not_invent_one(command, capsys):
+    for argv, code in (["--help"], 0), ([], 2):
+        with pytest.raises(SystemExit) as e:
+            main([command, *argv])
+        assert e.value.code == code
+    said = capsys.readouterr()
+    assert "Undefined" not in said.out
+    assert "the following arguments are required: --engine_dir" in said.err
