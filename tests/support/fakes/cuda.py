@@ -291,7 +291,7 @@ class Cuda:
 
     @staticmethod
     def _inside(where, address, size):
-        return any(base <= address and address + size <= base + len(buffer) for base, buffer in where.items())
+        return any(base <= address and address + size <= base + len(buffer) for base, buffer in list(where.items()))
 
     def _new(self, where, value):
         self._next += 1

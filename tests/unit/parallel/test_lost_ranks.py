@@ -107,10 +107,10 @@ def test_with_retries_every_text_is_as_without_losses(open_llm, deterministic, c
     llm.executor.chance, llm.executor.loses_in = chance, (50,)  # one at least, whatever comes by chance
     assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == expected
     assert llm.executor.num_losses > 0
-    assert llm.stats().restarts_total == llm.executor.num_losses
     llm.executor.chance = 0.0
     settled(llm)
     assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == expected
+    assert llm.stats().restarts_total == llm.executor.num_losses  # copies go on behind the last text, and may be lost
 
 
 def test_without_retries_only_what_had_begun_fails_and_in_one_sentence(open_llm):

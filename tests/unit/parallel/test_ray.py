@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+from contextlib import suppress
 
 import httpx
 import psutil
@@ -96,5 +97,9 @@ def test_prompts_of_one_beginning_go_where_it_was_computed(tmp_path):
 
 
 def _replicas():
-    children = psutil.Process().children(recursive=True)
-    return [process.pid for process in children if "ServeReplica" in process.name() + " ".join(process.cmdline())]
+    pids = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # Ray's own processes come and go
+            if "ServeReplica" in process.name() + " ".join(process.cmdline()):
+                pids.append(process.pid)
+    return pids
