@@ -162,9 +162,11 @@ def test_decoding_with_a_history_is_the_window(example, windows):
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_tiles_of_queries_change_nothing(family, rival, tmp_path, monkeypatch):
     model = window_model(make_hf_model(tmp_path, family)[0])
-    whole = model.hidden(IDS[None], rival)
+    exact, whole = model.hidden(IDS[None]), model.hidden(IDS[None], rival)
     monkeypatch.setattr(forward, "QUERY_TILE", 7)
-    torch.testing.assert_close(model.hidden(IDS[None], rival), whole, atol=model_rounding(whole), rtol=0)
+    # Products of other shapes are rounded otherwise, and a rival's codes may fall to the other side of an edge.
+    allowed = model_rounding(whole) * whole.numel() ** 0.5 if rival is None else 0.3 * (whole - exact).norm()
+    assert (model.hidden(IDS[None], rival) - whole).norm() < allowed
 
 
 def test_greedy_continuations_are_the_runtimes(example, windows, open_llm):
