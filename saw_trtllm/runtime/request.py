@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,7 +75,7 @@ class Request:
         self._streaming = streaming
         self._texts: list[str] = []
         self._logprobs: list[float] = []
-        self._sums = [0.0]  # of the first of them, one more each
+        self._cumulative = 0.0 if sequence.params.logprobs else None  # of those that are shown
         self._top_logprobs: list[list[tuple[int, float]]] = []
         self._context_logits: list[np.ndarray] = []
         self._generation_logits: list[np.ndarray] = []
@@ -111,7 +113,6 @@ class Request:
         sequence, params = self.sequence, self.sequence.params
         sequence.generated.append(token)
         self._logprobs.append(logprob)
-        self._sums.append(self._sums[-1] + logprob)
         if params.top_logprobs:
             self._top_logprobs.append(list(top_logprobs))
         count = len(sequence.generated)
@@ -152,10 +153,18 @@ class Request:
         self._texts.append(piece.text)
         shown = len(self.sequence.generated) - hidden if reason else self._shown + len(piece.token_ids)
         new, self._shown = slice(self._shown, shown), shown
-        self.outputs.put(_Handed(self, piece, new, len(self._texts), reason, stop))
+        if self._cumulative is not None:
+            self._cumulative = reduce(add, self._logprobs[new], self._cumulative)
+        self.outputs.put(_Handed(self, piece, new, len(self._texts), reason, stop, self._cumulative))
 
     def _output(
-        self, piece: Piece, new: slice, texts: int, reason: FinishReason | None, stop: str | int | None
+        self,
+        piece: Piece,
+        new: slice,
+        texts: int,
+        reason: FinishReason | None,
+        stop: str | int | None,
+        cumulative: float | None,
     ) -> RequestOutput:
         """The output as of a piece, made when somebody reads it: it holds all text and tokens so far."""
         sequence, params, tokens = self.sequence, self.sequence.params, self.sequence.generated
@@ -164,12 +173,12 @@ class Request:
             "finish_reason": reason,
             "stop_reason": stop,
             "index": self._index,
+            "cumulative_logprob": cumulative,
             "generation_logits": self._logits(new),
         }
         of_tokens: dict[str, list[Any]] = {"token_ids": tokens}
         if params.logprobs:
             of_tokens["logprobs"] = self._logprobs
-            fields["cumulative_logprob"] = self._sums[new.stop]
         if params.top_logprobs:
             of_tokens["top_logprobs"] = self._top_logprobs
         fields |= {f"{name}_diff": values[new] for name, values in of_tokens.items()}
@@ -192,9 +201,10 @@ class Request:
             prompt_logprobs,
         )
 
-    def _part(self, piece: Piece, new: slice, texts: int, reason: FinishReason | None) -> Part:
+    def _part(
+        self, piece: Piece, new: slice, texts: int, reason: FinishReason | None, cumulative: float | None
+    ) -> Part:
         """What is new in a piece, made when somebody reads it."""
-        logprobs = self.sequence.params.logprobs
         return Part(
             self._index,
             piece.text if self._streaming else "".join(self._texts[:texts]),
@@ -203,8 +213,8 @@ class Request:
             reason,
             reason is not None,
             self.num_reused_tokens,
-            self._logprobs[new] if logprobs else None,
-            self._sums[new.stop] if logprobs else None,
+            self._logprobs[new] if self.sequence.params.logprobs else None,
+            cumulative,
             self._context(reason),
             self._logits(new),
         )
@@ -228,6 +238,7 @@ class _Handed(NamedTuple):
     texts: int
     reason: FinishReason | None
     stop: str | int | None
+    cumulative: float | None
 
     def output(self) -> RequestOutput:
         """As :class:`saw_trtllm.runtime.output_queue.QueuedPiece` has it."""
@@ -235,4 +246,4 @@ class _Handed(NamedTuple):
 
     def part(self) -> Part:
         """As :class:`saw_trtllm.runtime.output_queue.QueuedPiece` has it."""
-        return self.request._part(self.piece, self.new, self.texts, self.reason)
+        return self.request._part(self.piece, self.new, self.texts, self.reason, self.cumulative)

@@ -135,15 +135,14 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     """What tells a checkpoint from any other, and from itself after a change."""
     with reading(folder, CheckpointError):
         files = sorted(path for path in folder.iterdir() if path.is_file())
-    return {path.name: _file_fingerprint(path) for path in files}
+    found = {}
+    for path in files:
+        with reading(path, CheckpointError):
+            found[path.name] = _file_fingerprint(path)
+    return found
 
 
 def _file_fingerprint(path: Path) -> Any:
-    with reading(path, CheckpointError):
-        return _size_and_ends(path)
-
-
-def _size_and_ends(path: Path) -> Any:
     status = path.stat()
     if status.st_size <= _SMALL:
         return file_checksum(path)
